@@ -1,0 +1,1 @@
+"""Foundation: families, plans, resizing, checkpoints. Knows no stage."""

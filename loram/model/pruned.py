@@ -1,0 +1,105 @@
+"""Loading models, pruned ones included: the only place that touches how transformers builds a model."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from loram.errors import UserError
+from loram.model import modeling_loram
+from loram.model.architecture import ARCHITECTURES, architecture_of
+from loram.model.checkpoint import Checkpoint
+from loram.model.plan import PruningPlan
+
+_CODE = "modeling_loram"
+_SLOW_BYTES = 4 << 30
+
+
+def _register() -> None:
+    """Make the Auto classes know pruned models, so that loading them needs no remote code here."""
+    for model_type in ARCHITECTURES:
+        config_class, model_class = _classes(model_type)
+        AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
+        AutoModelForCausalLM.register(config_class, model_class)
+        # so that `save_pretrained` of a loaded model writes the code beside the weights again
+        config_class.register_for_auto_class()  # type: ignore[attr-defined]
+        model_class.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
+
+
+def _classes(model_type: str) -> tuple[type, type]:
+    prefix = modeling_loram.FAMILIES[model_type][1]
+    return getattr(modeling_loram, f"Loram{prefix}Config"), getattr(modeling_loram, f"Loram{prefix}ForCausalLM")
+
+
+_register()
+
+
+def write_config(base: Checkpoint, plan: PruningPlan, out: Path) -> None:
+    """Write a pruned model's config.json (with `per_layer_config`) and the code that builds it into a folder."""
+    config_class, model_class = _classes(plan.model_type)
+    values = AutoConfig.from_pretrained(base.folder).to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+        values.pop(key, None)
+    values["head_dim"] = plan.geometry.head_dim  # Qwen2 would else divide by a number of heads that varies
+    config = config_class(
+        **values,
+        architectures=[model_class.__name__],
+        auto_map={
+            "AutoConfig": f"{_CODE}.{config_class.__name__}",
+            "AutoModelForCausalLM": f"{_CODE}.{model_class.__name__}",
+        },
+        per_layer_config=plan.per_layer_config(),
+    )
+    config.save_pretrained(out)
+    shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
+
+
+def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load a pruned folder as a transformers model.
+
+    Args:
+        path: a folder that `prune` (or `align`) made.
+        from_pretrained_kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+
+    Raises:
+        UserError: the folder has no valid plan, or is no model.
+    """
+    folder = Path(path)
+    PruningPlan.load(folder)
+    return load_model(Checkpoint(folder), **from_pretrained_kwargs)
+
+
+def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load any model folder, full or pruned; `from_pretrained_kwargs` as for `load_pruned`.
+
+    Raises:
+        UserError: the family is not supported, or the folder's weights do not fit its config.
+    """
+    if not checkpoint.pruned:
+        architecture_of(checkpoint.config, checkpoint.name)
+    with _bar_if_slow(checkpoint):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, output_loading_info=True, **from_pretrained_kwargs
+        )
+    problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
+    if problems:
+        raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
+    return model
+
+
+@contextlib.contextmanager
+def _bar_if_slow(checkpoint: Checkpoint) -> Iterator[None]:
+    """transformers' progress bar only for weights that take a while to load."""
+    size = sum((checkpoint.folder / shard).stat().st_size for shard in set(checkpoint.index.values()))
+    if size > _SLOW_BYTES or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
