@@ -1,0 +1,37 @@
+"""Which data set: what recipes and the command line say of one, without reading it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+Column = Literal["messages", "prompt", "completion", "text"]
+
+
+class DataSpec(BaseModel):
+    """Which rows of which data set.
+
+    Args:
+        path: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub.
+        config, split: of a hub data set; the split defaults to `train`.
+        columns: our name (messages, prompt, completion, text) -> the file's name; by inspection where not given.
+        max_samples: only the first so many rows; in an evaluation also so many pieces of a long text.
+        max_length: tokens a row is cut to, where this data set needs another limit than the stage's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    config: str | None = None
+    split: str | None = None
+    columns: dict[Column, str] = Field(default_factory=dict)
+    max_samples: PositiveInt | None = None
+    max_length: PositiveInt | None = None
+
+
+def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
+    """A data set given by name, as a mapping, or already as a spec."""
+    if isinstance(data, DataSpec):
+        return data
+    return DataSpec(**data) if isinstance(data, Mapping) else DataSpec(path=str(data))

@@ -1,0 +1,47 @@
+"""The recover stage: an adapter trained on a pruned model -> a stock PEFT adapter for the full one."""
+
+from pathlib import Path
+
+from loram.artifacts import check_output, find_manifest, publish
+from loram.errors import UserError
+from loram.model.adapter import Adapter, save_adapter
+from loram.model.checkpoint import copy_side_files
+from loram.model.plan import find_plan
+from loram.model.resize import widen
+
+
+def recover(adapter: str | Path, out: str | Path) -> Path:
+    """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
+
+    Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
+    adapter has its geometry.
+
+    Args:
+        adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
+            `loram_plan.json` copied beside it will do.
+        out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, or `out` exists.
+    """
+    source, out = Path(adapter), Path(out)
+    check_output(out)
+    trained = Adapter.load(source)
+    plan = find_plan(source)
+    manifest = find_manifest(source)
+    if plan is None:
+        raise UserError(f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model?")
+    if manifest is not None and manifest.kind == "recovered":
+        raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
+    tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
+    config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
+    made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint}
+    if manifest is not None:
+        made_from["adapter"] = manifest.fingerprint
+    with publish(out, kind="recovered", made_from=made_from) as staging:
+        save_adapter(staging, config, tensors)
+        copy_side_files(source, staging)
+    return out
