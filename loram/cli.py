@@ -1,0 +1,332 @@
+"""The command line: one subcommand a stage, plus run, estimate and convert. No logic of its own."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+from loram.errors import UserError, first_problem
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train small, infer large: prune a model, train a LoRA adapter on the small one, recover it for the full one.",
+)
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)]
+Dataset = Annotated[
+    str, typer.Option("--dataset", help="A .jsonl, .json, .csv, .parquet or .txt file, or a hub name.", show_default=False)
+]
+Split = Annotated[str | None, typer.Option("--dataset-split", help="Split of a hub data set (default: train).")]
+Config = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of a hub data set.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="Name a column: prompt=question. Of messages, prompt, completion, text. Repeatable."),
+]
+Ratio = Annotated[float, typer.Option(help="Share of heads and channels to remove.", show_default=False)]
+KeepFirst = Annotated[int, typer.Option(help="First layers to leave whole.")]
+KeepLast = Annotated[int, typer.Option(help="Last layers to leave whole.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"loram {version('loram')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("loram").setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for name in ("httpx", "urllib3", "filelock", "fsspec"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    ratio: Ratio,
+    criterion: Annotated[str, typer.Option(help="taylor, magnitude or random.")] = "taylor",
+    calibration: Annotated[
+        str | None, typer.Option(help="Data set for taylor (default: a few built-in passages).", show_default=False)
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(help="How many of its rows.")] = 10,
+    calibration_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 128,
+    keep_first: KeepFirst = 4,
+    keep_last: KeepLast = 2,
+    seed: Seed = 42,
+    device: Device = None,
+) -> None:
+    """Remove key-value groups and MLP channels: MODEL -> a smaller model folder with loram_plan.json."""
+    from loram.prune.stage import prune as stage
+
+    plan = stage(
+        model,
+        out,
+        ratio=ratio,
+        criterion=criterion,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        calibration_length=calibration_length,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        seed=seed,
+        device=device,
+    )
+    full, pruned = plan.parameters()
+    typer.echo(f"{out}: {full:,} -> {pruned:,} parameters ({full / pruned:.2f}x fewer)")
+
+
+@app.command()
+def train(
+    model: Model,
+    out: Out,
+    dataset: Dataset,
+    dataset_config: Config = None,
+    dataset_split: Split = None,
+    column: Column = None,
+    method: Annotated[str, typer.Option(help="lora.")] = "lora",
+    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank (default 8).")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale: alpha / r (default 16).")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Default 0.05.")] = None,
+    lora_target_modules: Annotated[
+        list[str] | None, typer.Option(help="Repeatable (default: all seven linears of a layer; lm_head if asked).")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    num_train_epochs: Annotated[float | None, typer.Option(help="Default 1.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default 2e-4.")] = None,
+    warmup_steps: Annotated[float | None, typer.Option(help="Steps, or a share of all if below 1 (default 0).")] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Default 4.")] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Default 1.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row (default 512).")] = None,
+    report_to: Annotated[str | None, typer.Option(help="none, tensorboard, wandb, trackio (default none).")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
+    ] = None,
+    trainer: Annotated[
+        list[str] | None, typer.Option("--trainer", help="Any option of TRL's SFTConfig: packing=true. Repeatable.")
+    ] = None,
+    seed: Seed = 42,
+    device: Device = None,
+) -> None:
+    """Train a LoRA adapter on MODEL, a pruned folder or a full model."""
+    lora_flags = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    lora_flags |= {"target_modules": lora_target_modules or None}
+    trainer_flags = {
+        "max_steps": max_steps,
+        "num_train_epochs": num_train_epochs,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_length": max_length,
+        "report_to": report_to,
+    }
+    data = _data(dataset, dataset_config, dataset_split, column, max_samples)
+
+    from loram.train import train as stage
+
+    stage(
+        model,
+        out,
+        data=data,
+        method=method,
+        lora={**_given(lora_flags), **_pairs(lora, "--lora")},
+        trainer={**_given(trainer_flags), **_pairs(trainer, "--trainer")},
+        seed=seed,
+        device=device,
+    )
+    typer.echo(f"{out}: adapter written")
+
+
+@app.command()
+def recover(adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)], out: Out) -> None:
+    """Widen an adapter trained on a pruned model to the full one: a stock PEFT adapter."""
+    from loram.recover import recover as stage
+
+    stage(adapter, out)
+    typer.echo(f"{out}: recovered adapter written")
+
+
+@app.command()
+def merge(
+    model: Model, adapter: Annotated[Path, typer.Argument(help="Recovered adapter.", show_default=False)], out: Out
+) -> None:
+    """Add an adapter to a model's weights: a plain model folder."""
+    from loram.merge import merge as stage
+
+    stage(model, adapter, out)
+    typer.echo(f"{out}: merged model written")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder that fits MODEL.", show_default=False)] = None,
+    dataset_config: Config = None,
+    dataset_split: Split = None,
+    column: Column = None,
+    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a row; a long text is cut into pieces of this.")] = 1024,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Perplexity of MODEL, with or without an adapter."""
+    data = _data(dataset, dataset_config, dataset_split, column, None)
+
+    from loram.evaluate import evaluate as stage
+
+    report = stage(
+        model, adapter=adapter, data=data, max_samples=max_samples, max_length=max_length, device=device
+    )
+    text = (
+        f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
+        f"of {report.rows:,} rows"
+    )
+    typer.echo(report.model_dump_json() if as_json else text)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="config.json, model folder or hub id.", show_default=False)],
+    ratio: Ratio,
+    keep_first: KeepFirst = 4,
+    keep_last: KeepLast = 2,
+    as_json: Json = False,
+) -> None:
+    """Count parameters before and after pruning, from config.json alone."""
+    from loram.estimate import estimate as stage
+
+    found = stage(model, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
+    kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in found.units.items())
+    text = (
+        f"{found.parameters:,} -> {found.pruned_parameters:,} parameters ({found.parameter_reduction:.2f}x fewer)\n"
+        f"{found.pruned_layers} layers keep {kept} each"
+    )
+    typer.echo(found.model_dump_json() if as_json else text)
+
+
+@app.command()
+def convert(
+    gguf: Annotated[Path, typer.Argument(help="A .gguf file.", show_default=False)],
+    out: Out,
+) -> None:
+    """Turn a GGUF file into an ordinary model folder that every tool loads."""
+    from loram.model.gguf import convert_gguf
+
+    convert_gguf(gguf, out)
+    typer.echo(f"{out}: model folder written")
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: prune, train, recover, evaluate, compare."""
+    from loram.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+
+    from rich.console import Console
+
+    from loram.pipeline import REPORT_NAME
+    from loram.pipeline import run as pipeline
+    from loram.report import summary, table
+
+    report = pipeline(loaded)
+    if as_json:
+        typer.echo(report.model_dump_json())
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(report))
+    console.print(summary(report), highlight=False)
+    console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
+    """`key=value` flags; values are YAML, as in a recipe."""
+    from loram.recipe import parse_pair
+
+    return dict(parse_pair(item, flag) for item in items or [])
+
+
+def _data(
+    path: str, config: str | None, split: str | None, columns: list[str] | None, max_samples: int | None
+) -> Any:
+    from loram.data_spec import DataSpec
+
+    try:
+        return DataSpec(
+            path=path, config=config, split=split, columns=_pairs(columns, "--column"), max_samples=max_samples
+        )
+    except ValidationError as error:
+        raise UserError(f"--dataset, --column, --max-samples: {first_problem(error)}") from error
+
+
+def main() -> None:
+    """Entry point: exit code 0 for success, 2 for a user's mistake, 1 for a failure of ours, 130 for Ctrl-C."""
+    sys.exit(_main(sys.argv[1:]))
+
+
+def _main(arguments: list[str]) -> int:
+    # TRL and transformers write --learning_rate, most others --learning-rate: both are right.
+    spelled = [a.replace("_", "-", a.split("=")[0].count("_")) if a.startswith("--") else a for a in arguments]
+    if debug := "--debug" in spelled:  # anywhere on the line
+        spelled = ["--debug", *(a for a in spelled if a != "--debug")]
+    try:
+        app(spelled, prog_name="loram", standalone_mode=True)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit):
+            return int(stop.code or 0)
+        return _fail("stopped; nothing half-written was left behind", 130)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        reason = (str(error).strip() or "no further detail").splitlines()[0]
+        return _fail(f"{type(error).__name__}: {reason} (run `loram --debug ...` for the traceback)", 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"loram: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

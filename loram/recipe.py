@@ -1,0 +1,181 @@
+"""A recipe: the YAML that describes a whole run, validated before anything happens."""
+
+import difflib
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from loram.data_spec import DataSpec
+from loram.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PruneSection(_Section):
+    """Options of `loram.prune`."""
+
+    ratio: float = Field(gt=0, lt=1)
+    criterion: str = "taylor"
+    calibration: DataSpec | None = None
+    calibration_samples: PositiveInt = 10
+    calibration_length: PositiveInt = 128
+    keep_first: int = Field(default=4, ge=0)
+    keep_last: int = Field(default=2, ge=0)
+
+    _spec = field_validator("calibration", mode="before")(lambda value: _as_spec(value))
+
+
+class TrainSection(_Section):
+    """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, under their own names."""
+
+    method: str = "lora"
+    lora: dict[str, Any] = Field(default_factory=dict)
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+
+class EvaluateSection(_Section):
+    """Options of `loram.evaluate`; `full_lora` also trains LoRA on the full model, to compare with."""
+
+    max_samples: PositiveInt | None = None
+    max_length: PositiveInt = 1024
+    full_lora: bool = False
+
+
+class Recipe(_Section):
+    """A whole run: prune, train, recover, evaluate.
+
+    Args:
+        model_name_or_path: hub id, folder or GGUF file of the full model.
+        output_dir: one folder a stage and the report go here.
+        dataset: training rows: a file, a hub name, or a mapping (see `loram.data.DataSpec`).
+        eval_dataset: held-out rows, likewise; or a mapping of names to data sets.
+        seed: of pruning, initialisation, data order.
+        device: `cpu`, `cuda`, ...; the first GPU where there is one.
+    """
+
+    model_name_or_path: str
+    output_dir: Path
+    dataset: DataSpec
+    eval_dataset: dict[str, DataSpec]
+    seed: int = 42
+    device: str | None = None
+    prune: PruneSection
+    train: TrainSection = Field(default_factory=TrainSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+
+    _spec = field_validator("dataset", mode="before")(lambda value: _as_spec(value))
+
+    @field_validator("eval_dataset", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
+            return {"eval": _as_spec(value)}
+        return {name: _as_spec(spec) for name, spec in value.items()} if isinstance(value, dict) else value
+
+
+def _as_spec(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML reads 1e-3 as text. Repeated keys are an error: PyYAML drops the first in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, refusing a repeated key."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key is unknown (names the nearest known one) or has a bad value.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe")
+    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def parse_pair(text: str, where: str) -> tuple[str, Any]:
+    """`key=value` with a YAML value.
+
+    Raises:
+        UserError: there is no key or no equals sign, or the value is not YAML.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"{where} {text!r}: should be key=value")
+    return key, _parse(value, f"{where} {text!r}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, value = parse_pair(override, "override")
+    *parents, last = key.split(".")
+    target: Any = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{override!r}: {parent} is not a section of the recipe")
+    target[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line: `prune.ration: unknown key; did you mean ratio?`."""
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        found = f" (found {problem['input']!r})" if isinstance(problem["input"], str | int | float) else ""
+        return f"{where}: {problem['msg']}{found}"
+    known = _known_keys(problem["loc"][:-1])
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+    return f"{where}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for key in location:
+        annotation = section.model_fields[str(key)].annotation if str(key) in section.model_fields else DataSpec
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else DataSpec
+    return list(section.model_fields)
+
+
+def file_digest(spec: DataSpec) -> str:
+    """SHA-256 of a local data file; of a hub data set its name and settings, which is all that can be known cheaply."""
+    path = Path(spec.path).expanduser()
+    content = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(spec.model_dump_json().encode() + content).hexdigest()

@@ -1,0 +1,108 @@
+"""The report of a run: one row a model, as a table for people and JSON for programs."""
+
+import math
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+
+class Cost(BaseModel):
+    """What something took: wall-clock seconds, and peak resident memory of the process in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float
+    peak_rss: int
+
+
+class Row(BaseModel):
+    """One model of the comparison.
+
+    Args:
+        name: base, full LoRA, pruned, pruned + adapter, recovered.
+        parameters: of the model as evaluated, adapter included.
+        perplexity, tokens: by evaluation data set.
+        made: what making it took beyond the row it was made from; None for the base.
+        evaluated: what evaluating it took.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    parameters: int
+    perplexity: dict[str, float]
+    tokens: dict[str, int]
+    made: Cost | None
+    evaluated: Cost
+
+
+class RunReport(BaseModel):
+    """A run's rows, its recipe and the versions it ran with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: dict[str, object]
+    versions: dict[str, str]
+    rows: tuple[Row, ...]
+    kept_gain: dict[str, float] | None
+
+    def row(self, name: str) -> Row:
+        """The row of that name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+def kept_gain(rows: Mapping[str, Row]) -> dict[str, float] | None:
+    """(ln untuned - ln recovered) / (ln untuned - ln full LoRA) of the perplexities, by data set; None without full LoRA.
+
+    1 means that the recovered adapter is worth as much as LoRA on the full model, 0 that it is worth nothing. A data
+    set that LoRA on the full model does not improve has no gain to keep and is left out.
+    """
+    if "full LoRA" not in rows:
+        return None
+    base, full, recovered = (rows[name].perplexity for name in ("base", "full LoRA", "recovered"))
+    return {
+        name: math.log(base[name] / recovered[name]) / math.log(base[name] / full[name])
+        for name in base
+        if full[name] < base[name]
+    }
+
+
+def table(report: RunReport) -> Table:
+    """The rows as a table, the costs in seconds and GB (10^9 bytes)."""
+    datasets = list(report.rows[0].perplexity)
+    result = Table(title=f"{report.recipe['model_name_or_path']}")
+    result.add_column("model", no_wrap=True)
+    result.add_column("parameters", justify="right")
+    for name in datasets:
+        result.add_column("perplexity" if len(datasets) == 1 else f"perplexity\n{name}", justify="right")
+    for heading in ("made in", "peak RSS", "evaluated in", "peak RSS"):
+        result.add_column(heading, justify="right")
+    for row in report.rows:
+        made = ("", "") if row.made is None else (f"{row.made.seconds:.1f} s", f"{row.made.peak_rss / 1e9:.2f} GB")
+        result.add_row(
+            row.name,
+            f"{row.parameters:,}",
+            *(f"{row.perplexity[name]:.3f}" for name in datasets),
+            *made,
+            f"{row.evaluated.seconds:.1f} s",
+            f"{row.evaluated.peak_rss / 1e9:.2f} GB",
+        )
+    return result
+
+
+def summary(report: RunReport) -> str:
+    """What the run shows, in a sentence a data set; it says so when nothing was gained."""
+    base, recovered = report.row("base").perplexity, report.row("recovered").perplexity
+    lines = []
+    for name in base:
+        change = 100 * (1 - recovered[name] / base[name])
+        verb = "lowers" if change > 0 else "does not lower"
+        line = (
+            f"{name}: the recovered adapter {verb} the full model's perplexity, "
+            f"{base[name]:.3f} -> {recovered[name]:.3f} ({-change:+.1f}%)"
+        )
+        if report.kept_gain and name in report.kept_gain:
+            line += f"; {100 * report.kept_gain[name]:.0f}% of what LoRA on the full model gains"
+        lines.append(line)
+    return "\n".join(lines)
