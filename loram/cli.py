@@ -1,6 +1,5 @@
 """The command line: one subcommand a stage, plus run, estimate and convert. No logic of its own."""
 
-import json
 import logging
 import os
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from loram.errors import UserError, first_problem
 
@@ -25,7 +24,8 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)]
 Dataset = Annotated[
-    str, typer.Option("--dataset", help="A .jsonl, .json, .csv, .parquet or .txt file, or a hub name.", show_default=False)
+    str,
+    typer.Option("--dataset", help="A .jsonl, .json, .csv, .parquet or .txt file, or a hub name.", show_default=False),
 ]
 Split = Annotated[str | None, typer.Option("--dataset-split", help="Split of a hub data set (default: train).")]
 Config = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of a hub data set.")]
@@ -135,8 +135,12 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a LoRA adapter on MODEL, a pruned folder or a full model."""
-    lora_flags = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-    lora_flags |= {"target_modules": lora_target_modules or None}
+    lora_flags = {
+        "r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": lora_target_modules or None,
+    }
     trainer_flags = {
         "max_steps": max_steps,
         "num_train_epochs": num_train_epochs,
@@ -165,7 +169,9 @@ def train(
 
 
 @app.command()
-def recover(adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)], out: Out) -> None:
+def recover(
+    adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)], out: Out
+) -> None:
     """Widen an adapter trained on a pruned model to the full one: a stock PEFT adapter."""
     from loram.recover import recover as stage
 
@@ -202,9 +208,7 @@ def evaluate(
 
     from loram.evaluate import evaluate as stage
 
-    report = stage(
-        model, adapter=adapter, data=data, max_samples=max_samples, max_length=max_length, device=device
-    )
+    report = stage(model, adapter=adapter, data=data, max_samples=max_samples, max_length=max_length, device=device)
     text = (
         f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
         f"of {report.rows:,} rows"
@@ -282,15 +286,13 @@ def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
     return dict(parse_pair(item, flag) for item in items or [])
 
 
-def _data(
-    path: str, config: str | None, split: str | None, columns: list[str] | None, max_samples: int | None
-) -> Any:
+def _data(path: str, config: str | None, split: str | None, columns: list[str] | None, max_samples: int | None) -> Any:
     from loram.data_spec import DataSpec
 
+    named = _pairs(columns, "--column")
+    values = {"path": path, "config": config, "split": split, "columns": named, "max_samples": max_samples}
     try:
-        return DataSpec(
-            path=path, config=config, split=split, columns=_pairs(columns, "--column"), max_samples=max_samples
-        )
+        return DataSpec.model_validate(values)
     except ValidationError as error:
         raise UserError(f"--dataset, --column, --max-samples: {first_problem(error)}") from error
 

@@ -107,7 +107,7 @@ def _name_bad_line(path: Path) -> None:
 
 
 def _read_hub(spec: DataSpec) -> Dataset:
-    if "/" in spec.path and Path(spec.path).suffix in {*_FORMATS, ".txt"} or spec.path.startswith((".", "/", "~")):
+    if ("/" in spec.path and Path(spec.path).suffix in {*_FORMATS, ".txt"}) or spec.path.startswith((".", "/", "~")):
         raise UserError(f"{spec.path}: no such file")
     try:
         return datasets.load_dataset(spec.path, spec.config, split=spec.split or "train")
@@ -117,14 +117,14 @@ def _read_hub(spec: DataSpec) -> Dataset:
 
 
 def _form(spec: DataSpec, columns: list[str]) -> dict[str, str]:
-    """Which of the file's columns hold what: named ones first, else the first known form whose columns are all there."""
+    """Which of the file's columns hold what: the named ones, else the first known form that is all there."""
     if spec.columns:
         for ours, theirs in spec.columns.items():
             if theirs not in columns:
                 raise UserError(f"{spec.path}: no column {theirs!r} for {ours}; there are {', '.join(columns)}")
         if set(spec.columns) not in ({"messages"}, {"text"}, {"prompt", "completion"}):
             raise UserError(f"{spec.path}: name the columns of messages, of text, or of both prompt and completion")
-        return dict(spec.columns)
+        return {str(ours): theirs for ours, theirs in spec.columns.items()}
     known = (
         {"messages": "messages"},
         {"messages": "conversations"},
@@ -251,7 +251,9 @@ def _encode(row: Row, tokenizer: Any, max_length: int, name: str) -> Iterator[tu
         yield ids, [IGNORED] * start + ids[start:]
         return
     if tokenizer.chat_template is None:
-        raise UserError(f"{name}: its rows are chats, but the tokenizer has no chat template; use prompt and completion")
+        raise UserError(
+            f"{name}: its rows are chats, but the tokenizer has no chat template; use prompt and completion"
+        )
     if "messages" in row:
         yield _encode_chat(row["messages"], 0, tokenizer)
     else:

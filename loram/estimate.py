@@ -45,8 +45,8 @@ def estimate(config: str | Path | dict[str, Any], *, ratio: float, keep_first: i
     where = "config" if isinstance(config, dict) else str(config)
     values = config if isinstance(config, dict) else _read(config)
     architecture, geometry = architecture_of(values, where), Geometry.from_config(values, where)
-    layers = prunable_layers(geometry, keep_first, keep_last)
     units = {space.name: kept_units(space, geometry.units(space), ratio) for space in architecture.spaces}
+    layers = prunable_layers(geometry, keep_first, keep_last)
     full, small = geometry.layer_parameters(architecture), geometry.layer_parameters(architecture, units)
     parameters = geometry.other_parameters() + geometry.num_hidden_layers * full
     pruned = parameters - len(layers) * (full - small)

@@ -153,7 +153,7 @@ def negative_log_likelihood(
 
 
 def _batches(input_ids: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length with at most `budget` tokens, padding counted (a long row may exceed)."""
+    """Row numbers in batches of like length, of at most `budget` tokens, padding included (a long row may exceed)."""
     batch: list[int] = []
     for row in sorted(range(len(input_ids)), key=lambda row: len(input_ids[row])):
         if batch and len(input_ids[row]) * (len(batch) + 1) > budget:

@@ -15,12 +15,12 @@ from loram.data import load_rows
 from loram.data_spec import DataSpec
 from loram.errors import UserError, first_problem
 from loram.evaluate import Report, evaluate
+from loram.model.architecture import architecture_of
 from loram.model.checkpoint import open_model
 from loram.model.device import peak_rss, reset_peak_rss
 from loram.prune.counts import kept_units, prunable_layers
 from loram.prune.criteria import CRITERIA
 from loram.prune.stage import check_weights, prune
-from loram.model.architecture import architecture_of
 from loram.recipe import Recipe, file_digest
 from loram.recover import recover
 from loram.report import Cost, Row, RunReport, kept_gain
@@ -181,16 +181,12 @@ def run(recipe: Recipe) -> RunReport:
     }
     rows = []
     for name, (model, adapter) in models.items():
-        found = {
-            dataset: _evaluation(state, recipe, name, dataset, model, adapter) for dataset in recipe.eval_dataset
-        }
+        found = {dataset: _evaluation(state, recipe, name, dataset, model, adapter) for dataset in recipe.eval_dataset}
         rows.append(_row(name, made.get(name), found))
     return state.finish(tuple(rows))
 
 
-def _evaluation(
-    state: _Run, recipe: Recipe, name: str, dataset: str, model: str | Path, adapter: Path | None
-) -> _Done:
+def _evaluation(state: _Run, recipe: Recipe, name: str, dataset: str, model: str | Path, adapter: Path | None) -> _Done:
     spec, options = recipe.eval_dataset[dataset], recipe.evaluate
     settings = {
         "dataset": _data(spec),

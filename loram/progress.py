@@ -59,7 +59,9 @@ def training_progress() -> Any:
             self.bar.update(self.task, loss=f"loss {logs['loss']:.4f}")
             if not console.is_terminal:
                 left = (time.monotonic() - self.started) / state.global_step * (state.max_steps - state.global_step)
-                line = f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, about {left:.0f} s left"
+                line = (
+                    f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, about {left:.0f} s left"
+                )
                 console.print(line, highlight=False)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

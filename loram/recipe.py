@@ -32,7 +32,7 @@ class PruneSection(_Section):
 
 
 class TrainSection(_Section):
-    """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, under their own names."""
+    """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, as they are."""
 
     method: str = "lora"
     lora: dict[str, Any] = Field(default_factory=dict)
@@ -105,7 +105,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
-        UserError: the file is missing or not YAML, or a key is unknown (names the nearest known one) or has a bad value.
+        UserError: the file is missing or not YAML, or a key is unknown (names the nearest one) or has a bad value.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such recipe")
@@ -122,7 +122,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""

@@ -123,7 +123,9 @@ def check_options(
         names = _option_names(known)
         for key in given:
             if key not in names:
-                near = difflib.get_close_matches(key.removeprefix("lora_"), names, 1) or difflib.get_close_matches(key, names, 1)
+                near = difflib.get_close_matches(key.removeprefix("lora_"), names, 1) or difflib.get_close_matches(
+                    key, names, 1
+                )
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f"{section}: {known.__name__} of this version has no option {key!r}{hint}")
     targets = lora["target_modules"]
@@ -185,17 +187,19 @@ def _fit(
         **_checkpointing(trainer, default=on_gpu, known=_option_names(SFTConfig)),
         "output_dir": str(work),
     }
+    model = load_model(checkpoint, dtype=dtype)
     try:
         arguments = SFTConfig(**options)
-        peft_config = LoraConfig(**lora)
+        set_seed(arguments.seed)
+        model = get_peft_model(model, LoraConfig(**lora))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"train: {str(error).splitlines()[0]}") from error
     if not on_gpu:
         keep_freed_memory_()
-    set_seed(arguments.seed)
-    model = get_peft_model(load_model(checkpoint, dtype=dtype), peft_config)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = None if arguments.packing or arguments.padding_free else DataCollatorForLanguageModeling(pad_token_id=pad)
+    collator = (
+        None if arguments.packing or arguments.padding_free else DataCollatorForLanguageModeling(pad_token_id=pad)
+    )
     kind = SFTTrainer
     if "lm_head" in lora["target_modules"]:
         # TRL's fused loss reads lm_head.weight and would never train an adapter on it (TRL refuses), so that case

@@ -1,6 +1,7 @@
 """Reading and writing stock PEFT LoRA adapters without building a model."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,7 +61,9 @@ class Adapter:
     def _check(self) -> None:
         kind = self.config.get("peft_type")
         if kind != "LORA" or self.config.get("use_dora"):
-            raise UserError(f"{self.folder}: a {'DoRA' if kind == 'LORA' else kind} adapter; only plain LoRA is supported")
+            raise UserError(
+                f"{self.folder}: a {'DoRA' if kind == 'LORA' else kind} adapter; only plain LoRA is supported"
+            )
         if self.config.get("fan_in_fan_out"):
             raise UserError(f"{self.folder}: fan_in_fan_out adapters are for Conv1D models, which we do not support")
         for name, tensor in self.tensors.items():
@@ -87,7 +90,7 @@ class Adapter:
         """PEFT's factor before B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank = self.modules[module]["A"].shape[0]
         alpha = float(_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
-        return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def delta(self, module: str) -> Tensor:
         """The update of a module's weight, scaling·B·A: (out_features, in_features), float32."""
@@ -127,7 +130,7 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
 
 
 def save_adapter(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a stock PEFT adapter into a folder; keys and lists of names in a fixed order, so equal means equal bytes."""
+    """Write a stock PEFT adapter into a folder; keys and names in a fixed order, so equal means equal bytes."""
     ordered = {
         key: sorted(value) if key in ("target_modules", "exclude_modules") and isinstance(value, list) else value
         for key, value in sorted(config.items())

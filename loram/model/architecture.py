@@ -20,8 +20,8 @@ Linear = str  # a linear's path inside its decoder layer: "self_attn.q_proj"
 class Cut:
     """One axis of one linear that a space shortens.
 
-    `axis` 0 is the output rows (weight, bias, lora_B), 1 the input columns (weight, lora_A). `unit` is how many rows
-    or columns one unit of the space owns: a channel 1, a head `head_dim`, a group all query heads of one key-value head.
+    `axis` 0 is the output rows (weight, bias, lora_B), 1 the input columns (weight, lora_A). `unit` is how many rows or
+    columns one unit of the space owns: a channel 1, a head `head_dim`, a group all query heads of a key-value head.
     """
 
     linear: Linear

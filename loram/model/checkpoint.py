@@ -72,7 +72,7 @@ class Checkpoint:
             other = [path.name for path in sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt"))]
             remedy = f"; {other[0]} is pickled, convert it to safetensors first" if other else ""
             raise UserError(f"{self.folder}: no {_WEIGHTS} or {_INDEX} here{remedy}")
-        found = {name: shard for shard in shards for name in self._open(shard).keys()}
+        found = {name: shard for shard in shards for name in tuple(self._open(shard).keys())}
         for name, shard in weight_map.items():
             if found.get(name) != shard:
                 raise UserError(f"{self.folder / _INDEX}: says {name} is in {shard}, but it is not there")
@@ -284,4 +284,3 @@ def rewrite(
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-

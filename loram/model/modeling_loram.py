@@ -50,7 +50,7 @@ def resize_layer_(layer: nn.Module, config: Any) -> None:
     mlp.down_proj = _resized(mlp.down_proj, hidden, config.intermediate_size)
 
 
-def _pruned_config_class(base: type, name: str) -> type:
+def _pruned_config_class(base: Any, name: str) -> Any:
     def validate_architecture(self: Any) -> None:
         """The widths of single layers need not divide `hidden_size`: nothing to check here."""
 
@@ -63,7 +63,7 @@ def _pruned_config_class(base: type, name: str) -> type:
     return strict(type(base)(name, (base,), body))
 
 
-def _pruned_model_class(base: type, config_class: type, name: str) -> type:
+def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
     def __init__(self: Any, config: Any) -> None:
         # The family's own constructor reads the global widths, which a config with per-layer widths refuses to tell.
         # So it sees the config without them first.

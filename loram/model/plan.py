@@ -3,6 +3,7 @@
 import hashlib
 import json
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class PruningPlan(BaseModel):
             for name, kept in spaces.items():
                 if name not in sizes:
                     raise ValueError(f"layer {layer}: unknown space {name!r}")
-                if not kept or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+                if not kept or any(a >= b for a, b in pairwise(kept)):
                     raise ValueError(f"layer {layer} {name}: kept indices must be at least one, sorted and distinct")
                 if kept[0] < 0 or kept[-1] >= sizes[name]:
                     raise ValueError(f"layer {layer} {name}: kept indices must lie in 0..{sizes[name] - 1}")
@@ -147,7 +148,9 @@ class PruningPlan(BaseModel):
         """
         path = folder / PLAN_NAME
         if not path.is_file():
-            raise UserError(f"{folder}: no {PLAN_NAME} here, so this is not a folder that `loram prune` or `train` made")
+            raise UserError(
+                f"{folder}: no {PLAN_NAME} here, so this is not a folder that `loram prune` or `train` made"
+            )
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:

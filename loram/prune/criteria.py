@@ -36,9 +36,7 @@ def taylor(weight: Tensor, gradient: Tensor | None) -> Tensor:
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
-        "taylor": Criterion(
-            summary="|weight x gradient| on calibration text", importance=taylor, needs_gradient=True
-        ),
+        "taylor": Criterion(summary="|weight x gradient| on calibration text", importance=taylor, needs_gradient=True),
         "magnitude": Criterion(summary="|weight|; reads no text", importance=magnitude),
         "random": Criterion(summary="seeded random units; reads no text", importance=None),
     }

@@ -66,9 +66,9 @@ def prune(
     check_output(out)
     checkpoint = open_model(base)
     geometry, architecture = checkpoint.geometry, architecture_of(checkpoint.config, checkpoint.name)
-    layers = prunable_layers(geometry, keep_first, keep_last)
     for space in architecture.spaces:
         kept_units(space, geometry.units(space), ratio)  # a ratio that cannot be is refused before the scoring
+    layers = prunable_layers(geometry, keep_first, keep_last)
     check_weights(checkpoint, architecture)
 
     samples: list[list[int]] = []
@@ -113,7 +113,9 @@ def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
                 )
 
 
-def _calibration(checkpoint: Checkpoint, data: DataSpec | str | Path | None, count: int, length: int) -> list[list[int]]:
+def _calibration(
+    checkpoint: Checkpoint, data: DataSpec | str | Path | None, count: int, length: int
+) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     spec = as_spec(data or BUILTIN_CALIBRATION)

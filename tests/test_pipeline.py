@@ -1,0 +1,138 @@
+"""A recipe run end to end on a tiny model: folders, report, skipping, refusing what is stale."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loram
+from loram.model.plan import PruningPlan
+from loram.pipeline import check, run
+from loram.recipe import Recipe
+from loram.report import summary
+
+
+def recipe(model: Path, rows: Path, out: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "model_name_or_path": str(model),
+        "output_dir": out,
+        "dataset": str(rows),
+        "eval_dataset": {"task": str(rows), "short": {"path": str(rows), "max_samples": 3}},
+        "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1},
+        "train": {"trainer": {"max_steps": 2, "learning_rate": 1e-2}},
+        "evaluate": {"full_lora": True},
+    }
+    return Recipe.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(tiny_llama: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    run(recipe(tiny_llama, rows_file, out))
+    return out
+
+
+def test_one_folder_a_stage_and_a_report(done: Path, tiny_llama: Path) -> None:
+    assert {path.name for path in done.iterdir() if path.is_dir()} == {"pruned", "adapter", "recovered", "full_lora"}
+    report = json.loads((done / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["base", "full LoRA", "pruned", "pruned + adapter", "recovered"]
+    for row in report["rows"]:
+        assert row["perplexity"].keys() == {"task", "short"}
+        assert row["evaluated"]["seconds"] > 0
+        assert row["evaluated"]["peak_rss"] > 1e8
+    rows = {row["name"]: row for row in report["rows"]}
+    full, pruned = PruningPlan.load(done / "pruned").parameters()
+    assert (rows["base"]["parameters"], rows["pruned"]["parameters"]) == (full, pruned)
+    assert rows["recovered"]["parameters"] == rows["full LoRA"]["parameters"] > full
+    found = loram.evaluate(tiny_llama, adapter=done / "recovered", data=report["recipe"]["dataset"]["path"])
+    assert rows["recovered"]["perplexity"]["task"] == found.perplexity
+
+
+def test_a_second_run_does_nothing_again(done: Path, tiny_llama: Path, rows_file: Path) -> None:
+    def stamps() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in done.rglob("*") if path.name != "report.json"}
+
+    before, report = stamps(), (done / "report.json").read_text()
+    run(recipe(tiny_llama, rows_file, done))
+    assert stamps() == before
+    assert (done / "report.json").read_text() == report
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 7}, "seed: 42 -> 7"),
+        ({"prune": {"ratio": 0.25, "criterion": "magnitude", "keep_first": 1, "keep_last": 1}}, "ratio: 0.5 -> 0.25"),
+        ({"train": {"trainer": {"max_steps": 3, "learning_rate": 1e-2}}}, "trainer.max_steps: 2 -> 3"),
+    ],
+    ids=["seed", "ratio", "steps"],
+)
+def test_what_was_made_with_other_settings_is_refused(
+    changes: dict[str, Any], message: str, done: Path, tiny_llama: Path, rows_file: Path
+) -> None:
+    with pytest.raises(loram.UserError, match=message):
+        run(recipe(tiny_llama, rows_file, done, **changes))
+
+
+def test_changed_data_is_refused(done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(done, tmp_path / "out")
+    changed = tmp_path / "rows.jsonl"
+    changed.write_text(rows_file.read_text() + '{"question": "a", "answer": "b"}\n')
+    with pytest.raises(loram.UserError, match="adapter was made with other settings"):
+        run(recipe(tiny_llama, changed, copy))
+
+
+def test_a_missing_stage_is_made_again_and_the_rest_kept(
+    done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(done, tmp_path / "out")
+    shutil.rmtree(copy / "recovered")
+    before = (copy / "adapter" / "loram_manifest.json").stat().st_mtime_ns
+    run(recipe(tiny_llama, rows_file, copy))
+    assert (copy / "adapter" / "loram_manifest.json").stat().st_mtime_ns == before
+    weights = Path("recovered") / "adapter_model.safetensors"
+    assert (copy / weights).read_bytes() == (done / weights).read_bytes()
+
+
+def test_a_broken_stage_folder_is_refused(done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(done, tmp_path / "out")
+    with (copy / "pruned" / "model.safetensors").open("ab") as handle:
+        handle.write(b"x")
+    with pytest.raises(loram.UserError, match=r"model\.safetensors: .* the manifest says"):
+        run(recipe(tiny_llama, rows_file, copy))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name_or_path": "/nowhere/model"}, "no such file or folder"),
+        ({"dataset": "/nowhere/rows.jsonl"}, "no such file"),
+        ({"train": {"trainer": {"max_stepz": 2}}}, "did you mean max_steps"),
+        ({"train": {"trainer": {"seed": 2}}}, "recipe's own seed"),
+        ({"prune": {"ratio": 0.5, "criterion": "tailor"}}, "known are taylor"),
+        ({"prune": {"ratio": 0.5}}, "leave no layer of 5"),
+    ],
+    ids=["model", "data", "option", "seed", "criterion", "layers"],
+)
+def test_problems_are_found_before_anything_is_made(
+    changes: dict[str, Any], message: str, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(loram.UserError, match=message):
+        check(recipe(tiny_llama, rows_file, tmp_path / "out", **changes))
+    with pytest.raises(loram.UserError, match=message):
+        run(recipe(tiny_llama, rows_file, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_summary_says_when_nothing_was_gained(done: Path) -> None:
+    from loram.report import RunReport
+
+    report = RunReport.model_validate_json((done / "report.json").read_text())
+    worse = report.row("base").model_copy(update={"name": "recovered", "perplexity": {"task": 1e9, "short": 1e9}})
+    rows = tuple(worse if row.name == "recovered" else row for row in report.rows)
+    assert "does not lower" in summary(report.model_copy(update={"rows": rows}))
+    better = worse.model_copy(update={"perplexity": {"task": 1.0, "short": 1.0}})
+    rows = tuple(better if row.name == "recovered" else row for row in report.rows)
+    assert "does not" not in summary(report.model_copy(update={"rows": rows}))
