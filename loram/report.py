@@ -55,8 +55,8 @@ class RunReport(BaseModel):
 def kept_gain(rows: Mapping[str, Row]) -> dict[str, float] | None:
     """(ln untuned - ln recovered) / (ln untuned - ln full LoRA) of the perplexities, by data set.
 
-    1 means that the recovered adapter is worth as much as LoRA on the full model, 0 that it is worth nothing. None where
-    the run has no full LoRA; a data set that it does not improve has no gain to keep and is left out.
+    1 means that the recovered adapter is worth as much as LoRA on the full model, 0 that it is worth nothing. None
+    where the run has no full LoRA; a data set that it does not improve has no gain to keep and is left out.
     """
     if "full LoRA" not in rows:
         return None

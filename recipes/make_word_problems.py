@@ -95,7 +95,7 @@ def shopping(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[
     """Change from a bill."""
     n, p, m, q = (rng.randint(2, 12) for _ in range(4))
     one, other = rng.sample(GOODS, 2)
-    paid = 50 * ((n * p + m * q) // 50 + 1)
+    paid = 50 * ((n * p + m * q + 1) // 50 + 1)  # never 1 dollar of change
     first = w.step(f"The {one} cost {{}} dollars.", n, p, sign="*")
     second = w.step(f"The {other} cost {{}} dollars.", m, q, sign="*")
     total = w.step("Together that is {} dollars.", first, second, sign="+")
