@@ -10,12 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from loram.data import IGNORED, load_rows, tokenize
 from loram.data_spec import DataSpec, as_spec
-from loram.errors import UserError
-from loram.model.adapter import Adapter
+from loram.model.adapter import load_for
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
-from loram.model.plan import find_plan
-from loram.model.pruned import load_model
+from loram.model.pruned import load_model, load_tokenizer
 from loram.progress import track
 
 _LOGITS_BYTES = 1 << 28
@@ -71,13 +69,10 @@ def evaluate(
     """
     checkpoint, spec = open_model(base), as_spec(data)
     if adapter is not None:
-        check_pair(checkpoint, Path(adapter))
+        load_for(checkpoint, Path(adapter))
     chosen = pick_device(device)
+    tokenizer = load_tokenizer(checkpoint)
     model = _load(checkpoint, adapter, chosen)
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
     spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
     tokens = tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, name=spec.path)
@@ -97,26 +92,6 @@ def evaluate(
         adapter=None if adapter is None else str(adapter),
         dataset=spec.path,
     )
-
-
-def check_pair(checkpoint: Checkpoint, folder: Path) -> None:
-    """Refuse an adapter that is not for a model.
-
-    Raises:
-        UserError: modules or shapes differ, or the plan beside the adapter was made from another base.
-    """
-    Adapter.load(folder).check_fits(checkpoint)
-    plan = find_plan(folder)
-    if plan is None:
-        return
-    ours = find_plan(checkpoint.folder)
-    if ours is not None and ours.fingerprint != plan.fingerprint:
-        raise UserError(f"{folder}: was trained on another pruned model than {checkpoint.name} (their plans differ)")
-    if ours is None and checkpoint.fingerprint != plan.base.fingerprint:
-        raise UserError(
-            f"{folder}: was made for {plan.base.name}, and the weights of {checkpoint.name} are others "
-            f"(fingerprint {checkpoint.fingerprint[:12]} instead of {plan.base.fingerprint[:12]})"
-        )
 
 
 def _load(checkpoint: Checkpoint, adapter: str | Path | None, device: torch.device) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loram.artifacts import check_output, publish
 from loram.errors import UserError
-from loram.model.adapter import Adapter
+from loram.model.adapter import load_for
 from loram.model.checkpoint import open_model, rewrite
 from loram.progress import track
 
@@ -33,8 +33,8 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """
     out = Path(out)
     check_output(out)
-    checkpoint, update = open_model(base), Adapter.load(Path(adapter))
-    update.check_fits(checkpoint)
+    checkpoint = open_model(base)
+    update = load_for(checkpoint, Path(adapter))
     untied = checkpoint.tied and "lm_head" in update.modules
 
     def merged(name: str, tensor: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
             raise UserError(f"{checkpoint.name}: {name} is quantised ({tensor.dtype}); merge into the original weights")
         return (tensor.float() + update.delta(module)).to(tensor.dtype)
 
-    made_from = {"base": checkpoint.fingerprint}
+    made_from = {"base": checkpoint.fingerprint, "adapter": update.fingerprint}
     with publish(out, kind="merged", made_from=made_from) as staging:
         extra = {_HEAD: _EMBEDDING} if untied else {}
         rewrite(checkpoint, staging, merged, extra=extra, progress=lambda names: track(names, "Merging"))

@@ -38,9 +38,7 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
     config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
-    made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint}
-    if manifest is not None:
-        made_from["adapter"] = manifest.fingerprint
+    made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "adapter": trained.fingerprint}
     with publish(out, kind="recovered", made_from=made_from) as staging:
         save_adapter(staging, config, tensors)
         copy_side_files(source, staging)

@@ -20,7 +20,7 @@ from loram.model.adapter import Adapter, save_adapter
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, keep_freed_memory_, pick_device
 from loram.model.plan import find_plan
-from loram.model.pruned import load_model
+from loram.model.pruned import load_model, load_tokenizer
 from loram.progress import training_progress
 
 METHODS = ("lora",)
@@ -77,10 +77,7 @@ def train(
     checkpoint = open_model(model)
     chosen = pick_device(device)
     spec = as_spec(data)
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint)
     tokens = tokenize(load_rows(spec), tokenizer, spec.max_length or trainer_options["max_length"], name=spec.path)
     settings = {
         "method": method,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram
 from loram.model.checkpoint import Checkpoint
@@ -74,6 +74,16 @@ def test_an_unrecovered_adapter_is_refused(tiny_llama: Path, tmp_path: Path) -> 
     with pytest.raises(loram.UserError, match="run `loram recover`"):
         loram.merge(tiny_llama, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_made_for_other_weights_is_refused(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    other = make_model(tmp_path / "other", "llama", tokenizer, seed=1)  # same shapes, other weights
+    loram.prune(other, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
+    loram.train(tmp_path / "pruned", tmp_path / "adapter", data=rows_file, trainer={"max_steps": 1})
+    loram.recover(tmp_path / "adapter", tmp_path / "recovered")
+    with pytest.raises(loram.UserError, match="fingerprint"):
+        loram.merge(tiny_llama, tmp_path / "recovered", tmp_path / "merged")
 
 
 def test_dtype_of_the_base_is_kept(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Reading and writing stock PEFT LoRA adapters without building a model."""
 
+import hashlib
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from loram.errors import UserError
 from loram.model.checkpoint import Checkpoint
+from loram.model.plan import find_plan
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -86,6 +88,14 @@ class Adapter:
                 found.setdefault(match["module"], {})[match["factor"]] = tensor
         return found
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the two files."""
+        digest = hashlib.sha256()
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()
+
     def scaling(self, module: str) -> float:
         """PEFT's factor before B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank = self.modules[module]["A"].shape[0]
@@ -119,6 +129,26 @@ class Adapter:
         if not checkpoint.pruned and all(a <= b for a, b in zip(shape, expected, strict=True)):
             return f"{what}; this adapter was trained on a pruned model: run `loram recover` on it first"
         return f"{what}; it belongs to another model"
+
+
+def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:
+    """Read an adapter and make sure that it is one for this model.
+
+    Raises:
+        UserError: it is no sound adapter, its modules or shapes are not the model's, or the plan beside it was made
+            from other weights.
+    """
+    adapter = Adapter.load(folder)
+    adapter.check_fits(checkpoint)
+    plan, ours = find_plan(folder), find_plan(checkpoint.folder)
+    if plan is not None and ours is not None and ours.fingerprint != plan.fingerprint:
+        raise UserError(f"{folder}: was trained on another pruned model than {checkpoint.name} (their plans differ)")
+    if plan is not None and ours is None and checkpoint.fingerprint != plan.base.fingerprint:
+        raise UserError(
+            f"{folder}: was made for {plan.base.name}, and the weights of {checkpoint.name} are others "
+            f"(fingerprint {checkpoint.fingerprint[:12]} instead of {plan.base.fingerprint[:12]})"
+        )
+    return adapter
 
 
 def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

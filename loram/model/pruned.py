@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from loram.errors import UserError
@@ -89,6 +89,21 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
     return model
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read or ends no sequence.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint.folder}: no usable tokenizer here: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{checkpoint.folder}: the tokenizer names no eos_token; set it in tokenizer_config.json")
+    return tokenizer
 
 
 @contextlib.contextmanager

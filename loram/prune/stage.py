@@ -11,7 +11,7 @@ from loram.model.architecture import Architecture, architecture_of
 from loram.model.checkpoint import SHARD_BYTES, Checkpoint, open_model, rewrite
 from loram.model.device import pick_device
 from loram.model.plan import BaseReference, PruningPlan
-from loram.model.pruned import write_config
+from loram.model.pruned import load_tokenizer, write_config
 from loram.model.resize import narrow
 from loram.progress import track
 from loram.prune.choose import choose
@@ -116,12 +116,9 @@ def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
 def _calibration(
     checkpoint: Checkpoint, data: DataSpec | str | Path | None, count: int, length: int
 ) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
     spec = as_spec(data or BUILTIN_CALIBRATION)
     spec = spec.model_copy(update={"max_samples": min(count, spec.max_samples or count)})
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    tokens = tokenize(load_rows(spec), tokenizer, length, name=spec.path)
+    tokens = tokenize(load_rows(spec), load_tokenizer(checkpoint), length, name=spec.path)
     pieces = [list(ids) for ids in tokens.rows["input_ids"]]
     return sorted(pieces, key=len, reverse=True)[:count]  # stable: whole pieces of a text before its short ends
 
