@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from loram.data_spec import DataSpec
 from loram.errors import UserError
@@ -200,19 +201,18 @@ def tokenize(rows: Dataset, tokenizer: Any, max_length: int, *, name: str = "dat
         UserError: a chat needs a template the tokenizer lacks, or no row has a token left in the loss.
     """
 
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        count = len(next(iter(batch.values())))
+    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
-        for index in range(count):
-            row = {key: column[index] for key, column in batch.items()}
-            for ids, labels in _encode(row, tokenizer, max_length, name):
+        for position, index in enumerate(indices):
+            row = {key: column[position] for key, column in batch.items()}
+            for ids, labels in _encode(row, tokenizer, max_length, f"{name}: row {index + 1}"):
                 out["input_ids"].append(ids[:max_length])
                 out["labels"].append(labels[:max_length])
                 out["truncated"].append(len(ids) > max_length)
         return out
 
     with _bar_if_slow(len(rows)):
-        encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+        encoded = rows.map(encode, batched=True, with_indices=True, remove_columns=rows.column_names, desc="Tokenizing")
         kept = encoded.remove_columns("truncated").filter(_has_loss, desc="Dropping rows without loss")
     truncated = sum(encoded["truncated"])
     skipped = len(encoded) - len(kept)
@@ -234,7 +234,7 @@ def _has_loss(row: Row) -> bool:
     return any(label != IGNORED for label in row["labels"][1:])  # the first token is never predicted
 
 
-def _encode(row: Row, tokenizer: Any, max_length: int, name: str) -> Iterator[tuple[list[int], list[int]]]:
+def _encode(row: Row, tokenizer: Any, max_length: int, where: str) -> Iterator[tuple[list[int], list[int]]]:
     """(input_ids, labels) of one row, or of each piece of a text."""
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
@@ -251,13 +251,14 @@ def _encode(row: Row, tokenizer: Any, max_length: int, name: str) -> Iterator[tu
         yield ids, [IGNORED] * start + ids[start:]
         return
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"{name}: its rows are chats, but the tokenizer has no chat template; use prompt and completion"
-        )
-    if "messages" in row:
-        yield _encode_chat(row["messages"], 0, tokenizer)
-    else:
-        yield _encode_chat(row["prompt"] + row["completion"], len(row["prompt"]), tokenizer)
+        raise UserError(f"{where} is a chat, but the tokenizer has no chat template; use prompt and completion")
+    messages, first = row.get("messages"), 0
+    if messages is None:
+        messages, first = row["prompt"] + row["completion"], len(row["prompt"])
+    try:
+        yield _encode_chat(messages, first, tokenizer)
+    except TemplateError as error:
+        raise UserError(f"{where}: the tokenizer's chat template refuses this chat: {error}") from error
 
 
 def _encode_chat(messages: list[Row], first: int, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -267,7 +268,8 @@ def _encode_chat(messages: list[Row], first: int, tokenizer: Any) -> tuple[list[
     for turn in range(first, len(messages)):
         if messages[turn]["role"] != "assistant":
             continue
-        start = _common_prefix(_template(tokenizer, messages[:turn], add_generation_prompt=True), full)
+        before = _template(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
+        start = _common_prefix(before, full)
         end = _common_prefix(_template(tokenizer, messages[: turn + 1]), full)
         labels[start:end] = full[start:end]
     return full, labels

@@ -186,7 +186,7 @@ def open_model(model: str | Path) -> Checkpoint:
 
 
 def _download(model: str) -> Path:
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", *_SIDE_FILES]
+    patterns = ["model*.safetensors", "*.json", *_SIDE_FILES]  # not the consolidated.* some repositories add
     return Path(_ask_hub(model, lambda: snapshot_download(model, allow_patterns=patterns)))
 
 
