@@ -61,7 +61,7 @@ def _options(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        for name in ("httpx", "urllib3", "filelock", "fsspec"):
+        for name in ("httpx", "httpx2", "huggingface_hub", "urllib3", "filelock", "fsspec"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -150,7 +150,7 @@ def _normalise(row: Row, index: int, form: Mapping[str, str], path: str) -> Row:
         if ours == "input":
             values["input"] = value or ""
         elif not value:
-            raise UserError(f"{path}: row {index + 1}: {form[ours]!r} is {'empty' if value == '' else value!r}")
+            raise UserError(f"{path}: row {index + 1}: {form[ours]!r} is {value!r}, where text is needed")
         elif not isinstance(value, str) and ours not in ("messages", "prompt", "completion"):
             raise UserError(f"{path}: row {index + 1}: {form[ours]!r} should be text, but is {value!r}")
     if "question" in values:

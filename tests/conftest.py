@@ -11,11 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread 
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-VOCABULARY = 96
+VOCABULARY = 320
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -49,11 +49,15 @@ ROWS = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few dozen tokens; it pads with its end-of-sequence token, as many chat models do."""
+    """A byte-level BPE with a few merges; it pads with its end-of-sequence token, as many chat models do."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<pad>", "<|im_start|>", "<|im_end|>"], show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     inner.train_from_iterator([json.dumps(row) for row in ROWS], trainer)
     return PreTrainedTokenizerFast(

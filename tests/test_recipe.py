@@ -1,0 +1,132 @@
+"""Recipes: read, overridden, and refused with the nearest known key."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from loram.data_spec import DataSpec
+from loram.errors import UserError
+from loram.recipe import Recipe, load_recipe
+
+GOOD = """
+model_name_or_path: some/model
+output_dir: runs/x
+dataset: train.jsonl
+eval_dataset: test.jsonl
+prune: {ratio: 0.5}
+train:
+  lora: {r: 8}
+  trainer: {learning_rate: 1e-3, max_steps: 50}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    def load(text: str = GOOD, *overrides: str) -> Recipe:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return load_recipe(path, list(overrides))
+
+    return load
+
+
+def test_a_good_recipe_and_its_defaults(recipe: Any) -> None:
+    found = recipe()
+    assert found.train.trainer == {"learning_rate": 0.001, "max_steps": 50}  # 1e-3 is a number, as in YAML 1.2
+    assert found.dataset == DataSpec(path="train.jsonl")
+    assert found.eval_dataset == {"eval": DataSpec(path="test.jsonl")}
+    assert (found.seed, found.prune.criterion, found.prune.keep_first, found.prune.keep_last) == (42, "taylor", 4, 2)
+
+
+def test_the_quickstart_is_a_good_recipe() -> None:
+    assert load_recipe(Path(__file__).parent.parent / "recipes" / "quickstart.yaml").prune.ratio == 0.5
+
+
+def test_overrides(recipe: Any) -> None:
+    found = recipe(
+        GOOD, "prune.ratio=0.65", "train.trainer.learning_rate=2e-4", "train.lora.r=16", "evaluate.full_lora=true"
+    )
+    assert (found.prune.ratio, found.train.lora["r"], found.evaluate.full_lora) == (0.65, 16, True)
+    assert found.train.trainer == {"learning_rate": 0.0002, "max_steps": 50}
+
+
+def test_eval_dataset_forms(recipe: Any) -> None:
+    one = recipe(GOOD, "eval_dataset={path: a.csv, max_samples: 3}")
+    assert one.eval_dataset == {"eval": DataSpec(path="a.csv", max_samples=3)}
+    two = recipe(GOOD, "eval_dataset={task: a.csv, text: {path: b.txt}}")
+    assert two.eval_dataset == {"task": DataSpec(path="a.csv"), "text": DataSpec(path="b.txt")}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modl=1", "modl: unknown key; known are model_name_or_path"),
+        ("model_name_or_pth=x", "did you mean model_name_or_path"),
+        ("prune.ration=0.5", r"prune\.ration: unknown key; did you mean ratio"),
+        ("prune.keep_frist=1", "did you mean keep_first"),
+        ("evaluate.max_sample=1", "did you mean max_samples"),
+        ("dataset={path: a, colums: {}}", "did you mean columns"),
+        ("prune.ratio=1.0", r"prune\.ratio: Input should be less than 1"),
+        ("prune.ratio=0", r"prune\.ratio: Input should be greater than 0"),
+        ("prune.ratio=half", r"prune\.ratio: .*found 'half'"),
+        ("seed=x", "seed: "),
+        ("prune=3", "prune: "),
+        ("eval_dataset=3", "eval_dataset: "),
+        ("prune.ratio.x=1", "ratio is not a section"),
+        ("novalue", "should be key=value"),
+        ("seed=[", "not valid YAML"),
+    ],
+)
+def test_bad_overrides_name_the_key(override: str, message: str, recipe: Any) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(GOOD, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "seed: 1\nseed: 2\n", r"recipe\.yaml:\d+: not valid YAML: key 'seed' stands twice"),
+        ("a: [1\nb: 2\n", r"recipe\.yaml:\d+: not valid YAML"),
+        ("just text", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        (GOOD.replace("dataset: train.jsonl\n", ""), "dataset: Field required"),
+        ("? [a, b]\n: 1\n", "recipe"),
+    ],
+    ids=["twice", "yaml", "text", "empty", "missing", "list-key"],
+)
+def test_bad_files(text: str, message: str, recipe: Any) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(text)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from([*Recipe.model_fields, "prune.ratio", "dataset.path", "x"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(KEYS, JSON, max_size=4))
+def test_any_content_gives_a_recipe_or_a_clear_error(changes: dict[str, Any], recipe: Any) -> None:
+    values = {**yaml.safe_load(GOOD), **changes}
+    with contextlib.suppress(UserError):
+        assert isinstance(recipe(yaml.safe_dump(values)), Recipe)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60))
+def test_any_text_gives_a_clear_error(text: str, recipe: Any) -> None:
+    with pytest.raises(UserError):
+        recipe(text.encode("utf-8", "ignore").decode())
