@@ -1,13 +1,11 @@
 """What pruning a model saves, from its config.json alone: no weights, no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.errors import UserError
-from loram.model.architecture import Geometry, architecture_of
+from loram.model.architecture import Geometry, architecture_of, read_config
 from loram.prune.counts import kept_units, prunable_layers
 
 
@@ -71,10 +69,4 @@ def _read(config: str | Path) -> dict[str, Any]:
         from loram.model.checkpoint import download_config
 
         path = download_config(str(config))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
+    return read_config(path)

@@ -37,6 +37,19 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
 }
+# Options that would be ignored in silence, since rows come to the trainer as token ids and labels.
+_OURS = {
+    "output_dir",
+    "assistant_only_loss",
+    "chat_template_path",
+    "completion_only_loss",
+    "dataset_kwargs",
+    "dataset_text_field",
+    "eos_token",
+    "model_init_kwargs",
+    "truncation_mode",
+}
+_BEYOND_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 LOG_NAME = "training_log.jsonl"
 _TIMINGS = ("runtime", "per_second", "total_flos")
 
@@ -78,7 +91,8 @@ def train(
     chosen = pick_device(device)
     spec = as_spec(data)
     tokenizer = load_tokenizer(checkpoint)
-    tokens = tokenize(load_rows(spec), tokenizer, spec.max_length or trainer_options["max_length"], name=spec.path)
+    trainer_options["max_length"] = spec.max_length or trainer_options["max_length"]
+    tokens = tokenize(load_rows(spec), tokenizer, trainer_options["max_length"], name=spec.path)
     settings = {
         "method": method,
         "lora": lora_options,
@@ -120,11 +134,16 @@ def check_options(
         names = _option_names(known)
         for key in given:
             if key not in names:
-                near = difflib.get_close_matches(key.removeprefix("lora_"), names, 1) or difflib.get_close_matches(
-                    key, names, 1
-                )
-                hint = f"; did you mean {near[0]}?" if near else ""
+                near = [*difflib.get_close_matches(key, names, 1), ""][0]
+                near = key.removeprefix("lora_") if key.removeprefix("lora_") in names else near
+                hint = f"; did you mean {near}?" if near else ""
                 raise UserError(f"{section}: {known.__name__} of this version has no option {key!r}{hint}")
+    if ours := sorted(_OURS & trainer.keys()):
+        raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")
+    if beyond := sorted(key for key in _BEYOND_LORA if lora.get(key)):
+        raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
+    if lora.get("bias", "none") != "none":
+        raise UserError("lora: bias should be none: trained biases could not be recovered for the full model")
     targets = lora["target_modules"]
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets:
         raise UserError(f"lora: target_modules should be a list of module names, but is {targets!r}")

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import loram
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 VOCABULARY = 320
 SIZES = {
@@ -88,6 +90,15 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dic
     """Family -> folder of a tiny model of it."""
     root = tmp_path_factory.mktemp("models")
     return {family: make_model(root / family, family, tokenizer) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def pruned_models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family -> folder of its tiny model pruned by half in layers 2 and 3."""
+    root = tmp_path_factory.mktemp("pruned")
+    for family, base in tiny_models.items():
+        loram.prune(base, root / family, ratio=0.5, criterion="magnitude", keep_first=2, keep_last=1)
+    return {family: root / family for family in tiny_models}
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,6 @@ import loram
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
 
 
-@pytest.fixture(scope="module")
-def pruned(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("pruned")
-    for family in FAMILIES:
-        loram.prune(tiny_models[family], root / family, ratio=0.5, criterion="magnitude", keep_first=2, keep_last=1)
-    return {family: root / family for family in FAMILIES}
-
-
 def losses(folder: Path) -> list[float]:
     entries = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return [entry["loss"] for entry in entries if "loss" in entry]
@@ -33,36 +25,40 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_lowers_the_loss_and_recovers(
-    family: str, pruned: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+    family: str, pruned_models: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     options = {**STEPS, "max_steps": 12, "learning_rate": 2e-2}
-    loram.train(pruned[family], tmp_path / "adapter", data=rows_file, trainer=options)
+    loram.train(pruned_models[family], tmp_path / "adapter", data=rows_file, trainer=options)
     found = losses(tmp_path / "adapter")
     assert found[-1] < found[0]
     loram.recover(tmp_path / "adapter", tmp_path / "recovered")
-    small = loram.evaluate(pruned[family], data=rows_file).perplexity
-    assert loram.evaluate(pruned[family], adapter=tmp_path / "adapter", data=rows_file).perplexity < small
+    small = loram.evaluate(pruned_models[family], data=rows_file).perplexity
+    assert loram.evaluate(pruned_models[family], adapter=tmp_path / "adapter", data=rows_file).perplexity < small
     full = loram.evaluate(tiny_models[family], data=rows_file).perplexity
     assert loram.evaluate(tiny_models[family], adapter=tmp_path / "recovered", data=rows_file).perplexity != full
 
 
-def test_the_folder_has_plan_tokenizer_and_stock_peft(pruned: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
-    folder = loram.train(pruned["llama"], tmp_path / "adapter", data=rows_file, trainer=STEPS)
+def test_the_folder_has_plan_tokenizer_and_stock_peft(
+    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    folder = loram.train(pruned_models["llama"], tmp_path / "adapter", data=rows_file, trainer=STEPS)
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "loram_plan.json", "tokenizer.json"} <= names
     assert {"chat_template.jinja", "loram_manifest.json", "training_log.jsonl"} <= names
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(pruned["llama"])
+    assert config["base_model_name_or_path"] == str(pruned_models["llama"])
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
     assert not list(tmp_path.glob("*-checkpoints"))
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("family", ["llama", "qwen3"], ids=["tied", "untied"])
-def test_lm_head_is_trained_when_asked(family: str, pruned: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+def test_lm_head_is_trained_when_asked(
+    family: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
     targets = ["q_proj", "lm_head"]
     folder = loram.train(
-        pruned[family], tmp_path / "adapter", data=rows_file, lora={"target_modules": targets}, trainer=STEPS
+        pruned_models[family], tmp_path / "adapter", data=rows_file, lora={"target_modules": targets}, trainer=STEPS
     )
     tensors = load_file(folder / "adapter_model.safetensors")
     assert tensors["base_model.model.lm_head.lora_B.weight"].abs().sum() > 0  # it starts at zero
@@ -74,18 +70,18 @@ def test_lm_head_is_trained_when_asked(family: str, pruned: dict[str, Path], row
     )
 
 
-def test_plain_and_fused_loss_agree(pruned: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+def test_plain_and_fused_loss_agree(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     """lm_head adapters go through another trainer: at the first step, where B = 0, both see the same loss."""
     for name, targets in (("fused", ["q_proj"]), ("plain", ["q_proj", "lm_head"])):
         options = {"target_modules": targets, "lora_dropout": 0.0}
-        loram.train(pruned["mistral"], tmp_path / name, data=rows_file, lora=options, trainer=STEPS)
+        loram.train(pruned_models["mistral"], tmp_path / name, data=rows_file, lora=options, trainer=STEPS)
     assert losses(tmp_path / "fused")[0] == pytest.approx(losses(tmp_path / "plain")[0], rel=1e-5)
 
 
-def test_options_reach_peft_and_trl(pruned: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     lora = {"r": 4, "use_rslora": True, "target_modules": ["v_proj"]}
     trainer = {**STEPS, "num_train_epochs": 1, "max_steps": -1, "weight_decay": 0.1, "gradient_accumulation_steps": 2}
-    folder = loram.train(pruned["qwen2"], tmp_path / "adapter", data=rows_file, lora=lora, trainer=trainer)
+    folder = loram.train(pruned_models["qwen2"], tmp_path / "adapter", data=rows_file, lora=lora, trainer=trainer)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["use_rslora"], config["target_modules"]) == (4, True, ["v_proj"])
     assert len(losses(folder)) == 3  # 20 rows in batches of 4, 2 accumulated
@@ -102,23 +98,27 @@ def test_options_reach_peft_and_trl(pruned: dict[str, Path], rows_file: Path, tm
         ({"method": "lisaa"}, "known are lora"),
         ({"lora": {"target_modules": ["lm_head"]}, "trainer": {"packing": True}}, "packing"),
         ({"trainer": {"max_length": 2}}, "no token"),
+        ({"trainer": {"output_dir": "x"}}, "output_dir cannot be set"),
+        ({"trainer": {"assistant_only_loss": True}}, "assistant_only_loss cannot be set"),
+        ({"lora": {"use_dora": True}}, "use_dora cannot be used"),
+        ({"lora": {"bias": "all"}}, "bias should be none"),
         ({"device": "cuda:99"}, "cannot be used"),
     ],
     ids=str,
 )
 def test_bad_options_are_refused_and_leave_nothing(
-    options: dict[str, Any], message: str, pruned: dict[str, Path], rows_file: Path, tmp_path: Path
+    options: dict[str, Any], message: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(loram.UserError, match=message.replace("?", r"\?")):
-        loram.train(pruned["llama"], tmp_path / "out", data=rows_file, **options)
+        loram.train(pruned_models["llama"], tmp_path / "out", data=rows_file, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_with_nothing_written(
-    pruned: dict[str, Path], rows_file: Path, tmp_path: Path
+    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises((FloatingPointError, loram.UserError), match=r"finite|loss is"):
-        loram.train(pruned["llama"], tmp_path / "out", data=rows_file, trainer={**STEPS, "learning_rate": 1e30})
+        loram.train(pruned_models["llama"], tmp_path / "out", data=rows_file, trainer={**STEPS, "learning_rate": 1e30})
     assert not (tmp_path / "out").exists()
 
 
@@ -144,14 +144,14 @@ assert not any(name.split(".")[0] == "loram" for name in sys.modules)
 
 
 def test_an_adapter_that_plain_trl_trained_recovers(
-    pruned: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+    pruned_models: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     """Any trainer will do: TRL alone trains on the pruned folder, and the plan copied beside the adapter widens it."""
-    command = [sys.executable, "-c", PLAIN_TRL, str(pruned["qwen3"]), str(rows_file), str(tmp_path / "adapter")]
+    command = [sys.executable, "-c", PLAIN_TRL, str(pruned_models["qwen3"]), str(rows_file), str(tmp_path / "adapter")]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    shutil.copy(pruned["qwen3"] / "loram_plan.json", tmp_path / "adapter")
+    shutil.copy(pruned_models["qwen3"] / "loram_plan.json", tmp_path / "adapter")
     loram.recover(tmp_path / "adapter", tmp_path / "recovered")
     plain = loram.evaluate(tiny_models["qwen3"], data=rows_file).perplexity
     assert loram.evaluate(tiny_models["qwen3"], adapter=tmp_path / "recovered", data=rows_file).perplexity != plain

@@ -3,8 +3,10 @@
 Supporting a family is adding a row to `ARCHITECTURES`. Nothing here touches a weight.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -102,6 +104,21 @@ _ROWS = (
     Architecture(model_type="gemma3_text", biases={"attention_bias": _QKVO}, norms=(4, 2), head_dim=256, tied=True),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return config
 
 
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:

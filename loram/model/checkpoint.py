@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loram.errors import UserError
-from loram.model.architecture import Geometry
+from loram.model.architecture import Geometry, read_config
 
 SHARD_BYTES = 1 << 30
 _WEIGHTS = "model.safetensors"
@@ -96,14 +96,7 @@ class Checkpoint:
         Raises:
             UserError: it is not a JSON object.
         """
-        path = self.folder / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: not a JSON object")
-        return config
+        return read_config(self.folder / "config.json")
 
     @cached_property
     def geometry(self) -> Geometry:

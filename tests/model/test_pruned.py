@@ -18,14 +18,6 @@ from loram.model.pruned import load_model
 TOKENS = torch.arange(3, 15)[None]
 
 
-@pytest.fixture(scope="module")
-def pruned(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("pruned")
-    for family in FAMILIES:
-        loram.prune(tiny_models[family], root / family, ratio=0.5, criterion="magnitude", keep_first=2, keep_last=1)
-    return {family: root / family for family in FAMILIES}
-
-
 def elsewhere(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run Python where loram is never imported."""
     environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules")}
@@ -48,42 +40,42 @@ print(json.dumps(result))
 """
 
 
-def test_trust_remote_code_loads_where_loram_is_not_imported(pruned: dict[str, Path], tmp_path: Path) -> None:
-    done = elsewhere(REMOTE, *map(str, pruned.values()), cwd=tmp_path)
+def test_trust_remote_code_loads_where_loram_is_not_imported(pruned_models: dict[str, Path], tmp_path: Path) -> None:
+    done = elsewhere(REMOTE, *map(str, pruned_models.values()), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for folder in pruned.values():
+    for folder in pruned_models.values():
         with torch.inference_mode():
             ours = loram.load_pruned(folder).eval()(TOKENS).logits.sum().item()
         assert found[str(folder)] == pytest.approx(ours, rel=1e-5)
 
 
-def test_without_loram_and_without_trust_it_fails_loudly(pruned: dict[str, Path], tmp_path: Path) -> None:
+def test_without_loram_and_without_trust_it_fails_loudly(pruned_models: dict[str, Path], tmp_path: Path) -> None:
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    done = elsewhere(code, str(pruned["llama"]), cwd=tmp_path)
+    done = elsewhere(code, str(pruned_models["llama"]), cwd=tmp_path)
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr
 
 
-def test_loading_as_the_plain_family_fails_loudly(pruned: dict[str, Path], tmp_path: Path) -> None:
+def test_loading_as_the_plain_family_fails_loudly(pruned_models: dict[str, Path], tmp_path: Path) -> None:
     code = "import sys; from transformers import LlamaForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    assert elsewhere(code, str(pruned["llama"]), cwd=tmp_path).returncode != 0
+    assert elsewhere(code, str(pruned_models["llama"]), cwd=tmp_path).returncode != 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_auto_class_loads_once_loram_is_imported(family: str, pruned: dict[str, Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pruned[family])
+def test_auto_class_loads_once_loram_is_imported(family: str, pruned_models: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned_models[family])
     assert type(model).__name__.startswith("Loram")
-    plan = loram.PruningPlan.load(pruned[family])
+    plan = loram.PruningPlan.load(pruned_models[family])
     assert sum(parameter.numel() for parameter in model.parameters()) == plan.parameters()[1]
 
 
-def test_kwargs_reach_from_pretrained(pruned: dict[str, Path]) -> None:
-    assert loram.load_pruned(pruned["qwen2"], dtype=torch.bfloat16).dtype == torch.bfloat16
+def test_kwargs_reach_from_pretrained(pruned_models: dict[str, Path]) -> None:
+    assert loram.load_pruned(pruned_models["qwen2"], dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_folder_is_ordinary_and_complete(pruned: dict[str, Path]) -> None:
-    folder = pruned["gemma2"]
+def test_folder_is_ordinary_and_complete(pruned_models: dict[str, Path]) -> None:
+    folder = pruned_models["gemma2"]
     config = json.loads((folder / "config.json").read_text())
     assert config["per_layer_config"].keys() == {"2", "3"}
     # half of 40 channels, and half of 4 groups of two heads
@@ -102,8 +94,8 @@ def test_load_pruned_needs_a_plan(tiny_llama: Path) -> None:
         loram.load_pruned(tiny_llama)
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(pruned: dict[str, Path], tmp_path: Path) -> None:
-    for path in pruned["llama"].iterdir():
+def test_weights_that_do_not_fit_the_config_are_refused(pruned_models: dict[str, Path], tmp_path: Path) -> None:
+    for path in pruned_models["llama"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] += 1
