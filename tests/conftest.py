@@ -49,6 +49,16 @@ ROWS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Give every test the float arithmetic that Python starts with.
+
+    `loram` flushes denormals for its whole process, which is right for a command, but hypothesis refuses to draw
+    floats there. A hook and not a fixture: it comes after the fixtures of every scope, some of which run a stage.
+    """
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with a few merges; it pads with its end-of-sequence token, as many chat models do."""
