@@ -62,7 +62,7 @@ class Recipe(_Section):
     model_name_or_path: str
     output_dir: Path
     dataset: DataSpec
-    eval_dataset: dict[str, DataSpec]
+    eval_dataset: dict[str, DataSpec] = Field(min_length=1)
     seed: int = 42
     device: str | None = None
     prune: PruneSection
@@ -84,16 +84,35 @@ def _as_spec(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads 1e-3 as text. Repeated keys are an error: PyYAML drops the first in silence."""
+    """YAML 1.2 numbers: PyYAML reads 1e-3 as text. Repeated keys are an error: PyYAML drops the first in silence.
+
+    A value that its own tag or look contradicts (2020-13-45, !!int x) is an error with a line: PyYAML lets whatever
+    Python raised through.
+    """
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Build a value."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{_short(node.value)} is not a {kind}; put it in quotes if it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, refusing a repeated key."""
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []  # super() refuses the others
         seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 _Loader.add_implicit_resolver(
@@ -109,7 +128,11 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such recipe")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; a recipe is YAML in UTF-8") from error
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     for override in overrides or []:
@@ -128,7 +151,9 @@ def _parse(text: str, where: str) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from error
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid YAML for a recipe: nested too deeply") from error
 
 
 def parse_pair(text: str, where: str) -> tuple[str, Any]:

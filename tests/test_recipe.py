@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loram.data_spec import DataSpec
 from loram.errors import UserError
-from loram.recipe import Recipe, load_recipe
+from loram.recipe import Recipe, file_digest, load_recipe
 
 GOOD = """
 model_name_or_path: some/model
@@ -78,6 +78,15 @@ def test_eval_dataset_forms(recipe: Any) -> None:
         ("prune=3", "prune: "),
         ("eval_dataset=3", "eval_dataset: "),
         ("prune.ratio.x=1", "ratio is not a section"),
+        ("eval_dataset={test: {path: a, spilt: b}}", r"eval_dataset\.test\.spilt: unknown key; did you mean split"),
+        ("eval_dataset={}", "eval_dataset"),
+        ("prune.calibration={pth: a}", r"prune\.calibration\."),
+        ("prune.ratio=.nan", r"prune\.ratio: "),
+        ("prune.ratio=-0.5", r"prune\.ratio: Input should be greater than 0"),
+        ("evaluate.max_length=0", r"evaluate\.max_length: "),
+        ("output_dir=", "output_dir: "),
+        ("dataset=[a, b]", "dataset: "),
+        ("dataset.max_samples=3", "dataset is not a section"),
         ("novalue", "should be key=value"),
         ("seed=[", "not valid YAML"),
     ],
@@ -102,6 +111,25 @@ def test_bad_overrides_name_the_key(override: str, message: str, recipe: Any) ->
 def test_bad_files(text: str, message: str, recipe: Any) -> None:
     with pytest.raises(UserError, match=message):
         recipe(text)
+
+
+# what YAML's own constructors reject with all kinds of exceptions
+BAD_SCALARS = ["2020-13-45", "0x_", "0b_", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!map x", "9" * 5000]
+
+
+@pytest.mark.parametrize("scalar", BAD_SCALARS, ids=lambda scalar: scalar[:12])
+def test_bad_scalars_name_the_line_or_the_override(scalar: str, recipe: Any) -> None:
+    with pytest.raises(UserError, match=r"recipe\.yaml(:\d+)?: not valid YAML"):
+        recipe(GOOD + f"seed: {scalar}\n")
+    with pytest.raises(UserError, match=r"override 'seed=.*not valid YAML"):
+        recipe(GOOD, f"seed={scalar}")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: caf\xe9\n", b"[" * 1000], ids=["utf-16", "latin-1", "deep"])
+def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -130,3 +158,24 @@ def test_any_content_gives_a_recipe_or_a_clear_error(changes: dict[str, Any], re
 def test_any_text_gives_a_clear_error(text: str, recipe: Any) -> None:
     with pytest.raises(UserError):
         recipe(text.encode("utf-8", "ignore").decode())
+
+
+FRAGMENTS = [*BAD_SCALARS[:8], *"a[]{},\n", "seed", ": ", "  ", "- ", "? ", "&a ", "*a", "<<", "1e3"]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join))
+def test_any_yaml_after_a_good_recipe_gives_a_recipe_or_a_clear_error(text: str, recipe: Any) -> None:
+    for content, overrides in ((GOOD + text, ()), (GOOD, (f"train.lora.x={text}",))):
+        with contextlib.suppress(UserError):
+            assert isinstance(recipe(content, *overrides), Recipe)
+
+
+def test_file_digest_follows_content_and_settings(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("one")
+    first = file_digest(DataSpec(path=str(path)))
+    assert first == file_digest(DataSpec(path=str(path)))
+    assert first != file_digest(DataSpec(path=str(path), max_samples=3))
+    path.write_text("two")
+    assert first != file_digest(DataSpec(path=str(path)))
