@@ -1,13 +1,18 @@
 """Folders appear whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from loram.artifacts import MANIFEST_NAME, find_manifest, publish
 from loram.errors import UserError
@@ -70,9 +75,11 @@ def test_existing_outputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file, so no folder can be made below it"):
         write(tmp_path / "file" / "out")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    with pytest.raises(UserError, match="exists already"):
-        write(tmp_path / "link")
+    for name, target in (("link", "empty"), ("dangling", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match="exists already"):
+            write(tmp_path / name)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_an_empty_folder_may_be_the_output(tmp_path: Path) -> None:
@@ -86,6 +93,49 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another process is writing"):
             write(tmp_path / "out")
         assert (staging / "a").exists()
+
+
+WRITER = """
+import pathlib, sys, time
+sys.argv[0] = "loram"  # as the command line: without torch
+from loram.artifacts import publish
+with publish(pathlib.Path(sys.argv[1]), kind="test", made_from={}) as staging:
+    (staging / "old").touch()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_writer_in_another_process_keeps_others_out_until_it_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "writing\n"
+            with pytest.raises(UserError, match="another process is writing"):
+                write(tmp_path / "out")
+            assert (tmp_path / ".out.partial" / "old").exists()
+        finally:
+            writer.kill()
+    assert not (tmp_path / "out").exists()
+    assert find_manifest(write(tmp_path / "out")) is not None
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", MANIFEST_NAME, "sub"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def race() -> None:
+        with publish(out, kind="test", made_from={}) as staging:
+            (staging / "ours").touch()
+            out.mkdir()
+            (out / "theirs").touch()
+
+    with pytest.raises(UserError, match="exists already"):
+        race()
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
@@ -114,6 +164,42 @@ def test_a_broken_manifest_is_an_error(damage: str, tmp_path: Path) -> None:
     (out / MANIFEST_NAME).write_text(damage)
     with pytest.raises(UserError, match="not a valid manifest"):
         find_manifest(out)
+
+
+def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    (out / MANIFEST_NAME).write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(UserError, match="format_version"):
+        find_manifest(out)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=3))
+def test_a_mutilated_manifest_is_a_clear_error_or_a_manifest(changes: list[tuple[int, int]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if not out.exists():
+        write(out)
+        (tmp_path / "good").write_bytes((out / MANIFEST_NAME).read_bytes())
+    content = bytearray((tmp_path / "good").read_bytes())
+    for position, value in changes:
+        content[position % len(content)] = value
+    (out / MANIFEST_NAME).write_bytes(bytes(content))
+    with contextlib.suppress(UserError):
+        assert find_manifest(out) is not None
+
+
+def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
+    def fingerprint(out: str, name: str, content: str, **options: Any) -> str:
+        with publish(tmp_path / out, made_from={}, **options) as staging:
+            (staging / name).write_text(content)
+        manifest = find_manifest(tmp_path / out)
+        assert manifest is not None
+        return manifest.fingerprint
+
+    first = fingerprint("a", "x", "1", kind="k")
+    assert first == fingerprint("b", "x", "1", kind="other", settings={"s": 2})
+    assert len({first, fingerprint("c", "y", "1", kind="k"), fingerprint("d", "x", "2", kind="k")}) == 3
 
 
 def test_no_manifest_is_none(tmp_path: Path) -> None:
