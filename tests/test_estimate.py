@@ -62,6 +62,25 @@ def test_a_sparse_config_gets_the_familys_defaults(family: str) -> None:
     assert loram.estimate(config.to_diff_dict() | sparse, ratio=0.5, keep_first=1, keep_last=1) == found
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropped", ["num_key_value_heads", "head_dim", "tie_word_embeddings"])
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str, dropped: str) -> None:
+    # 64 heads: more than any family's own number of key-value heads, and a whole multiple of it
+    sizes = {**SIZES, "hidden_size": 128, "num_attention_heads": 64, "tie_word_embeddings": True}
+    del sizes[dropped]
+    found = loram.estimate({"model_type": family, **sizes}, ratio=0.5, keep_first=1, keep_last=1)
+    assert found.parameters == meta_parameters(AutoConfig.for_model(family, **sizes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_that_transformers_writes(family: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(family, **{**SIZES, **ODDITIES[family]})
+    config.save_pretrained(tmp_path)
+    found = loram.estimate(tmp_path, ratio=0.5, keep_first=1, keep_last=1)
+    assert found.parameters == meta_parameters(config)
+    assert loram.estimate(str(tmp_path / "config.json"), ratio=0.5, keep_first=1, keep_last=1) == found
+
+
 def test_a_config_without_key_value_heads_has_one_for_each_head() -> None:
     config = {key: value for key, value in LLAMA_70B.items() if key != "num_key_value_heads"}
     assert loram.estimate(config, ratio=0.85).units["kv_groups"] == 10  # ceil(64 * 0.15)
@@ -81,17 +100,29 @@ def test_pruned_counts_are_those_of_the_real_plan(family: str, tiny_models: dict
     [
         ({"model_type": "phi3"}, {}, "supported families are llama, mistral, qwen2, qwen3, gemma2, gemma3_text"),
         ({"hidden_size": None}, {}, "hidden_size"),
+        ({"vocab_size": "many"}, {}, "config: vocab_size: "),
+        ({"num_key_value_heads": 0}, {}, "num_key_value_heads"),
+        ({"num_attention_heads": 0}, {}, "num_attention_heads"),
+        ({"head_dim": 0}, {}, "head_dim"),
+        ({"model_type": "loram_llama"}, {}, "already pruned"),
         ({"num_attention_heads": 63}, {}, "not a multiple"),
         ({}, {"ratio": 0.0}, "between 0 and 1"),
         ({}, {"ratio": 1.0}, "between 0 and 1"),
         ({}, {"ratio": 0.99999}, "leaves none of 28672 channels"),
         ({}, {"keep_first": 50, "keep_last": 30}, "leave no layer of 80"),
+        ({}, {"keep_first": -1}, "keep_first -1"),
     ],
     ids=str,
 )
 def test_bad_input(changes: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(loram.UserError, match=message):
         loram.estimate({**LLAMA_70B, **changes}, **{"ratio": 0.85, **options})
+
+
+@pytest.mark.parametrize("key", [key for key in LLAMA_70B if key not in ("num_key_value_heads", "tie_word_embeddings")])
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(loram.UserError, match=key):
+        loram.estimate({name: value for name, value in LLAMA_70B.items() if name != key}, ratio=0.85)
 
 
 def test_files(tmp_path: Path) -> None:

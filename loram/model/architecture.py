@@ -75,6 +75,8 @@ class Architecture:
         model_type: transformers' name of the family.
         biases: config switch -> the linears whose bias it turns on; `always` is no switch.
         norms: how many norms of the hidden size, and of a head's size, a decoder layer has.
+        kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
+            num_attention_heads, which is also what a null in config.json means.
         head_dim: transformers' default where config.json leaves it out; None is hidden_size / num_attention_heads.
         tied: transformers' default of tie_word_embeddings where config.json leaves it out.
         spaces: what can be pruned in a decoder layer.
@@ -83,6 +85,7 @@ class Architecture:
     model_type: str
     biases: Mapping[str, tuple[Linear, ...]] = field(default_factory=dict)
     norms: tuple[int, int] = (2, 0)
+    kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
     spaces: tuple[Space, ...] = (KV_GROUPS, CHANNELS)
@@ -97,11 +100,15 @@ CUTS = MappingProxyType({cut.linear: (space, cut) for space in (KV_GROUPS, CHANN
 
 _ROWS = (
     Architecture(model_type="llama", biases={"attention_bias": _QKVO, "mlp_bias": _MLP}),
-    Architecture(model_type="mistral"),
-    Architecture(model_type="qwen2", biases={"always": _QKV}),
-    Architecture(model_type="qwen3", biases={"attention_bias": _QKVO}, norms=(2, 2), head_dim=128),
-    Architecture(model_type="gemma2", biases={"attention_bias": _QKVO}, norms=(4, 0), head_dim=256, tied=True),
-    Architecture(model_type="gemma3_text", biases={"attention_bias": _QKVO}, norms=(4, 2), head_dim=256, tied=True),
+    Architecture(model_type="mistral", kv_heads=8),
+    Architecture(model_type="qwen2", biases={"always": _QKV}, kv_heads=32),
+    Architecture(model_type="qwen3", biases={"attention_bias": _QKVO}, norms=(2, 2), kv_heads=32, head_dim=128),
+    Architecture(
+        model_type="gemma2", biases={"attention_bias": _QKVO}, norms=(4, 0), kv_heads=4, head_dim=256, tied=True
+    ),
+    Architecture(
+        model_type="gemma3_text", biases={"attention_bias": _QKVO}, norms=(4, 2), kv_heads=4, head_dim=256, tied=True
+    ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
 
@@ -176,13 +183,16 @@ class Geometry(BaseModel):
             for linear in linears
         ]
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        head_dim = config.get("head_dim") or architecture.head_dim
+        kv_heads = config.get("num_key_value_heads", architecture.kv_heads)
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            head_dim = architecture.head_dim
         if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
             head_dim = hidden // heads
         tied = config.get("tie_word_embeddings")
         values = {name: config[name] for name in cls.model_fields if name in config}
         values |= {
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
+            "num_key_value_heads": heads if kv_heads is None else kv_heads,
             "head_dim": head_dim,
             "tie_word_embeddings": architecture.tied if tied is None else tied,
             "biases": tuple(biases),
