@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from loram.errors import UserError, first_problem
 
 Column = Literal["messages", "prompt", "completion", "text"]
 
@@ -14,7 +16,7 @@ class DataSpec(BaseModel):
 
     Args:
         path: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub.
-        config, split: of a hub data set; the split defaults to `train`.
+        config, split: of a hub data set; the split defaults to `train`. A file has neither.
         columns: our name (messages, prompt, completion, text) -> the file's name; by inspection where not given.
         max_samples: only the first so many rows; in an evaluation also so many pieces of a long text.
         max_length: tokens a row is cut to, where this data set needs another limit than the stage's.
@@ -22,7 +24,7 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str
+    path: str = Field(min_length=1)
     config: str | None = None
     split: str | None = None
     columns: dict[Column, str] = Field(default_factory=dict)
@@ -31,7 +33,14 @@ class DataSpec(BaseModel):
 
 
 def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
-    """A data set given by name, as a mapping, or already as a spec."""
+    """A data set given by name, as a mapping, or already as a spec.
+
+    Raises:
+        UserError: the mapping has an unknown key or a bad value.
+    """
     if isinstance(data, DataSpec):
         return data
-    return DataSpec(**data) if isinstance(data, Mapping) else DataSpec(path=str(data))
+    try:
+        return DataSpec.model_validate(dict(data) if isinstance(data, Mapping) else {"path": str(data)})
+    except ValidationError as error:
+        raise UserError(f"data: {first_problem(error)}") from error

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loram.data import IGNORED, load_rows, tokenize
-from loram.data_spec import DataSpec
+from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 
 Jsonl = Callable[..., Path]
@@ -70,6 +70,36 @@ def test_every_assistant_turn_of_messages_is_in_the_loss(jsonl: Jsonl, tokenizer
     assert inside == "four<|im_end|>\n"
 
 
+REWRITING_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if loop.last and message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_writes_the_last_turn_differently(jsonl: Jsonl, tokenizer: Any) -> None:
+    """Qwen3's puts an empty thought before the last reply only."""
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=REWRITING_TEMPLATE
+    )
+    second = [{"role": "user", "content": "and two"}, {"role": "assistant", "content": "four"}]
+    third = [{"role": "user", "content": "again"}, {"role": "assistant", "content": "four"}]
+    [(outside, inside)] = labelled(jsonl({"messages": [*CHAT, *second, *third]}), other)
+    assert inside == f"{REPLY}<|im_end|>\nfour<|im_end|>\n<think>\n\n</think>\n\nfour<|im_end|>\n"
+    header = "<|im_start|>assistant\n"
+    assert outside == f"{PROMPT_TEXT}<|im_start|>user\nand two<|im_end|>\n{header}" + (
+        f"<|im_start|>user\nagain<|im_end|>\n{header}"
+    )
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(jsonl: Jsonl, tokenizer: Any) -> None:
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+    for row in ({"text": ASK}, {"prompt": ASK, "completion": REPLY}):
+        with pytest.raises(UserError, match="end-of-sequence"):
+            labelled(jsonl(row), endless)
+
+
 def test_without_a_chat_template_questions_are_plain_and_chats_refused(jsonl: Jsonl, tokenizer: Any) -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>")
     [(prompt, completion)] = labelled(jsonl({"question": ASK, "answer": REPLY}), plain)
@@ -103,6 +133,79 @@ def test_text_is_cut_into_pieces_that_make_the_whole(tmp_path: Path, tokenizer: 
     assert tokenizer.decode(ids) == path.read_text() + "<|im_end|>"
     assert all(row["labels"] == row["input_ids"] for row in rows)
     assert [len(length) for length in rows["input_ids"][:-1]] == [32] * (len(rows) - 1)
+
+
+def test_a_last_piece_of_one_token_is_skipped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one plus two is three")
+    rows = load_rows(DataSpec(path=str(path)))
+    ids = [*tokenizer(path.read_text())["input_ids"], tokenizer.eos_token_id]
+    for length in range(2, len(ids) + 1):
+        alone = len(ids) % length == 1  # the first token of a piece is never predicted
+        tokens = tokenize(rows, tokenizer, length)
+        assert [i for row in tokens.rows for i in row["input_ids"]] == (ids[:-1] if alone else ids)
+        assert (tokens.skipped, tokens.truncated) == (int(alone), 0)
+
+
+def test_every_token_of_a_text_row_is_in_the_loss(jsonl: Jsonl, tokenizer: Any) -> None:
+    assert labelled(jsonl({"text": ASK}, {"text": REPLY}), tokenizer) == [
+        ("", f"{ASK}<|im_end|>"),
+        ("", f"{REPLY}<|im_end|>"),
+    ]
+    assert labelled(jsonl({"body": ASK}), tokenizer, columns={"text": "body"}) == [("", f"{ASK}<|im_end|>")]
+
+
+def test_chats_in_a_column_by_name(jsonl: Jsonl, tokenizer: Any) -> None:
+    path = jsonl({"turns": CHAT, "text": "no"})
+    assert labelled(path, tokenizer, columns={"messages": "turns"}) == [(PROMPT_TEXT, f"{REPLY}<|im_end|>\n")]
+
+
+def test_csv_fields_are_text_whatever_they_look_like(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "sums.csv"
+    path.write_text('prompt,completion\n1+1=,2\n1-1=,007\n"a, b",NA\n')
+    assert [inside for _, inside in labelled(path, tokenizer)] == [f"{x}<|im_end|>" for x in ("2", "007", "NA")]
+    path = tmp_path / "numbers.csv"  # a whole column that looks like numbers
+    path.write_text("prompt,completion\n1+1=,2\n0+7=,007\n")
+    assert [inside for _, inside in labelled(path, tokenizer)] == ["2<|im_end|>", "007<|im_end|>"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_text_that_looks_like_a_date_or_nothing_stays_text(suffix: str, tmp_path: Path, tokenizer: Any) -> None:
+    path, answers = tmp_path / f"rows.{suffix}", ["2020-01-01", "2021-02-03"]
+    frame = pd.DataFrame([{"prompt": "when:", "completion": answer} for answer in answers])
+    writers: dict[str, Callable[[], Any]] = {
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "json": lambda: frame.to_json(path, orient="records"),
+        "csv": lambda: frame.to_csv(path, index=False),
+        "parquet": lambda: frame.to_parquet(path),
+    }
+    writers[suffix]()
+    assert [inside for _, inside in labelled(path, tokenizer)] == [f"{answer}<|im_end|>" for answer in answers]
+
+
+def test_json_lines_by_the_name_of_json_and_a_byte_order_mark(tmp_path: Path) -> None:
+    row = {"prompt": "caf\u00e9 \u2028", "completion": "b"}
+    for name, text in (
+        ("a.json", f"{json.dumps(row, ensure_ascii=False)}\n" * 2),
+        ("b.json", f"\n[{json.dumps(row)},\n{json.dumps(row)}]"),
+        ("c.csv", "prompt,completion\n" + "caf\u00e9 \u2028,b\n" * 2),
+    ):
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / name).write_text(text, encoding=encoding)
+            assert load_rows(DataSpec(path=str(tmp_path / name))).to_list() == [row, row]
+
+
+def test_long_and_quoted_csv_fields(tmp_path: Path) -> None:
+    text = 'a "word", and\na line ' * 20_000  # above the limit of Python's csv
+    pd.DataFrame([{"text": text}]).to_csv(tmp_path / "a.csv", index=False)
+    assert load_rows(DataSpec(path=str(tmp_path / "a.csv"))).to_list() == [{"text": text}]
+
+
+def test_alpaca_rows_may_lack_their_input(jsonl: Jsonl, tokenizer: Any) -> None:
+    path = jsonl({"instruction": "say", "output": "a"}, {"instruction": "say", "input": "a word", "output": "b"})
+    first, second = (prompt for prompt, _ in labelled(path, tokenizer))
+    assert "user\nsay<|im_end|>" in first
+    assert "user\nsay\n\na word<|im_end|>" in second
 
 
 def test_columns_by_name_and_max_samples(jsonl: Jsonl, tokenizer: Any) -> None:
@@ -154,9 +257,34 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
         ),
         ('{"question": "a", "answer": 7}\n', r"row 1: 'answer' should be text, but is 7"),
         ('{"foo": "a", "bar": 7}\n', r"cannot tell which columns to use from foo, bar"),
+        ("{}\n", r"cannot tell which columns to use from none"),
         ('{"messages": [{"role": "user"}]}\n', r"row 1: a message needs a role and a content"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"row 2: 'text' is not valid text: .*surrogates not allowed"),
+        ('{"text": ' + "9" * 5000 + "}\n", r"rows\.jsonl:1: this row is not valid JSON"),
+        ('{"text": ' + "[" * 100_000 + "\n", r"rows\.jsonl:1: this row is not valid JSON"),
+        (
+            '{"prompt": "a", "completion": "b"}\n'
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}\n',
+            r"row 2: the prompt is messages, but that of row 1 is text",
+        ),
+        ('{"question": "a", "answer": "b"}\n{"text": "a"}\n', r"row 2: 'question' is None"),
     ],
-    ids=["empty", "broken", "no-object", "null", "blank", "number", "columns", "message"],
+    ids=[
+        "empty",
+        "broken",
+        "no-object",
+        "null",
+        "blank",
+        "number",
+        "columns",
+        "no-columns",
+        "message",
+        "half-a-character",
+        "huge-number",
+        "deep",
+        "mixed",
+        "two-forms",
+    ],
 )
 def test_errors_name_file_and_row(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
@@ -166,14 +294,110 @@ def test_errors_name_file_and_row(content: str, message: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    "bad",
+    [
+        {"messages": "hi"},
+        {"messages": 7},
+        {"messages": ["hi"]},
+        {"messages": CHAT[0]},
+        {"messages": [CHAT]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"prompt": 3, "completion": "b"},
+        {"prompt": {"a": 1}, "completion": "b"},
+        {"prompt": "a", "completion": CHAT[1:]},
+        {"prompt": CHAT[:1], "completion": "b"},
+    ],
+    ids=str,
+)
+def test_a_chat_that_is_none_names_file_and_row(bad: dict[str, Any], jsonl: Jsonl) -> None:
+    with pytest.raises(UserError, match=r"data\.jsonl: row 1: "):
+        load_rows(DataSpec(path=str(jsonl(bad))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\n\n"),
+        ("a.json", "[]"),
+        ("a.csv", "question,answer\n"),
+        ("a.tsv", "question\tanswer\n"),
+        ("a.txt", " \n"),
+    ],
+)
+def test_no_rows_is_said_plainly(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: the data set is empty"):
+        load_rows(DataSpec(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "caf\u00e9"}\n'),
+        ("a.json", '[{"text": "caf\u00e9"}]'),
+        ("a.csv", "text\ncaf\u00e9\n"),
+        ("a.txt", "caf\u00e9"),
+    ],
+)
+def test_files_in_another_encoding_name_the_file(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{name}.*utf-8"):
+        load_rows(DataSpec(path=str(tmp_path / name)))
+
+
+def test_broken_files_of_other_kinds_name_the_file(tmp_path: Path) -> None:
+    for name, content in (("a.json", '[{"question": "a"'), ("a.parquet", "no parquet"), ("a.csv", 'a,b\n"open,1\n')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name}: cannot"):
+            load_rows(DataSpec(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("question,answer\na,b\na,b,c\n", r"a\.csv:3: this row has more fields than there are columns"),
+        ("question,answer\na\n", r"row 1: 'answer' is None"),
+        ("question,answer,answer\na,b,c\n", r"a\.csv: column 'answer' stands twice"),
+        ('question,answer\na,"b"c\n', r"a\.csv: cannot be read as csv: after line 1: "),
+    ],
+    ids=["more", "fewer", "twice", "quotes"],
+)
+def test_csv_rows_that_do_not_fit_their_header(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_rows(DataSpec(path=str(tmp_path / "a.csv")))
+
+
+def test_a_mapping_with_a_bad_key_or_value_is_a_clear_error() -> None:
+    for data in ({"pth": "a"}, {"path": "a", "max_samples": 0}, {"path": "a", "columns": {"question": "q"}}, {}, ""):
+        with pytest.raises(UserError, match="data: "):
+            as_spec(data)
+
+
+@pytest.mark.parametrize("option", ["split", "config"])
+def test_options_of_hub_data_sets_are_not_ignored_for_files(option: str, jsonl: Jsonl) -> None:
+    path = jsonl({"text": "a"})
+    with pytest.raises(UserError, match=option):
+        load_rows(DataSpec(path=str(path), **{option: "test"}))
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.jsonl"])
+def test_a_folder_is_no_data_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: "):
+        load_rows(DataSpec(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ({"path": "none.jsonl"}, r"none\.jsonl: no such file$"),  # without asking the hub
         ({"path": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl: no such file"),
         ({"path": "data.xlsx"}, "unknown kind of data file"),
         ({"path": "rows.jsonl", "columns": {"text": "body"}}, "no column 'body' for text; there are question, answer"),
         ({"path": "rows.jsonl", "columns": {"prompt": "question"}}, "both prompt and completion"),
     ],
-    ids=["missing", "suffix", "column", "half"],
+    ids=["bare", "missing", "suffix", "column", "half"],
 )
 def test_bad_specs(spec: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
