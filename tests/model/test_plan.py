@@ -83,11 +83,6 @@ def test_kept_elements_by_hand() -> None:
     assert plan.kept_elements(3, channels, channels.cuts[0]) is None
 
 
-subset = st.integers(1, 10).flatmap(
-    lambda size: st.sets(st.integers(0, size - 1), min_size=1).map(lambda kept: (size, tuple(sorted(kept))))
-)
-
-
 @st.composite
 def plans(draw: Any) -> PruningPlan:
     heads, group = draw(st.integers(1, 5)), draw(st.integers(1, 3))
@@ -172,6 +167,58 @@ def test_a_mutilated_plan_is_a_clear_error_or_a_plan(mutations: list[tuple[int, 
         assert PLAN_NAME in str(error)  # noqa: PT017  either outcome is right
     else:
         assert plan.parameters()[0] >= plan.parameters()[1]
+
+
+PATHS = [
+    (),
+    ("format_version",),
+    ("model_type",),
+    ("base",),
+    ("base", "fingerprint"),
+    ("geometry",),
+    ("geometry", "head_dim"),
+    ("geometry", "num_key_value_heads"),
+    ("geometry", "biases"),
+    ("ratio",),
+    ("keep_first",),
+    ("versions",),
+    ("layers",),
+    ("layers", "2"),
+    ("layers", "2", "channels"),
+    ("layers", "x"),
+]
+WRONG = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(PATHS), value=WRONG)
+def test_a_plan_of_wrong_types_is_a_clear_error_or_a_plan(path: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+    content: dict[str, Any] = {"": json.loads(make({2: {"channels": (1, 4)}}).to_json())}
+    *parents, last = ("", *path)
+    place = content
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    (tmp_path / PLAN_NAME).write_text(json.dumps(content[""]))
+    try:
+        plan = PruningPlan.load(tmp_path)
+    except UserError as error:
+        assert PLAN_NAME in str(error)  # noqa: PT017  either outcome is right
+    else:
+        assert plan.parameters()[0] >= plan.parameters()[1]
+
+
+@pytest.mark.parametrize("key", [key for key in PruningPlan.model_fields if key != "format_version"])
+def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
+    content = json.loads(make({2: {"channels": (1, 4)}}).to_json())
+    del content[key]
+    (tmp_path / PLAN_NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"loram_plan\.json: .*{key}: Field required"):
+        PruningPlan.load(tmp_path)
 
 
 def test_a_folder_without_a_plan(tmp_path: Path) -> None:
