@@ -1,17 +1,13 @@
-"""The merge stage: base weights + adapter -> a plain model folder, one tensor at a time."""
+"""The merge stage: base weights + adapter -> a plain model folder, a few rows at a time."""
 
 import json
 from pathlib import Path
 
-from torch import Tensor
-
 from loram.artifacts import check_output, publish
 from loram.errors import UserError
 from loram.model.adapter import load_for
-from loram.model.checkpoint import open_model, rewrite
+from loram.model.checkpoint import EMBEDDING, HEAD, ShardedWriter, copy_side_files, open_model
 from loram.progress import track
-
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
@@ -35,20 +31,28 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     check_output(out)
     checkpoint = open_model(base)
     update = load_for(checkpoint, Path(adapter))
+    sources = {name: name for name in checkpoint.names()}
     untied = checkpoint.tied and "lm_head" in update.modules
-
-    def merged(name: str, tensor: Tensor) -> Tensor:
-        module = name.removesuffix(".weight")
-        if name == module or module not in update.modules:
-            return tensor
-        if not tensor.is_floating_point():
-            raise UserError(f"{checkpoint.name}: {name} is quantised ({tensor.dtype}); merge into the original weights")
-        return (tensor.float() + update.delta(module)).to(tensor.dtype)
+    if untied:
+        sources[HEAD] = EMBEDDING
+    specs = {name: checkpoint.spec(source) for name, source in sources.items()}
+    for module in update.modules:
+        if not (dtype := specs[f"{module}.weight"].dtype).is_floating_point:
+            raise UserError(
+                f"{checkpoint.name}: {module}.weight is quantised ({dtype}); merge into the original weights"
+            )
 
     made_from = {"base": checkpoint.fingerprint, "adapter": update.fingerprint}
     with publish(out, kind="merged", made_from=made_from) as staging:
-        extra = {_HEAD: _EMBEDDING} if untied else {}
-        rewrite(checkpoint, staging, merged, extra=extra, progress=lambda names: track(names, "Merging"))
+        with ShardedWriter(staging, specs) as writer:
+            for name, source in track(list(sources.items()), "Merging"):
+                module = name.removesuffix(".weight")
+                for row, block in checkpoint.blocks(source):
+                    if name != module and module in update.modules:
+                        delta = update.delta(module, row, row + len(block))
+                        block = delta.add_(block).to(block.dtype)
+                    writer.write(name, block, row)
+        copy_side_files(checkpoint.folder, staging)
         config = {**checkpoint.config, **({"tie_word_embeddings": False} if untied else {})}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return out

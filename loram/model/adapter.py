@@ -102,10 +102,10 @@ class Adapter:
         alpha = float(_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def delta(self, module: str) -> Tensor:
-        """The update of a module's weight, scaling·B·A: (out_features, in_features), float32."""
+    def delta(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The update scaling·B·A of a module's weight, or of its rows `start` to `stop`: float32."""
         factors = self.modules[module]
-        return self.scaling(module) * (factors["B"].float() @ factors["A"].float())
+        return self.scaling(module) * (factors["B"][start:stop].float() @ factors["A"].float())
 
     def check_fits(self, checkpoint: Checkpoint) -> None:
         """Refuse an adapter whose modules or shapes are not the model's.

@@ -1,25 +1,25 @@
 """Lazy reading of a model folder, tensor by tensor, and writing of a sharded one. Never a whole model in memory."""
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loram.errors import UserError
 from loram.model.architecture import Geometry, read_config
+from loram.model.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 4 << 30
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # All that a model folder holds beside its weights and its config: carried over byte for byte.
@@ -53,7 +53,7 @@ class Checkpoint:
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder
         self.name = name or str(folder.absolute())
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json here, so this is not a model folder")
         self.index = self._read_index()
@@ -72,21 +72,18 @@ class Checkpoint:
             other = [path.name for path in sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt"))]
             remedy = f"; {other[0]} is pickled, convert it to safetensors first" if other else ""
             raise UserError(f"{self.folder}: no {_WEIGHTS} or {_INDEX} here{remedy}")
-        found = {name: shard for shard in shards for name in tuple(self._open(shard).keys())}
+        found = {name: shard for shard in shards for name in self._open(shard).specs}
         for name, shard in weight_map.items():
             if found.get(name) != shard:
                 raise UserError(f"{self.folder / _INDEX}: says {name} is in {shard}, but it is not there")
         return found
 
-    def _open(self, shard: str) -> Any:
+    def _open(self, shard: str) -> TensorFile:
         if shard not in self._files:
             path = self.folder / shard
             if not path.is_file():
                 raise UserError(f"{path}: the shard is missing; fetch or make the model again")
-            try:
-                self._files[shard] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+            self._files[shard] = TensorFile(path)
         return self._files[shard]
 
     @cached_property
@@ -111,25 +108,44 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         """Whether lm_head shares the embedding's weight."""
-        return "lm_head.weight" not in self.index or bool(self.config.get("tie_word_embeddings"))
+        return HEAD not in self.index or bool(self.config.get("tie_word_embeddings"))
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted as a person counts: layer 2 before layer 10."""
         return sorted(self.index, key=_natural)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
-        return tuple(self._open(self.index[name]).get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype of the file.
+    def spec(self, name: str) -> TensorSpec:
+        """A tensor's dtype and shape, from the header alone.
 
         Raises:
             UserError: the model has no such tensor.
         """
         if name not in self.index:
             raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
-        return self._open(self.index[name]).get_tensor(name)
+        return self._open(self.index[name]).specs[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header alone."""
+        return self.spec(name).shape
+
+    @property
+    def head(self) -> str:
+        """Name of the tensor that lm_head multiplies by: its own, or the embedding's where they are tied."""
+        return EMBEDDING if self.tied else HEAD
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """One tensor, or its rows `start` to `stop`, on the CPU, in the dtype of the file; no other byte is read.
+
+        Raises:
+            UserError: the model has no such tensor.
+        """
+        self.spec(name)
+        return self._open(self.index[name]).read(name, start, stop)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of a tensor, some 64 MB at a time."""
+        self.spec(name)
+        return self._open(self.index[name]).blocks(name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,14 +156,14 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for name in sorted(self.index):
-            if name == "lm_head.weight" and self.tied:
+            if name == HEAD and self.tied:
                 continue
-            part = self._open(self.index[name]).get_slice(name)
-            shape = part.get_shape()
-            digest.update(f"{name} {part.get_dtype()} {shape}".encode())
-            if shape and shape[0]:
-                for row in (part[:1], part[shape[0] - 1 :]):
-                    digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            spec = self.spec(name)
+            digest.update(f"{name} {spec.dtype_name} {list(spec.shape)}".encode())
+            if spec.shape and spec.shape[0]:
+                for row in (0, spec.shape[0] - 1):
+                    part = self.tensor(name, row, row + 1)
+                    digest.update(part.flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -204,75 +220,53 @@ def _ask_hub(model: str, fetch: Callable[[], str]) -> str:
 
 
 class ShardedWriter:
-    """Write tensors into safetensors shards of a bounded size, with transformers' index; use as a context manager.
+    """Writes safetensors shards of a bounded size, with transformers' index; use as a context manager.
+
+    What goes where is settled beforehand, so tensors may come in any order and by rows, and none is held back.
 
     Args:
         folder: where; it must exist.
-        shard_bytes: a shard is closed before it would outgrow this (a single tensor may).
+        specs: name -> dtype and shape of everything that will be written, in the order of the shards.
+        shard_bytes: a shard holds no more than this (but a single tensor may).
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self.total_bytes = 0
-        self._shards: list[list[str]] = []
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.specs = folder, specs
+        shards: list[dict[str, TensorSpec]] = [{}]
+        room = shard_bytes
+        for name, spec in specs.items():
+            if shards[-1] and spec.nbytes > room:
+                shards.append({})
+                room = shard_bytes
+            shards[-1][name] = spec
+            room -= spec.nbytes
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, TensorFileWriter] = {}
+        self._weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards):
+            file = _WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            writer = self._stack.enter_context(TensorFileWriter(folder / file, shard))
+            self._files.update(dict.fromkeys(shard, writer))
+            self._weight_map.update(dict.fromkeys(shard, file))
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; it is written when its shard is full."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self.total_bytes += size
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Write one tensor, or the rows of it that begin at `row`."""
+        self._files[name].write(name, tensor, row)
 
-    def _flush(self) -> None:
-        save_file(self._pending, self.folder / f"shard-{len(self._shards)}.safetensors", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def close(self) -> None:
-        """Write what is pending, give the shards their final names and write the index."""
-        if self._pending:
-            self._flush()
-        count, weight_map = len(self._shards), {}
-        for number, names in enumerate(self._shards):
-            final = _WEIGHTS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{number}.safetensors").rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    def copy(self, name: str, checkpoint: Checkpoint) -> None:
+        """Write a tensor as a checkpoint has it, some rows at a time."""
+        for row, block in checkpoint.blocks(name):
+            self.write(name, block, row)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, exception: object, *rest: object) -> None:
-        if exception is None:
-            self.close()
-
-
-def rewrite(
-    checkpoint: Checkpoint,
-    out: Path,
-    change: Callable[[str, Tensor], Tensor],
-    *,
-    extra: Mapping[str, str] = MappingProxyType({}),
-    progress: Callable[[list[str]], Iterable[str]] = iter,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write every tensor of a checkpoint, changed, into another folder, and copy the side files.
-
-    Args:
-        change: (name, tensor) -> the tensor to write.
-        extra: new tensor name -> the checkpoint's tensor it starts from.
-        progress: wraps the iteration over names for a progress bar.
-        shard_bytes: see `ShardedWriter`.
-    """
-    with ShardedWriter(out, shard_bytes) as writer:
-        for name in progress([*checkpoint.names(), *extra]):
-            writer.add(name, change(name, checkpoint.tensor(extra.get(name, name))))
-    copy_side_files(checkpoint.folder, out)
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+        if exception[0] is None and len(set(self._weight_map.values())) > 1:
+            total = sum(spec.nbytes for spec in self.specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._weight_map}
+            (self.folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

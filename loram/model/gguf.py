@@ -8,7 +8,8 @@ import torch
 
 from loram.artifacts import find_manifest, publish
 from loram.errors import UserError
-from loram.model.checkpoint import ShardedWriter
+from loram.model.checkpoint import HEAD, ShardedWriter
+from loram.model.tensorfile import TensorSpec
 
 
 def cached_conversion(path: Path) -> Path:
@@ -51,10 +52,10 @@ def convert_gguf(path: Path, out: Path) -> Path:
         model.generation_config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         tied = config.tie_word_embeddings
-        with ShardedWriter(staging) as writer:
-            for key, tensor in model.state_dict().items():
-                if not (tied and key == "lm_head.weight"):
-                    writer.add(key, tensor)
+        tensors = {key: value for key, value in model.state_dict().items() if not (tied and key == HEAD)}
+        with ShardedWriter(staging, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}) as writer:
+            for key, tensor in tensors.items():
+                writer.write(key, tensor)
     return out
 
 

@@ -27,12 +27,12 @@ FAMILIES = {
 }
 
 
-def _resized(linear: nn.Linear, out_features: int, in_features: int) -> nn.Linear:
-    """A fresh linear of another shape, like `linear` in everything else (bias, dtype, device)."""
-    if (linear.out_features, linear.in_features) == (out_features, in_features):
+def _resized(linear: nn.Linear, out_features: int, in_features: int, bias: bool = False) -> nn.Linear:
+    """A fresh linear of another shape, like `linear` in everything else (dtype, device, bias but for a new one)."""
+    bias = bias or linear.bias is not None
+    if (linear.out_features, linear.in_features, linear.bias is not None) == (out_features, in_features, bias):
         return linear
-    weight = linear.weight
-    return nn.Linear(in_features, out_features, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+    return nn.Linear(in_features, out_features, bias, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
 def resize_layer_(layer: nn.Module, config: Any) -> None:
@@ -43,11 +43,11 @@ def resize_layer_(layer: nn.Module, config: Any) -> None:
     attention.q_proj = _resized(attention.q_proj, queries, hidden)
     attention.k_proj = _resized(attention.k_proj, keys, hidden)
     attention.v_proj = _resized(attention.v_proj, keys, hidden)
-    attention.o_proj = _resized(attention.o_proj, hidden, queries)
+    attention.o_proj = _resized(attention.o_proj, hidden, queries, config.bias_compensation)
     mlp.intermediate_size = config.intermediate_size
     mlp.gate_proj = _resized(mlp.gate_proj, config.intermediate_size, hidden)
     mlp.up_proj = _resized(mlp.up_proj, config.intermediate_size, hidden)
-    mlp.down_proj = _resized(mlp.down_proj, hidden, config.intermediate_size)
+    mlp.down_proj = _resized(mlp.down_proj, hidden, config.intermediate_size, config.bias_compensation)
 
 
 def _pruned_config_class(base: Any, name: str) -> Any:
@@ -57,6 +57,8 @@ def _pruned_config_class(base: Any, name: str) -> Any:
     body = {
         "__module__": __name__,
         "__doc__": f"{base.__name__} of a structurally pruned model; `per_layer_config` holds the narrower layers.",
+        "__annotations__": {"bias_compensation": bool},
+        "bias_compensation": False,  # whether o_proj and down_proj of narrower layers have a bias
         "model_type": f"loram_{base.model_type}",
         "validate_architecture": validate_architecture,
     }

@@ -35,6 +35,7 @@ class PruningPlan(BaseModel):
         geometry: its sizes, so that recovery never reads its weights.
         layers: layer -> space name -> kept unit indices, sorted. A layer or space not named keeps everything.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
+        bias_compensation: whether the pruned layers' o_proj and down_proj have a bias for what they lost.
         versions: of the libraries that made it.
 
     Example: `{4: {"kv_groups": (0, 2), "channels": (1, 5, 7)}}` keeps two groups and three channels of layer 4.
@@ -48,6 +49,7 @@ class PruningPlan(BaseModel):
     geometry: Geometry
     criterion: str
     ratio: float = Field(gt=0, lt=1)
+    bias_compensation: bool = False
     seed: int
     keep_first: int = Field(ge=0)
     keep_last: int = Field(ge=0)
@@ -119,6 +121,10 @@ class PruningPlan(BaseModel):
         for layer in range(self.geometry.num_hidden_layers):
             full += self.geometry.layer_parameters(self.architecture)
             pruned += self.geometry.layer_parameters(self.architecture, self.units(layer))
+        if self.bias_compensation:
+            consumers = [cut.linear for space in self.architecture.spaces for cut in space.cuts if cut.axis == 1]
+            new = [linear for linear in consumers if linear not in self.geometry.biases]
+            pruned += len(self.layers) * len(new) * self.geometry.hidden_size
         return full, pruned
 
     def to_json(self) -> str:

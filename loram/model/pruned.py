@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -53,6 +55,7 @@ def write_config(base: Checkpoint, plan: PruningPlan, out: Path) -> None:
             "AutoModelForCausalLM": f"{_CODE}.{model_class.__name__}",
         },
         per_layer_config=plan.per_layer_config(),
+        bias_compensation=plan.bias_compensation,
     )
     config.save_pretrained(out)
     shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
@@ -89,6 +92,20 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
     return model
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A full or pruned model without weights: its parameters are on the meta device, its few buffers are real.
+
+    Raises:
+        UserError: the family is not supported.
+    """
+    if not checkpoint.pruned:
+        architecture_of(checkpoint.config, checkpoint.name)
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -12,12 +12,13 @@ from loram.prune.score import Scores
 
 def choose(
     scores: Scores,
-    geometry: Geometry,
     *,
+    geometry: Geometry,
     model_type: str,
     base: BaseReference,
     criterion: str,
     ratio: float,
+    bias_compensation: bool = False,
     seed: int,
     keep_first: int,
     keep_last: int,
@@ -28,7 +29,7 @@ def choose(
             space.name: _best(spaces[space.name], kept_units(space, geometry.units(space), ratio))
             for space in ARCHITECTURES[model_type].spaces
         }
-        for layer, spaces in scores.items()
+        for layer, spaces in sorted(scores.items())
     }
     return PruningPlan(
         model_type=model_type,
@@ -36,6 +37,7 @@ def choose(
         geometry=geometry,
         criterion=criterion,
         ratio=ratio,
+        bias_compensation=bias_compensation,
         seed=seed,
         keep_first=keep_first,
         keep_last=keep_last,

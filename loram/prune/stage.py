@@ -1,27 +1,31 @@
 """The prune stage: base checkpoint -> plan -> pruned folder."""
 
-import logging
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from loram.artifacts import check_output, publish
 from loram.data import load_rows, tokenize
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
-from loram.model.architecture import Architecture, architecture_of
-from loram.model.checkpoint import SHARD_BYTES, Checkpoint, open_model, rewrite
+from loram.model.architecture import CUTS, Architecture, architecture_of
+from loram.model.checkpoint import SHARD_BYTES, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import load_tokenizer, write_config
 from loram.model.resize import narrow
+from loram.model.tensorfile import TensorSpec
 from loram.progress import track
 from loram.prune.choose import choose
 from loram.prune.counts import kept_units, prunable_layers
-from loram.prune.criteria import CRITERIA
-from loram.prune.score import score
-
-logger = logging.getLogger(__name__)
+from loram.prune.criteria import CRITERIA, NEEDS_TEXT
+from loram.prune.score import ScoredLayer, score_layers
 
 BUILTIN_CALIBRATION = Path(__file__).parent / "calibration.jsonl"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def prune(
@@ -35,24 +39,32 @@ def prune(
     calibration_length: int = 128,
     keep_first: int = 4,
     keep_last: int = 2,
+    bias_compensation: bool = False,
     seed: int = 42,
     device: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> PruningPlan:
     """Remove whole key-value groups (with their query heads) and MLP channels from a model's middle layers.
 
     Structured pruning of LoRAM (arXiv 2502.13533, section 3.1): in the layers `[keep_first, L - keep_last)`,
     `floor(I * (1 - ratio))` channels and `ceil(n_kv * (1 - ratio))` groups stay.
 
+    The model is streamed: one decoder layer is in memory at a time, and what it keeps is written as soon as it is
+    scored. Every byte of the base is read once, and twice where the criterion needs gradients.
+
     Args:
         base: hub id, folder or GGUF file of the full model.
         out: the pruned folder to make: an ordinary Hugging Face folder with `loram_plan.json`.
         ratio: share of the units to remove, between 0 and 1.
-        criterion: `taylor`, `magnitude` or `random`.
-        calibration: data set for `taylor`; a few built-in passages where none is given.
+        criterion: a key of `loram.prune.criteria.CRITERIA`.
+        calibration: data set for criteria that read text; a few built-in passages where none is given.
         calibration_samples: how many of its rows.
         calibration_length: tokens a sample is cut to.
+        bias_compensation: give o_proj and down_proj of narrowed layers a bias that adds what the removed inputs add
+            on average over the calibration text (FLAP, arXiv 2312.11983, section 3.3).
         seed: of the random criterion.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        shard_bytes: size of the files that weights are written to, at most.
 
     Returns:
         The plan that was written.
@@ -72,22 +84,85 @@ def prune(
     check_weights(checkpoint, architecture)
 
     samples: list[list[int]] = []
-    if CRITERIA[criterion].needs_gradient:
+    if criterion in NEEDS_TEXT or bias_compensation:
         samples = _calibration(checkpoint, calibration, calibration_samples, calibration_length)
-    scores = score(checkpoint, criterion, layers, calibration=samples, seed=seed, device=pick_device(device))
-    plan = choose(
-        scores,
-        geometry,
+    decide = functools.partial(
+        choose,
+        geometry=geometry,
         model_type=architecture.model_type,
         base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
         criterion=criterion,
         ratio=ratio,
+        bias_compensation=bias_compensation,
         seed=seed,
         keep_first=keep_first,
         keep_last=keep_last,
     )
-    shrink(checkpoint, plan, out)
+    # Which units stay is open, but how many is not, so the files can be laid out before any score is known.
+    blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
+    specs = _pruned_specs(checkpoint, decide(dict.fromkeys(layers, blank)))
+    made_from = {"base": checkpoint.fingerprint}
+    with publish(out, kind="pruned", made_from=made_from) as staging:
+        scores: dict[int, Mapping[str, Tensor]] = {}
+        left = dict.fromkeys(specs)
+        with ShardedWriter(staging, specs, shard_bytes) as writer:
+            for layer in score_layers(
+                checkpoint,
+                [criterion],
+                layers,
+                calibration=samples,
+                gather_inputs=bias_compensation,
+                seed=seed,
+                device=pick_device(device),
+                scratch=staging,
+            ):
+                found = {layer.index: layer.scores[criterion]} if layer.scores else {}
+                scores.update(found)
+                for name, tensor in _narrowed(layer, decide(found)):
+                    writer.write(name, tensor.to(specs[name].dtype))
+                    del left[name]
+            for name in track(list(left), "Other weights"):
+                writer.copy(name, checkpoint)
+        plan = decide(scores)
+        made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
+        copy_side_files(checkpoint.folder, staging)
+        write_config(checkpoint, plan, staging)
+        plan.save(staging)
     return plan
+
+
+def _pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of a pruned model's tensors."""
+    specs = {}
+    for name in checkpoint.names():
+        full = checkpoint.spec(name)
+        specs[name] = TensorSpec.of(narrow(name, torch.empty(full.shape, dtype=full.dtype, device="meta"), plan))
+    for weight, bias in _compensated(plan):
+        if bias not in specs:
+            specs[bias] = TensorSpec(dtype=specs[weight].dtype, shape=specs[weight].shape[:1])
+    return specs
+
+
+def _compensated(plan: PruningPlan) -> Iterator[tuple[str, str]]:
+    """(weight name, bias name) of the linears whose bias makes up for removed inputs."""
+    for layer in plan.layers if plan.bias_compensation else ():
+        for linear, (_, cut) in CUTS.items():
+            if cut.axis == 1:
+                yield f"model.layers.{layer}.{linear}.weight", f"model.layers.{layer}.{linear}.bias"
+
+
+def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensors as the pruned model has them."""
+    biases = {}
+    for weight, bias in _compensated(plan):
+        removed = layer.inputs[weight].mean.to(layer.tensors[weight])  # the mean input, 0 where it is still there
+        space, cut = CUTS[".".join(weight.split(".")[3:5])]
+        kept = plan.kept_elements(layer.index, space, cut)
+        assert kept is not None
+        removed[kept.to(removed.device)] = 0
+        biases[bias] = layer.tensors[weight] @ removed + layer.tensors.get(bias, 0)
+    for name, tensor in {**layer.tensors, **biases}.items():
+        yield name, narrow(name, tensor, plan)
 
 
 def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -106,6 +181,8 @@ def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
             name = f"model.layers.{layer}.{linear}.weight"
             if name not in checkpoint.index:
                 raise UserError(f"{checkpoint.name}: no tensor {name}, which config.json's family needs")
+            if checkpoint.spec(name).dtype not in _FLOATS:
+                raise UserError(f"{checkpoint.name}: {name} is {checkpoint.spec(name).dtype}, not float32 or 16 bits")
             if checkpoint.shape(name) != geometry.linear_shape(linear):
                 raise UserError(
                     f"{checkpoint.name}: {name} has shape {checkpoint.shape(name)}, "
@@ -121,17 +198,3 @@ def _calibration(
     tokens = tokenize(load_rows(spec), load_tokenizer(checkpoint), length, name=spec.path)
     pieces = [list(ids) for ids in tokens.rows["input_ids"]]
     return sorted(pieces, key=len, reverse=True)[:count]  # stable: whole pieces of a text before its short ends
-
-
-def shrink(checkpoint: Checkpoint, plan: PruningPlan, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the pruned folder: config and code, plan, narrowed weights, tokenizer. Reads one tensor at a time."""
-    with publish(out, kind="pruned", made_from={"base": plan.base.fingerprint, "plan": plan.fingerprint}) as staging:
-        rewrite(
-            checkpoint,
-            staging,
-            lambda name, tensor: narrow(name, tensor, plan),
-            progress=lambda names: track(names, "Writing pruned weights"),
-            shard_bytes=shard_bytes,
-        )
-        write_config(checkpoint, plan, staging)
-        plan.save(staging)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import loram
 from loram.model.architecture import CHANNELS, KV_GROUPS
 from loram.model.checkpoint import Checkpoint
-from loram.prune.score import score
+from loram.prune.score import Scores, score
 
 SAMPLES = [[5, 17, 40, 8, 77, 30], [9, 31, 70, 2, 44, 6, 18, 25, 81]]
 
@@ -20,7 +20,7 @@ SAMPLES = [[5, 17, 40, 8, 77, 30], [9, 31, 70, 2, 44, 6, 18, 25, 81]]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taylor_equals_plain_autograd_summed_by_hand(family: str, tiny_models: dict[str, Path]) -> None:
     checkpoint = Checkpoint(tiny_models[family])
-    scores = score(checkpoint, "taylor", [2], calibration=SAMPLES)
+    scores = score(checkpoint, ["taylor"], [2], calibration=SAMPLES)["taylor"]
 
     model = AutoModelForCausalLM.from_pretrained(tiny_models[family])
     logits = [model(torch.tensor([sample])).logits[0, :-1] for sample in SAMPLES]
@@ -48,7 +48,7 @@ def test_magnitude_sums_absolute_weights(tiny_llama: Path) -> None:
     checkpoint = Checkpoint(tiny_llama)
     up, gate, down = (checkpoint.tensor(f"model.layers.1.mlp.{n}_proj.weight").double() for n in ("up", "gate", "down"))
     expected = up.abs().sum(1) + gate.abs().sum(1) + down.abs().sum(0)
-    assert torch.allclose(score(checkpoint, "magnitude", [1])[1]["channels"], expected, rtol=1e-6)
+    assert torch.allclose(score(checkpoint, ["magnitude"], [1])["magnitude"][1]["channels"], expected, rtol=1e-6)
 
 
 def weakened(folder: Path, group: int, channel: int) -> Path:
@@ -79,16 +79,20 @@ def test_a_plainly_unimportant_group_is_the_one_that_goes(
     assert len(plan.layers[2]["channels"]) == 30
 
 
+def randomly(checkpoint: Checkpoint, layers: list[int], seed: int) -> Scores:
+    return score(checkpoint, ["random"], layers, seed=seed)["random"]
+
+
 def test_random_is_seeded_and_independent_of_the_other_layers(tiny_llama: Path) -> None:
     checkpoint = Checkpoint(tiny_llama)
-    several, alone = score(checkpoint, "random", [1, 2, 3], seed=5), score(checkpoint, "random", [2], seed=5)
+    several, alone = randomly(checkpoint, [1, 2, 3], 5), randomly(checkpoint, [2], 5)
     assert torch.equal(several[2]["channels"], alone[2]["channels"])
     assert not torch.equal(several[1]["channels"], several[2]["channels"])
-    assert not torch.equal(alone[2]["channels"], score(checkpoint, "random", [2], seed=6)[2]["channels"])
+    assert not torch.equal(alone[2]["channels"], randomly(checkpoint, [2], 6)[2]["channels"])
 
 
 def test_every_space_gets_a_score_for_each_unit(tiny_llama: Path) -> None:
-    found = score(Checkpoint(tiny_llama), "random", range(5))
+    found = randomly(Checkpoint(tiny_llama), [0, 1, 2, 3, 4], 0)
     assert list(found) == [0, 1, 2, 3, 4]
     assert all(
         scores[KV_GROUPS.name].shape == (4,) and scores[CHANNELS.name].shape == (40,) for scores in found.values()

@@ -1,0 +1,70 @@
+"""Rows of token ids as padded micro-batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label of a token that is not in the loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of like length, padded on the right, where causal attention never sees it.
+
+    Args:
+        rows: the rows' numbers in the data they come from.
+        ids: (rows, width) int64; 0 where padded.
+        real: (rows, width) bool; False where padded.
+        wanted: (rows, width) bool; where the prediction of the next token is in the loss.
+        targets: (wanted,) int64; those next tokens, row by row.
+    """
+
+    rows: tuple[int, ...]
+    ids: Tensor
+    real: Tensor
+    wanted: Tensor
+    targets: Tensor
+
+
+def make_batches(
+    input_ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None, *, max_tokens: int
+) -> list[Batch]:
+    """Rows in batches of like length, of at most `max_tokens` tokens, padding included (a longer row is one batch).
+
+    Args:
+        input_ids: token ids of each row.
+        labels: likewise, `IGNORED` where a token is not in the loss; None puts all in. The first is never predicted.
+        max_tokens: size of a batch.
+    """
+    return [_pad(rows, input_ids, labels or input_ids) for rows in _groups(input_ids, max_tokens)]
+
+
+def _groups(input_ids: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    for row in sorted(range(len(input_ids)), key=lambda row: len(input_ids[row])):
+        if group and len(input_ids[row]) * (len(group) + 1) > max_tokens:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _pad(rows: list[int], input_ids: Sequence[list[int]], labels: Sequence[list[int]]) -> Batch:
+    width = max(len(input_ids[row]) for row in rows)
+
+    def padded(values: Sequence[list[int]], fill: int) -> Tensor:
+        return torch.tensor([values[row] + [fill] * (width - len(values[row])) for row in rows])
+
+    following = torch.nn.functional.pad(padded(labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
+    wanted = following != IGNORED
+    lengths = torch.tensor([len(input_ids[row]) for row in rows])
+    return Batch(
+        rows=tuple(rows),
+        ids=padded(input_ids, 0),
+        real=torch.arange(width) < lengths[:, None],
+        wanted=wanted,
+        targets=following[wanted],
+    )
