@@ -18,6 +18,7 @@ if Path(sys.argv[0]).stem != "loram":
     from loram.model.resize import narrow, widen
     from loram.prune.stage import prune
     from loram.recover import recover
+    from loram.teach import teach
     from loram.train import train
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "narrow",
     "prune",
     "recover",
+    "teach",
     "train",
     "widen",
 ]

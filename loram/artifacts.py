@@ -99,7 +99,7 @@ def publish(
     out = out.absolute()
     check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    with lock(out):
         staging = out.parent / f".{out.name}.partial"
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed process; the lock says nobody is writing it now
         staging.mkdir()
@@ -108,13 +108,13 @@ def publish(
             _finish(staging, kind=kind, made_from=dict(made_from), settings=dict(settings or {}))
             check_output(out)
             staging.rename(out)
-            _sync(out.parent)
+            sync(out.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def lock(out: Path) -> Iterator[None]:
     """One writer of `out` at a time; the kernel frees the lock when the process ends, however it ends."""
     path = out.parent / f".{out.name}.lock"
     with path.open("w") as handle:
@@ -134,12 +134,12 @@ def _finish(folder: Path, *, kind: str, made_from: dict[str, str], settings: dic
         if path.is_file():
             path.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
             files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=_sha256(path))
-            _sync(path)
+            sync(path)
     manifest = Manifest(kind=kind, made_from=made_from, settings=settings, versions=library_versions(), files=files)
     path = folder / MANIFEST_NAME
     path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    _sync(path)
-    _sync(folder)
+    sync(path)
+    sync(folder)
 
 
 def _umask() -> int:
@@ -153,7 +153,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make sure that a file's or folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

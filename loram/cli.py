@@ -25,7 +25,9 @@ Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show
 Out = Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)]
 Dataset = Annotated[
     str,
-    typer.Option("--dataset", help="A .jsonl, .json, .csv, .parquet or .txt file, or a hub name.", show_default=False),
+    typer.Option(
+        "--dataset", help="A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a hub name.", show_default=False
+    ),
 ]
 Split = Annotated[str | None, typer.Option("--dataset-split", help="Split of a hub data set (default: train).")]
 Config = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of a hub data set.")]
@@ -70,14 +72,22 @@ def prune(
     model: Model,
     out: Out,
     ratio: Ratio,
-    criterion: Annotated[str, typer.Option(help="taylor, magnitude or random.")] = "taylor",
+    criterion: Annotated[
+        str, typer.Option(help="taylor, activation, wanda, flap, magnitude, magnitude_l2 or random.")
+    ] = "taylor",
     calibration: Annotated[
-        str | None, typer.Option(help="Data set for taylor (default: a few built-in passages).", show_default=False)
+        str | None,
+        typer.Option(
+            help="Data set for taylor, activation, wanda, flap (default: built-in passages).", show_default=False
+        ),
     ] = None,
     calibration_samples: Annotated[int, typer.Option(help="How many of its rows.")] = 10,
     calibration_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 128,
     keep_first: KeepFirst = 4,
     keep_last: KeepLast = 2,
+    bias_compensation: Annotated[
+        bool, typer.Option("--bias-compensation", help="Biases that add what removed inputs add on average (FLAP).")
+    ] = False,
     seed: Seed = 42,
     device: Device = None,
 ) -> None:
@@ -94,6 +104,7 @@ def prune(
         calibration_length=calibration_length,
         keep_first=keep_first,
         keep_last=keep_last,
+        bias_compensation=bias_compensation,
         seed=seed,
         device=device,
     )
@@ -200,6 +211,9 @@ def evaluate(
     column: Column = None,
     max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens a row; a long text is cut into pieces of this.")] = 1024,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Never load the model: read it from disk a layer at a time.")
+    ] = False,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
@@ -208,12 +222,45 @@ def evaluate(
 
     from loram.evaluate import evaluate as stage
 
-    report = stage(model, adapter=adapter, data=data, max_samples=max_samples, max_length=max_length, device=device)
+    report = stage(
+        model,
+        adapter=adapter,
+        data=data,
+        max_samples=max_samples,
+        max_length=max_length,
+        stream=stream,
+        device=device,
+    )
     text = (
         f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
         f"of {report.rows:,} rows"
     )
     typer.echo(report.model_dump_json() if as_json else text)
+
+
+@app.command()
+def teach(
+    model: Model,
+    out: Out,
+    dataset: Dataset,
+    dataset_config: Config = None,
+    dataset_split: Split = None,
+    column: Column = None,
+    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    top_k: Annotated[int, typer.Option(help="Likeliest next tokens to store at every place.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens a row; a long text is cut into pieces of this.")] = 512,
+    part_tokens: Annotated[
+        int, typer.Option(help="Tokens a pass over the model; a stopped run goes on after the last finished pass.")
+    ] = 1 << 18,
+    device: Device = None,
+) -> None:
+    """Cache what the full MODEL predicts on a text, for alignment; MODEL is read from disk a layer at a time."""
+    data = _data(dataset, dataset_config, dataset_split, column, max_samples)
+
+    from loram.teach import teach as stage
+
+    stage(model, out, data=data, top_k=top_k, max_length=max_length, part_tokens=part_tokens, device=device)
+    typer.echo(f"{out}: teacher cache written")
 
 
 @app.command()

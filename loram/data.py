@@ -16,11 +16,11 @@ from jinja2 import TemplateError
 
 from loram.data_spec import DataSpec
 from loram.errors import UserError
+from loram.model.batches import IGNORED
 
 logger = logging.getLogger(__name__)
 
 _SLOW_ROWS = 5_000
-IGNORED = -100  # the label of a token that is not in the loss
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _LONGEST_FIELD = 2**31 - 1  # Python's csv refuses fields above 128 KiB unless told

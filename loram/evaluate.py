@@ -1,19 +1,21 @@
 """The evaluate stage: token-weighted perplexity of a model, with or without an adapter."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from loram.data import IGNORED, load_rows, tokenize
+from loram.data import load_rows, tokenize
 from loram.data_spec import DataSpec, as_spec
-from loram.model.adapter import load_for
+from loram.model.adapter import Adapter, load_for
+from loram.model.batches import Batch, make_batches
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.pruned import load_model, load_tokenizer
+from loram.model.streaming import BATCH_TOKENS, Stream
 from loram.progress import track
 
 _LOGITS_BYTES = 1 << 28
@@ -52,6 +54,7 @@ def evaluate(
     data: DataSpec | str | Path | Mapping[str, Any],
     max_samples: int | None = None,
     max_length: int = 1024,
+    stream: bool = False,
     device: str | None = None,
 ) -> Report:
     """Perplexity of a model on a data set: completion tokens where there is a prompt, all tokens of plain text.
@@ -62,22 +65,23 @@ def evaluate(
         data: the rows (see `loram.data`).
         max_samples: only the first so many rows; of a plain text file the first so many pieces.
         max_length: tokens; longer rows lose their end, a long text is cut into pieces of this.
+        stream: read the model from disk one decoder layer at a time instead of loading it; for models that fit in
+            neither memory nor GPU. The result is the same.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
 
     Raises:
         UserError: model, adapter or data cannot be used, or the adapter does not fit the model.
     """
     checkpoint, spec = open_model(base), as_spec(data)
-    if adapter is not None:
-        load_for(checkpoint, Path(adapter))
+    update = None if adapter is None else load_for(checkpoint, Path(adapter))
     chosen = pick_device(device)
     tokenizer = load_tokenizer(checkpoint)
-    model = _load(checkpoint, adapter, chosen)
     limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
     spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
     tokens = tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, name=spec.path)
     rows = tokens.rows.select(range(min([len(tokens.rows), *limits])))
-    loss, count = negative_log_likelihood(model, rows["input_ids"][:], rows["labels"][:])
+    score = _streamed if stream else _in_memory
+    loss, count, parameters = score(checkpoint, update, chosen, rows["input_ids"][:], rows["labels"][:])
     if not math.isfinite(loss):
         raise FloatingPointError(f"{checkpoint.name}: the loss on {spec.path} is {loss}")
     return Report(
@@ -87,53 +91,55 @@ def evaluate(
         rows=len(rows),
         rows_truncated=tokens.truncated,
         rows_skipped=tokens.skipped,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         model=checkpoint.name,
         adapter=None if adapter is None else str(adapter),
         dataset=spec.path,
     )
 
 
-def _load(checkpoint: Checkpoint, adapter: str | Path | None, device: torch.device) -> Any:
+def _in_memory(
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    device: torch.device,
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]],
+) -> tuple[float, int, int]:
+    """(summed loss in nats, tokens in the loss, parameters of the model)."""
     model: Any = load_model(checkpoint, dtype=compute_dtype(device))
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter))
-    return model.to(device).eval()
+        model = PeftModel.from_pretrained(model, str(adapter.folder))
+    model = model.to(device).eval()
+    max_tokens = _LOGITS_BYTES // (4 * model.get_input_embeddings().weight.shape[0])
+    batches = make_batches(input_ids, labels, max_tokens=max_tokens)
+    total = sum(_batch_loss(model, batch) for batch in track(batches, "Evaluating"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return total, sum(len(batch.targets) for batch in batches), parameters
 
 
-def negative_log_likelihood(
-    model: Any, input_ids: Sequence[list[int]], labels: Sequence[list[int]]
-) -> tuple[float, int]:
-    """Summed negative log-likelihood (nats, accumulated in float64) of the labelled tokens, and how many they are.
-
-    Each row is conditioned on itself alone; rows are padded on the right and masked, so batching changes nothing.
-    """
-    total, count = 0.0, 0
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for batch in track(list(_batches(input_ids, _LOGITS_BYTES // (4 * vocabulary))), "Evaluating"):
-        width = max(len(input_ids[row]) for row in batch)
-        ids = torch.tensor([input_ids[row] + [0] * (width - len(input_ids[row])) for row in batch])
-        mask = torch.tensor([[1] * len(input_ids[row]) + [0] * (width - len(input_ids[row])) for row in batch])
-        targets = torch.tensor([labels[row] + [IGNORED] * (width - len(labels[row])) for row in batch])[:, 1:]
-        with torch.inference_mode():
-            output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-            wanted = targets != IGNORED
-            logits = output.logits[:, :-1][wanted.to(model.device)].float()
-            losses = torch.nn.functional.cross_entropy(logits, targets[wanted].to(model.device), reduction="none")
-        total += losses.double().sum().item()
-        count += losses.numel()
-    return total, count
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _batch_loss(model: Any, batch: Batch) -> float:
+    """Summed negative log-likelihood of the wanted tokens, in nats, accumulated in float64."""
+    output = model(input_ids=batch.ids.to(model.device), attention_mask=batch.real.to(model.device), use_cache=False)
+    logits = output.logits[batch.wanted.to(model.device)].float()
+    losses = torch.nn.functional.cross_entropy(logits, batch.targets.to(model.device), reduction="none")
+    return float(losses.double().sum())
 
 
-def _batches(input_ids: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like length, of at most `budget` tokens, padding included (a long row may exceed)."""
-    batch: list[int] = []
-    for row in sorted(range(len(input_ids)), key=lambda row: len(input_ids[row])):
-        if batch and len(input_ids[row]) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _streamed(
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    device: torch.device,
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]],
+) -> tuple[float, int, int]:
+    """As `_in_memory`, with one decoder layer in memory at a time."""
+    batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS)
+    stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), adapter=adapter)
+    for _ in stream.forward():
+        pass
+    total = -sum(float(found.double().sum()) for found in stream.log_probs())
+    added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
+    return total, stream.predicted, stream.parameters + added

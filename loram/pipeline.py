@@ -204,6 +204,7 @@ def _evaluation(state: _Run, recipe: Recipe, name: str, dataset: str, model: str
             data=spec,
             max_samples=options.max_samples,
             max_length=options.max_length,
+            stream=options.stream,
             device=recipe.device,
         ),
     )

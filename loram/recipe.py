@@ -27,6 +27,7 @@ class PruneSection(_Section):
     calibration_length: PositiveInt = 128
     keep_first: int = Field(default=4, ge=0)
     keep_last: int = Field(default=2, ge=0)
+    bias_compensation: bool = False
 
     _spec = field_validator("calibration", mode="before")(lambda value: _as_spec(value))
 
@@ -40,10 +41,12 @@ class TrainSection(_Section):
 
 
 class EvaluateSection(_Section):
-    """Options of `loram.evaluate`; `full_lora` also trains LoRA on the full model, to compare with."""
+    """Options of `loram.evaluate`; `full_lora` also trains LoRA on the full model, to compare with; `stream`ed
+    evaluations never load the model."""
 
     max_samples: PositiveInt | None = None
     max_length: PositiveInt = 1024
+    stream: bool = False
     full_lora: bool = False
 
 

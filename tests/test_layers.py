@@ -21,6 +21,7 @@ FLOORS = {
     "loram.recover": 4,
     "loram.merge": 4,
     "loram.evaluate": 4,
+    "loram.teach": 4,
     "loram.estimate": 4,
     "loram.recipe": 5,
     "loram.report": 5,
@@ -29,7 +30,15 @@ FLOORS = {
     "loram.__main__": 8,
     "loram": 8,
 }
-STAGES = {"loram.prune", "loram.train", "loram.recover", "loram.merge", "loram.evaluate", "loram.estimate"}
+STAGES = {
+    "loram.prune",
+    "loram.train",
+    "loram.recover",
+    "loram.merge",
+    "loram.evaluate",
+    "loram.estimate",
+    "loram.teach",
+}
 
 
 def floor(module: str) -> int:

@@ -105,6 +105,7 @@ class Stream:
         self.checkpoint, self.batches, self.adapter = checkpoint, batches, adapter
         self.device, self.dtype = device, dtype
         self.model: Any = empty_model(checkpoint, dtype)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # a tied one once
         self._layers = self.model.model.layers
         self._scratch = Scratch(hidden_bytes, scratch)
         self._arguments: dict[tuple[int, ...], dict[int, dict[str, Any]]] = {}

@@ -1,0 +1,293 @@
+"""What the publisher's part costs when the large model is streamed: peak memory, bytes read and written, seconds.
+
+Makes a random bf16 LLaMA checkpoint on disk (13b: LLaMA-2-13B's shape, 26 GB; it asks for twice that while it runs),
+then, each as the command a user would type in a process of its own: a plain copy of the files; `loram prune` by
+magnitude, at random and by Taylor importance (10 x 128 tokens); `loram merge` of a random adapter. Last `loram recover`
+of an adapter for LLaMA-2-70B's shape. The files are dropped from the page cache before every step.
+
+    python benchmarks/streaming.py --shape 13b --output-dir runs/streaming
+
+Prints a table and writes streaming.json beside this script.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# (hidden, intermediate, layers, heads, key-value heads, vocabulary)
+SHAPES = {
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "1b": (2048, 5632, 22, 32, 4, 32000),
+    "tiny": (512, 1536, 12, 8, 4, 8000),
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def config_of(shape: tuple[int, ...]) -> dict[str, Any]:
+    """config.json of a LLaMA."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **dict(zip((*names, "vocab_size"), shape, strict=True)),
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+
+
+def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the weights of a LLaMA."""
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        yield f"{prefix}.self_attn.q_proj.weight", (hidden, hidden)
+        yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
+        yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
+        yield f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        yield f"{prefix}.mlp.gate_proj.weight", (inner, hidden)
+        yield f"{prefix}.mlp.up_proj.weight", (inner, hidden)
+        yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (vocabulary, hidden)
+
+
+def make_model(folder: Path, config: dict[str, Any]) -> None:
+    """Write a random bf16 model: normal weights of deviation 0.02, norms of 1, a byte-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from loram.artifacts import publish
+    from loram.model.checkpoint import ShardedWriter
+    from loram.model.tensorfile import TensorSpec
+    from loram.progress import track
+
+    specs = {name: TensorSpec(dtype=torch.bfloat16, shape=shape) for name, shape in tensor_shapes(config)}
+    print(f"{folder}: writing {sum(spec.nbytes for spec in specs.values()) / 1e9:.1f} GB", file=sys.stderr)
+    generator = torch.Generator().manual_seed(0)
+    alphabet = {letter: number for number, letter in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
+    inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    with publish(folder, kind="base", made_from={}) as staging:
+        (staging / "config.json").write_text(json.dumps(config, indent=2))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+        tokenizer.save_pretrained(staging)
+        with ShardedWriter(staging, specs) as writer:
+            for name, spec in track(list(specs.items()), "Writing the model"):
+                if len(spec.shape) == 1:
+                    writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
+                    continue
+                for start in range(0, spec.shape[0], 4096):
+                    block = torch.empty(min(4096, spec.shape[0] - start), spec.shape[1])
+                    writer.write(name, block.normal_(0, 0.02, generator=generator).to(spec.dtype), start)
+
+
+def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) -> None:
+    """Write a random LoRA adapter (r 8) on weights of these shapes."""
+    import torch
+    from peft import LoraConfig
+
+    from loram.model.adapter import save_adapter
+
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEARS), task_type="CAUSAL_LM").to_dict()
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    values |= {"base_model_name_or_path": base, "peft_type": "LORA", "runtime_config": None}
+    folder.mkdir(parents=True)
+    tensors = {}
+    for name, (rows, columns) in shapes.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(8, columns) * 0.02
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 8) * 0.02
+    save_adapter(folder, {key: value for key, value in values.items() if key != "runtime_config"}, tensors)
+
+
+def make_70b_adapter(folder: Path) -> None:
+    """An adapter as trained on LLaMA-2-70B's shape pruned at 0.85, with its plan; no weights are needed for that."""
+    from loram.model.architecture import Geometry
+    from loram.model.plan import BaseReference, PruningPlan
+
+    config = config_of((8192, 28672, 80, 64, 8, 32000))
+    plan = PruningPlan(
+        model_type="llama",
+        base=BaseReference(name="meta-llama/Llama-2-70b-hf", fingerprint="0" * 64),
+        geometry=Geometry.from_config(config),
+        criterion="random",
+        ratio=0.85,
+        seed=0,
+        keep_first=4,
+        keep_last=2,
+        versions={},
+        layers={layer: {"kv_groups": (1, 6), "channels": tuple(range(4300))} for layer in range(4, 78)},
+    )
+    shapes = {}
+    for layer in range(80):
+        for linear in plan.architecture.linears:
+            shape = plan.geometry.linear_shape(linear, plan.units(layer))
+            shapes[f"model.layers.{layer}.{linear}"] = shape
+    make_adapter(folder, shapes, "pruned")
+    plan.save(folder)
+
+
+def measured(arguments: list[str]) -> dict[str, Any]:
+    """Run a loram command in a process of its own: seconds, peak RSS and bytes through read and write calls."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", json.dumps(arguments)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return {"seconds": time.monotonic() - started, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def measure(arguments: list[str]) -> None:
+    """The process that `measured` starts."""
+    sys.argv[0] = "loram"
+    from loram import cli
+
+    code = cli._main(arguments)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    io = dict(line.split(": ", 1) for line in Path("/proc/self/io").read_text().splitlines())
+    print()
+    print(
+        json.dumps(
+            {
+                "peak_rss": int(status["VmHWM"].split()[0]) * 1024,
+                "bytes_read": int(io["rchar"]),
+                "bytes_written": int(io["wchar"]),
+            }
+        )
+    )
+    sys.exit(code)
+
+
+def drop_cache(folder: Path) -> None:
+    """Let the system forget what it has of a folder's files in memory."""
+    for path in folder.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def copied(model: Path, out: Path) -> dict[str, Any]:
+    """A plain copy of the files, synced."""
+    started = time.monotonic()
+    shutil.copytree(model, out)
+    for path in out.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    size = sum(path.stat().st_size for path in model.iterdir())
+    return {"seconds": time.monotonic() - started, "peak_rss": None, "bytes_read": size, "bytes_written": size}
+
+
+def named_compute(model: Path, pruned: Path, layers: int) -> dict[str, float]:
+    """Seconds of magnitude pruning that are not input or output: scoring and narrowing, and the manifest's SHA-256."""
+    import torch
+
+    from loram.model.checkpoint import Checkpoint
+    from loram.model.plan import PruningPlan
+    from loram.model.resize import narrow
+    from loram.prune.score import _Tally
+
+    checkpoint, plan = Checkpoint(model), PruningPlan.load(pruned)
+    layer = min(plan.layers)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names() if f".layers.{layer}." in name}
+    started = time.monotonic()
+    _Tally(checkpoint, ["magnitude"], [layer], 0).finished(layer, tensors)
+    for name, tensor in tensors.items():
+        narrow(name, tensor, plan)
+    scoring = (time.monotonic() - started) * layers
+    block = bytes(1 << 28)
+    started = time.monotonic()
+    hashlib.sha256(block)
+    rate = len(block) / (time.monotonic() - started)
+    size = sum(path.stat().st_size for path in pruned.glob("*.safetensors"))
+    return {"threads": torch.get_num_threads(), "scoring": scoring, "sha256": size / rate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="13b")
+    parser.add_argument("--ratio", type=float, default=0.65)
+    parser.add_argument("--criteria", nargs="*", default=["magnitude", "random", "taylor"])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/streaming"))
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        measure(json.loads(given.measure))
+        return
+
+    from loram.estimate import estimate
+    from loram.model.checkpoint import Checkpoint
+
+    config = config_of(SHAPES[given.shape])
+    root = given.output_dir / given.shape
+    model, adapter = root / "model", root / "adapter"
+    if not model.exists():
+        make_model(model, config)
+    counted = estimate(config, ratio=given.ratio)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def step(name: str, source: Path, arguments: list[str] | None, out: Path) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        drop_cache(source)
+        rows[name] = copied(source, out) if arguments is None else measured(arguments)
+        print(name, json.dumps(rows[name]), file=sys.stderr)
+
+    step("copy", model, None, root / "copy")
+    shutil.rmtree(root / "copy")
+    for criterion in given.criteria:
+        out = root / f"pruned-{criterion}"
+        step(
+            f"prune, {criterion}",
+            model,
+            ["prune", str(model), str(out), "--ratio", str(given.ratio), "--criterion", criterion, "--device", "cpu"],
+            out,
+        )
+        shapes = [Checkpoint(out).shape(name) for name in Checkpoint(out).names()]
+        found = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
+        assert found == counted.pruned_parameters, (found, counted)
+        if criterion == "magnitude":
+            rows["prune, magnitude"]["compute"] = named_compute(model, out, counted.pruned_layers)
+        shutil.rmtree(out)
+    if not adapter.exists():
+        linears = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(config) if "_proj" in name}
+        make_adapter(adapter, {name: (shape[0], shape[1]) for name, shape in linears.items()}, str(model.absolute()))
+    step("merge", model, ["merge", str(model), str(adapter), str(root / "merged")], root / "merged")
+    shutil.rmtree(root / "merged")
+    trained = given.output_dir / "adapter-70b"
+    if not trained.exists():
+        make_70b_adapter(trained)
+    step("recover, 70B shape", trained, ["recover", str(trained), str(root / "recovered")], root / "recovered")
+
+    print(f"{given.shape}, ratio {given.ratio}: {counted.parameters:,} -> {counted.pruned_parameters:,} parameters")
+    print(f"{'':22}{'seconds':>9}{'peak RSS':>12}{'read':>12}{'written':>12}")
+    for name, row in rows.items():
+        peak = "" if row["peak_rss"] is None else f"{row['peak_rss'] / 2**30:.2f} GiB"
+        sizes = "".join(f"{row[key] / 1e9:>9.2f} GB" for key in ("bytes_read", "bytes_written"))
+        print(f"{name:22}{row['seconds']:>9.1f}{peak:>12}{sizes}")
+    result = {
+        "shape": given.shape,
+        "ratio": given.ratio,
+        "device": f"cpu, {os.cpu_count()} cores",
+        "estimate": counted.model_dump(),
+        "rows": rows,
+    }
+    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
