@@ -11,12 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread 
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import loram
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY = 320
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -92,6 +95,38 @@ def make_model(folder: Path, model_type: str, tokenizer: Any, seed: int = 0, **c
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_adapter(model: Any, folder: Path, **options: Any) -> Path:
+    """A LoRA adapter with no zeros in it, on all seven linears, saved by PEFT."""
+    torch.manual_seed(3)
+    chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(LINEARS), "init_lora_weights": False, **options}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **chosen))
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def weakened(folder: Path, group: int, channel: int) -> Path:
+    """Make one group and one channel of a tiny model's layer 2 contribute next to nothing."""
+    weights = load_file(folder / "model.safetensors")
+    queries, head = slice(16 * group, 16 * (group + 1)), slice(8 * group, 8 * (group + 1))
+    for name, tensor in weights.items():
+        parts = {"q_proj": queries, "v_proj": head, "gate_proj": channel, "up_proj": channel}
+        columns = {"o_proj": queries, "down_proj": channel}
+        linear = name.split(".")[-2]
+        if not name.startswith("model.layers.2."):
+            continue
+        if linear in parts:
+            tensor[parts[linear]] *= 1e-4
+        elif linear in columns and tensor.ndim == 2:
+            tensor[:, columns[linear]] *= 1e-4
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

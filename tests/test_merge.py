@@ -6,25 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import FAMILIES, LINEARS, make_model, random_adapter
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram
 from loram.model.checkpoint import Checkpoint
 
 TOKENS = torch.arange(3, 15)[None]
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def adapter_for(base: Path, folder: Path, **options: Any) -> Path:
-    torch.manual_seed(1)
-    config = LoraConfig(
-        **{"r": 4, "target_modules": ALL, "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    return random_adapter(AutoModelForCausalLM.from_pretrained(base), folder, **options)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -39,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
     [
         {"lora_alpha": 8},
         {"lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"up_proj": 3}, "rank_pattern": {"q_proj": 2}},
-        {"target_modules": [*ALL, "lm_head"]},
+        {"target_modules": [*LINEARS, "lm_head"]},
     ],
     ids=["plain", "patterns", "lm_head"],
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import FAMILIES, LINEARS, random_adapter, relative
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,6 @@ from loram.model.checkpoint import Checkpoint, ShardedWriter
 from loram.model.plan import PruningPlan
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50], [9, 9, 31, 70, 2, 44, 6, 18, 25, 81, 90, 7]])
 
 
@@ -46,18 +45,6 @@ def zeroed(base: Path, plan: PruningPlan) -> Any:
         for name, parameter in model.named_parameters():
             parameter.copy_(loram.widen(name, loram.narrow(name, parameter, plan), plan))
     return model.eval()
-
-
-def random_adapter(model: Any, folder: Path, targets: list[str]) -> Path:
-    """A LoRA adapter with no zeros in it, saved by PEFT."""
-    torch.manual_seed(3)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def test_law_1_narrow_undoes_widen(family: str, pruned: Any) -> None:
@@ -94,12 +81,12 @@ def test_law_2_pruned_equals_zeroed(family: str, pruned: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # ours merge it rightly
-@pytest.mark.parametrize("targets", [LINEARS, [*LINEARS, "lm_head"]], ids=["linears", "with-lm_head"])
+@pytest.mark.parametrize("targets", [[*LINEARS], [*LINEARS, "lm_head"]], ids=["linears", "with-lm_head"])
 def test_law_3_pruned_adapter_equals_recovered_adapter(
     family: str, targets: list[str], pruned: Any, tmp_path: Path
 ) -> None:
     base, folder, plan = pruned(family)
-    adapter = random_adapter(loram.load_pruned(folder), tmp_path / "adapter", targets)
+    adapter = random_adapter(loram.load_pruned(folder), tmp_path / "adapter", target_modules=targets)
     plan.save(adapter)
     loram.recover(adapter, tmp_path / "recovered")
     small = PeftModel.from_pretrained(loram.load_pruned(folder), adapter).eval()
@@ -125,7 +112,7 @@ print(((a - b).abs().max() / b.abs().max()).item())
 
 def test_law_4_recovered_adapter_is_plain_peft(family: str, pruned: Any, tmp_path: Path) -> None:
     _, folder, plan = pruned(family)
-    adapter = random_adapter(loram.load_pruned(folder), tmp_path / "adapter", LINEARS)
+    adapter = random_adapter(loram.load_pruned(folder), tmp_path / "adapter")
     plan.save(adapter)
     loram.recover(adapter, tmp_path / "recovered")
     command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "recovered")]
@@ -157,7 +144,7 @@ def test_law_5_save_load_save_is_byte_identical(family: str, pruned: Any, tmp_pa
             writer.copy(name, checkpoint)
     assert filecmp.cmp(folder / "model.safetensors", again / "model.safetensors", shallow=False)
 
-    adapter = Adapter.load(random_adapter(loram.load_pruned(folder), tmp_path / "adapter", LINEARS))
+    adapter = Adapter.load(random_adapter(loram.load_pruned(folder), tmp_path / "adapter"))
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         save_adapter(tmp_path / name, adapter.config, adapter.tensors)

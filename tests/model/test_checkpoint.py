@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import loram
 from loram.model.architecture import architecture_of
-from loram.model.checkpoint import Checkpoint, open_model, rewrite
+from loram.model.checkpoint import Checkpoint, ShardedWriter, open_model
 from loram.model.plan import PruningPlan
-from loram.prune.stage import check_weights, shrink
+from loram.prune.stage import check_weights
 
 
 @pytest.fixture
@@ -23,7 +23,11 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def test_shards_are_bounded_and_transformers_reads_them(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    rewrite(Checkpoint(tiny_llama), tmp_path / "out", lambda name, tensor: tensor, shard_bytes=30_000)
+    checkpoint = Checkpoint(tiny_llama)
+    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+    with ShardedWriter(tmp_path / "out", specs, shard_bytes=30_000) as writer:
+        for name in reversed(specs):
+            writer.copy(name, checkpoint)
     shutil.copy(tiny_llama / "config.json", tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3
@@ -36,8 +40,9 @@ def test_shards_are_bounded_and_transformers_reads_them(tiny_llama: Path, tmp_pa
 
 
 def test_a_sharded_pruned_folder_loads(tiny_llama: Path, tmp_path: Path) -> None:
-    plan = loram.prune(tiny_llama, tmp_path / "one", ratio=0.5, criterion="random", keep_first=1, keep_last=1)
-    shrink(Checkpoint(tiny_llama), plan, tmp_path / "many", shard_bytes=20_000)
+    options = {"ratio": 0.5, "criterion": "random", "keep_first": 1, "keep_last": 1}
+    plan = loram.prune(tiny_llama, tmp_path / "one", **options)
+    loram.prune(tiny_llama, tmp_path / "many", **options, shard_bytes=20_000)
     assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
     one, many = loram.load_pruned(tmp_path / "one").state_dict(), loram.load_pruned(tmp_path / "many").state_dict()
     assert all(torch.equal(one[name], many[name]) for name in one)
