@@ -105,6 +105,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.folder)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # each parameter was moved to the meta device by itself
     return model.eval()
 
 
