@@ -5,10 +5,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, ROWS, make_model
+from conftest import FAMILIES, ROWS, make_model, random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram
@@ -68,6 +69,49 @@ def test_merged_folder_equals_base_with_adapter(tiny_llama: Path, rows_file: Pat
         loram.evaluate(tiny_llama, adapter=tmp_path / "adapter", data=rows_file).loss, rel=1e-5
     )
     assert merged != pytest.approx(loram.evaluate(tiny_llama, data=rows_file).loss, rel=1e-5)
+
+
+def assert_streaming_changes_nothing(model: Path, **options: Any) -> None:
+    in_memory, streamed = (loram.evaluate(model, stream=stream, **options) for stream in (False, True))
+    assert streamed.loss == pytest.approx(in_memory.loss, rel=1e-5)
+    assert streamed.perplexity == pytest.approx(in_memory.perplexity, rel=1e-4)
+    same = {"loss", "perplexity"}
+    assert streamed.model_dump(exclude=same) == in_memory.model_dump(exclude=same)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_changes_nothing(
+    family: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    base, pruned, adapter = tiny_models[family], pruned_models[family], tmp_path / "adapter"
+    random_adapter(loram.load_pruned(pruned), adapter)
+    loram.PruningPlan.load(pruned).save(adapter)
+    loram.recover(adapter, tmp_path / "recovered")
+    assert_streaming_changes_nothing(base, data=rows_file)
+    assert_streaming_changes_nothing(base, adapter=tmp_path / "recovered", data=rows_file)
+    assert_streaming_changes_nothing(pruned, data=rows_file)
+    assert_streaming_changes_nothing(pruned, adapter=adapter, data=rows_file)
+
+
+def test_streaming_changes_nothing_of_a_trained_adapter_and_a_cut_text(run: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one plus two is three. " * 40)
+    options = {"data": text, "max_length": 50, "max_samples": 5}
+    assert_streaming_changes_nothing(run / "pruned", adapter=run / "adapter", **options)
+    with_adapter = loram.evaluate(run / "pruned", adapter=run / "adapter", stream=True, **options)
+    assert with_adapter.loss != loram.evaluate(run / "pruned", stream=True, **options).loss
+
+
+def test_streaming_refuses_what_evaluation_refuses(run: Path, tiny_llama: Path, rows_file: Path) -> None:
+    with pytest.raises(loram.UserError, match="run `loram recover` on it first"):
+        loram.evaluate(tiny_llama, adapter=run / "adapter", data=rows_file, stream=True)
+
+
+def test_streaming_never_builds_the_model(tiny_llama: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["loram.evaluate"], "load_model")
+    assert loram.evaluate(tiny_llama, data=rows_file, stream=True).rows == len(ROWS)
+    with pytest.raises(NameError):
+        loram.evaluate(tiny_llama, data=rows_file)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,19 @@
 """Merging: what plain transformers loads equals PEFT's model with the adapter."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, make_model, random_adapter
+from conftest import FAMILIES, LINEARS, make_model, random_adapter, relative
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram
 from loram.model.checkpoint import Checkpoint
+from loram.model.tensorfile import TensorFile
 
 TOKENS = torch.arange(3, 15)[None]
 
@@ -51,6 +53,35 @@ def test_merged_equals_base_with_adapter(
     assert torch.equal(merged.state_dict()[embedding], Checkpoint(base).tensor(embedding))
     tokenizer_files = {path.name for path in base.glob("tokenizer*")}
     assert tokenizer_files <= {path.name for path in (tmp_path / "merged").iterdir()}
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1000, 1 << 26])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_by_rows_equals_peft_s_own_merge(
+    family: str, block_bytes: int, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, starts = tiny_models[family], []
+    blocks = TensorFile.blocks
+
+    def small_blocks(self: TensorFile, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        for start, block in blocks(self, name, block_bytes):
+            starts.append(start)
+            yield start, block
+
+    # not lm_head where it is tied: PEFT's merge changes the embedding with it
+    targets = [*LINEARS, *([] if Checkpoint(base).tied else ["lm_head"])]
+    options = {"target_modules": targets, "use_rslora": True, "rank_pattern": {"o_proj": 2}}
+    adapter = adapter_for(base, tmp_path / "adapter", **options)
+    monkeypatch.setattr(TensorFile, "blocks", small_blocks)
+    loram.merge(base, adapter, tmp_path / "merged")
+    assert max(starts, default=0) == {1: 319, 1000: 315, 1 << 26: 0}[block_bytes]  # 320 rows of 128 bytes
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    # row by row a product is rounded otherwise than as a whole, and five layers carry that on
+    assert relative(logits(merged), logits(whole)) <= (1e-6 if block_bytes == 1 << 26 else 1e-5)
+    for name, weight in whole.state_dict().items():
+        assert relative(merged.state_dict()[name], weight) <= 1e-6, name
 
 
 def test_a_pruned_model_merges_with_its_own_adapter(tiny_llama: Path, tmp_path: Path) -> None:
