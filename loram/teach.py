@@ -13,7 +13,7 @@ from loram.data import load_rows, tokenize
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.model.batches import make_batches
-from loram.model.checkpoint import Checkpoint, open_model
+from loram.model.checkpoint import open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.plan import BaseReference
 from loram.model.pruned import load_tokenizer
@@ -79,25 +79,28 @@ def teach(
     work = out.with_name(f"{out.name}-parts")
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
-        _check_request(work, {**info.model_dump(mode="json"), "dtype": str(dtype)})
-        for number, rows in enumerate(parts):
-            path = work / part_name(number)
-            if path.exists():
-                logger.info("part %d of %d: done already", number + 1, len(parts))
-                continue
-            logger.info("part %d of %d: %d rows", number + 1, len(parts), len(rows))
-            ids, wanted = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
-            batches = make_batches(ids, wanted, max_tokens=BATCH_TOKENS)
-            stream = Stream(checkpoint, batches, device=chosen, dtype=dtype, scratch=work)
-            for _ in stream.forward():
-                pass
-            partial = path.with_suffix(".partial")
-            partial.unlink(missing_ok=True)
-            write_part(partial, ids, wanted, batches, stream.top_k(top_k), vocab_size)
-            sync(partial)
-            partial.rename(path)
-        _publish(work, out, info, spec, checkpoint, len(parts))
-    shutil.rmtree(work)
+        try:
+            _check_request(work, {**info.model_dump(mode="json"), "dtype": str(dtype)})
+            for number, rows in enumerate(parts):
+                path = work / part_name(number)
+                if path.exists():
+                    logger.info("part %d of %d: done already", number + 1, len(parts))
+                    continue
+                logger.info("part %d of %d: %d rows", number + 1, len(parts), len(rows))
+                ids, wanted = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
+                batches = make_batches(ids, wanted, max_tokens=BATCH_TOKENS)
+                stream = Stream(checkpoint, batches, device=chosen, dtype=dtype, scratch=work)
+                for _ in stream.forward():
+                    pass
+                partial = path.with_suffix(".partial")
+                partial.unlink(missing_ok=True)
+                write_part(partial, ids, wanted, batches, stream.top_k(top_k), vocab_size)
+                sync(partial)
+                partial.rename(path)
+            _publish(work, out, info, spec, len(parts))
+        finally:
+            if out.exists() or not (work / part_name(0)).exists():  # nothing worth going on from
+                shutil.rmtree(work)
     return out
 
 
@@ -126,7 +129,7 @@ def _check_request(work: Path, request: Mapping[str, Any]) -> None:
         raise UserError(f"{work}: was begun with other settings ({changed} differs); remove it to start over")
 
 
-def _publish(work: Path, out: Path, info: TeacherInfo, spec: DataSpec, checkpoint: Checkpoint, parts: int) -> None:
+def _publish(work: Path, out: Path, info: TeacherInfo, spec: DataSpec, parts: int) -> None:
     made_from = {"base": info.base.fingerprint, "rows": info.rows_digest}
     settings = {"data": spec.model_dump(mode="json"), "top_k": info.top_k}
     with publish(out, kind="teacher", made_from=made_from, settings=settings) as staging:

@@ -65,21 +65,27 @@ def test_of_a_text_every_token_but_the_first_of_a_piece_is_taught(tiny_llama: Pa
         cache[len(cache)]
 
 
+def stop_at(part: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Press Ctrl-C while a part (counted from 1) is half written; returns the names of all parts written since."""
+    calls: list[str] = []
+    write = MODULE.write_part
+
+    def write_or_stop(path: Path, *arguments: Any) -> None:
+        calls.append(path.name)
+        if len(calls) == part:
+            path.write_text("half")
+            raise KeyboardInterrupt
+        write(path, *arguments)
+
+    monkeypatch.setattr(MODULE, "write_part", write_or_stop)
+    return calls
+
+
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
     tiny_llama: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loram.teach(tiny_llama, tmp_path / "whole", data=rows_file, **OPTIONS)
-    calls = []
-
-    def stop_at_the_third(*arguments: Any) -> None:
-        calls.append(arguments[0].name)
-        if len(calls) == 3:
-            arguments[0].write_text("half")
-            raise KeyboardInterrupt
-        write(*arguments)
-
-    write = MODULE.write_part
-    monkeypatch.setattr(MODULE, "write_part", stop_at_the_third)
+    calls = stop_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         loram.teach(tiny_llama, tmp_path / "cache", data=rows_file, **OPTIONS)
     assert not (tmp_path / "cache").exists()
@@ -94,11 +100,20 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
 def test_going_on_with_other_settings_is_refused(
     tiny_llama: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "write_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    stop_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         loram.teach(tiny_llama, tmp_path / "cache", data=rows_file, **OPTIONS)
     with pytest.raises(loram.UserError, match=r"cache-parts: was begun with other settings \(top_k differs"):
         loram.teach(tiny_llama, tmp_path / "cache", data=rows_file, **{**OPTIONS, "top_k": 4})
+
+
+def test_stopped_before_the_first_part_nothing_is_left(
+    tiny_llama: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        loram.teach(tiny_llama, tmp_path / "cache", data=rows_file, **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
