@@ -1,0 +1,134 @@
+"""What needs no model in memory takes none: peak memory of the commands that stream, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LINEARS
+from transformers import PreTrainedTokenizerFast
+
+from loram.model.adapter import save_adapter
+from loram.model.architecture import ARCHITECTURES, Geometry
+from loram.model.checkpoint import ShardedWriter
+from loram.model.tensorfile import TensorSpec
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory use from /proc/self/status")
+MB = 1_000_000
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+# Imports all that a command needs, does what the command line does, and tells what that took beyond the imports.
+CHILD = """
+import sys
+import datasets, torch, transformers.models.llama.modeling_llama, loram.merge, loram.prune, loram.evaluate
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from loram import cli
+
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+before = memory("VmRSS:")
+code = cli._main(sys.argv[1:])
+print()
+print(memory("VmHWM:") - before)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of 0.55 GB in bfloat16, 1.1 GB in float32; all layers alike, since only their number matters."""
+    folder = tmp_path_factory.mktemp("large") / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tokenizer.save_pretrained(folder)
+    geometry, hidden = Geometry.from_config(CONFIG), CONFIG["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (CONFIG["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (CONFIG["vocab_size"], hidden),
+    }
+    for layer in range(CONFIG["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
+        for linear in ARCHITECTURES["llama"].linears:
+            shapes[f"model.layers.{layer}.{linear}.weight"] = geometry.linear_shape(linear)
+    torch.manual_seed(0)
+    noise = (0.02 * torch.randn(CONFIG["intermediate_size"] * hidden)).bfloat16()
+    specs = {name: TensorSpec(dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()}
+    assert sum(spec.nbytes for spec in specs.values()) > 500 * MB
+    with ShardedWriter(folder, specs) as writer:
+        for name, spec in specs.items():
+            count = spec.nbytes // 2
+            writer.write(
+                name, torch.ones(count, dtype=spec.dtype) if "norm" in name else noise[:count].view(spec.shape)
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, geometry = tmp_path_factory.mktemp("adapter"), Geometry.from_config(CONFIG)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(LINEARS), "task_type": "CAUSAL_LM"}
+    tensors = {}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        for linear in ARCHITECTURES["llama"].linears:
+            rows, columns = geometry.linear_shape(linear)
+            name = f"base_model.model.model.layers.{layer}.{linear}"
+            tensors |= {f"{name}.lora_A.weight": torch.ones(4, columns), f"{name}.lora_B.weight": torch.ones(rows, 4)}
+    save_adapter(folder, {**config, "base_model_name_or_path": str(model)}, tensors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": "one plus two is three. " * 40}) + "\n" for _ in range(2)))
+    return path
+
+
+def extra_memory(*arguments: str | Path) -> int:
+    """Bytes of memory that a command takes at its peak beyond what importing its libraries takes."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])
+
+
+# A decoder layer is 45 MB in float32, and its gradients are as much; the next one is 23 MB on its way in.
+def test_pruning_takes_a_few_layers_memory(model: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--calibration", text, "--calibration-samples", "2", "--calibration-length", "64", "--device", "cpu"]
+    assert extra_memory("prune", model, tmp_path / "pruned", "--ratio", "0.5", *options) < 400 * MB
+    assert (tmp_path / "pruned" / "model.safetensors").stat().st_size > 100 * MB
+
+
+def test_merging_takes_some_rows_memory(model: Path, adapter: Path, tmp_path: Path) -> None:
+    assert extra_memory("merge", model, adapter, tmp_path / "merged") < 300 * MB
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 500 * MB
+
+
+def test_streamed_evaluation_takes_a_few_layers_memory(model: Path, adapter: Path, text: Path) -> None:
+    options = ["--stream", "--adapter", adapter, "--max-samples", "1", "--max-length", "64", "--device", "cpu"]
+    assert extra_memory("eval", model, "--dataset", text, *options) < 400 * MB
