@@ -323,6 +323,7 @@ def test_one_decoder_layer_is_in_memory_at_a_time_and_nothing_outside_them(tiny_
     assert real_layers(stream) == []
     for layer in stream.backward(1, lambda *_: seen.append(real_layers(stream))):
         assert real_layers(stream) == [layer.index]
+        assert all(parameter.grad is None for parameter in stream.model.parameters())
     assert all(len(layers) == 1 for layers in seen)
     assert real_layers(stream) == []
     assert all(parameter.is_meta for parameter in stream.model.lm_head.parameters())
