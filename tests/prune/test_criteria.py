@@ -140,6 +140,17 @@ def test_how_samples_are_padded_changes_nothing(
     assert all(torch.allclose(padded[space], alone[space], rtol=1e-5) for space in padded)
 
 
+@pytest.mark.parametrize("elements", [1, 100])
+def test_importance_worked_out_some_rows_at_a_time_is_the_same(
+    elements: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = score(Checkpoint(tiny_llama), list(CRITERIA), [2], calibration=SAMPLES)
+    monkeypatch.setattr(sys.modules["loram.prune.score"], "_BLOCK_ELEMENTS", elements)
+    by_rows = score(Checkpoint(tiny_llama), list(CRITERIA), [2], calibration=SAMPLES)
+    for criterion, found in by_rows.items():
+        assert all(torch.allclose(found[2][space], whole[criterion][2][space], rtol=1e-5) for space in found[2])
+
+
 @pytest.mark.parametrize("criterion", sorted(NEEDS_TEXT))
 def test_text_that_predicts_nothing_is_refused(criterion: str, tiny_llama: Path) -> None:
     for samples in ([], [[5], [6]]):
