@@ -404,6 +404,7 @@ def test_shards_are_bounded_and_the_index_says_where_all_is(shard_bytes: int, tm
     places = {name: file for file, content in files.items() for name in content}
     assert all(same(files[file][name], tensors[name]) for name, file in places.items())
     assert places.keys() == tensors.keys()
+    assert all(files.values())  # no shard is empty, not even before a tensor that is too large for one
     for content in files.values():
         sizes = [tensor.nbytes for tensor in content.values()]
         assert sum(sizes) <= shard_bytes or sum(sizes) == max(sizes)
