@@ -14,8 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import loram
 from loram import cli
+from loram.model.architecture import CUTS
+from loram.model.checkpoint import Checkpoint
 from loram.model.gguf import convert_gguf
 from loram.model.plan import PruningPlan
+from loram.prune.score import score
+from loram.prune.stage import _calibration
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parent.parent
@@ -68,6 +72,33 @@ def zeroed(base: Path, plan: PruningPlan) -> torch.nn.Module:
 
 def test_counts_are_the_papers_formula(pruned: Path) -> None:
     assert PruningPlan.load(pruned).parameters() == (134_515_008, 95_586_624)
+
+
+def test_law_6_streamed_taylor_scores_are_the_whole_models(base: Path, pruned: Path) -> None:
+    plan, checkpoint = PruningPlan.load(pruned), Checkpoint(base)
+    samples = _calibration(checkpoint, None, 10, 128)
+    layers = sorted(plan.layers)
+    streamed = score(checkpoint, ["taylor"], layers, calibration=samples)["taylor"]
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    targets = torch.tensor([token for sample in samples for token in sample[1:]])
+    logits = torch.cat([model(torch.tensor([sample])).logits[0, :-1] for sample in samples])
+    # not cross_entropy: its float32 softmax over 49,152 tokens is off by 1e-5, and so would all gradients be
+    (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).mean().backward()
+    for layer in layers:
+        parts = dict(model.model.layers[layer].named_modules())
+        salience = {name: (parts[name].weight * parts[name].weight.grad).abs().detach().double() for name in CUTS}
+        channels = salience["mlp.gate_proj"].sum(1) + salience["mlp.up_proj"].sum(1) + salience["mlp.down_proj"].sum(0)
+        groups = (  # 3 groups of 3 query heads of 64
+            salience["self_attn.q_proj"].sum(1).view(3, -1).sum(1)
+            + salience["self_attn.k_proj"].sum(1).view(3, -1).sum(1)
+            + salience["self_attn.v_proj"].sum(1).view(3, -1).sum(1)
+            + salience["self_attn.o_proj"].sum(0).view(3, -1).sum(1)
+        )
+        for space, expected in (("channels", channels), ("kv_groups", groups)):
+            torch.testing.assert_close(streamed[layer][space], expected, rtol=1e-4, atol=0)
+            best = expected.topk(len(plan.layers[layer][space])).indices.sort().values
+            assert tuple(best.tolist()) == plan.layers[layer][space]
 
 
 def test_laws_2_and_3(base: Path, pruned: Path, tmp_path: Path) -> None:
@@ -123,3 +154,7 @@ def test_quickstart_in_short_improves_the_full_model(
     loram.merge(base, root / "run" / "recovered", root / "merged")
     merged = loram.evaluate(root / "merged", data=rows / "test.jsonl", max_samples=16)
     assert merged.perplexity == pytest.approx(perplexity["recovered"], rel=1e-4)
+    streamed = loram.evaluate(
+        base, adapter=root / "run" / "recovered", data=rows / "test.jsonl", max_samples=16, stream=True
+    )
+    assert streamed.perplexity == pytest.approx(perplexity["recovered"], rel=1e-5)

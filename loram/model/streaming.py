@@ -21,6 +21,7 @@ from loram.model.adapter import Adapter
 from loram.model.architecture import CUTS
 from loram.model.batches import Batch
 from loram.model.checkpoint import EMBEDDING, Checkpoint
+from loram.model.device import return_freed_memory_
 from loram.model.pruned import empty_model
 from loram.model.scratch import Activations, Scratch
 from loram.progress import track
@@ -54,7 +55,8 @@ class ResidentLayer:
 
     Args:
         index: which.
-        tensors: full name (`model.layers.3.mlp.up_proj.weight`) -> weight, on the device it computes on.
+        tensors: full name (`model.layers.3.mlp.up_proj.weight`) -> weight, on the device it computes on; empty as soon
+            as the next layer is asked for.
     """
 
     index: int
@@ -104,6 +106,7 @@ class Stream:
     ) -> None:
         self.checkpoint, self.batches, self.adapter = checkpoint, batches, adapter
         self.device, self.dtype = device, dtype
+        return_freed_memory_()
         self.model: Any = empty_model(checkpoint, dtype)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # a tied one once
         self._layers = self.model.model.layers
@@ -245,6 +248,7 @@ class Stream:
                 tensors = {f"model.layers.{index}.{name}": weight.data for name, weight in layer.named_parameters()}
                 handles = self._adapt_(index)
                 yield ResidentLayer(index=index, tensors=tensors)
+                tensors.clear()  # else whoever still holds the layer would hold its weights while the next is read
                 for handle in handles:
                     handle.remove()
                 layer.to_empty(device="meta")

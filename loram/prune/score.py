@@ -26,7 +26,7 @@ class ScoredLayer:
     Args:
         index: which.
         scores: criterion -> space name -> (units,) float64; empty where the layer was not to be scored.
-        tensors: full name -> weight.
+        tensors: full name -> weight; empty as soon as the next layer is asked for.
         inputs: full weight name -> statistics of the linear's inputs, where a criterion reads them.
     """
 
@@ -64,7 +64,7 @@ def score_layers(
         scratch: folder for hidden states that do not fit in memory.
 
     Raises:
-        UserError: there is no text of at least two tokens, or a gradient is not finite.
+        UserError: there is no text of at least two tokens, or an importance is not finite.
     """
     tally = _Tally(checkpoint, criteria, layers, seed)
     reads = {CRITERIA[criterion].reads for criterion in criteria} | ({"inputs"} if gather_inputs else set())
@@ -72,7 +72,9 @@ def score_layers(
         names = {layer: [n for n in checkpoint.names() if n.startswith(f"model.layers.{layer}.")] for layer in layers}
         loads = prefetched(layers, lambda layer: {name: checkpoint.tensor(name) for name in names[layer]})
         for layer in track(list(layers), "Layers"):
-            yield tally.finished(layer, next(loads))
+            tensors = next(loads)
+            yield tally.finished(layer, tensors)
+            tensors.clear()  # whoever still holds the layer does not hold its weights
         return
     if not any(len(sample) > 1 for sample in calibration):
         raise UserError("calibration: no text of at least two tokens to compute importance from")
@@ -130,8 +132,6 @@ class _Tally:
         """Take in a weight's gradient."""
         if _layer(name) not in self.layers:
             return
-        if not torch.isfinite(gradient).all():
-            raise UserError(f"{self.name}: the gradient of {name} is not finite; is the model sound?")
         self._add(name, weight, gradient)
 
     def finished(self, layer: int, tensors: Mapping[str, Tensor]) -> ScoredLayer:
@@ -161,6 +161,8 @@ class _Tally:
             if skipped or (rule.reads == "gradient") != (gradient is not None):
                 continue
             added = _unit_scores(rule, weight, gradient, self.inputs.get(name), cut, self.geometry)
+            if not torch.isfinite(added).all():
+                raise UserError(f"{self.name}: the {criterion} importance of {name} is not finite; is the model sound?")
             key = (criterion, _layer(name), space.name)
             self.sums[key] = added + self.sums[key] if key in self.sums else added
 
