@@ -120,7 +120,7 @@ def bad(case: str, tiny: Path, rows: Path, stages: Path, tmp: Path, tokenizer: A
     if case == "output exists":
         return ["prune", tiny, stages / "pruned", "--ratio", "0.5"], "exists already"
     if case == "criterion":
-        return [*prune, "--criterion", "tylor"], "known are taylor, magnitude, random"
+        return [*prune, "--criterion", "tylor"], "known are taylor, activation, wanda, flap, magnitude"
     if case == "row":
         path = tmp / "rows.jsonl"
         path.write_text(rows.read_text() + "{not json\n")
@@ -170,7 +170,7 @@ def test_a_failure_of_ours_is_code_1_without_traceback(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(sys.modules["loram.prune.stage"], "shrink", broken)
+    monkeypatch.setattr(sys.modules["loram.prune.stage"], "score_layers", broken)
     arguments = ["prune", tiny_llama, tmp_path / "out", "--ratio", 0.5, "--keep-first", 1, "--criterion", "random"]
     code, out, err = loram_cli(*arguments)
     assert (code, out) == (1, "")

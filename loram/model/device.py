@@ -36,13 +36,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def return_freed_memory_() -> None:
-    """Tell glibc to hand freed blocks of 4 MB and more back to the system, for the whole process.
+    """Tell glibc to hand freed blocks of 1 MB and more back to the system, for the whole process.
 
     By itself it raises that limit to 32 MB once such blocks were freed, and the holes between smaller ones pile up to
     several times what is in use when weights and activations of many sizes come and go. Elsewhere this does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def keep_freed_memory_() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,8 @@ class Activations:
             self._starts.append(end)
             end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, so that they can be let go one by one
         with tempfile.TemporaryFile(dir=scratch.folder) as file:
-            file.truncate(end)
-            self._map = mmap.mmap(file.fileno(), end)
+            os.posix_fallocate(file.fileno(), 0, max(end, 1))  # a full disk is an error here, not a crash later
+            self._map = mmap.mmap(file.fileno(), max(end, 1))
 
     def __len__(self) -> int:
         return len(self.shapes)

@@ -7,6 +7,7 @@ fits nowhere needs single rows, and files that fill up in any order.
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from loram.errors import UserError
 
 BLOCK_BYTES = 1 << 26
-_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_MAX_HEADER, _MAX_NUMBER = 100_000_000, (1 << 63) - 1  # the safetensors library's own limits
 # By size, as the file should hold them: torch needs every tensor at a multiple of its element size.
 _DTYPES = {
     "F64": torch.float64,
@@ -81,10 +82,11 @@ class TensorFile:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
         try:
             self.specs, self._offsets = self._read_header()
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            os.close(self._descriptor)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            self.close()
             raise UserError(f"{path}: not a whole safetensors file: {error}") from error
 
     def _read_header(self) -> tuple[dict[str, TensorSpec], dict[str, int]]:
@@ -93,6 +95,8 @@ class TensorFile:
         if size < 8 or length > min(_MAX_HEADER, size - 8):
             raise ValueError(f"its {size} bytes do not begin with a header")
         header = json.loads(os.pread(self._descriptor, length, 8))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
         specs, offsets, end = {}, {}, 0
         for name, entry in sorted(
             ((name, entry) for name, entry in header.items() if name != "__metadata__"),
@@ -100,9 +104,12 @@ class TensorFile:
         ):
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"{name} has dtype {entry['dtype']!r}")
-            specs[name] = TensorSpec(dtype=_DTYPES[entry["dtype"]], shape=tuple(map(int, entry["shape"])))
-            start, stop = entry["data_offsets"]
-            if start != end or stop - start != specs[name].nbytes or min(specs[name].shape, default=0) < 0:
+            shape, (start, stop) = entry["shape"], entry["data_offsets"]
+            numbers = [start, stop, *shape] if isinstance(shape, list) else [shape]
+            if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers):
+                raise ValueError(f"shape and place of {name} are {shape!r} and {start!r} to {stop!r}")
+            specs[name] = TensorSpec(dtype=_DTYPES[entry["dtype"]], shape=tuple(shape))
+            if start != end or stop - start != specs[name].nbytes:
                 raise ValueError(f"the place of {name} does not fit its shape")
             offsets[name], end = 8 + length + start, stop
         if size != 8 + length + end:
@@ -117,8 +124,8 @@ class TensorFile:
         """
         spec = self.specs[name]
         shape = spec.shape
-        if stop is not None:
-            shape = (min(stop, shape[0]) - start, *shape[1:])
+        if shape:
+            shape = (len(range(*slice(start, stop).indices(shape[0]))), *shape[1:])
         tensor = torch.empty(shape, dtype=spec.dtype)
         view, offset = _bytes(tensor), self._offsets[name] + start * spec.row_bytes
         while view:
@@ -138,8 +145,8 @@ class TensorFile:
             yield start, self.read(name, start, start + rows)
 
     def close(self) -> None:
-        """Close the file; tensors that were read stay."""
-        os.close(self._descriptor)
+        """Close the file, as also happens when nobody holds it any more; tensors that were read stay."""
+        self._closing()
 
 
 class TensorFileWriter:
@@ -175,6 +182,7 @@ class TensorFileWriter:
         spec = self.specs[name]
         assert tensor.dtype == spec.dtype, (name, tensor.dtype, spec)
         assert tensor.shape[1:] == spec.shape[1:], (name, tensor.shape, spec)
+        assert not spec.shape or row + len(tensor) <= spec.shape[0], (name, row, tensor.shape, spec)
         self._missing[name] -= tensor.nbytes
         assert self._missing[name] >= 0, (name, "written twice")
         self._write(_bytes(tensor.detach().cpu().contiguous()), self._offsets[name] + row * spec.row_bytes)

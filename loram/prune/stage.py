@@ -50,7 +50,8 @@ def prune(
     `floor(I * (1 - ratio))` channels and `ceil(n_kv * (1 - ratio))` groups stay.
 
     The model is streamed: one decoder layer is in memory at a time, and what it keeps is written as soon as it is
-    scored. Every byte of the base is read once, and twice where the criterion needs gradients.
+    scored. The base is read once, and twice where the criterion needs gradients (but for some rows of the embedding
+    and the norm before lm_head).
 
     Args:
         base: hub id, folder or GGUF file of the full model.
