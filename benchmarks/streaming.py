@@ -7,12 +7,13 @@ of an adapter for LLaMA-2-70B's shape. The files are dropped from the page cache
 
     python benchmarks/streaming.py --shape 13b --output-dir runs/streaming
 
-Prints a table and writes streaming.json beside this script.
+Prints a table and writes streaming.json beside this script. A second call does only what is missing there.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -239,39 +240,49 @@ def main() -> None:
     if not model.exists():
         make_model(model, config)
     counted = estimate(config, ratio=given.ratio)
-    rows: dict[str, dict[str, Any]] = {}
+    same = {"shape": given.shape, "ratio": given.ratio, "device": f"cpu, {os.cpu_count()} cores"}
+    result: dict[str, Any] = {**same, "estimate": counted.model_dump(), "rows": {}}
+    if given.json.exists() and same.items() <= (before := json.loads(given.json.read_text())).items():
+        result["rows"] = before["rows"]
+    rows = result["rows"]
 
-    def step(name: str, source: Path, arguments: list[str] | None, out: Path) -> None:
+    def step(name: str, source: Path, out: Path, arguments: list[str] | None) -> dict[str, Any] | None:
+        """Do what is not done yet; the row, where it is new."""
+        if name in rows:
+            return None
         shutil.rmtree(out, ignore_errors=True)
         drop_cache(source)
-        rows[name] = copied(source, out) if arguments is None else measured(arguments)
-        print(name, json.dumps(rows[name]), file=sys.stderr)
+        row = copied(source, out) if arguments is None else measured(arguments)
+        print(name, json.dumps(row), file=sys.stderr)
+        return row
 
-    step("copy", model, None, root / "copy")
-    shutil.rmtree(root / "copy")
-    for criterion in given.criteria:
-        out = root / f"pruned-{criterion}"
-        step(
-            f"prune, {criterion}",
-            model,
-            ["prune", str(model), str(out), "--ratio", str(given.ratio), "--criterion", criterion, "--device", "cpu"],
-            out,
-        )
-        shapes = [Checkpoint(out).shape(name) for name in Checkpoint(out).names()]
-        found = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
-        assert found == counted.pruned_parameters, (found, counted)
-        if criterion == "magnitude":
-            rows["prune, magnitude"]["compute"] = named_compute(model, out, counted.pruned_layers)
+    def keep(name: str, row: dict[str, Any], out: Path) -> None:
         shutil.rmtree(out)
+        rows[name] = row
+        given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    if row := step("copy", model, root / "copy", None):
+        keep("copy", row, root / "copy")
+    for criterion in given.criteria:
+        name, out = f"prune, {criterion}", root / "pruned"
+        options = ["--ratio", str(given.ratio), "--criterion", criterion, "--device", "cpu"]
+        if row := step(name, model, out, ["prune", str(model), str(out), *options]):
+            shapes = [Checkpoint(out).shape(name) for name in Checkpoint(out).names()]
+            found = sum(math.prod(shape) for shape in shapes)
+            assert found == counted.pruned_parameters, (found, counted)
+            if criterion == "magnitude":
+                row["compute"] = named_compute(model, out, counted.pruned_layers)
+            keep(name, row, out)
     if not adapter.exists():
         linears = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(config) if "_proj" in name}
         make_adapter(adapter, {name: (shape[0], shape[1]) for name, shape in linears.items()}, str(model.absolute()))
-    step("merge", model, ["merge", str(model), str(adapter), str(root / "merged")], root / "merged")
-    shutil.rmtree(root / "merged")
-    trained = given.output_dir / "adapter-70b"
+    if row := step("merge", model, root / "merged", ["merge", str(model), str(adapter), str(root / "merged")]):
+        keep("merge", row, root / "merged")
+    trained, recovered = given.output_dir / "adapter-70b", given.output_dir / "recovered-70b"
     if not trained.exists():
         make_70b_adapter(trained)
-    step("recover, 70B shape", trained, ["recover", str(trained), str(root / "recovered")], root / "recovered")
+    if row := step("recover, 70B shape", trained, recovered, ["recover", str(trained), str(recovered)]):
+        keep("recover, 70B shape", row, recovered)
 
     print(f"{given.shape}, ratio {given.ratio}: {counted.parameters:,} -> {counted.pruned_parameters:,} parameters")
     print(f"{'':22}{'seconds':>9}{'peak RSS':>12}{'read':>12}{'written':>12}")
@@ -279,14 +290,6 @@ def main() -> None:
         peak = "" if row["peak_rss"] is None else f"{row['peak_rss'] / 2**30:.2f} GiB"
         sizes = "".join(f"{row[key] / 1e9:>9.2f} GB" for key in ("bytes_read", "bytes_written"))
         print(f"{name:22}{row['seconds']:>9.1f}{peak:>12}{sizes}")
-    result = {
-        "shape": given.shape,
-        "ratio": given.ratio,
-        "device": f"cpu, {os.cpu_count()} cores",
-        "estimate": counted.model_dump(),
-        "rows": rows,
-    }
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
