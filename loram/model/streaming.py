@@ -210,6 +210,8 @@ class Stream:
         """
         inner, table = self.model.model, self.model.model.embed_tokens
         used = torch.unique(torch.cat([batch.ids.flatten() for batch in self.batches]))
+        if used[-1] >= (known := self.checkpoint.shape(EMBEDDING)[0]):
+            raise UserError(f"{self.checkpoint.name}: token id {used[-1]}, but its embedding has only {known} rows")
         rows = [self.checkpoint.tensor(EMBEDDING, row, row + 1) for row in used.tolist()]
         table.weight = nn.Parameter(torch.cat(rows).to(self.device, self.dtype), requires_grad=False)
         table.padding_idx = None  # it counts in the full table, and is of no use without a gradient

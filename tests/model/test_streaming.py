@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, make_model, random_adapter, relative
+from conftest import FAMILIES, LINEARS, VOCABULARY, make_model, random_adapter, relative
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -421,3 +421,10 @@ def test_leaving_a_pass_early_waits_for_no_further_layer(tiny_llama: Path, monke
     assert isinstance(next(layers), ResidentLayer)
     layers.close()  # type: ignore[attr-defined]
     assert set(read) <= {0, 1}
+
+
+def test_a_token_beyond_the_embedding_is_refused(tiny_llama: Path) -> None:
+    batches = make_batches([[3, 4, VOCABULARY]], max_tokens=10)
+    stream = Stream(Checkpoint(tiny_llama), batches, device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(UserError, match=f"token id {VOCABULARY}, but its embedding has only {VOCABULARY} rows"):
+        next(stream.forward())
