@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram.errors import UserError, first_problem
+from loram.progress import track
 
 MANIFEST_NAME = "loram_manifest.json"
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets")
@@ -130,7 +131,7 @@ def lock(out: Path) -> Iterator[None]:
 
 def _finish(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[str, Any]) -> None:
     files = {}
-    for path in sorted(folder.rglob("*")):
+    for path in track(sorted(folder.rglob("*")), "Checksums"):
         if path.is_file():
             path.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
             files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=_sha256(path))
