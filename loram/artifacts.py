@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from loram.errors import UserError, first_problem
 from loram.progress import track
 
 MANIFEST_NAME = "loram_manifest.json"
+HASHED_BYTES = 1 << 30  # readers compare the SHA-256 of files up to this size, about a second's work; `verify` all
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets")
 
 
@@ -33,7 +35,7 @@ class Manifest(BaseModel):
     """What a folder of ours holds and what it was made from; written last, so it is the mark of completion.
 
     Args:
-        kind: the stage that made the folder: base, pruned, adapter, recovered, merged, evaluation.
+        kind: what the folder is: base, pruned, teacher, adapter, checkpoint (of a training), recovered, merged.
         made_from: name of an input -> its fingerprint.
         settings: the options that the stage was run with.
         versions: of the libraries that made it.
@@ -70,12 +72,19 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, *inputs: str | Path) -> None:
     """Refuse an output that exists already, or that cannot be made; called before any work is done.
 
+    Args:
+        out: the folder to make.
+        inputs: what it is made from; names that are no folders here are passed over.
+
     Raises:
-        UserError: `out` is a file, a folder with something in it, or below a file.
+        UserError: `out` is a file, a folder with something in it, below a file, or inside an input.
     """
+    for source in inputs:
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(f"{out}: lies inside {source}, and inputs are never written to; choose another place")
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out}: the output exists already; remove it or choose another name")
     for parent in out.absolute().parents:
@@ -106,30 +115,57 @@ def publish(
         staging.mkdir()
         try:
             yield staging
-            _finish(staging, kind=kind, made_from=dict(made_from), settings=dict(settings or {}))
-            check_output(out)
-            staging.rename(out)
-            sync(out.parent)
+            put_in_place(staging, out, kind=kind, made_from=made_from, settings=settings or {})
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def put_in_place(
+    staging: Path, out: Path, *, kind: str, made_from: Mapping[str, str], settings: Mapping[str, Any]
+) -> None:
+    """Give a finished folder its manifest, sync it, and rename it to `out`, where nothing may be.
+
+    Raises:
+        UserError: `out` exists.
+    """
+    _seal(staging, kind=kind, made_from=dict(made_from), settings=dict(settings))
+    check_output(out)
+    staging.rename(out)
+    sync(out.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of ours so that no half of it can be taken for the whole: first its name goes, then its files."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """One writer of `out` at a time; the kernel frees the lock when the process ends, however it ends."""
+    """One writer of `out` at a time; the kernel frees the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
     path = out.parent / f".{out.name}.lock"
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another process is writing this folder") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    while True:
+        with path.open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{out}: another process is writing this folder") from error
+            if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                continue  # its last holder removed the file between our opening and locking it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
-def _finish(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[str, Any]) -> None:
+def _seal(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[str, Any]) -> None:
     files = {}
     for path in track(sorted(folder.rglob("*")), "Checksums"):
         if path.is_file():
@@ -163,11 +199,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def find_manifest(folder: Path) -> Manifest | None:
-    """A folder's manifest, or None where it has none; file sizes are checked against it.
+@functools.cache
+def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
+    """A file's SHA-256, worked out once a process for as long as the file stays as it is."""
+    return _sha256(path)
+
+
+def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES) -> Manifest | None:
+    """A folder's manifest, or None where it has none; the files are checked against it.
+
+    Args:
+        folder: the folder.
+        hashed_bytes: the SHA-256 of files up to this size is compared, of larger ones only the size; None for all.
 
     Raises:
-        UserError: the manifest cannot be read, or a file is missing or of another size.
+        UserError: the manifest cannot be read, or a file is missing or not the one that was written.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -182,4 +228,46 @@ def find_manifest(folder: Path) -> Manifest | None:
             raise UserError(f"{file}: the manifest lists this file, but it is missing; make the folder again")
         if (size := file.stat().st_size) != entry.size:
             raise UserError(f"{file}: {size} bytes, but the manifest says {entry.size}; make the folder again")
+    checked = [name for name, entry in manifest.files.items() if hashed_bytes is None or entry.size <= hashed_bytes]
+    for name in track(checked, "Verifying"):
+        status = (folder / name).stat()
+        found = _sha256_once(folder / name, status.st_size, status.st_mtime_ns, status.st_ino)
+        if found != manifest.files[name].sha256:
+            raise UserError(
+                f"{folder / name}: not the content that the manifest says was written (SHA-256 {found[:12]} instead of "
+                f"{manifest.files[name].sha256[:12]}); make the folder again, or, if you changed it on purpose, "
+                f"remove {MANIFEST_NAME}"
+            )
     return manifest
+
+
+def verify(folder: Path) -> dict[str, Manifest]:
+    """Compare every byte of a folder, or of the folders inside it, with their manifests.
+
+    Returns:
+        Path of each folder that has a manifest -> it.
+
+    Raises:
+        UserError: there is no manifest, or a file is missing or changed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = {}
+    for path in sorted(folder.rglob(MANIFEST_NAME)):
+        if (manifest := find_manifest(path.parent, hashed_bytes=None)) is not None:
+            found[str(path.parent)] = manifest
+    if not found:
+        raise UserError(f"{folder}: no {MANIFEST_NAME} here or below, so there is nothing to compare with")
+    return found
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key whose value changed, as `key.key: before -> after`; None where none did."""
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if (found := difference(old, new, f"{prefix}{key}.")) is not None:
+                return found
+        elif old != new:
+            return f"{prefix}{key}: {old!r} -> {new!r}"
+    return None

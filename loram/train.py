@@ -2,17 +2,18 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
-import math
-import shutil
-import tempfile
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from loram.artifacts import check_output, publish
+from loram.checkpoints import Checkpoints, guarded
 from loram.data import load_rows, tokenize
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
@@ -22,6 +23,8 @@ from loram.model.device import compute_dtype, keep_freed_memory_, pick_device
 from loram.model.plan import find_plan
 from loram.model.pruned import load_model, load_tokenizer
 from loram.progress import training_progress
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("lora",)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,7 +37,9 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
     "num_train_epochs": 1,
     "max_length": 512,
     "logging_steps": 10,
-    "save_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 50,
+    "save_total_limit": 2,
     "report_to": "none",
 }
 # Options that would be ignored in silence, since rows come to the trainer as token ids and labels.
@@ -46,12 +51,16 @@ _OURS = {
     "dataset_kwargs",
     "dataset_text_field",
     "eos_token",
+    "logging_nan_inf_filter",
     "model_init_kwargs",
+    "resume_from_checkpoint",
+    "save_only_model",
     "truncation_mode",
 }
 _BEYOND_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 LOG_NAME = "training_log.jsonl"
-_TIMINGS = ("runtime", "per_second", "total_flos")
+# What a log entry has of timings, or counts from the last start only and not from the first.
+_OF_THE_SESSION = ("runtime", "per_second", "total_flos", "num_tokens")
 
 
 def train(
@@ -64,8 +73,13 @@ def train(
     trainer: Mapping[str, Any] | None = None,
     seed: int = 42,
     device: str | None = None,
+    fresh: bool = False,
 ) -> Path:
     """Train a LoRA adapter on a pruned folder, or on any supported full model.
+
+    Checkpoints go to `OUT-checkpoints`. The same call after an interruption goes on from the newest whole one and ends
+    with the same bytes as an undisturbed run on that machine. The folder is removed in the end, unless `trainer` sets
+    `save_strategy`.
 
     Args:
         model: pruned folder, or hub id, folder or GGUF file of a full model.
@@ -76,16 +90,18 @@ def train(
         trainer: options of TRL's `SFTConfig` under their own names, over `TRAINER_DEFAULTS`.
         seed: of initialisation, data order and dropout.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        fresh: start over where `OUT-checkpoints` has an interrupted training.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: a model, data set or option cannot be used, or `out` exists.
-        FloatingPointError: the loss or the adapter is not finite.
+        UserError: a model, data set or option cannot be used, `out` exists, or the interrupted training was one with
+            other settings or data.
+        FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
     """
     out = Path(out)
-    check_output(out)
+    check_output(out, model)
     lora_options, trainer_options = check_options(method, lora or {}, {"seed": seed, **(trainer or {})})
     checkpoint = open_model(model)
     chosen = pick_device(device)
@@ -97,20 +113,31 @@ def train(
         "method": method,
         "lora": lora_options,
         "trainer": trainer_options,
-        "data": spec.model_dump(),
+        "data": spec.model_dump(mode="json"),
         "rows": len(tokens.rows),
         "rows_truncated": tokens.truncated,
         "rows_skipped": tokens.skipped,
     }
-    with publish(out, kind="adapter", made_from=_inputs(checkpoint), settings=settings) as staging:
-        with _work_folder(out, trainer_options) as work:
-            history, adapter = _fit(checkpoint, tokens.rows, tokenizer, lora_options, trainer_options, chosen, work)
+    made_from = {**_inputs(checkpoint), "rows": _rows_digest(tokens.rows)}
+    checkpoints = Checkpoints(
+        out.with_name(f"{out.name}-checkpoints"),
+        made_from=made_from,
+        settings={**settings, "device": chosen.type},
+        limit=trainer_options["save_total_limit"],
+    )
+    with publish(out, kind="adapter", made_from=made_from, settings=settings) as staging:
+        with checkpoints.open(fresh=fresh):
+            history, adapter = _fit(
+                checkpoint, tokens.rows, tokenizer, lora_options, trainer_options, chosen, checkpoints
+            )
         save_adapter(staging, {**adapter.config, "base_model_name_or_path": checkpoint.name}, adapter.tensors)
         tokenizer.save_pretrained(staging)
-        log = "".join(json.dumps(entry) + "\n" for entry in history)
+        log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
         (staging / LOG_NAME).write_text(log, encoding="utf-8")
         if plan := find_plan(checkpoint.folder):
             plan.save(staging)
+    if "save_strategy" not in (trainer or {}):
+        checkpoints.remove()
     return out
 
 
@@ -163,19 +190,14 @@ def _inputs(checkpoint: Checkpoint) -> dict[str, str]:
     return {"base": plan.base.fingerprint, "plan": plan.fingerprint, "pruned": checkpoint.fingerprint}
 
 
-class _work_folder:
-    """Where the trainer keeps its checkpoints: beside the output if it saves any, else a temporary folder."""
-
-    def __init__(self, out: Path, trainer: Mapping[str, Any]) -> None:
-        self.kept = trainer["save_strategy"] != "no"
-        self.path = out.with_name(f"{out.name}-checkpoints") if self.kept else Path(tempfile.mkdtemp(prefix="loram-"))
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *exception: object) -> None:
-        if not self.kept:
-            shutil.rmtree(self.path, ignore_errors=True)
+def _rows_digest(rows: Any) -> str:
+    """SHA-256 of the rows' token ids and labels, in order."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("numpy").iter(1000):
+        for column in ("input_ids", "labels"):
+            for row in batch[column]:
+                digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype="<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _fit(
@@ -185,7 +207,7 @@ def _fit(
     lora: Mapping[str, Any],
     trainer: Mapping[str, Any],
     device: torch.device,
-    work: Path,
+    checkpoints: Checkpoints,
 ) -> tuple[list[dict[str, Any]], Adapter]:
     """Train; returns the log history and the adapter."""
     from peft import LoraConfig, get_peft_model
@@ -201,7 +223,8 @@ def _fit(
         "dataloader_pin_memory": on_gpu,
         **trainer,
         **_checkpointing(trainer, default=on_gpu, known=_option_names(SFTConfig)),
-        "output_dir": str(work),
+        "output_dir": str(checkpoints.staging),
+        "logging_nan_inf_filter": False,
     }
     model = load_model(checkpoint, dtype=dtype)
     try:
@@ -223,17 +246,20 @@ def _fit(
         kind = Trainer
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
-    runner = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator)
+    runner = guarded(kind, checkpoints)(
+        model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator
+    )
     for callback in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results
         runner.remove_callback(callback)
     runner.add_callback(training_progress())
-    runner.train()
-    history = [_without_timings(entry) for entry in runner.state.log_history]
-    for entry in history:
-        if not math.isfinite(entry.get("loss", 0.0)):
-            raise FloatingPointError(f"step {entry['step']}: the loss is {entry['loss']}; try a lower learning_rate")
-    model.save_pretrained(work / "adapter", save_embedding_layers=False)
-    return history, Adapter.load(work / "adapter")
+    newest = checkpoints.newest()
+    if newest is not None:
+        logger.info("going on from %s in %s", newest.name, newest.parent)
+    runner.train(resume_from_checkpoint=newest and str(newest))
+    history = [_lasting(entry) for entry in runner.state.log_history if "loss" in entry]
+    trained = checkpoints.staging / "adapter"
+    model.save_pretrained(trained, save_embedding_layers=False)
+    return history, Adapter.load(trained)
 
 
 def _checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[str]) -> dict[str, bool | None]:
@@ -247,6 +273,6 @@ def _option_names(config: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(config) if field.init]
 
 
-def _without_timings(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A log entry without what varies from run to run, so that the same training gives the same bytes."""
-    return {key: value for key, value in entry.items() if not any(part in key for part in _TIMINGS)}
+def _lasting(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a log entry is the same however often training was interrupted, so that it ends with the same bytes."""
+    return {key: value for key, value in entry.items() if not any(part in key for part in _OF_THE_SESSION)}

@@ -14,6 +14,7 @@ FLOORS = {
     "loram.artifacts": 1,
     "loram.model": 2,
     "loram.data": 3,
+    "loram.checkpoints": 3,
     "loram.prune.counts": 3,
     "loram.prune.criteria": 3,
     "loram.prune": 4,
