@@ -1,5 +1,6 @@
-"""The command line: one subcommand a stage, plus run, estimate and convert. No logic of its own."""
+"""The command line: one subcommand a stage, plus run, estimate, verify and convert. No logic of its own."""
 
+import json
 import logging
 import os
 import sys
@@ -40,6 +41,7 @@ KeepFirst = Annotated[int, typer.Option(help="First layers to leave whole.")]
 KeepLast = Annotated[int, typer.Option(help="Last layers to leave whole.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with what was interrupted.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -144,6 +146,7 @@ def train(
     ] = None,
     seed: Seed = 42,
     device: Device = None,
+    fresh: Fresh = False,
 ) -> None:
     """Train a LoRA adapter on MODEL, a pruned folder or a full model."""
     lora_flags = {
@@ -175,6 +178,7 @@ def train(
         trainer={**_given(trainer_flags), **_pairs(trainer, "--trainer")},
         seed=seed,
         device=device,
+        fresh=fresh,
     )
     typer.echo(f"{out}: adapter written")
 
@@ -253,13 +257,16 @@ def teach(
         int, typer.Option(help="Tokens a pass over the model; a stopped run goes on after the last finished pass.")
     ] = 1 << 18,
     device: Device = None,
+    fresh: Fresh = False,
 ) -> None:
     """Cache what the full MODEL predicts on a text, for alignment; MODEL is read from disk a layer at a time."""
     data = _data(dataset, dataset_config, dataset_split, column, max_samples)
 
     from loram.teach import teach as stage
 
-    stage(model, out, data=data, top_k=top_k, max_length=max_length, part_tokens=part_tokens, device=device)
+    stage(
+        model, out, data=data, top_k=top_k, max_length=max_length, part_tokens=part_tokens, device=device, fresh=fresh
+    )
     typer.echo(f"{out}: teacher cache written")
 
 
@@ -284,6 +291,23 @@ def estimate(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder that loram made, or one with such folders in it.")],
+    as_json: Json = False,
+) -> None:
+    """Compare every byte of a folder with its manifest."""
+    from loram.artifacts import verify as stage
+
+    found = stage(folder)
+    if as_json:
+        typer.echo(json.dumps({path: manifest.model_dump(mode="json") for path, manifest in found.items()}))
+        return
+    for path, manifest in found.items():
+        size = sum(entry.size for entry in manifest.files.values())
+        typer.echo(f"{path}: {manifest.kind}, {len(manifest.files)} files, {size / 1e6:,.1f} MB, all as written")
+
+
+@app.command()
 def convert(
     gguf: Annotated[Path, typer.Argument(help="A .gguf file.", show_default=False)],
     out: Out,
@@ -299,6 +323,7 @@ def convert(
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's.")] = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: prune, train, recover, evaluate, compare."""
@@ -312,7 +337,7 @@ def run(
     from loram.pipeline import run as pipeline
     from loram.report import summary, table
 
-    report = pipeline(loaded)
+    report = pipeline(loaded, fresh=fresh)
     if as_json:
         typer.echo(report.model_dump_json())
         return

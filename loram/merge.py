@@ -28,7 +28,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
         UserError: the adapter does not fit the base, or `out` exists.
     """
     out = Path(out)
-    check_output(out)
+    check_output(out, base, adapter)
     checkpoint = open_model(base)
     update = load_for(checkpoint, Path(adapter))
     sources = {name: name for name in checkpoint.names()}

@@ -1,5 +1,6 @@
 """Run a recipe: stages in order, each a folder; finished ones are skipped, stale ones refused."""
 
+import json
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from loram.artifacts import digest, find_manifest, library_versions
+from loram.artifacts import difference, find_manifest, library_versions, sync
 from loram.data import load_rows
 from loram.data_spec import DataSpec
 from loram.errors import UserError, first_problem
@@ -32,12 +33,12 @@ STATE_NAME, REPORT_NAME = "stages.json", "report.json"
 
 
 class _Done(BaseModel):
-    """A finished stage: what it was run with, what it took, and, for an evaluation, what it found."""
+    """A finished stage: what it was run with, what it took (if known), and, for an evaluation, what it found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: dict[str, Any]
-    cost: Cost
+    cost: Cost | None
     report: Report | None = None
 
 
@@ -45,6 +46,7 @@ class _State(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     stages: dict[str, _Done] = {}
+    begun: dict[str, dict[str, Any]] = {}  # stage -> what it was started with
 
 
 class _Run:
@@ -63,33 +65,46 @@ class _Run:
         """Do a stage, or take it as done when it was done with the same settings.
 
         Raises:
-            UserError: it was done with other settings; the first difference is shown.
+            UserError: it was done or begun with other settings; the first difference is shown.
         """
+        asked: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
         done, folder = self.state.stages.get(name), self.out / name
         found = folder.exists() and find_manifest(folder) is not None
-        if done is not None and (found or done.report is not None):
-            if digest(done.settings) != digest(settings):
-                raise UserError(
-                    f"{self.out}: {name} was made with other settings ({_difference(done.settings, settings)}); "
-                    "choose another output_dir, or remove this one to start over"
-                )
+        kept = done is not None and (found or done.report is not None)
+        before = done.settings if kept and done is not None else self.state.begun.get(name)
+        if before is not None and (changed := difference(before, asked)):
+            raise UserError(
+                f"{self.out}: {name} was made with other settings ({changed}); "
+                "choose another output_dir, or give --fresh to start over"
+            )
+        if kept and done is not None:
             logger.info("%s: done already", name)
             return done
-        if found:  # made just before the process was killed, its cost not yet written down: make it again
-            shutil.rmtree(folder)
+        if found:
+            if before is None:
+                raise UserError(f"{folder}: exists already, but {STATE_NAME} knows nothing of it; move it away")
+            logger.info("%s: done already, just before the process was stopped", name)
+            return self._record(name, _Done(settings=asked, cost=None))
         logger.info("%s ...", name)
+        self.state.begun[name] = asked
+        self._save(self.path, self.state)
         reset_peak_rss()
         started = time.monotonic()
         report = action()
         cost = Cost(seconds=time.monotonic() - started, peak_rss=peak_rss())
-        self.state.stages[name] = _Done(settings=dict(settings), cost=cost, report=report)
-        self._save(self.path, self.state)
         logger.info("%s: %.1f s, peak RSS %.2f GB", name, cost.seconds, cost.peak_rss / 1e9)
-        return self.state.stages[name]
+        return self._record(name, _Done(settings=asked, cost=cost, report=report))
+
+    def _record(self, name: str, done: _Done) -> _Done:
+        self.state.stages[name] = done
+        self.state.begun.pop(name, None)
+        self._save(self.path, self.state)
+        return done
 
     def _save(self, path: Path, value: BaseModel) -> None:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(value.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        sync(partial)
         os.replace(partial, path)
 
     def finish(self, rows: tuple[Row, ...]) -> RunReport:
@@ -104,15 +119,13 @@ class _Run:
         return report
 
 
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:
-    """The first key whose value changed, as `key: before -> after`."""
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and old != new:
-            return _difference(old, new, f"{prefix}{key}.")
-        if old != new:
-            return f"{prefix}{key}: {old!r} -> {new!r}"
-    return "none found"
+def _start_over(out: Path) -> None:
+    """Remove what a run has left in its output folder, and nothing else."""
+    for name in ("pruned", "adapter", "recovered", "full_lora"):
+        for path in (out / name, out / f"{name}-checkpoints"):
+            shutil.rmtree(path, ignore_errors=True)
+    for name in (STATE_NAME, REPORT_NAME):
+        (out / name).unlink(missing_ok=True)
 
 
 def check(recipe: Recipe) -> None:
@@ -136,17 +149,20 @@ def check(recipe: Recipe) -> None:
         load_rows(spec)
 
 
-def run(recipe: Recipe) -> RunReport:
+def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
     """Prune, train, recover, evaluate, and compare, as the recipe says.
 
     Leaves `pruned/`, `adapter/`, `recovered/` and, if asked, `full_lora/` under `output_dir`, each complete by itself,
-    and `report.json`. A second run with the same recipe does only what is missing.
+    and `report.json`. A second run with the same recipe does only what is missing, and goes on with a training that was
+    interrupted. `fresh` removes what an earlier run left there and starts over.
 
     Raises:
         UserError: the recipe cannot be run, or what is in `output_dir` was made with another one.
     """
     check(recipe)
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        _start_over(recipe.output_dir)
     state, base, out = _Run(recipe), recipe.model_name_or_path, recipe.output_dir
     checkpoint = open_model(base)
     common = {"base": checkpoint.fingerprint, "seed": recipe.seed, "device": recipe.device}
@@ -212,7 +228,7 @@ def _evaluation(state: _Run, recipe: Recipe, name: str, dataset: str, model: str
 
 def _row(name: str, made: _Done | None, found: Mapping[str, _Done]) -> Row:
     reports = {dataset: done.report for dataset, done in found.items() if done.report is not None}
-    costs = [done.cost for done in found.values()]
+    costs = [done.cost for done in found.values() if done.cost is not None]  # evaluations always have one
     return Row(
         name=name,
         parameters=next(iter(reports.values())).parameters,

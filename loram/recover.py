@@ -28,7 +28,7 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
         UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, or `out` exists.
     """
     source, out = Path(adapter), Path(out)
-    check_output(out)
+    check_output(out, source)
     trained = Adapter.load(source)
     plan = find_plan(source)
     manifest = find_manifest(source)

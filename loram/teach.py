@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loram.artifacts import check_output, digest, lock, publish, sync
+from loram.artifacts import check_output, difference, digest, lock, publish, sync
 from loram.data import load_rows, tokenize
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
@@ -35,6 +35,7 @@ def teach(
     max_length: int = 512,
     part_tokens: int = PART_TOKENS,
     device: str | None = None,
+    fresh: bool = False,
 ) -> Path:
     """Store the `top_k` likeliest next tokens, and the log of the remaining mass, at every place in the loss.
 
@@ -49,6 +50,7 @@ def teach(
         max_length: tokens a row; longer rows lose their end, a long text is cut into pieces of this.
         part_tokens: more need fewer passes over the model, and as many hidden states in memory or a scratch file.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        fresh: start over where `OUT-parts` has finished parts.
 
     Returns:
         `out`.
@@ -58,7 +60,7 @@ def teach(
             other settings.
     """
     out, spec = Path(out), as_spec(data)
-    check_output(out)
+    check_output(out, model)
     checkpoint, chosen = open_model(model), pick_device(device)
     tokens = tokenize(load_rows(spec), load_tokenizer(checkpoint), spec.max_length or max_length, name=spec.path)
     input_ids, labels = tokens.rows["input_ids"][:], tokens.rows["labels"][:]
@@ -80,6 +82,9 @@ def teach(
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
         try:
+            if fresh:
+                for path in work.iterdir():
+                    path.unlink()
             _check_request(work, {**info.model_dump(mode="json"), "dtype": str(dtype)})
             for number, rows in enumerate(parts):
                 path = work / part_name(number)
@@ -124,9 +129,8 @@ def _check_request(work: Path, request: Mapping[str, Any]) -> None:
         begun = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         begun = {}
-    if begun != request:
-        changed = next((key for key in request if begun.get(key) != request[key]), "it")
-        raise UserError(f"{work}: was begun with other settings ({changed} differs); remove it to start over")
+    if changed := difference(begun, request):
+        raise UserError(f"{work}: was begun with other settings ({changed}); give --fresh to start over")
 
 
 def _publish(work: Path, out: Path, info: TeacherInfo, spec: DataSpec, parts: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loram import artifacts
 from loram.artifacts import MANIFEST_NAME, find_manifest, publish
 from loram.errors import UserError
 
@@ -210,3 +211,68 @@ def test_same_content_same_manifest(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     assert (first / MANIFEST_NAME).read_bytes() == (second / MANIFEST_NAME).read_bytes()
     assert json.loads((first / MANIFEST_NAME).read_text())["format_version"] == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "zeroed tail"])
+def test_readers_check_hashes(damage: str, tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    find_manifest(out)
+    content = (out / "a.bin").read_bytes()
+    changed = bytes([content[0] ^ 1]) + content[1:] if damage == "flip" else content[:-2] + b"\0\0"
+    (out / "a.bin").write_bytes(changed)
+    with pytest.raises(UserError, match=r"a\.bin: not the content that the manifest says"):
+        find_manifest(out)
+    assert find_manifest(out, hashed_bytes=2) is not None  # a file too large to hash at every reading
+    with pytest.raises(UserError, match=r"a\.bin: not the content"):
+        artifacts.verify(tmp_path)
+
+
+def test_verify_finds_every_folder_below(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "run" / "a"), write(tmp_path / "run" / "b")
+    assert list(artifacts.verify(tmp_path / "run")) == [str(first), str(second)]
+    (tmp_path / "empty").mkdir()
+    for folder, message in ((tmp_path / "empty", "nothing to compare with"), (tmp_path / "no", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            artifacts.verify(folder)
+
+
+def test_an_output_inside_an_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for out in ("model", "model/pruned", "link/pruned", "link/../model/x"):
+        with pytest.raises(UserError, match="inputs are never written to"):
+            artifacts.check_output(tmp_path / out, "some/hub-id", tmp_path / "model")
+    artifacts.check_output(tmp_path / "model-pruned", tmp_path / "model")
+
+
+def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last holder removes the file after we have opened it: what we locked is then no lock of anybody's."""
+    flock, path = artifacts.fcntl.flock, tmp_path / ".out.lock"
+    calls = []
+
+    def late(handle: Any, operation: int) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(operation)
+        flock(handle, operation)
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", late)
+    with artifacts.lock(tmp_path / "out"):
+        assert len(calls) == 2
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_what_is_discarded_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write(tmp_path / "out")
+
+    def stop(path: Path, **options: Any) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts.shutil, "rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.discard(out)
+    assert not out.exists()

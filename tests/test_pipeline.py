@@ -136,3 +136,40 @@ def test_summary_says_when_nothing_was_gained(done: Path) -> None:
     better = worse.model_copy(update={"perplexity": {"task": 1.0, "short": 1.0}})
     rows = tuple(better if row.name == "recovered" else row for row in report.rows)
     assert "does not" not in summary(report.model_copy(update={"rows": rows}))
+
+
+def test_a_stage_finished_just_before_a_kill_is_kept(
+    done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """The adapter is in place, but its cost was not written down yet: a night of training is not thrown away."""
+    copy = shutil.copytree(done, tmp_path / "out")
+    state = json.loads((copy / "stages.json").read_text())
+    state["begun"]["adapter"] = state["stages"].pop("adapter")["settings"]
+    (copy / "stages.json").write_text(json.dumps(state))
+    before = (copy / "adapter" / "loram_manifest.json").stat().st_mtime_ns
+    report = run(recipe(tiny_llama, rows_file, copy))
+    assert (copy / "adapter" / "loram_manifest.json").stat().st_mtime_ns == before
+    assert report.row("pruned + adapter").made is None
+    assert json.loads((copy / "stages.json").read_text())["begun"] == {}
+
+
+def test_a_folder_that_no_run_made_is_not_touched(
+    done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(done, tmp_path / "out")
+    (copy / "stages.json").unlink()
+    with pytest.raises(loram.UserError, match="pruned: exists already, but stages.json knows nothing of it"):
+        run(recipe(tiny_llama, rows_file, copy))
+    assert (copy / "pruned" / "model.safetensors").is_file()
+
+
+def test_fresh_starts_over_and_removes_only_what_runs_make(
+    done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(done, tmp_path / "out")
+    (copy / "notes.txt").write_text("mine")
+    (copy / "adapter-checkpoints").mkdir()
+    run(recipe(tiny_llama, rows_file, copy, seed=7, eval_dataset=str(rows_file)), fresh=True)
+    assert (copy / "notes.txt").read_text() == "mine"
+    assert not (copy / "adapter-checkpoints").exists()
+    assert json.loads((copy / "report.json").read_text())["recipe"]["seed"] == 7

@@ -76,7 +76,7 @@ def prune(
     out = Path(out)
     if criterion not in CRITERIA:
         raise UserError(f"criterion {criterion!r} is not known; known are {', '.join(CRITERIA)}")
-    check_output(out)
+    check_output(out, base)
     checkpoint = open_model(base)
     geometry, architecture = checkpoint.geometry, architecture_of(checkpoint.config, checkpoint.name)
     for space in architecture.spaces:
