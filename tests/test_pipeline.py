@@ -158,7 +158,7 @@ def test_a_folder_that_no_run_made_is_not_touched(
 ) -> None:
     copy = shutil.copytree(done, tmp_path / "out")
     (copy / "stages.json").unlink()
-    with pytest.raises(loram.UserError, match="pruned: exists already, but stages.json knows nothing of it"):
+    with pytest.raises(loram.UserError, match=r"pruned: exists already, but stages\.json knows nothing of it"):
         run(recipe(tiny_llama, rows_file, copy))
     assert (copy / "pruned" / "model.safetensors").is_file()
 

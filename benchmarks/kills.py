@@ -1,0 +1,84 @@
+"""A training killed again and again at random moments ends with the same bytes as an undisturbed one.
+
+Prunes the model, trains the quickstart's adapter once undisturbed, then once more with SIGKILL after random times, each
+time giving the same command again until it ends, and compares every file of the two adapter folders.
+
+    python benchmarks/kills.py --model models/SmolLM2-135M-Instruct --dataset data/word_problems/train.jsonl
+
+Prints a table and writes kills.json beside this script.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """File name -> content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--max-steps", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        root, loram = Path(folder), [sys.executable, "-m", "loram"]
+        subprocess.run(
+            [*loram, "prune", options.model, root / "pruned", "--ratio", "0.5", "--criterion", "magnitude"], check=True
+        )
+        train = [*loram, "train", root / "pruned", "--dataset", options.dataset, "--max-steps", str(options.max_steps)]
+        train += ["--per-device-train-batch-size", str(options.batch_size), "--learning-rate", "1e-3"]
+        train += ["--trainer", "save_steps=1", "--trainer", "logging_steps=5"]
+
+        started = time.monotonic()
+        subprocess.run([*train, root / "undisturbed"], check=True)
+        undisturbed = time.monotonic() - started
+
+        kills, started = 0, time.monotonic()
+        while not (root / "killed").exists():
+            with subprocess.Popen([*train, root / "killed"], stderr=subprocess.PIPE, text=True) as process:
+                try:
+                    # up to twice the time that a kill may take if all are to fall inside the training
+                    wait = chance.uniform(0, 2 * undisturbed / options.kills) + 15 if kills < options.kills else None
+                    _, log = process.communicate(timeout=wait)
+                    if process.returncode:
+                        sys.exit(f"failed: {log}")
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+            print(f"{kills} kills, {len(list(root.glob('killed-checkpoints/checkpoint-*')))} checkpoints", flush=True)
+        killed = time.monotonic() - started
+        expected, found = contents(root / "undisturbed"), contents(root / "killed")
+        differing = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+        left = sorted(path.name for path in root.iterdir())
+    result = {
+        "steps": options.max_steps,
+        "batch_size": options.batch_size,
+        "kills": kills,
+        "undisturbed_seconds": undisturbed,
+        "killed_seconds": killed,
+        "files": len(expected),
+        "differing_files": differing,
+        "left_beside_the_output": [name for name in left if name not in ("pruned", "undisturbed", "killed")],
+    }
+    for key, value in result.items():
+        print(f"{key:24} {value}")
+    (Path(__file__).parent / "kills.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
