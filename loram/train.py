@@ -215,6 +215,11 @@ def _fit(
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    newest = checkpoints.newest()
+    if newest is not None:
+        logger.info("going on from %s in %s", newest.name, newest.parent)
+        if (finished := _finished(newest)) is not None:
+            return finished
     dtype = compute_dtype(device)
     on_gpu = device.type == "cuda"
     options = {
@@ -252,14 +257,18 @@ def _fit(
     for callback in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results
         runner.remove_callback(callback)
     runner.add_callback(training_progress())
-    newest = checkpoints.newest()
-    if newest is not None:
-        logger.info("going on from %s in %s", newest.name, newest.parent)
     runner.train(resume_from_checkpoint=newest and str(newest))
-    history = [_lasting(entry) for entry in runner.state.log_history if "loss" in entry]
     trained = checkpoints.staging / "adapter"
     model.save_pretrained(trained, save_embedding_layers=False)
-    return history, Adapter.load(trained)
+    return _history(runner.state.log_history), Adapter.load(trained)
+
+
+def _finished(checkpoint: Path) -> tuple[list[dict[str, Any]], Adapter] | None:
+    """The outcome of a training that was stopped after its last step: transformers would take one step more."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if state["global_step"] < state["max_steps"]:
+        return None
+    return _history(state["log_history"]), Adapter.load(checkpoint)
 
 
 def _checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[str]) -> dict[str, bool | None]:
@@ -273,6 +282,10 @@ def _option_names(config: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(config) if field.init]
 
 
-def _lasting(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a log entry is the same however often training was interrupted, so that it ends with the same bytes."""
-    return {key: value for key, value in entry.items() if not any(part in key for part in _OF_THE_SESSION)}
+def _history(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The logged losses, with what is the same however often training was interrupted: it ends with the same bytes."""
+    return [
+        {key: value for key, value in entry.items() if not any(part in key for part in _OF_THE_SESSION)}
+        for entry in log
+        if "loss" in entry
+    ]
