@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--max-steps", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -42,18 +43,24 @@ def main() -> None:
         )
         train = [*loram, "train", root / "pruned", "--dataset", options.dataset, "--max-steps", str(options.max_steps)]
         train += ["--per-device-train-batch-size", str(options.batch_size), "--learning-rate", "1e-3"]
-        train += ["--trainer", "save_steps=1", "--trainer", "logging_steps=5"]
+        train += ["--max-length", str(options.max_length), "--trainer", "save_steps=1", "--trainer", "logging_steps=5"]
 
         started = time.monotonic()
-        subprocess.run([*train, root / "undisturbed"], check=True)
+        with subprocess.Popen([*train, root / "undisturbed"]) as process:
+            while process.poll() is None and not (root / "undisturbed-checkpoints" / "checkpoint-1").exists():
+                time.sleep(0.1)
+            startup = time.monotonic() - started  # imports, tokenising, loading, the first step
         undisturbed = time.monotonic() - started
+        if process.returncode:
+            sys.exit("the undisturbed training failed")
 
         kills, started = 0, time.monotonic()
         while not (root / "killed").exists():
             with subprocess.Popen([*train, root / "killed"], stderr=subprocess.PIPE, text=True) as process:
                 try:
-                    # up to twice the time that a kill may take if all are to fall inside the training
-                    wait = chance.uniform(0, 2 * undisturbed / options.kills) + 15 if kills < options.kills else None
+                    # so that all kills together take about three quarters of the training's time beyond the startups
+                    room = 1.5 * (undisturbed - startup) / options.kills
+                    wait = startup * chance.uniform(0.9, 1) + chance.uniform(0, room) if kills < options.kills else None
                     _, log = process.communicate(timeout=wait)
                     if process.returncode:
                         sys.exit(f"failed: {log}")
@@ -68,6 +75,7 @@ def main() -> None:
     result = {
         "steps": options.max_steps,
         "batch_size": options.batch_size,
+        "max_length": options.max_length,
         "kills": kills,
         "undisturbed_seconds": undisturbed,
         "killed_seconds": killed,
