@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from loram.errors import UserError, first_problem
+from loram.names import on_the_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -355,6 +356,7 @@ def _main(arguments: list[str]) -> int:
     if debug := "--debug" in spelled:  # anywhere on the line
         spelled = ["--debug", *(a for a in spelled if a != "--debug")]
     try:
+        _check_names(spelled)
         app(spelled, prog_name="loram", standalone_mode=True)
     except UserError as error:
         return _fail(str(error), 2)
@@ -370,6 +372,22 @@ def _main(arguments: list[str]) -> int:
         reason = (str(error).strip() or "no further detail").splitlines()[0]
         return _fail(f"{type(error).__name__}: {reason} (run `loram --debug ...` for the traceback)", 1)
     return 0
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Answer flags by the names that other tools give them with ours, before the parser calls them unknown.
+
+    Raises:
+        UserError: the first such flag.
+    """
+    command = getattr(typer.main.get_command(app), "commands", {}).get(next((a for a in arguments if a[:1] != "-"), ""))
+    if command is None:
+        return
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    names = {parameter.name for parameter in command.params if parameter.param_type_name == "argument"}
+    for flag in (a.split("=")[0] for a in arguments if a.startswith("--")):
+        if ours := on_the_line(flag, flags, names):
+            raise UserError(f"{flag}: here it is called {ours}")
 
 
 def _fail(message: str, code: int) -> int:

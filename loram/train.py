@@ -21,6 +21,7 @@ from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, keep_freed_memory_, pick_device
 from loram.model.plan import find_plan
 from loram.model.pruned import load_model, load_tokenizer
+from loram.names import in_recipe
 from loram.progress import training_progress
 
 METHODS = ("lora",)
@@ -134,9 +135,9 @@ def check_options(
         names = _option_names(known)
         for key in given:
             if key not in names:
-                near = [*difflib.get_close_matches(key, names, 1), ""][0]
-                near = key.removeprefix("lora_") if key.removeprefix("lora_") in names else near
-                hint = f"; did you mean {near}?" if near else ""
+                hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, names, 1))
+                if ours := in_recipe(key, f"train.{section}", names):
+                    hint = f"; here it is called {ours}"
                 raise UserError(f"{section}: {known.__name__} of this version has no option {key!r}{hint}")
     if ours := sorted(_OURS & trainer.keys()):
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")

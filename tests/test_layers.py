@@ -10,6 +10,7 @@ ROOT = Path(loram.__file__).parent
 FLOORS = {
     "loram.errors": 0,
     "loram.progress": 0,
+    "loram.names": 0,
     "loram.data_spec": 1,
     "loram.artifacts": 1,
     "loram.model": 2,
