@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from loram.data import load_rows, tokenize
+from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.model.adapter import Adapter, load_for
 from loram.model.batches import Batch, make_batches
-from loram.model.checkpoint import Checkpoint, open_model
+from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.pruned import load_model, load_tokenizer
 from loram.model.streaming import BATCH_TOKENS, Stream
@@ -78,7 +78,7 @@ def evaluate(
     tokenizer = load_tokenizer(checkpoint)
     limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
     spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
-    tokens = tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, name=spec.path)
+    tokens = load_tokens(spec, tokenizer, max_length, vocabulary=checkpoint.shape(EMBEDDING)[0])
     rows = tokens.rows.select(range(min([len(tokens.rows), *limits])))
     score = _streamed if stream else _in_memory
     loss, count, parameters = score(checkpoint, update, chosen, rows["input_ids"][:], rows["labels"][:])

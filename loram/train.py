@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from loram.artifacts import check_output, publish
-from loram.data import load_rows, tokenize
+from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.model.adapter import Adapter, save_adapter
-from loram.model.checkpoint import Checkpoint, open_model
+from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
 from loram.model.device import compute_dtype, keep_freed_memory_, pick_device
 from loram.model.plan import find_plan
 from loram.model.pruned import load_model, load_tokenizer
@@ -93,7 +93,8 @@ def train(
     spec = as_spec(data)
     tokenizer = load_tokenizer(checkpoint)
     trainer_options["max_length"] = spec.max_length or trainer_options["max_length"]
-    tokens = tokenize(load_rows(spec), tokenizer, trainer_options["max_length"], name=spec.path)
+    known = checkpoint.shape(EMBEDDING)[0]
+    tokens = load_tokens(spec, tokenizer, trainer_options["max_length"], vocabulary=known)
     settings = {
         "method": method,
         "lora": lora_options,
@@ -135,9 +136,9 @@ def check_options(
         names = _option_names(known)
         for key in given:
             if key not in names:
-                hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, names, 1))
-                if ours := in_recipe(key, f"train.{section}", names):
-                    hint = f"; here it is called {ours}"
+                hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, names, n=1))
+                if place := in_recipe(key, f"train.{section}", names):
+                    hint = f"; here it is called {place}"
                 raise UserError(f"{section}: {known.__name__} of this version has no option {key!r}{hint}")
     if ours := sorted(_OURS & trainer.keys()):
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")

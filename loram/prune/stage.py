@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from loram.artifacts import check_output, publish
-from loram.data import load_rows, tokenize
+from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.model.architecture import CUTS, Architecture, architecture_of
-from loram.model.checkpoint import SHARD_BYTES, Checkpoint, ShardedWriter, copy_side_files, open_model
+from loram.model.checkpoint import EMBEDDING, SHARD_BYTES, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import load_tokenizer, write_config
@@ -196,6 +196,6 @@ def _calibration(
 ) -> list[list[int]]:
     spec = as_spec(data or BUILTIN_CALIBRATION)
     spec = spec.model_copy(update={"max_samples": min(count, spec.max_samples or count)})
-    tokens = tokenize(load_rows(spec), load_tokenizer(checkpoint), length, name=spec.path)
+    tokens = load_tokens(spec, load_tokenizer(checkpoint), length, vocabulary=checkpoint.shape(EMBEDDING)[0])
     pieces = [list(ids) for ids in tokens.rows["input_ids"]]
     return sorted(pieces, key=len, reverse=True)[:count]  # stable: whole pieces of a text before its short ends
