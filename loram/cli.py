@@ -300,6 +300,9 @@ def convert(
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's.")] = None,
+    only_check: Annotated[
+        bool, typer.Option("--dry-run", help="Check it all, show sizes, memory and tokenised rows; write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: prune, train, recover, evaluate, compare."""
@@ -309,6 +312,18 @@ def run(
 
     from rich.console import Console
 
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if only_check:
+        from loram.dry_run import dry_run, show
+
+        found = dry_run(loaded)
+        if as_json:
+            typer.echo(found.model_dump_json())
+            return
+        for part in show(found):
+            console.print(part, soft_wrap=True)
+        return
+
     from loram.pipeline import REPORT_NAME
     from loram.pipeline import run as pipeline
     from loram.report import summary, table
@@ -317,7 +332,6 @@ def run(
     if as_json:
         typer.echo(report.model_dump_json())
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(report))
     console.print(summary(report), highlight=False)
     console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)

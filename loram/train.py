@@ -158,6 +158,25 @@ def check_options(
     return lora, trainer
 
 
+def check_values(lora: Mapping[str, Any], trainer: Mapping[str, Any], device: torch.device) -> None:
+    """Let PEFT and TRL judge the values of options that `check_options` gave, before any weight is read.
+
+    Raises:
+        UserError: what they say of the first bad one.
+    """
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    on_gpu = device.type == "cuda"
+    checkpointing = _checkpointing(trainer, default=on_gpu, known=_option_names(SFTConfig))
+    ours = {"use_cpu": device.type == "cpu", "bf16": on_gpu and compute_dtype(device) == torch.bfloat16}
+    try:
+        LoraConfig(**lora)
+        SFTConfig(**{**ours, **trainer, **checkpointing, "output_dir": "unused"})
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+
+
 def _inputs(checkpoint: Checkpoint) -> dict[str, str]:
     plan = find_plan(checkpoint.folder)
     if plan is None:

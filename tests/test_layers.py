@@ -27,6 +27,7 @@ FLOORS = {
     "loram.recipe": 5,
     "loram.report": 5,
     "loram.pipeline": 6,
+    "loram.dry_run": 6,
     "loram.cli": 7,
     "loram.__main__": 8,
     "loram": 8,
