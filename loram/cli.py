@@ -319,9 +319,8 @@ def run(
         found = dry_run(loaded)
         if as_json:
             typer.echo(found.model_dump_json())
-            return
-        for part in show(found):
-            console.print(part, soft_wrap=True)
+        else:
+            show(found, console)
         return
 
     from loram.pipeline import REPORT_NAME

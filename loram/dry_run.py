@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -57,7 +58,10 @@ class TrainingMemory(_Value):
 
 
 class DataCounts(_Value):
-    """A data set after tokenisation: `rows` are those used, `longest` is the longest one's tokens."""
+    """A data set after tokenisation: `rows` are those used, `longest` is the longest one's tokens.
+
+    `rows_truncated` also counts rows that had nothing left in the loss and were skipped.
+    """
 
     rows: int
     tokens: int
@@ -211,8 +215,13 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
 
 
-def show(found: DryRun) -> Iterator[Table | Text]:
-    """The same for people, part by part; the tokens in the loss stand between ⟦ and ⟧, and in colour on a terminal."""
+def show(found: DryRun, console: Console) -> None:
+    """Print it for people; the tokens in the loss stand between ⟦ and ⟧, and in colour on a terminal."""
+    for part in _parts(found):
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def _parts(found: DryRun) -> Iterator[Table | Text]:
     reduction = found.parameters / found.pruned_parameters
     yield Text(
         f"{found.model}\n{found.parameters:,} -> {found.pruned_parameters:,} parameters ({reduction:.2f}x fewer)\n"
@@ -225,11 +234,11 @@ def show(found: DryRun) -> Iterator[Table | Text]:
             f"  adapter             {_bytes(memory.adapter):>9}   {memory.adapter_parameters:,} parameters in float32\n"
             f"  its gradients       {_bytes(memory.gradients):>9}\n"
             f"  AdamW's two moments {_bytes(memory.optimizer):>9}\n"
-            "Activations come on top and grow with per_device_train_batch_size and max_length.\n"
         )
+    yield Text("Activations come on top and grow with per_device_train_batch_size and max_length.\n")
     table = Table(title="Data", title_justify="left")
     table.add_column("data set", no_wrap=True)
-    for heading in ("rows", "tokens", "in the loss", "cut to max_length", "skipped", "longest"):
+    for heading in ("rows used", "tokens", "in the loss", "cut to length", "skipped", "longest"):
         table.add_column(heading, justify="right")
     calibration = {} if found.calibration is None else {"calibration": found.calibration}
     evaluation = {f"evaluation: {name}": counts for name, counts in found.eval_dataset.items()}
@@ -239,7 +248,7 @@ def show(found: DryRun) -> Iterator[Table | Text]:
     yield table
     yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
     for number, spans in enumerate(found.examples, 1):
-        text = Text(f"\n--- row {number}\n", style="default")
+        text = Text(f"\n--- row {number}\n")
         for span in spans:
             text.append(f"⟦{span.text}⟧" if span.in_loss else span.text, style="bold green" if span.in_loss else "")
         yield text

@@ -17,9 +17,8 @@ class Cost(BaseModel):
 
 
 class RowCounts(BaseModel):
-    """What became of a data set's rows: `used`, of these `truncated` to max_length; `skipped` had nothing in the loss.
-
-    Pieces of a long text are rows.
+    """What became of a data set's rows (or pieces of a text): how many were trained on or scored, lost their end to
+    max_length, or were left out for having nothing in the loss, which `truncated` ones may be too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

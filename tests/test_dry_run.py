@@ -33,10 +33,9 @@ def recipe(model: Path, rows: Path, out: Path, **changes: Any) -> Recipe:
 
 
 def shown(found: DryRun, **options: Any) -> str:
-    console = Console(file=io.StringIO(), width=120, **options)
-    for part in show(found):
-        console.print(part, soft_wrap=True)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    show(found, Console(file=printed, width=120, **options))
+    return printed.getvalue()
 
 
 @pytest.fixture
