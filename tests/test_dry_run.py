@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model
+from conftest import FAMILIES, make_model
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -76,6 +76,17 @@ def test_it_counts_what_the_stages_make(
     report = loram.evaluate(base, data=rows_file, max_samples=5)
     assert (found.eval_dataset["task"].rows, found.eval_dataset["task"].tokens_in_loss) == (5, report.tokens)
     assert (found.calibration is not None) == bias_compensation
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_counted_as_the_estimate_does(
+    family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    found = dry_run(recipe(tiny_models[family], rows_file, tmp_path / "out"))
+    expected = loram.estimate(tiny_models[family], ratio=0.5, keep_first=1, keep_last=1)
+    assert (found.parameters, found.pruned_parameters) == (expected.parameters, expected.pruned_parameters)
+    assert found.training["pruned"].parameters == expected.pruned_parameters  # of the model as transformers builds it
 
 
 @pytest.mark.usefixtures("no_weights")
