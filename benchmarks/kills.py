@@ -46,7 +46,7 @@ def main() -> None:
         train += ["--max-length", str(options.max_length), "--trainer", "save_steps=1", "--trainer", "logging_steps=5"]
 
         started = time.monotonic()
-        with subprocess.Popen([*train, root / "undisturbed"]) as process:
+        with subprocess.Popen([*train, root / "undisturbed"], text=True) as process:
             while process.poll() is None and not (root / "undisturbed-checkpoints" / "checkpoint-1").exists():
                 time.sleep(0.1)
             startup = time.monotonic() - started  # imports, tokenising, loading, the first step

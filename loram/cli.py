@@ -12,6 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from loram.errors import UserError, first_problem
+from loram.names import on_the_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -324,6 +325,9 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's.")] = None,
     fresh: Fresh = False,
+    only_check: Annotated[
+        bool, typer.Option("--dry-run", help="Check it all, show sizes, memory and tokenised rows; write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: prune, train, recover, evaluate, compare."""
@@ -333,6 +337,17 @@ def run(
 
     from rich.console import Console
 
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if only_check:
+        from loram.dry_run import dry_run, show
+
+        found = dry_run(loaded)
+        if as_json:
+            typer.echo(found.model_dump_json())
+        else:
+            show(found, console)
+        return
+
     from loram.pipeline import REPORT_NAME
     from loram.pipeline import run as pipeline
     from loram.report import summary, table
@@ -341,7 +356,6 @@ def run(
     if as_json:
         typer.echo(report.model_dump_json())
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(report))
     console.print(summary(report), highlight=False)
     console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)
@@ -380,6 +394,7 @@ def _main(arguments: list[str]) -> int:
     if debug := "--debug" in spelled:  # anywhere on the line
         spelled = ["--debug", *(a for a in spelled if a != "--debug")]
     try:
+        _check_names(spelled)
         app(spelled, prog_name="loram", standalone_mode=True)
     except UserError as error:
         return _fail(str(error), 2)
@@ -395,6 +410,22 @@ def _main(arguments: list[str]) -> int:
         reason = (str(error).strip() or "no further detail").splitlines()[0]
         return _fail(f"{type(error).__name__}: {reason} (run `loram --debug ...` for the traceback)", 1)
     return 0
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Answer flags by the names that other tools give them with ours, before the parser calls them unknown.
+
+    Raises:
+        UserError: the first such flag.
+    """
+    command = getattr(typer.main.get_command(app), "commands", {}).get(next((a for a in arguments if a[:1] != "-"), ""))
+    if command is None:
+        return
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    names = {parameter.name for parameter in command.params if parameter.param_type_name == "argument"}
+    for flag in (a.split("=")[0] for a in arguments if a.startswith("--")):
+        if ours := on_the_line(flag, flags, names):
+            raise UserError(f"{flag}: here it is called {ours}")
 
 
 def _fail(message: str, code: int) -> int:

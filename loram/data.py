@@ -4,9 +4,9 @@ import contextlib
 import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +27,7 @@ _LONGEST_FIELD = 2**31 - 1  # Python's csv refuses fields above 128 KiB unless t
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 Row = dict[str, Any]
+Numbered = Iterator[tuple[int, Row]]  # with the line of the file that a row begins on, where that can be said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +51,56 @@ def load_rows(spec: DataSpec) -> Dataset:
     Raises:
         UserError: no such data set, a row cannot be read (names file and line), it is empty, or its form is unknown.
     """
-    raw = _read(spec)
+    return _load(spec)[0]
+
+
+def load_tokens(spec: DataSpec, tokenizer: Any, max_length: int, *, vocabulary: int) -> Tokens:
+    """Read and tokenise a data set, as every stage does it; what cannot be used is named by file and line.
+
+    Args:
+        spec: which data set; its own `max_length` wins.
+        tokenizer: of the model.
+        max_length: see `tokenize`.
+        vocabulary: how many rows the model's embedding has; a token beyond it is refused.
+
+    Raises:
+        UserError: as `load_rows` and `tokenize`, or the tokenizer does not fit the model.
+    """
+    # Without added tokens: Gemma 3 has one beyond its embedding, which no text needs.
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer knows {tokenizer.vocab_size:,} tokens, but the model's embedding "
+            f"has only {vocabulary:,} rows: it does not fit the model; use the tokenizer that came with it"
+        )
+    rows, lines = _load(spec)
+    length = spec.max_length or max_length
+    return tokenize(rows, tokenizer, length, name=spec.path, lines=lines, vocabulary=vocabulary)
+
+
+def _load(spec: DataSpec) -> tuple[Dataset, list[int] | None]:
+    """Rows as `load_rows` gives them, and the line each begins on, where the file has lines."""
+    raw, lines = _read(spec)
     if not len(raw):
         raise UserError(f"{spec.path}: the data set is empty")
     if isinstance(raw, Dataset):
         form = _form(spec, raw.column_names)
         with _bar_if_slow(len(raw)):
             return raw.map(
-                lambda row, index: _normalise(row, index, form, spec.path),
+                lambda row, index: _normalise(row, form, _where(spec.path, index)),
                 with_indices=True,
                 remove_columns=raw.column_names,
                 load_from_cache_file=False,  # the cache's key does not know this module's code
                 desc="Reading rows",
-            )
+            ), None
     form = _form(spec, list(dict.fromkeys(column for row in raw for column in row)))
-    rows = [_normalise(row, index, form, spec.path) for index, row in enumerate(raw)]
-    _check_alike(rows, spec.path)
-    return Dataset.from_list(rows)
+    rows = [_normalise(row, form, _where(spec.path, index, lines)) for index, row in enumerate(raw)]
+    _check_alike(rows, spec.path, lines)
+    return Dataset.from_list(rows), lines
+
+
+def _where(name: str, index: int, lines: Sequence[int] | None = None) -> str:
+    """`rows.jsonl:7` where rows have lines, else `rows.parquet: row 7`."""
+    return f"{name}: row {index + 1}" if lines is None else f"{name}:{lines[index]}"
 
 
 @contextlib.contextmanager
@@ -82,11 +116,11 @@ def _bar_if_slow(rows: int) -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def _read(spec: DataSpec) -> Dataset | list[Row]:
-    """The raw rows: of text formats as Python reads them, since `datasets` guesses dates and numbers out of text."""
+def _read(spec: DataSpec) -> tuple[Dataset | list[Row], list[int] | None]:
+    """The raw rows and their lines: text formats as Python reads them; `datasets` would guess dates and numbers."""
     path = Path(spec.path).expanduser()
     if not path.exists():
-        return _first(_read_hub(spec), spec)
+        return _first(_read_hub(spec), spec), None
     if path.is_dir():
         raise UserError(f"{path}: a folder; name a data file in it")
     if path.suffix not in _SUFFIXES:
@@ -96,10 +130,12 @@ def _read(spec: DataSpec) -> Dataset | list[Row]:
             raise UserError(f"{path}: {option} {value!r} is of hub data sets, and this is a file; leave it out")
     try:
         if path.suffix == ".parquet":
-            return _first(_read_parquet(path), spec)
+            return _first(_read_parquet(path), spec), None
         # utf-8-sig: what Excel writes begins with a byte order mark
         with path.open(encoding="utf-8-sig", newline="" if path.suffix in _DELIMITERS else None) as handle:
-            return list(islice(_parse(handle, path), spec.max_samples))
+            parse, has_lines = _parser(handle, path)
+            numbered = list(islice(parse, spec.max_samples))
+            return [row for _, row in numbered], [line for line, _ in numbered] if has_lines else None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -119,20 +155,21 @@ def _read_parquet(path: Path) -> Dataset:
         raise UserError(f"{path}: cannot be read as parquet: {_reason(error.__cause__ or error)}") from error
 
 
-def _parse(handle: TextIO, path: Path) -> Iterator[Row]:
+def _parser(handle: TextIO, path: Path) -> tuple[Numbered, bool]:
+    """The rows of a file, and whether they are numbered by its lines."""
     if path.suffix in _DELIMITERS:
-        return _parse_csv(handle, path, _DELIMITERS[path.suffix])
+        return _parse_csv(handle, path, _DELIMITERS[path.suffix]), True
+    if path.suffix == ".jsonl":
+        return _parse_json_lines(handle, path), True
+    text = handle.read()
     if path.suffix == ".txt":
-        text = handle.read()
-        return iter([{"text": text}] if text.strip() else [])
-    if path.suffix == ".json":
-        text = handle.read()
-        lines = not text.lstrip().startswith("[")  # many a .json file is JSON lines
-        return _parse_json_lines(text.split("\n"), path) if lines else _parse_json_list(text, path)
-    return _parse_json_lines(handle, path)
+        return iter([(1, {"text": text})] if text.strip() else []), True
+    if text.lstrip().startswith("["):
+        return _parse_json_list(text, path), False
+    return _parse_json_lines(text.split("\n"), path), True  # many a .json file is JSON lines
 
 
-def _parse_json_list(text: str, path: Path) -> Iterator[Row]:
+def _parse_json_list(text: str, path: Path) -> Numbered:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -140,10 +177,10 @@ def _parse_json_list(text: str, path: Path) -> Iterator[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}: row {number} is not a JSON object")
-        yield row
+        yield number, row
 
 
-def _parse_json_lines(lines: Iterable[str], path: Path) -> Iterator[Row]:
+def _parse_json_lines(lines: Iterable[str], path: Path) -> Numbered:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -153,22 +190,27 @@ def _parse_json_lines(lines: Iterable[str], path: Path) -> Iterator[Row]:
             raise UserError(f"{path}:{number}: this row is not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: this row is not a JSON object")
-        yield row
+        yield number, row
 
 
-def _parse_csv(handle: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
+def _parse_csv(handle: TextIO, path: Path, delimiter: str) -> Numbered:
     csv.field_size_limit(_LONGEST_FIELD)
-    rows = csv.DictReader(handle, delimiter=delimiter, strict=True)
+    reader = csv.reader(handle, delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    line = 1  # where the next row begins; it may have several
     try:
-        columns = rows.fieldnames or []
-        if twice := next((column for column in columns if columns.count(column) > 1), None):
-            raise UserError(f"{path}: column {twice!r} stands twice")
-        for row in rows:
-            if None in row:
-                raise UserError(f"{path}:{rows.line_num}: this row has more fields than there are columns; quote them")
-            yield row
+        for fields in reader:
+            if fields and not columns:
+                columns = fields
+                if twice := next((column for column in columns if columns.count(column) > 1), None):
+                    raise UserError(f"{path}: column {twice!r} stands twice")
+            elif len(fields) > len(columns):
+                raise UserError(f"{path}:{line}: this row has more fields than there are columns; quote them")
+            elif fields:
+                yield line, dict(zip_longest(columns, fields))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: after line {rows.line_num}: {error}") from error
+        raise UserError(f"{path}:{line}: cannot be read as {path.suffix[1:]}: {error}") from error
 
 
 def _read_hub(spec: DataSpec) -> Dataset:
@@ -211,8 +253,7 @@ def _form(spec: DataSpec, columns: list[str]) -> dict[str, str]:
     )
 
 
-def _normalise(row: Row, index: int, form: Mapping[str, str], path: str) -> Row:
-    where = f"{path}: row {index + 1}"
+def _normalise(row: Row, form: Mapping[str, str], where: str) -> Row:
     values: Row = {ours: row.get(theirs) for ours, theirs in form.items()}
     if "input" in values:
         values["input"] = values["input"] or ""  # the one that may be missing
@@ -259,13 +300,13 @@ def _check_text(text: str, name: str, where: str) -> None:
         raise UserError(f"{where}: {name} is not valid text: {error}") from error
 
 
-def _check_alike(rows: list[Row], path: str) -> None:
+def _check_alike(rows: list[Row], path: str, lines: list[int] | None) -> None:
     """Chats and plain text do not mix in one column."""
     kinds = [isinstance(row.get("prompt"), str) for row in rows]
     if len(set(kinds)) > 1:
         first, other = ("text", "messages") if kinds[0] else ("messages", "text")
-        odd = kinds.index(not kinds[0]) + 1
-        raise UserError(f"{path}: row {odd}: the prompt is {other}, but that of row 1 is {first}; use one kind")
+        where = _where(path, kinds.index(not kinds[0]), lines)
+        raise UserError(f"{where}: the prompt is {other}, but above it is {first}; use one kind")
 
 
 def _turn(plain: str, user: str, answer: str) -> Row:
@@ -280,7 +321,15 @@ def _instruction(values: Row) -> Row:
     return _turn(plain, f"{instruction}\n\n{extra}" if extra else instruction, values["output"])
 
 
-def tokenize(rows: Dataset, tokenizer: Any, max_length: int, *, name: str = "data set") -> Tokens:
+def tokenize(
+    rows: Dataset,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    name: str = "data set",
+    lines: Sequence[int] | None = None,
+    vocabulary: int | None = None,
+) -> Tokens:
     """Token ids and labels of rows from `load_rows`; training and evaluation share this, so they see the same tokens.
 
     Chats go through the tokenizer's chat template, and every assistant turn (of a prompt-completion row only the
@@ -293,17 +342,22 @@ def tokenize(rows: Dataset, tokenizer: Any, max_length: int, *, name: str = "dat
         tokenizer: a transformers tokenizer.
         max_length: in tokens; longer rows lose their end (counted), rows left without loss are skipped (counted).
         name: what error messages call the data set.
+        lines: the line of the file that each row begins on, for the messages.
+        vocabulary: how many tokens the model knows; None does not check.
 
     Raises:
-        UserError: a row needs a chat template or an end-of-sequence token that the tokenizer lacks, or no row has a
-            token left in the loss.
+        UserError: a row needs a chat template or an end-of-sequence token that the tokenizer lacks, or has a token that
+            the model does not know, or no row has a token left in the loss.
     """
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
         for position, index in enumerate(indices):
             row = {key: column[position] for key, column in batch.items()}
-            for ids, labels in _encode(row, tokenizer, max_length, f"{name}: row {index + 1}"):
+            where = _where(name, index, lines)
+            for ids, labels in _encode(row, tokenizer, max_length, where):
+                if vocabulary is not None:
+                    _check_known(ids, vocabulary, tokenizer, where)
                 out["input_ids"].append(ids[:max_length])
                 out["labels"].append(labels[:max_length])
                 out["truncated"].append(len(ids) > max_length)
@@ -337,6 +391,14 @@ def tokenize(rows: Dataset, tokenizer: Any, max_length: int, *, name: str = "dat
     return Tokens(rows=kept, truncated=truncated, skipped=skipped)
 
 
+def _check_known(ids: list[int], vocabulary: int, tokenizer: Any, where: str) -> None:
+    if (token := max(ids, default=0)) >= vocabulary:
+        raise UserError(
+            f"{where}: the tokenizer gives token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the model's "
+            f"embedding has only {vocabulary:,} rows: it does not fit the model; use the tokenizer that came with it"
+        )
+
+
 def _has_loss(row: Row) -> bool:
     return any(label != IGNORED for label in row["labels"][1:])  # the first token is never predicted
 
@@ -358,7 +420,9 @@ def _encode(row: Row, tokenizer: Any, max_length: int, where: str) -> Iterator[t
         yield ids, [IGNORED] * start + ids[start:]
         return
     if tokenizer.chat_template is None:
-        raise UserError(f"{where} is a chat, but the tokenizer has no chat template; use prompt and completion")
+        raise UserError(
+            f"{where}: this row is a chat, but the tokenizer has no chat template; use prompt and completion"
+        )
     messages, first = row.get("messages"), 0
     if messages is None:
         messages, first = row["prompt"] + row["completion"], len(row["prompt"])

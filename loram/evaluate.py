@@ -1,5 +1,6 @@
 """The evaluate stage: token-weighted perplexity of a model, with or without an adapter."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from loram.data import load_rows, tokenize
+from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.model.adapter import Adapter, load_for
 from loram.model.batches import Batch, make_batches
-from loram.model.checkpoint import Checkpoint, open_model
+from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.pruned import load_model, load_tokenizer
 from loram.model.streaming import BATCH_TOKENS, Stream
@@ -75,11 +76,8 @@ def evaluate(
     checkpoint, spec = open_model(base), as_spec(data)
     update = None if adapter is None else load_for(checkpoint, Path(adapter))
     chosen = pick_device(device)
-    tokenizer = load_tokenizer(checkpoint)
-    limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
-    spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
-    tokens = tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, name=spec.path)
-    rows = tokens.rows.select(range(min([len(tokens.rows), *limits])))
+    tokens = load_scored(spec, checkpoint, load_tokenizer(checkpoint), max_samples, max_length)
+    rows = tokens.rows
     score = _streamed if stream else _in_memory
     loss, count, parameters = score(checkpoint, update, chosen, rows["input_ids"][:], rows["labels"][:])
     if not math.isfinite(loss):
@@ -96,6 +94,20 @@ def evaluate(
         adapter=None if adapter is None else str(adapter),
         dataset=spec.path,
     )
+
+
+def load_scored(
+    spec: DataSpec, checkpoint: Checkpoint, tokenizer: Any, max_samples: int | None, max_length: int
+) -> Tokens:
+    """The tokens that `evaluate` scores.
+
+    Raises:
+        UserError: as `loram.data.load_tokens`.
+    """
+    limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
+    spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
+    tokens = load_tokens(spec, tokenizer, max_length, vocabulary=checkpoint.shape(EMBEDDING)[0])
+    return dataclasses.replace(tokens, rows=tokens.rows.select(range(min([len(tokens.rows), *limits]))))
 
 
 def _in_memory(

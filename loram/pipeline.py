@@ -24,7 +24,7 @@ from loram.prune.criteria import CRITERIA
 from loram.prune.stage import check_weights, prune
 from loram.recipe import Recipe, file_digest
 from loram.recover import recover
-from loram.report import Cost, Row, RunReport, kept_gain
+from loram.report import Cost, Row, RowCounts, RunReport, kept_gain
 from loram.train import check_options, train
 
 logger = logging.getLogger(__name__)
@@ -195,10 +195,12 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
         "pruned + adapter": (out / "pruned", out / "adapter"),
         "recovered": (base, out / "recovered"),
     }
+    adapters = {"pruned + adapter": out / "adapter", "full LoRA": out / "full_lora"}
+    trained = {name: _trained_on(folder) for name, folder in adapters.items() if name in made}
     rows = []
     for name, (model, adapter) in models.items():
         found = {dataset: _evaluation(state, recipe, name, dataset, model, adapter) for dataset in recipe.eval_dataset}
-        rows.append(_row(name, made.get(name), found))
+        rows.append(_row(name, made.get(name), found, trained.get(name)))
     return state.finish(tuple(rows))
 
 
@@ -226,7 +228,7 @@ def _evaluation(state: _Run, recipe: Recipe, name: str, dataset: str, model: str
     )
 
 
-def _row(name: str, made: _Done | None, found: Mapping[str, _Done]) -> Row:
+def _row(name: str, made: _Done | None, found: Mapping[str, _Done], trained_on: RowCounts | None) -> Row:
     reports = {dataset: done.report for dataset, done in found.items() if done.report is not None}
     costs = [done.cost for done in found.values() if done.cost is not None]  # evaluations always have one
     return Row(
@@ -234,9 +236,21 @@ def _row(name: str, made: _Done | None, found: Mapping[str, _Done]) -> Row:
         parameters=next(iter(reports.values())).parameters,
         perplexity={dataset: report.perplexity for dataset, report in reports.items()},
         tokens={dataset: report.tokens for dataset, report in reports.items()},
+        evaluated_on={
+            dataset: RowCounts(used=report.rows, truncated=report.rows_truncated, skipped=report.rows_skipped)
+            for dataset, report in reports.items()
+        },
+        trained_on=trained_on,
         made=made.cost if made else None,
         evaluated=Cost(seconds=sum(cost.seconds for cost in costs), peak_rss=max(cost.peak_rss for cost in costs)),
     )
+
+
+def _trained_on(adapter: Path) -> RowCounts:
+    manifest = find_manifest(adapter)
+    assert manifest is not None, adapter
+    found = manifest.settings
+    return RowCounts(used=found["rows"], truncated=found["rows_truncated"], skipped=found["rows_skipped"])
 
 
 def _fingerprint(folder: Path) -> str:

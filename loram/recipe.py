@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from loram.data_spec import DataSpec
 from loram.errors import UserError
+from loram.names import in_recipe
 
 
 class _Section(BaseModel):
@@ -183,14 +184,20 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem in one line: `prune.ration: unknown key; did you mean ratio?`."""
-    problem = error.errors()[0]
+    """The first problem in one line: `prune.ration: unknown key; did you mean ratio?`.
+
+    Unknown keys come first: one of them may be why another is missing.
+    """
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         found = f" (found {problem['input']!r})" if isinstance(problem["input"], str | int | float) else ""
         return f"{where}: {problem['msg']}{found}"
     known = _known_keys(problem["loc"][:-1])
-    near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+    key, section = str(problem["loc"][-1]), ".".join(map(str, problem["loc"][:-1]))
+    if ours := in_recipe(key, section, known):
+        return f"{where}: unknown key; here it is called {ours}"
+    near = difflib.get_close_matches(key, known, 1)
     return f"{where}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
 
 

@@ -16,13 +16,26 @@ class Cost(BaseModel):
     peak_rss: int
 
 
+class RowCounts(BaseModel):
+    """What became of a data set's rows (or pieces of a text): how many were trained on or scored, lost their end to
+    max_length, or were left out for having nothing in the loss, which `truncated` ones may be too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    used: int
+    truncated: int
+    skipped: int
+
+
 class Row(BaseModel):
     """One model of the comparison.
 
     Args:
         name: base, full LoRA, pruned, pruned + adapter, recovered.
         parameters: of the model as evaluated, adapter included.
-        perplexity, tokens: by evaluation data set.
+        perplexity, tokens, evaluated_on: by evaluation data set.
+        trained_on: rows of the training data; None where nothing was trained.
         made: what making it took beyond the row it was made from; None for the base.
         evaluated: what evaluating it took.
     """
@@ -33,6 +46,8 @@ class Row(BaseModel):
     parameters: int
     perplexity: dict[str, float]
     tokens: dict[str, int]
+    evaluated_on: dict[str, RowCounts]
+    trained_on: RowCounts | None
     made: Cost | None
     evaluated: Cost
 
@@ -50,6 +65,11 @@ class RunReport(BaseModel):
     def row(self, name: str) -> Row:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
+
+    def data(self) -> list[tuple[str, RowCounts]]:
+        """What became of the rows of every data set: the training data, then those of the evaluation by their names."""
+        trained = [("training", row.trained_on) for row in self.rows if row.trained_on is not None]
+        return [*trained[:1], *self.rows[0].evaluated_on.items()]
 
 
 def kept_gain(rows: Mapping[str, Row]) -> dict[str, float] | None:
@@ -92,7 +112,7 @@ def table(report: RunReport) -> Table:
 
 
 def summary(report: RunReport) -> str:
-    """What the run shows, in a sentence a data set; it says so when nothing was gained."""
+    """What the run shows, in a sentence a data set; it says so when nothing was gained or rows were cut or skipped."""
     base, recovered = report.row("base").perplexity, report.row("recovered").perplexity
     lines = []
     for name in base:
@@ -105,4 +125,9 @@ def summary(report: RunReport) -> str:
         if report.kept_gain and name in report.kept_gain:
             line += f"; {100 * report.kept_gain[name]:.0f}% of what LoRA on the full model gains"
         lines.append(line)
-    return "\n".join(lines)
+    lost = [
+        f"{name} {counts.truncated} cut to max_length, {counts.skipped} skipped, of {counts.used + counts.skipped}"
+        for name, counts in report.data()
+        if counts.truncated or counts.skipped
+    ]
+    return "\n".join([*lines, *(["rows: " + "; ".join(lost)] if lost else [])])

@@ -14,14 +14,15 @@ import torch
 
 from loram.artifacts import check_output, publish
 from loram.checkpoints import Checkpoints, guarded
-from loram.data import load_rows, tokenize
+from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.model.adapter import Adapter, save_adapter
-from loram.model.checkpoint import Checkpoint, open_model
+from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
 from loram.model.device import compute_dtype, keep_freed_memory_, pick_device
 from loram.model.plan import find_plan
 from loram.model.pruned import load_model, load_tokenizer
+from loram.names import in_recipe
 from loram.progress import training_progress
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def train(
     spec = as_spec(data)
     tokenizer = load_tokenizer(checkpoint)
     trainer_options["max_length"] = spec.max_length or trainer_options["max_length"]
-    tokens = tokenize(load_rows(spec), tokenizer, trainer_options["max_length"], name=spec.path)
+    known = checkpoint.shape(EMBEDDING)[0]
+    tokens = load_tokens(spec, tokenizer, trainer_options["max_length"], vocabulary=known)
     settings = {
         "method": method,
         "lora": lora_options,
@@ -161,9 +163,9 @@ def check_options(
         names = _option_names(known)
         for key in given:
             if key not in names:
-                near = [*difflib.get_close_matches(key, names, 1), ""][0]
-                near = key.removeprefix("lora_") if key.removeprefix("lora_") in names else near
-                hint = f"; did you mean {near}?" if near else ""
+                hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, names, n=1))
+                if place := in_recipe(key, f"train.{section}", names):
+                    hint = f"; here it is called {place}"
                 raise UserError(f"{section}: {known.__name__} of this version has no option {key!r}{hint}")
     if ours := sorted(_OURS & trainer.keys()):
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")
@@ -181,6 +183,37 @@ def check_options(
     if trainer["max_length"] is None:
         raise UserError("trainer: max_length should be a number of tokens")
     return lora, trainer
+
+
+def build_configs(
+    lora: Mapping[str, Any], trainer: Mapping[str, Any], device: torch.device, output_dir: Path | None = None
+) -> tuple[Any, Any]:
+    """PEFT's LoraConfig and TRL's SFTConfig of options that `check_options` gave; no weight is read for them.
+
+    Raises:
+        UserError: what PEFT or TRL say of the first bad value.
+    """
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    on_gpu = device.type == "cuda"
+    options = {
+        "bf16": on_gpu and compute_dtype(device) == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": on_gpu,
+        **trainer,
+        **_checkpointing(trainer, default=on_gpu, known=_option_names(SFTConfig)),
+        "logging_nan_inf_filter": False,
+        "output_dir": str(output_dir or "unused"),
+    }
+    try:
+        return LoraConfig(**lora), SFTConfig(**options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise _as_user_error(error) from error
+
+
+def _as_user_error(error: Exception) -> UserError:
+    return UserError(f"train: {str(error).splitlines()[0]}")
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, str]:
@@ -210,9 +243,9 @@ def _fit(
     checkpoints: Checkpoints,
 ) -> tuple[list[dict[str, Any]], Adapter]:
     """Train; returns the log history and the adapter."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     newest = checkpoints.newest()
@@ -220,25 +253,14 @@ def _fit(
         logger.info("going on from %s in %s", newest.name, newest.parent)
         if (finished := _finished(newest)) is not None:
             return finished
-    dtype = compute_dtype(device)
-    on_gpu = device.type == "cuda"
-    options = {
-        "bf16": on_gpu and dtype == torch.bfloat16,
-        "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": on_gpu,
-        **trainer,
-        **_checkpointing(trainer, default=on_gpu, known=_option_names(SFTConfig)),
-        "output_dir": str(checkpoints.staging),
-        "logging_nan_inf_filter": False,
-    }
-    model = load_model(checkpoint, dtype=dtype)
+    adapter, arguments = build_configs(lora, trainer, device, checkpoints.staging)
+    model = load_model(checkpoint, dtype=compute_dtype(device))
+    set_seed(arguments.seed)
     try:
-        arguments = SFTConfig(**options)
-        set_seed(arguments.seed)
-        model = get_peft_model(model, LoraConfig(**lora))
+        model = get_peft_model(model, adapter)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"train: {str(error).splitlines()[0]}") from error
-    if not on_gpu:
+        raise _as_user_error(error) from error
+    if device.type == "cpu":
         keep_freed_memory_()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = (

@@ -137,7 +137,15 @@ def bad(case: str, tiny: Path, rows: Path, stages: Path, tmp: Path, tokenizer: A
     if case == "recipe missing":
         return ["run", tmp / "none.yaml"], "no such recipe"
     if case == "lora option":
-        return ["train", tiny, tmp / "out", "--dataset", rows, "--lora", "rank=4"], "no option 'rank'"
+        return [
+            "train",
+            tiny,
+            tmp / "out",
+            "--dataset",
+            rows,
+            "--lora",
+            "rank=4",
+        ], "no option 'rank'; here it is called r"
     assert case == "option"
     return [*prune, "--rato", "1"], "--rato"
 
@@ -162,6 +170,27 @@ def test_a_mistake_ends_in_one_clear_line_and_code_2(
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train m out --dataset d --lora-rank 8", "--lora-rank: here it is called --lora-r"),
+        ("train m out --dataset d --lora_rank=8", "--lora-rank: here it is called --lora-r"),
+        ("train m out --data-path d", "--data-path: here it is called --dataset"),
+        ("train m out --dataset d --cutoff_len 64", "--cutoff-len: here it is called --max-length"),
+        ("train m out --dataset d --optimizer sgd", "--optimizer: here it is called --trainer optim=VALUE"),
+        ("train --base-model m out", "--base-model: here it is called MODEL, an argument without a flag"),
+        ("prune m out --sparsity 0.5", "--sparsity: here it is called --ratio"),
+        ("run r.yaml --lora-rank 8", "--lora-rank: here it is called train.lora.r=VALUE, without dashes"),
+        ("run r.yaml --learning-rate 1", "--learning-rate: here it is called train.trainer.learning_rate=VALUE, with"),
+    ],
+)
+def test_flags_of_other_tools_are_answered_with_ours(arguments: str, line: str, loram_cli: Cli) -> None:
+    code, out, err = loram_cli(*arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"loram: error: {line}")
+    assert err.count("\n") == 1
 
 
 def test_a_failure_of_ours_is_code_1_without_traceback(

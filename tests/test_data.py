@@ -1,4 +1,4 @@
-"""Rows of every form, the loss mask, and errors that name file and row."""
+"""Rows of every form, the loss mask, and errors that name file and line."""
 
 import json
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import VOCABULARY
 from transformers import PreTrainedTokenizerFast
 
-from loram.data import IGNORED, load_rows, tokenize
+from loram.data import IGNORED, load_rows, load_tokens, tokenize
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 
@@ -106,7 +107,7 @@ def test_without_a_chat_template_questions_are_plain_and_chats_refused(jsonl: Js
     assert (prompt, completion) == (f"Question: {ASK}\nAnswer:", f" {REPLY}<|im_end|>")
     [(prompt, _)] = labelled(jsonl({"instruction": ASK, "output": REPLY}), plain)
     assert prompt.endswith("### Response:")
-    with pytest.raises(UserError, match="row 1 is a chat, but the tokenizer has no chat template"):
+    with pytest.raises(UserError, match="row 1: this row is a chat, but the tokenizer has no chat template"):
         labelled(jsonl({"messages": CHAT}), plain)
 
 
@@ -250,24 +251,24 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
         ("", r"rows\.jsonl: the data set is empty"),
         ('{"question": "a", "answer": "b"}\n{"question": "a", ', r"rows\.jsonl:2: this row is not valid JSON"),
         ('{"question": "a", "answer": "b"}\n[1, 2]\n', r"rows\.jsonl:2: this row is not a JSON object"),
-        ('{"question": "a", "answer": "b"}\n{"question": "a", "answer": null}\n', r"row 2: 'answer' is None"),
+        ('{"question": "a", "answer": "b"}\n{"question": "a", "answer": null}\n', r"rows\.jsonl:2: 'answer' is None"),
         (
             '{"question": "a", "answer": "b"}\n{"question": "", "answer": "b"}\n',
-            r"row 2: 'question' is '', where text is needed",
+            r"rows\.jsonl:2: 'question' is '', where text is needed",
         ),
-        ('{"question": "a", "answer": 7}\n', r"row 1: 'answer' should be text, but is 7"),
+        ('{"question": "a", "answer": 7}\n', r"rows\.jsonl:1: 'answer' should be text, but is 7"),
         ('{"foo": "a", "bar": 7}\n', r"cannot tell which columns to use from foo, bar"),
         ("{}\n", r"cannot tell which columns to use from none"),
-        ('{"messages": [{"role": "user"}]}\n', r"row 1: a message needs a role and a content"),
-        ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"row 2: 'text' is not valid text: .*surrogates not allowed"),
+        ('{"messages": [{"role": "user"}]}\n', r"rows\.jsonl:1: a message needs a role and a content"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"rows\.jsonl:2: 'text' is not valid text: .*surrogates not allowed"),
         ('{"text": ' + "9" * 5000 + "}\n", r"rows\.jsonl:1: this row is not valid JSON"),
         ('{"text": ' + "[" * 100_000 + "\n", r"rows\.jsonl:1: this row is not valid JSON"),
         (
             '{"prompt": "a", "completion": "b"}\n'
             '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}\n',
-            r"row 2: the prompt is messages, but that of row 1 is text",
+            r"rows\.jsonl:2: the prompt is messages, but above it is text",
         ),
-        ('{"question": "a", "answer": "b"}\n{"text": "a"}\n', r"row 2: 'question' is None"),
+        ('{"question": "a", "answer": "b"}\n{"text": "a"}\n', r"rows\.jsonl:2: 'question' is None"),
     ],
     ids=[
         "empty",
@@ -286,7 +287,7 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
         "two-forms",
     ],
 )
-def test_errors_name_file_and_row(content: str, message: str, tmp_path: Path) -> None:
+def test_errors_name_file_and_line(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
@@ -309,8 +310,8 @@ def test_errors_name_file_and_row(content: str, message: str, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_a_chat_that_is_none_names_file_and_row(bad: dict[str, Any], jsonl: Jsonl) -> None:
-    with pytest.raises(UserError, match=r"data\.jsonl: row 1: "):
+def test_a_chat_that_is_none_names_file_and_line(bad: dict[str, Any], jsonl: Jsonl) -> None:
+    with pytest.raises(UserError, match=r"data\.jsonl:1: "):
         load_rows(DataSpec(path=str(jsonl(bad))))
 
 
@@ -348,7 +349,7 @@ def test_files_in_another_encoding_name_the_file(name: str, content: str, tmp_pa
 def test_broken_files_of_other_kinds_name_the_file(tmp_path: Path) -> None:
     for name, content in (("a.json", '[{"question": "a"'), ("a.parquet", "no parquet"), ("a.csv", 'a,b\n"open,1\n')):
         (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match=rf"{name}: cannot"):
+        with pytest.raises(UserError, match=rf"{name}(:2)?: cannot"):
             load_rows(DataSpec(path=str(tmp_path / name)))
 
 
@@ -356,9 +357,9 @@ def test_broken_files_of_other_kinds_name_the_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("question,answer\na,b\na,b,c\n", r"a\.csv:3: this row has more fields than there are columns"),
-        ("question,answer\na\n", r"row 1: 'answer' is None"),
+        ("question,answer\na\n", r"a\.csv:2: 'answer' is None"),
         ("question,answer,answer\na,b,c\n", r"a\.csv: column 'answer' stands twice"),
-        ('question,answer\na,"b"c\n', r"a\.csv: cannot be read as csv: after line 1: "),
+        ('question,answer\na,"b"c\n', r"a\.csv:2: cannot be read as csv: "),
     ],
     ids=["more", "fewer", "twice", "quotes"],
 )
@@ -366,6 +367,83 @@ def test_csv_rows_that_do_not_fit_their_header(content: str, message: str, tmp_p
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         load_rows(DataSpec(path=str(tmp_path / "a.csv")))
+
+
+GOOD_ROW, BAD_ROW = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.jsonl", f"\n\n{json.dumps(GOOD_ROW)}\n\n{json.dumps(BAD_ROW)}\n", ":5"),
+        ("a.json", f"\n{json.dumps(GOOD_ROW)}\n{json.dumps(BAD_ROW)}\n", ":3"),
+        ("a.json", json.dumps([GOOD_ROW, BAD_ROW], indent=2), ": row 2"),
+        ("a.csv", '\nprompt,completion\n\n"a\nb\r\nc",d\n\na,""\n', ":8"),
+        ("a.csv", 'prompt,completion\na,b\n"a\nb",""\n', ":3"),  # where a row begins, however many lines it has
+        ("a.tsv", "prompt\tcompletion\r\n\r\na\t\r\n", ":3"),
+    ],
+    ids=["jsonl", "json-lines", "json-list", "csv", "csv-long", "tsv"],
+)
+def test_rows_are_named_by_the_line_they_begin_on(name: str, content: str, where: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, newline="")
+    with pytest.raises(UserError, match=rf"{name}{where}: 'completion' is ''"):
+        load_rows(DataSpec(path=str(tmp_path / name)))
+
+
+def test_rows_of_parquet_are_named_by_number(tmp_path: Path) -> None:
+    pd.DataFrame([GOOD_ROW, BAD_ROW]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row 2: 'completion' is ''"):
+        load_rows(DataSpec(path=str(tmp_path / "a.parquet")))
+
+
+def test_what_the_tokenizer_refuses_is_named_by_line_too(tmp_path: Path, tokenizer: Any) -> None:
+    template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' else 'a' }}"
+    strict = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=template
+    )
+    rows = [{"messages": CHAT}, {"messages": [{"role": "system", "content": "a"}, *CHAT]}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"a\.jsonl:3: the tokenizer's chat template refuses this chat: no system"):
+        load_tokens(DataSpec(path=str(tmp_path / "a.jsonl")), strict, 100, vocabulary=VOCABULARY)
+
+
+def test_a_token_beyond_the_embedding_is_named_with_its_line(jsonl: Jsonl, tokenizer: Any) -> None:
+    larger = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>")
+    larger.add_tokens(["<extra>"])  # as Gemma 3 has one: it is no error until a text uses it
+    first, second = {"text": "one plus"}, {"text": "one <extra>"}
+    spec = DataSpec(path=str(jsonl(first, second)))
+    known = len(tokenizer)
+    message = rf"data\.jsonl:2: the tokenizer gives token {known} \('<extra>'\), .* {known} rows: it does not fit"
+    with pytest.raises(UserError, match=message):
+        load_tokens(spec, larger, 100, vocabulary=known)
+    assert len(load_tokens(spec.model_copy(update={"max_samples": 1}), larger, 100, vocabulary=known).rows) == 1
+    with pytest.raises(UserError, match=rf"the tokenizer knows {known} tokens, .* only {known - 1} rows"):
+        load_tokens(spec, larger, 100, vocabulary=known - 1)
+
+
+def test_a_data_set_has_its_own_max_length(jsonl: Jsonl, tokenizer: Any) -> None:
+    spec = DataSpec(path=str(jsonl({"text": REPLY})), max_length=4)
+    assert (
+        load_tokens(spec, tokenizer, 100, vocabulary=VOCABULARY).rows["input_ids"][0]
+        == tokenizer(REPLY)["input_ids"][:4]
+    )
+
+
+def test_padding_with_the_end_token_keeps_real_ends_in_the_loss(jsonl: Jsonl, tokenizer: Any) -> None:
+    """The collator masks by place, not by token: padding with the end token would else teach never to stop."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    end = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == end
+    path = jsonl({"prompt": ASK, "completion": " two"}, {"prompt": ASK, "completion": f" {REPLY} {REPLY}"})
+    rows = load_tokens(DataSpec(path=str(path)), tokenizer, 100, vocabulary=VOCABULARY).rows
+    batch = DataCollatorForLanguageModeling(pad_token_id=end)(list(rows))
+    for row, ids, labels in zip(rows, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        length = len(row["input_ids"])
+        assert (ids[length - 1], labels[length - 1]) == (end, end)
+        assert set(ids[length:]) <= {end}
+        assert set(labels[length:]) <= {IGNORED}
+    assert batch["labels"].shape[1] > len(rows["input_ids"][0])  # there was padding
 
 
 def test_a_mapping_with_a_bad_key_or_value_is_a_clear_error() -> None:

@@ -18,8 +18,9 @@ from loram.model.architecture import CUTS
 from loram.model.checkpoint import Checkpoint
 from loram.model.gguf import convert_gguf
 from loram.model.plan import PruningPlan
+from loram.model.pruned import load_tokenizer
 from loram.prune.score import score
-from loram.prune.stage import _calibration
+from loram.prune.stage import load_calibration
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,7 @@ def test_counts_are_the_papers_formula(pruned: Path) -> None:
 
 def test_law_6_streamed_taylor_scores_are_the_whole_models(base: Path, pruned: Path) -> None:
     plan, checkpoint = PruningPlan.load(pruned), Checkpoint(base)
-    samples = _calibration(checkpoint, None, 10, 128)
+    samples = load_calibration(checkpoint, load_tokenizer(checkpoint), None, 10, 128).rows["input_ids"][:]
     layers = sorted(plan.layers)
     streamed = score(checkpoint, ["taylor"], layers, calibration=samples)["taylor"]
 

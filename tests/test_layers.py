@@ -10,6 +10,7 @@ ROOT = Path(loram.__file__).parent
 FLOORS = {
     "loram.errors": 0,
     "loram.progress": 0,
+    "loram.names": 0,
     "loram.data_spec": 1,
     "loram.artifacts": 1,
     "loram.model": 2,
@@ -27,6 +28,7 @@ FLOORS = {
     "loram.recipe": 5,
     "loram.report": 5,
     "loram.pipeline": 6,
+    "loram.dry_run": 6,
     "loram.cli": 7,
     "loram.__main__": 8,
     "loram": 8,

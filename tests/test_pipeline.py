@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def test_one_folder_a_stage_and_a_report(done: Path, tiny_llama: Path) -> None:
     assert rows["recovered"]["parameters"] == rows["full LoRA"]["parameters"] > full
     found = loram.evaluate(tiny_llama, adapter=done / "recovered", data=report["recipe"]["dataset"]["path"])
     assert rows["recovered"]["perplexity"]["task"] == found.perplexity
+
+
+def test_rows_cut_and_skipped_are_in_the_report(
+    tiny_llama: Path, jsonl: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    short, long = {"prompt": "a", "completion": " b"}, "one plus two is three " * 20
+    train = jsonl(short, {"prompt": "a", "completion": long}, {"prompt": long, "completion": " b"})
+    changes = {"train": {"trainer": {"max_steps": 1, "max_length": 20}}, "evaluate": {"max_length": 60}}
+    eval_dataset = {"task": str(rows_file), "cut": {"path": str(train), "max_length": 30}}
+    report = run(recipe(tiny_llama, train, tmp_path / "out", eval_dataset=eval_dataset, **changes))
+    written = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    lost, whole = {"used": 2, "truncated": 2, "skipped": 1}, {"used": 20, "truncated": 0, "skipped": 0}
+    assert [row["evaluated_on"] for row in written] == [{"task": whole, "cut": lost}] * 4
+    assert [row["trained_on"] for row in written] == [None, None, lost, None]
+    last = summary(report).splitlines()[-1]
+    assert last == ("rows: training 2 cut to max_length, 1 skipped, of 3; cut 2 cut to max_length, 1 skipped, of 3")
 
 
 def test_a_second_run_does_nothing_again(done: Path, tiny_llama: Path, rows_file: Path) -> None:
@@ -132,6 +149,7 @@ def test_summary_says_when_nothing_was_gained(done: Path) -> None:
     report = RunReport.model_validate_json((done / "report.json").read_text())
     worse = report.row("base").model_copy(update={"name": "recovered", "perplexity": {"task": 1e9, "short": 1e9}})
     rows = tuple(worse if row.name == "recovered" else row for row in report.rows)
+    assert "rows:" not in summary(report)  # none was cut
     assert "does not lower" in summary(report.model_copy(update={"rows": rows}))
     better = worse.model_copy(update={"perplexity": {"task": 1.0, "short": 1.0}})
     rows = tuple(better if row.name == "recovered" else row for row in report.rows)

@@ -132,6 +132,38 @@ def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("base_model=x", "base_model: unknown key; here it is called model_name_or_path"),
+        ("lora_rank=8", "lora_rank: unknown key; here it is called train.lora.r"),
+        ("train.lora_target=[q_proj]", "train.lora_target: unknown key; here it is called train.lora.target_modules"),
+        ("micro_batch_size=1", "here it is called train.trainer.per_device_train_batch_size"),
+        ("learning_rate=1e-3", "learning_rate: unknown key; here it is called train.trainer.learning_rate"),
+        ("train.gradient_checkpointing=true", "here it is called train.trainer.gradient_checkpointing"),
+        ("warmup_ratio=0.1", "here it is called train.trainer.warmup_steps; a value below 1 is a share of all steps"),
+        ("datasets=[]", "here it is called dataset"),
+        ("test_datasets=[]", "here it is called eval_dataset"),
+        ("adapter=lora", "here it is called train.method"),
+        ("train.finetuning_type=lora", "train.finetuning_type: unknown key; here it is called method"),
+        ("prune.sparsity=0.5", "prune.sparsity: unknown key; here it is called ratio"),
+        ("ratio=0.5", "ratio: unknown key; here it is called prune.ratio"),
+        ("evaluate.cutoff_len=64", "evaluate.cutoff_len: unknown key; here it is called max_length"),
+        ("dataset={path: a, max_seq_length: 64}", "dataset.max_seq_length: unknown key; here it is called max_length"),
+        ("dataset={path: a, data_path: b}", "dataset.data_path: unknown key; did you mean path?"),
+    ],
+)
+def test_names_of_other_tools_are_answered_with_ours(override: str, message: str, recipe: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe(GOOD, override)
+    assert str(caught.value).endswith(message)
+
+
+def test_an_unknown_key_is_named_before_what_is_missing(recipe: Any) -> None:
+    with pytest.raises(UserError, match="base_model: unknown key; here it is called model_name_or_path"):
+        recipe(GOOD.replace("model_name_or_path", "base_model"))
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")

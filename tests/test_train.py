@@ -90,7 +90,11 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora": {"lora_r": 8}}, "did you mean r?"),
+        ({"lora": {"lora_r": 8}}, "'lora_r'; here it is called r"),
+        ({"lora": {"rank": 8}}, "'rank'; here it is called r"),
+        ({"lora": {"lr": 1e-3}}, "here it is called train.trainer.learning_rate"),
+        ({"trainer": {"cutoff_len": 64}}, "here it is called max_length"),
+        ({"trainer": {"warmup_ratio": 0.1}}, "here it is called warmup_steps; a value below 1 is a share"),
         ({"trainer": {"learning_rte": 1}}, "did you mean learning_rate?"),
         ({"lora": {"target_modules": ["qproj"]}}, "'qproj'"),
         ({"lora": {"target_modules": "all-linear"}}, "should be a list"),

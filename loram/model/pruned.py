@@ -42,12 +42,17 @@ _register()
 
 def write_config(base: Checkpoint, plan: PruningPlan, out: Path) -> None:
     """Write a pruned model's config.json (with `per_layer_config`) and the code that builds it into a folder."""
+    _pruned_config(base, plan).save_pretrained(out)
+    shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
+
+
+def _pruned_config(base: Checkpoint, plan: PruningPlan) -> Any:
     config_class, model_class = _classes(plan.model_type)
     values = AutoConfig.from_pretrained(base.folder).to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(key, None)
     values["head_dim"] = plan.geometry.head_dim  # Qwen2 would else divide by a number of heads that varies
-    config = config_class(
+    return config_class(
         **values,
         architectures=[model_class.__name__],
         auto_map={
@@ -57,8 +62,6 @@ def write_config(base: Checkpoint, plan: PruningPlan, out: Path) -> None:
         per_layer_config=plan.per_layer_config(),
         bias_compensation=plan.bias_compensation,
     )
-    config.save_pretrained(out)
-    shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
 
 
 def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -94,15 +97,20 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     return model
 
 
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, plan: PruningPlan | None = None) -> Any:
     """A full or pruned model without weights: its parameters are on the meta device, its few buffers are real.
+
+    Args:
+        checkpoint: the model's folder.
+        dtype: of the parameters.
+        plan: build what this makes of the full model in `checkpoint`.
 
     Raises:
         UserError: the family is not supported.
     """
     if not checkpoint.pruned:
         architecture_of(checkpoint.config, checkpoint.name)
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint, plan)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # each parameter was moved to the meta device by itself

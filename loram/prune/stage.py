@@ -1,18 +1,20 @@
 """The prune stage: base checkpoint -> plan -> pruned folder."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loram.artifacts import check_output, publish
-from loram.data import load_rows, tokenize
+from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.model.architecture import CUTS, Architecture, architecture_of
-from loram.model.checkpoint import SHARD_BYTES, Checkpoint, ShardedWriter, copy_side_files, open_model
+from loram.model.checkpoint import EMBEDDING, SHARD_BYTES, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import load_tokenizer, write_config
@@ -86,7 +88,9 @@ def prune(
 
     samples: list[list[int]] = []
     if criterion in NEEDS_TEXT or bias_compensation:
-        samples = _calibration(checkpoint, calibration, calibration_samples, calibration_length)
+        tokenizer = load_tokenizer(checkpoint)
+        tokens = load_calibration(checkpoint, tokenizer, calibration, calibration_samples, calibration_length)
+        samples = [list(ids) for ids in tokens.rows["input_ids"]]
     decide = functools.partial(
         choose,
         geometry=geometry,
@@ -191,11 +195,18 @@ def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
                 )
 
 
-def _calibration(
-    checkpoint: Checkpoint, data: DataSpec | str | Path | None, count: int, length: int
-) -> list[list[int]]:
+def load_calibration(
+    checkpoint: Checkpoint, tokenizer: Any, data: DataSpec | str | Path | None, count: int, length: int
+) -> Tokens:
+    """The `count` longest rows or pieces of the calibration data, or of the built-in passages where none is given.
+
+    Raises:
+        UserError: as `loram.data.load_tokens`.
+    """
     spec = as_spec(data or BUILTIN_CALIBRATION)
     spec = spec.model_copy(update={"max_samples": min(count, spec.max_samples or count)})
-    tokens = tokenize(load_rows(spec), load_tokenizer(checkpoint), length, name=spec.path)
-    pieces = [list(ids) for ids in tokens.rows["input_ids"]]
-    return sorted(pieces, key=len, reverse=True)[:count]  # stable: whole pieces of a text before its short ends
+    tokens = load_tokens(spec, tokenizer, length, vocabulary=checkpoint.shape(EMBEDDING)[0])
+    lengths = [len(ids) for ids in tokens.rows["input_ids"]]
+    # stable: whole pieces of a text before its short ends
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:count]
+    return dataclasses.replace(tokens, rows=tokens.rows.select(longest))

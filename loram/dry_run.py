@@ -1,0 +1,259 @@
+"""What a recipe would do, found without reading a weight or writing a file: sizes, memory, the tokens themselves."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loram.data import Tokens, load_tokens
+from loram.errors import UserError
+from loram.evaluate import load_scored
+from loram.model.architecture import architecture_of
+from loram.model.batches import IGNORED
+from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
+from loram.model.device import compute_dtype, pick_device
+from loram.model.plan import BaseReference, PruningPlan
+from loram.model.pruned import empty_model, load_tokenizer
+from loram.pipeline import check
+from loram.prune.choose import choose
+from loram.prune.counts import prunable_layers
+from loram.prune.criteria import NEEDS_TEXT
+from loram.prune.stage import load_calibration
+from loram.recipe import Recipe
+from loram.train import build_configs, check_options
+
+EXAMPLES = 2
+_FLOAT32 = 4  # bytes
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainingMemory(_Value):
+    """Bytes that training holds from its first step to its last. Activations come on top: they are not in it.
+
+    Args:
+        parameters, adapter_parameters: how many are frozen, and how many are trained.
+        weights: of the frozen model, in the dtype it is trained in.
+        adapter, gradients, optimizer: of the adapter, in float32; AdamW keeps two moments.
+    """
+
+    parameters: int
+    adapter_parameters: int
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of these together."""
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+
+class DataCounts(_Value):
+    """A data set after tokenisation: `rows` are those used, `longest` is the longest one's tokens.
+
+    `rows_truncated` also counts rows that had nothing left in the loss and were skipped.
+    """
+
+    rows: int
+    tokens: int
+    tokens_in_loss: int
+    rows_truncated: int
+    rows_skipped: int
+    longest: int
+
+
+class Span(_Value):
+    """A piece of an example, special tokens written out; `in_loss` where its tokens are predicted in training."""
+
+    text: str
+    in_loss: bool
+
+
+class DryRun(_Value):
+    """What a run would do.
+
+    Args:
+        model: the full model.
+        parameters, pruned_parameters: before and after pruning.
+        device, dtype: of training.
+        training: by model that is trained: pruned, and full where the recipe compares with it.
+        dataset, calibration, eval_dataset: what becomes of the data; calibration is None where pruning reads no text.
+        examples: the first rows of the training data.
+    """
+
+    model: str
+    parameters: int
+    pruned_parameters: int
+    device: str
+    dtype: str
+    training: dict[str, TrainingMemory]
+    dataset: DataCounts
+    calibration: DataCounts | None
+    eval_dataset: dict[str, DataCounts]
+    examples: tuple[tuple[Span, ...], ...]
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Check a recipe as `run` does, and tokenise its data; `output_dir` is not made.
+
+    A model or data set on the hub is fetched into the hub's cache, as in a run.
+
+    Raises:
+        UserError: the first thing that would stop the run.
+    """
+    check(recipe)
+    lora, trainer = check_options(recipe.train.method, recipe.train.lora, recipe.train.trainer)
+    device = pick_device(recipe.device)
+    build_configs(lora, trainer, device)
+    checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)
+    plan = _shape_of_plan(checkpoint, recipe)
+    before, after = plan.parameters()
+    models = {"pruned": empty_model(checkpoint, dtype, plan)}
+    if recipe.evaluate.full_lora:
+        models["full"] = empty_model(checkpoint, dtype)
+
+    tokenizer, cut, options = load_tokenizer(checkpoint), recipe.prune, recipe.evaluate
+    rows = load_tokens(recipe.dataset, tokenizer, trainer["max_length"], vocabulary=checkpoint.shape(EMBEDDING)[0])
+    calibration = None
+    if cut.criterion in NEEDS_TEXT or cut.bias_compensation:
+        calibration = load_calibration(
+            checkpoint, tokenizer, cut.calibration, cut.calibration_samples, cut.calibration_length
+        )
+    scored = {
+        name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
+        for name, spec in recipe.eval_dataset.items()
+    }
+    return DryRun(
+        model=checkpoint.name,
+        parameters=before,
+        pruned_parameters=after,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        training={name: _memory(model, lora, dtype) for name, model in models.items()},
+        dataset=_count(rows),
+        calibration=None if calibration is None else _count(calibration, all_in_loss=True),
+        eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
+        examples=tuple(tuple(_spans(row, tokenizer)) for row in itertools.islice(rows.rows, EXAMPLES)),
+    )
+
+
+def _shape_of_plan(checkpoint: Checkpoint, recipe: Recipe) -> PruningPlan:
+    """A plan that keeps as many units as the run's will; which ones needs the weights."""
+    architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, recipe.prune
+    blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
+    return choose(
+        dict.fromkeys(prunable_layers(geometry, cut.keep_first, cut.keep_last), blank),
+        geometry=geometry,
+        model_type=architecture.model_type,
+        base=BaseReference(name=checkpoint.name, fingerprint=""),
+        criterion=cut.criterion,
+        ratio=cut.ratio,
+        bias_compensation=cut.bias_compensation,
+        seed=recipe.seed,
+        keep_first=cut.keep_first,
+        keep_last=cut.keep_last,
+    )
+
+
+def _memory(model: Any, lora: Mapping[str, Any], dtype: torch.dtype) -> TrainingMemory:
+    """Counted on a model without weights, with the adapter that PEFT itself puts on it."""
+    from peft import LoraConfig, get_peft_model
+
+    frozen = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        # other initialisations compute with the weights
+        config = LoraConfig(**{**lora, "init_lora_weights": True})
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    return TrainingMemory(
+        parameters=frozen,
+        adapter_parameters=trained,
+        weights=frozen * dtype.itemsize,
+        adapter=trained * _FLOAT32,
+        gradients=trained * _FLOAT32,
+        optimizer=2 * trained * _FLOAT32,
+    )
+
+
+def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
+    lengths = [len(ids) for ids in tokens.rows["input_ids"]]
+    targets = tokens.rows["input_ids" if all_in_loss else "labels"]
+    return DataCounts(
+        rows=len(lengths),
+        tokens=sum(lengths),
+        tokens_in_loss=sum(label != IGNORED for row in targets for label in row[1:]),  # the first is never predicted
+        rows_truncated=tokens.truncated,
+        rows_skipped=tokens.skipped,
+        longest=max(lengths),
+    )
+
+
+def _spans(row: Mapping[str, Sequence[int]], tokenizer: Any) -> Iterator[Span]:
+    """A row as text, in pieces that are wholly in or out of the loss."""
+    ids, inside = list(row["input_ids"]), [False, *(label != IGNORED for label in row["labels"][1:])]
+    start = 0
+    for in_loss, run in itertools.groupby(inside):
+        stop = start + len(list(run))
+        # what the piece adds to the text before it: some tokenizers drop a space at the beginning of a text
+        text = _text(tokenizer, ids[:stop])[len(_text(tokenizer, ids[:start])) :]
+        yield Span(text=text, in_loss=in_loss)
+        start = stop
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def show(found: DryRun, console: Console) -> None:
+    """Print it for people; the tokens in the loss stand between ⟦ and ⟧, and in colour on a terminal."""
+    for part in _parts(found):
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def _parts(found: DryRun) -> Iterator[Table | Text]:
+    reduction = found.parameters / found.pruned_parameters
+    yield Text(
+        f"{found.model}\n{found.parameters:,} -> {found.pruned_parameters:,} parameters ({reduction:.2f}x fewer)\n"
+    )
+    for name, memory in found.training.items():
+        yield Text(
+            f"Training on the {name} model takes about {_bytes(memory.total)} on {found.device}, "
+            "activations not included:\n"
+            f"  weights             {_bytes(memory.weights):>9}   {memory.parameters:,} parameters in {found.dtype}\n"
+            f"  adapter             {_bytes(memory.adapter):>9}   {memory.adapter_parameters:,} parameters in float32\n"
+            f"  its gradients       {_bytes(memory.gradients):>9}\n"
+            f"  AdamW's two moments {_bytes(memory.optimizer):>9}\n"
+        )
+    yield Text("Activations come on top and grow with per_device_train_batch_size and max_length.\n")
+    table = Table(title="Data", title_justify="left")
+    table.add_column("data set", no_wrap=True)
+    for heading in ("rows used", "tokens", "in the loss", "cut to length", "skipped", "longest"):
+        table.add_column(heading, justify="right")
+    calibration = {} if found.calibration is None else {"calibration": found.calibration}
+    evaluation = {f"evaluation: {name}": counts for name, counts in found.eval_dataset.items()}
+    for name, counts in {"training": found.dataset, **calibration, **evaluation}.items():
+        numbers = (counts.rows, counts.tokens, counts.tokens_in_loss, counts.rows_truncated, counts.rows_skipped)
+        table.add_row(name, *(f"{number:,}" for number in (*numbers, counts.longest)))
+    yield table
+    yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
+    for number, spans in enumerate(found.examples, 1):
+        text = Text(f"\n--- row {number}\n")
+        for span in spans:
+            text.append(f"⟦{span.text}⟧" if span.in_loss else span.text, style="bold green" if span.in_loss else "")
+        yield text
+    yield Text("\nNothing was written: this was a dry run.")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
