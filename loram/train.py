@@ -17,6 +17,7 @@ from loram.checkpoints import Checkpoints, guarded
 from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
+from loram.loss import ChunkedLossTrainer
 from loram.model.adapter import Adapter, save_adapter
 from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
 from loram.model.device import compute_dtype, keep_freed_memory_, pick_device
@@ -244,7 +245,7 @@ def _fit(
 ) -> tuple[list[dict[str, Any]], Adapter]:
     """Train; returns the log history and the adapter."""
     from peft import get_peft_model
-    from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+    from transformers import PrinterCallback, ProgressCallback, set_seed
     from trl import SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -268,9 +269,8 @@ def _fit(
     )
     kind = SFTTrainer
     if "lm_head" in lora["target_modules"]:
-        # TRL's fused loss reads lm_head.weight and would never train an adapter on it (TRL refuses), so that case
-        # goes through the plain loss of transformers' Trainer, with the same collator and labels.
-        kind = Trainer
+        # TRL's fused loss reads lm_head.weight and would never train an adapter on it (TRL refuses).
+        kind = ChunkedLossTrainer
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
     runner = guarded(kind, checkpoints)(

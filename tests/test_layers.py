@@ -16,6 +16,7 @@ FLOORS = {
     "loram.model": 2,
     "loram.data": 3,
     "loram.checkpoints": 3,
+    "loram.loss": 3,
     "loram.prune.counts": 3,
     "loram.prune.criteria": 3,
     "loram.prune": 4,
