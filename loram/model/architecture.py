@@ -3,10 +3,8 @@
 Supporting a family is adding a row to `ARCHITECTURES`. Nothing here touches a weight.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -111,21 +109,6 @@ _ROWS = (
     ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config.json.
-
-    Raises:
-        UserError: it is not a JSON object.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config
 
 
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:

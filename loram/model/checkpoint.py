@@ -15,7 +15,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor
 
 from loram.errors import UserError
-from loram.model.architecture import Geometry, read_config
+from loram.model.architecture import Geometry
+from loram.model.files import read_json
 from loram.model.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 
 SHARD_BYTES = 4 << 30
@@ -93,7 +94,7 @@ class Checkpoint:
         Raises:
             UserError: it is not a JSON object.
         """
-        return read_config(self.folder / "config.json")
+        return read_json(self.folder / "config.json")
 
     @cached_property
     def geometry(self) -> Geometry:
