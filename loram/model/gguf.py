@@ -9,6 +9,7 @@ import torch
 from loram.artifacts import find_manifest, publish
 from loram.errors import UserError
 from loram.model.checkpoint import HEAD, ShardedWriter
+from loram.model.files import refuse_pointer
 from loram.model.tensorfile import TensorSpec
 
 
@@ -35,6 +36,7 @@ def convert_gguf(path: Path, out: Path) -> Path:
 
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    refuse_pointer(path)
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")

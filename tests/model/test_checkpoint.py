@@ -75,7 +75,7 @@ def test_broken_weights_name_the_file(model: Path) -> None:
     with pytest.raises(loram.UserError, match=r"no model\.safetensors"):
         Checkpoint(model)
     (model / "pytorch_model.bin").touch()
-    with pytest.raises(loram.UserError, match="pickled, convert it to safetensors first"):
+    with pytest.raises(loram.UserError, match="pickled and never opened: convert it to safetensors"):
         Checkpoint(model)
 
 
@@ -84,6 +84,7 @@ def test_an_index_that_lies_is_refused(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(loram.UserError, match=r"model\.extra\.weight is in model\.safetensors, but it is not there"):
         Checkpoint(model)
+    (model / "model.safetensors").unlink()
     index["weight_map"] = {"model.norm.weight": "gone.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(loram.UserError, match=r"gone\.safetensors: the shard is missing"):
