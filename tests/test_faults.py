@@ -119,7 +119,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
 
 @pytest.fixture(params=["prune", "train", "merge", "eval", "eval --stream"])
 def attempt(request: pytest.FixtureRequest, run: Path, rows_file: Path, tmp_path: Path) -> Callable[[Path, str], None]:
-    """`attempt(base, message)`: one of the stages refuses a base with this message; `tmp_path / "work"` must stay empty."""
+    """`attempt(base, message)`: one of the stages refuses a base with this message, and writes nothing."""
     out = tmp_path / "work" / "deep" / "out"
     out.parents[1].mkdir()
 
