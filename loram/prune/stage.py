@@ -175,8 +175,11 @@ def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
     geometry, name = checkpoint.geometry, checkpoint.name
     if "quantization_config" in checkpoint.config:
         raise UserError(f"{name}: the model is quantised; prune the original in 16 or 32 bits")
-    if f"model.layers.{geometry.num_hidden_layers}.{architecture.linears[0]}.weight" in checkpoint.index:
-        raise UserError(f"{name}: has more layers than config.json's {geometry.num_hidden_layers}")
+    layers, first = geometry.num_hidden_layers, architecture.linears[0]
+    if f"model.layers.{layers}.{first}.weight" in checkpoint.index:
+        raise UserError(f"{name}: has more layers than config.json's {layers}")
+    if (last := f"model.layers.{layers - 1}.{first}.weight") not in checkpoint.index:
+        raise UserError(f"{name}: no tensor {last}, though config.json says {layers} layers")
     if HEAD not in checkpoint.index and not geometry.tie_word_embeddings:
         raise UserError(
             f"{name}: no tensor {HEAD}, but config.json's tie_word_embeddings is false; "

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -194,6 +196,29 @@ def test_configs_that_contradict_the_tensors_fail_before_any_work(
     model = shutil.copytree(tiny_models[family], tmp_path / "model")
     change_config(model, **changes)
     refused(model, message)
+
+
+WRONG = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+KEYS = ["model_type", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
+KEYS += ["hidden_size", "intermediate_size", "tie_word_embeddings", "attention_bias", "mlp_bias", "quantization_config"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(key=st.sampled_from(KEYS), value=WRONG | st.integers(1, 10**15))
+def test_a_config_of_wrong_values_is_a_clear_error_or_the_same_model(key: str, value: Any, tiny_llama: Path) -> None:
+    checkpoint = Checkpoint(tiny_llama)
+    right = checkpoint.geometry
+    checkpoint.__dict__["config"] = {**checkpoint.config, key: value}
+    del checkpoint.__dict__["geometry"]
+    try:
+        check_weights(checkpoint, architecture_of(checkpoint.config))
+    except loram.UserError:
+        return
+    assert checkpoint.geometry == right
 
 
 @pytest.mark.parametrize("family", FAMILIES)
