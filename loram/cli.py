@@ -1,4 +1,4 @@
-"""The command line: one subcommand a stage, plus run, estimate, verify and convert. No logic of its own."""
+"""The command line: one subcommand a stage, plus run, estimate, verify, convert and doctor. No logic of its own."""
 
 import json
 import logging
@@ -359,6 +359,15 @@ def run(
     console.print(table(report))
     console.print(summary(report), highlight=False)
     console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can do: versions, devices, fast dtypes, free memory and disk, and what is missing."""
+    from loram.doctor import doctor as look
+
+    found = look()
+    typer.echo(found.model_dump_json() if as_json else found.text())
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

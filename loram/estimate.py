@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.model.architecture import Geometry, architecture_of, read_config
+from loram.model.architecture import Geometry, architecture_of
+from loram.model.files import read_json
 from loram.prune.counts import kept_units, prunable_layers
 
 
@@ -69,4 +70,4 @@ def _read(config: str | Path) -> dict[str, Any]:
         from loram.model.checkpoint import download_config
 
         path = download_config(str(config))
-    return read_config(path)
+    return read_json(path)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from loram.artifacts import check_output, find_manifest, publish
+from loram.artifacts import Manifest, check_output, find_manifest, publish
 from loram.errors import UserError
 from loram.model.adapter import Adapter, save_adapter
 from loram.model.checkpoint import copy_side_files
-from loram.model.plan import find_plan
+from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 from loram.model.resize import widen
 
 
@@ -25,7 +25,8 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
         `out`.
 
     Raises:
-        UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, or `out` exists.
+        UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, the plan is not that of
+            the model it was trained on, or `out` exists.
     """
     source, out = Path(adapter), Path(out)
     check_output(out, source)
@@ -36,6 +37,8 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
         raise UserError(f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model?")
     if manifest is not None and manifest.kind == "recovered":
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
+    _check_origin(source, trained, plan, manifest)
+    trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
     config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
     made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "adapter": trained.fingerprint}
@@ -43,3 +46,21 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
         save_adapter(staging, config, tensors)
         copy_side_files(source, staging)
     return out
+
+
+def _check_origin(source: Path, adapter: Adapter, plan: PruningPlan, manifest: Manifest | None) -> None:
+    """Refuse a plan that is not the one of the model that the adapter was trained on, as far as anything tells."""
+    if manifest is not None:
+        if (made_from := manifest.made_from.get("plan", "none")) != plan.fingerprint:
+            raise UserError(
+                f"{source / PLAN_NAME}: not the plan that the adapter was trained with "
+                f"(fingerprint {plan.fingerprint[:12]} instead of {made_from[:12]})"
+            )
+        return
+    trained_on = adapter.config.get("base_model_name_or_path")
+    theirs = find_plan(Path(trained_on)) if isinstance(trained_on, str) and trained_on else None
+    if theirs is not None and theirs.fingerprint != plan.fingerprint:
+        raise UserError(
+            f"{source / PLAN_NAME}: not the plan of {trained_on}, which the adapter was trained on "
+            f"(fingerprint {plan.fingerprint[:12]} instead of {theirs.fingerprint[:12]}); copy that one"
+        )

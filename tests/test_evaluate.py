@@ -129,7 +129,7 @@ def test_unrecovered_adapter_on_the_full_base_is_refused(run: Path, tiny_llama: 
 
 
 def test_recovered_adapter_on_the_pruned_model_is_refused(run: Path, rows_file: Path) -> None:
-    with pytest.raises(loram.UserError, match="belongs to another model"):
+    with pytest.raises(loram.UserError, match="is recovered; use it on the full model"):
         loram.evaluate(run / "pruned", adapter=run / "recovered", data=rows_file)
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "loram.evaluate": 4,
     "loram.teach": 4,
     "loram.estimate": 4,
+    "loram.doctor": 4,
     "loram.recipe": 5,
     "loram.report": 5,
     "loram.pipeline": 6,

@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
 # Imports all that a command needs, does what the command line does, and tells what that took beyond the imports.
 CHILD = """
 import sys
-import datasets, torch, transformers.models.llama.modeling_llama, loram.merge, loram.prune, loram.evaluate
+import datasets, peft, torch, transformers.models.llama.modeling_llama, loram.merge, loram.prune, loram.evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from loram import cli
 

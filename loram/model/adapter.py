@@ -4,23 +4,48 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from loram.errors import UserError
-from loram.model.checkpoint import Checkpoint
+from loram.artifacts import find_manifest
+from loram.errors import UserError, first_problem
+from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.model.files import read_json
 from loram.model.plan import find_plan
+from loram.model.tensorfile import TensorFile
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLED_NAME = "adapter_model.bin"
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+
+
+class _Options(BaseModel):
+    """What we read of adapter_config.json, with PEFT's defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    peft_type: str
+    r: PositiveInt = 8
+    lora_alpha: float = 8
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    fan_in_fan_out: bool | None = False
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,42 +67,55 @@ class Adapter:
         """Read an adapter folder.
 
         Raises:
-            UserError: it is no LoRA adapter, a factor is missing or not finite, or a variant we cannot widen or merge.
+            UserError: it is no LoRA adapter or a variant we cannot widen or merge, or a factor is missing, not finite
+                or of another rank than the config says.
         """
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
+        if (folder / _PICKLED_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
+            raise UserError(f"{folder / _PICKLED_NAME}: pickled, so it is not opened; save the adapter as safetensors")
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name} here, so this is not a LoRA adapter folder")
-        try:
-            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS_NAME)
-        except ValueError as error:
-            raise UserError(f"{folder / CONFIG_NAME}: not valid JSON: {error}") from error
-        except SafetensorError as error:
-            raise UserError(f"{folder / WEIGHTS_NAME}: not a whole safetensors file: {error}") from error
-        adapter = cls(folder=folder, config=config, tensors=tensors)
+        config, file = read_json(folder / CONFIG_NAME), TensorFile(folder / WEIGHTS_NAME)
+        adapter = cls(folder=folder, config=config, tensors={name: file.read(name) for name in file.specs})
         adapter._check()
         return adapter
 
     def _check(self) -> None:
-        kind = self.config.get("peft_type")
-        if kind != "LORA" or self.config.get("use_dora"):
+        kind, where = self.config.get("peft_type"), self.folder / WEIGHTS_NAME
+        if kind != "LORA" or self._options.use_dora:
             raise UserError(
                 f"{self.folder}: a {'DoRA' if kind == 'LORA' else kind} adapter; only plain LoRA is supported"
             )
-        if self.config.get("fan_in_fan_out"):
+        if self._options.fan_in_fan_out:
             raise UserError(f"{self.folder}: fan_in_fan_out adapters are for Conv1D models, which we do not support")
         for name, tensor in self.tensors.items():
             if _FACTOR.match(name) is None:
-                raise UserError(f"{self.folder / WEIGHTS_NAME}: {name} is not a LoRA factor")
+                raise UserError(
+                    f"{where}: {name} is not a LoRA factor (base_model.model.MODULE.lora_A.weight or lora_B)"
+                )
             if not torch.isfinite(tensor).all():
-                raise UserError(f"{self.folder / WEIGHTS_NAME}: {name} has values that are not finite")
+                raise UserError(f"{where}: {name} has values that are not finite")
         for module, factors in self.modules.items():
             if missing := {"A", "B"} - factors.keys():
-                raise UserError(f"{self.folder / WEIGHTS_NAME}: {module} lacks lora_{min(missing)}")
+                raise UserError(f"{where}: {module} lacks lora_{min(missing)}")
+            rank = self._pattern(self._options.rank_pattern, module, self._options.r)
+            for (factor, tensor), axis in zip(sorted(factors.items()), (0, 1), strict=True):
+                if tensor.ndim != 2 or tensor.shape[axis] != rank:
+                    raise UserError(
+                        f"{where}: {module}.lora_{factor} has shape {tuple(tensor.shape)}, "
+                        f"but {CONFIG_NAME} says rank {rank}"
+                    )
         if not self.modules:
-            raise UserError(f"{self.folder / WEIGHTS_NAME}: holds no LoRA factors")
+            raise UserError(f"{where}: holds no LoRA factors")
+
+    @cached_property
+    def _options(self) -> _Options:
+        try:
+            return _Options.model_validate(self.config)
+        except ValidationError as error:
+            raise UserError(f"{self.folder / CONFIG_NAME}: {first_problem(error)}") from error
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
@@ -93,70 +131,127 @@ class Adapter:
         """SHA-256 of the two files."""
         digest = hashlib.sha256()
         for name in (CONFIG_NAME, WEIGHTS_NAME):
-            digest.update((self.folder / name).read_bytes())
+            with (self.folder / name).open("rb") as file:  # by pieces: an adapter may have hundreds of megabytes
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
         return digest.hexdigest()
 
     def scaling(self, module: str) -> float:
         """PEFT's factor before B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank = self.modules[module]["A"].shape[0]
-        alpha = float(_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        alpha = float(self._pattern(self._options.alpha_pattern, module, self._options.lora_alpha))
+        return alpha / math.sqrt(rank) if self._options.use_rslora else alpha / rank
+
+    def _pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+        """PEFT's way of looking a module up in `rank_pattern` or `alpha_pattern`: keys are regexes of a path's end."""
+        for pattern, value in (patterns or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            except re.error as error:
+                raise UserError(f"{self.folder / CONFIG_NAME}: {pattern!r} is not a valid regex: {error}") from error
+        return default
 
     def delta(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
         """The update scaling·B·A of a module's weight, or of its rows `start` to `stop`: float32."""
         factors = self.modules[module]
         return self.scaling(module) * (factors["B"][start:stop].float() @ factors["A"].float())
 
-    def check_fits(self, checkpoint: Checkpoint) -> None:
-        """Refuse an adapter whose modules or shapes are not the model's.
+    def targets(self, modules: Iterable[str]) -> list[str]:
+        """Those of a model's linear modules that adapter_config.json targets, by PEFT's own matching.
 
         Raises:
-            UserError: names the module, both shapes, and says `loram recover` where the adapter was trained on the
-                pruned model and this is the full one.
+            UserError: adapter_config.json contradicts itself.
         """
-        for module, factors in self.modules.items():
-            shape = (factors["B"].shape[0], factors["A"].shape[1])
-            weight = f"{module}.weight"
-            if weight not in checkpoint.index and module == "lm_head" and checkpoint.tied:
-                weight = "model.embed_tokens.weight"
-            if weight not in checkpoint.index:
-                raise UserError(f"{self.folder}: adapts {module}, which {checkpoint.name} does not have")
-            if (expected := checkpoint.shape(weight)) != shape:
-                raise UserError(self._misfit(module, shape, checkpoint, expected))
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
 
-    def _misfit(self, module: str, shape: tuple[int, ...], checkpoint: Checkpoint, expected: tuple[int, ...]) -> str:
-        what = f"{self.folder}: {module} is for a weight of shape {shape}, but {checkpoint.name} has {expected}"
-        if not checkpoint.pruned and all(a <= b for a, b in zip(shape, expected, strict=True)):
-            return f"{what}; this adapter was trained on a pruned model: run `loram recover` on it first"
-        return f"{what}; it belongs to another model"
+        keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+        options = self._options.model_dump(include=keys)
+        if str(options["target_modules"]).lower() == "all-linear":  # PEFT leaves lm_head out of these
+            options |= {"target_modules": r".*\.layers\..*"}
+        try:
+            config = LoraConfig(**options)
+            return [module for module in modules if check_target_module_exists(config, module)]
+        except (ValueError, re.error) as error:
+            raise UserError(f"{self.folder / CONFIG_NAME}: {error}") from error
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, ...]], model: str, *, full: bool = False) -> None:
+        """Refuse an adapter that is not one for a model: it lacks a module, has one too many, or shapes differ.
+
+        Args:
+            shapes: (out_features, in_features) of each of the model's linear modules, by path.
+            model: what the message calls it.
+            full: whether it is a full model, so that narrower factors come from a pruned one.
+
+        Raises:
+            UserError: names the file and the key, or the module and both shapes; says `loram recover` where the
+                adapter was trained on the pruned model and this is the full one.
+        """
+        weights = self.folder / WEIGHTS_NAME
+        targets = set(self.targets(shapes))
+        for module, factors in self.modules.items():
+            key, shape = f"base_model.model.{module}.lora_A.weight", (factors["B"].shape[0], factors["A"].shape[1])
+            if module not in shapes:
+                raise UserError(f"{weights}: {key} adapts {module}, which {model} does not have")
+            if module not in targets:
+                raise UserError(f"{weights}: {key} adapts {module}, which {CONFIG_NAME} does not target")
+            if shape != shapes[module]:
+                what = f"{self.folder}: {module} is for a weight of shape {shape}, but {model} has {shapes[module]}"
+                if full and all(a <= b for a, b in zip(shape, shapes[module], strict=True)):
+                    raise UserError(
+                        f"{what}; this adapter was trained on a pruned model: run `loram recover` on it first"
+                    )
+                raise UserError(f"{what}; it belongs to another model")
+        for module in shapes:
+            if module in targets - self.modules.keys():
+                key = f"base_model.model.{module}.lora_A.weight"
+                raise UserError(f"{weights}: {key} is missing, though {CONFIG_NAME} targets {module}")
 
 
 def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:
     """Read an adapter and make sure that it is one for this model.
 
     Raises:
-        UserError: it is no sound adapter, its modules or shapes are not the model's, or the plan beside it was made
-            from other weights.
+        UserError: it is no sound adapter, its modules or shapes are not the model's, or its manifest or the plan beside
+            it says that it was made for other weights.
     """
     adapter = Adapter.load(folder)
-    adapter.check_fits(checkpoint)
-    plan, ours = find_plan(folder), find_plan(checkpoint.folder)
-    if plan is not None and ours is not None and ours.fingerprint != plan.fingerprint:
-        raise UserError(f"{folder}: was trained on another pruned model than {checkpoint.name} (their plans differ)")
-    if plan is not None and ours is None and checkpoint.fingerprint != plan.base.fingerprint:
-        raise UserError(
-            f"{folder}: was made for {plan.base.name}, and the weights of {checkpoint.name} are others "
-            f"(fingerprint {checkpoint.fingerprint[:12]} instead of {plan.base.fingerprint[:12]})"
-        )
+    _check_origin(checkpoint, adapter)
+    adapter.check_fits(_linear_shapes(checkpoint), checkpoint.name, full=not checkpoint.pruned)
     return adapter
 
 
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's way of looking a module up in `rank_pattern` or `alpha_pattern`: a key is a regex for the path's end."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    shapes = {
+        name.removesuffix(".weight"): checkpoint.shape(name)
+        for name in checkpoint.names()
+        if name.endswith(".weight") and len(checkpoint.shape(name)) == 2 and name not in (EMBEDDING, HEAD)
+    }
+    return {**shapes, "lm_head": checkpoint.shape(checkpoint.head)}
+
+
+def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Refuse an adapter whose manifest, or the plan beside it, says that it was made for other weights."""
+    folder, name = adapter.folder, checkpoint.name
+    manifest, plan, ours = find_manifest(folder), find_plan(folder), find_plan(checkpoint.folder)
+    made_from = {} if manifest is None else manifest.made_from
+    if plan is not None and ours is not None and ours.fingerprint != plan.fingerprint:
+        raise UserError(f"{folder}: was trained on another pruned model than {name} (their plans differ)")
+    if checkpoint.pruned and manifest is not None and manifest.kind == "recovered":
+        raise UserError(f"{folder}: this adapter is recovered; use it on the full model, not on {name}")
+    made_for, expected = adapter.config.get("base_model_name_or_path"), made_from.get("base")
+    if checkpoint.pruned:
+        expected = made_from.get("pruned", expected)
+    elif plan is not None:
+        made_for, expected = plan.base.name, plan.base.fingerprint
+    if expected is not None and checkpoint.fingerprint != expected:
+        raise UserError(
+            f"{folder}: was made for {made_for}, and the weights of {name} are others "
+            f"(fingerprint {checkpoint.fingerprint[:12]} instead of {expected[:12]})"
+        )
+    if not checkpoint.pruned and "pruned" in made_from:
+        raise UserError(f"{folder}: this adapter was trained on a pruned model: run `loram recover` on it first")
 
 
 def save_adapter(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -3,10 +3,8 @@
 Supporting a family is adding a row to `ARCHITECTURES`. Nothing here touches a weight.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -65,6 +63,9 @@ CHANNELS = Space(
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _QKVO = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_FOUR_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,8 @@ class Architecture:
     Args:
         model_type: transformers' name of the family.
         biases: config switch -> the linears whose bias it turns on; `always` is no switch.
-        norms: how many norms of the hidden size, and of a head's size, a decoder layer has.
+        norms: a decoder layer's norms of the hidden size.
+        head_norms: its norms of a head's size.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
             num_attention_heads, which is also what a null in config.json means.
         head_dim: transformers' default where config.json leaves it out; None is hidden_size / num_attention_heads.
@@ -84,7 +86,8 @@ class Architecture:
 
     model_type: str
     biases: Mapping[str, tuple[Linear, ...]] = field(default_factory=dict)
-    norms: tuple[int, int] = (2, 0)
+    norms: tuple[str, ...] = _NORMS
+    head_norms: tuple[str, ...] = ()
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
@@ -102,30 +105,23 @@ _ROWS = (
     Architecture(model_type="llama", biases={"attention_bias": _QKVO, "mlp_bias": _MLP}),
     Architecture(model_type="mistral", kv_heads=8),
     Architecture(model_type="qwen2", biases={"always": _QKV}, kv_heads=32),
-    Architecture(model_type="qwen3", biases={"attention_bias": _QKVO}, norms=(2, 2), kv_heads=32, head_dim=128),
     Architecture(
-        model_type="gemma2", biases={"attention_bias": _QKVO}, norms=(4, 0), kv_heads=4, head_dim=256, tied=True
+        model_type="qwen3", biases={"attention_bias": _QKVO}, head_norms=_HEAD_NORMS, kv_heads=32, head_dim=128
     ),
     Architecture(
-        model_type="gemma3_text", biases={"attention_bias": _QKVO}, norms=(4, 2), kv_heads=4, head_dim=256, tied=True
+        model_type="gemma2", biases={"attention_bias": _QKVO}, norms=_FOUR_NORMS, kv_heads=4, head_dim=256, tied=True
+    ),
+    Architecture(
+        model_type="gemma3_text",
+        biases={"attention_bias": _QKVO},
+        norms=_FOUR_NORMS,
+        head_norms=_HEAD_NORMS,
+        kv_heads=4,
+        head_dim=256,
+        tied=True,
     ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config.json.
-
-    Raises:
-        UserError: it is not a JSON object.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config
 
 
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -219,9 +215,23 @@ class Geometry(BaseModel):
         shape[cut.axis] = count * self.unit_size(cut.unit)
         return shape[0], shape[1]
 
+    def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the full model, by name; no lm_head where it is tied."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for layer in range(self.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            for linear in architecture.linears:
+                shapes[f"{prefix}.{linear}.weight"] = self.linear_shape(linear)
+                if linear in self.biases:
+                    shapes[f"{prefix}.{linear}.bias"] = self.linear_shape(linear)[:1]
+            shapes |= {f"{prefix}.{norm}.weight": (self.hidden_size,) for norm in architecture.norms}
+            shapes |= {f"{prefix}.{norm}.weight": (self.head_dim,) for norm in architecture.head_norms}
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        return shapes if self.tie_word_embeddings else {**shapes, "lm_head.weight": (self.vocab_size, self.hidden_size)}
+
     def layer_parameters(self, architecture: Architecture, units: Mapping[str, int] | None = None) -> int:
         """Parameters of one decoder layer, full or with `units` of each space."""
-        total = architecture.norms[0] * self.hidden_size + architecture.norms[1] * self.head_dim
+        total = len(architecture.norms) * self.hidden_size + len(architecture.head_norms) * self.head_dim
         for linear in architecture.linears:
             rows, columns = self.linear_shape(linear, units)
             total += rows * columns + (rows if linear in self.biases else 0)

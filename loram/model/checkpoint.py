@@ -15,13 +15,15 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor
 
 from loram.errors import UserError
-from loram.model.architecture import Geometry, read_config
+from loram.model.architecture import Geometry
+from loram.model.files import read_json, refuse_pointer
 from loram.model.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 
 SHARD_BYTES = 4 << 30
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # All that a model folder holds beside its weights and its config: carried over byte for byte.
 _SIDE_FILES = (
     "tokenizer*",
@@ -47,7 +49,8 @@ class Checkpoint:
         name: what the user calls the model: its hub id or absolute path.
 
     Raises:
-        UserError: the folder is no model, its weights are in a format we do not read, or a shard is missing or broken.
+        UserError: the folder is no model, its weights are in a format we do not read, a shard is missing, broken or
+            outside the folder, or a file is a Git LFS pointer.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -56,27 +59,43 @@ class Checkpoint:
         self._files: dict[str, TensorFile] = {}
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json here, so this is not a model folder")
+        for path in (folder / "config.json", *_side_files(folder)):
+            refuse_pointer(path)
         self.index = self._read_index()
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name -> file name, from the shards' own headers."""
         if (self.folder / _INDEX).is_file():
-            try:
-                weight_map = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.folder / _INDEX}: not a valid shard index: {error}") from error
+            weight_map = self._read_weight_map()
             shards = sorted(set(weight_map.values()))
+            if (self.folder / _WEIGHTS).is_file() and _WEIGHTS not in shards:  # transformers would read that one
+                raise UserError(
+                    f"{self.folder}: has both {_WEIGHTS} and {_INDEX}; remove the one that is not the model"
+                )
         elif (self.folder / _WEIGHTS).is_file():
             weight_map, shards = {}, [_WEIGHTS]
         else:
-            other = [path.name for path in sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt"))]
-            remedy = f"; {other[0]} is pickled, convert it to safetensors first" if other else ""
+            other = [path.name for path in sorted(self.folder.iterdir()) if path.suffix in _PICKLED]
+            remedy = f"; {other[0]} is pickled and never opened: convert it to safetensors first" if other else ""
             raise UserError(f"{self.folder}: no {_WEIGHTS} or {_INDEX} here{remedy}")
         found = {name: shard for shard in shards for name in self._open(shard).specs}
         for name, shard in weight_map.items():
             if found.get(name) != shard:
                 raise UserError(f"{self.folder / _INDEX}: says {name} is in {shard}, but it is not there")
         return found
+
+    def _read_weight_map(self) -> dict[str, str]:
+        """The index's tensor name -> file name; every file lies in the folder and is safetensors by its name."""
+        path = self.folder / _INDEX
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{path}: not a valid shard index: its weight_map should give a file name for each tensor")
+        for name, shard in weight_map.items():
+            if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise UserError(f"{path}: says {name} is in {shard}, which is outside the folder")
+            if Path(shard).suffix != ".safetensors":
+                raise UserError(f"{path}: says {name} is in {shard}, and only safetensors files are opened")
+        return weight_map
 
     def _open(self, shard: str) -> TensorFile:
         if shard not in self._files:
@@ -93,7 +112,7 @@ class Checkpoint:
         Raises:
             UserError: it is not a JSON object.
         """
-        return read_config(self.folder / "config.json")
+        return read_json(self.folder / "config.json")
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -169,8 +188,12 @@ class Checkpoint:
 
 def copy_side_files(source: Path, out: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence and plan to another folder, byte for byte."""
-    for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
+    for path in _side_files(source):
         shutil.copyfile(path, out / path.name)
+
+
+def _side_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _SIDE_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def open_model(model: str | Path) -> Checkpoint:

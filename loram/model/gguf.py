@@ -9,15 +9,20 @@ import torch
 from loram.artifacts import find_manifest, publish
 from loram.errors import UserError
 from loram.model.checkpoint import HEAD, ShardedWriter
+from loram.model.files import refuse_pointer
 from loram.model.tensorfile import TensorSpec
 
 
+def cache_folder() -> Path:
+    """Where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
+    return Path(os.environ.get("LORAM_CACHE", Path.home() / ".cache" / "loram"))
+
+
 def cached_conversion(path: Path) -> Path:
-    """The folder a GGUF file was converted into, in loram's cache (`LORAM_CACHE`, by default ~/.cache/loram)."""
+    """The folder a GGUF file was converted into, in loram's cache."""
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("LORAM_CACHE", Path.home() / ".cache" / "loram"))
-    folder = cache / f"{path.stem}-{key}"
+    folder = cache_folder() / f"{path.stem}-{key}"
     if not folder.exists() or find_manifest(folder) is None:
         convert_gguf(path, folder)
     return folder
@@ -35,6 +40,7 @@ def convert_gguf(path: Path, out: Path) -> Path:
 
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    refuse_pointer(path)
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")

@@ -89,7 +89,7 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
         architecture_of(checkpoint.config, checkpoint.name)
     with _bar_if_slow(checkpoint):
         model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, output_loading_info=True, **from_pretrained_kwargs
+            checkpoint.folder, output_loading_info=True, use_safetensors=True, **from_pretrained_kwargs
         )
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
     if problems:

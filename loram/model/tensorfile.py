@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loram.errors import UserError
+from loram.model.files import refuse_pointer
 
 BLOCK_BYTES = 1 << 26
 _MAX_HEADER, _MAX_NUMBER = 100_000_000, (1 << 63) - 1  # the safetensors library's own limits
@@ -73,12 +74,13 @@ class TensorFile:
     """Reads a safetensors file: only the header at first, then the tensors or rows asked for, into fresh memory.
 
     Raises:
-        UserError: the file is missing, or not a whole safetensors file.
+        UserError: the file is missing, a Git LFS pointer, or not a whole safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            refuse_pointer(path)
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error

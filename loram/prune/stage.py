@@ -14,7 +14,7 @@ from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.model.architecture import CUTS, Architecture, architecture_of
-from loram.model.checkpoint import EMBEDDING, SHARD_BYTES, Checkpoint, ShardedWriter, copy_side_files, open_model
+from loram.model.checkpoint import EMBEDDING, HEAD, SHARD_BYTES, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import load_tokenizer, write_config
@@ -171,28 +171,53 @@ def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tens
 
 
 def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Refuse a checkpoint whose tensors are missing or of another shape than its config says.
+    """Refuse a checkpoint whose tensors are missing or of another shape or number than its config says.
 
     Raises:
-        UserError: names the tensor, its shape and the expected one.
+        UserError: names the tensor or config key, what was found and what was expected.
     """
-    geometry = checkpoint.geometry
+    geometry, name = checkpoint.geometry, checkpoint.name
     if "quantization_config" in checkpoint.config:
-        raise UserError(f"{checkpoint.name}: the model is quantised; prune the original in 16 or 32 bits")
-    if f"model.layers.{geometry.num_hidden_layers}.{architecture.linears[0]}.weight" in checkpoint.index:
-        raise UserError(f"{checkpoint.name}: has more layers than config.json's {geometry.num_hidden_layers}")
-    for layer in range(geometry.num_hidden_layers):
-        for linear in architecture.linears:
-            name = f"model.layers.{layer}.{linear}.weight"
-            if name not in checkpoint.index:
-                raise UserError(f"{checkpoint.name}: no tensor {name}, which config.json's family needs")
-            if checkpoint.spec(name).dtype not in _FLOATS:
-                raise UserError(f"{checkpoint.name}: {name} is {checkpoint.spec(name).dtype}, not float32 or 16 bits")
-            if checkpoint.shape(name) != geometry.linear_shape(linear):
-                raise UserError(
-                    f"{checkpoint.name}: {name} has shape {checkpoint.shape(name)}, "
-                    f"but config.json says {geometry.linear_shape(linear)}"
-                )
+        raise UserError(f"{name}: the model is quantised; prune the original in 16 or 32 bits")
+    layers, first = geometry.num_hidden_layers, architecture.linears[0]
+    if f"model.layers.{layers}.{first}.weight" in checkpoint.index:
+        raise UserError(f"{name}: has more layers than config.json's {layers}")
+    if (last := f"model.layers.{layers - 1}.{first}.weight") not in checkpoint.index:
+        raise UserError(f"{name}: no tensor {last}, though config.json says {layers} layers")
+    if HEAD not in checkpoint.index and not geometry.tie_word_embeddings:
+        raise UserError(
+            f"{name}: no tensor {HEAD}, but config.json's tie_word_embeddings is false; "
+            "set it to true if lm_head shares the embedding's weight"
+        )
+    shapes = geometry.tensor_shapes(architecture)
+    for tensor, expected in shapes.items():
+        if tensor not in checkpoint.index:
+            raise UserError(f"{name}: no tensor {tensor}, which config.json's family needs")
+        if checkpoint.spec(tensor).dtype not in _FLOATS:
+            raise UserError(f"{name}: {tensor} is {checkpoint.spec(tensor).dtype}, not float32 or 16 bits")
+        if checkpoint.shape(tensor) != expected:
+            raise UserError(
+                f"{name}: {tensor} has shape {checkpoint.shape(tensor)}, but config.json says {expected}"
+                + (" (vocab_size, hidden_size)" if tensor in (EMBEDDING, HEAD) else "")
+            )
+    for tensor in checkpoint.names():
+        linear = ".".join(tensor.removesuffix(".bias").split(".")[3:])
+        if tensor.endswith(".bias") and linear in architecture.linears and tensor not in shapes:
+            raise UserError(f"{name}: has a tensor {tensor}, but config.json says that {linear} has no bias")
+    if HEAD in checkpoint.index and geometry.tie_word_embeddings and not _shares_embedding(checkpoint):
+        raise UserError(
+            f"{name}: config.json's tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _shares_embedding(checkpoint: Checkpoint) -> bool:
+    if checkpoint.shape(HEAD) != checkpoint.shape(EMBEDDING):
+        return False
+    return all(
+        torch.equal(rows.float(), checkpoint.tensor(HEAD, start, start + len(rows)).float())
+        for start, rows in checkpoint.blocks(EMBEDDING)
+    )
 
 
 def load_calibration(
