@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor
 
+from loram.artifacts import find_manifest
 from loram.errors import UserError
 from loram.model.architecture import Geometry
 from loram.model.files import read_json, refuse_pointer
@@ -50,7 +51,7 @@ class Checkpoint:
 
     Raises:
         UserError: the folder is no model, its weights are in a format we do not read, a shard is missing, broken or
-            outside the folder, or a file is a Git LFS pointer.
+            outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -62,6 +63,7 @@ class Checkpoint:
         for path in (folder / "config.json", *_side_files(folder)):
             refuse_pointer(path)
         self.index = self._read_index()
+        find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name -> file name, from the shards' own headers."""
