@@ -70,8 +70,12 @@ def test_an_adapter_on_another_revision_of_its_base(adapter: str, run: Path, tmp
 
 def test_an_adapter_on_pruned_weights_that_changed_under_the_same_plan(run: Path, tmp_path: Path) -> None:
     other = shifted(shutil.copytree(run / "pruned", tmp_path / "other"))
+    with pytest.raises(loram.UserError, match="not the content that the manifest says"):
+        loram.merge(other, run / "adapter", tmp_path / "merged")
+    (other / "loram_manifest.json").unlink()
     with pytest.raises(loram.UserError, match=both_fingerprints(other, run / "pruned")):
         loram.merge(other, run / "adapter", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_an_adapter_of_the_full_model_on_the_pruned_one(run: Path, tmp_path: Path) -> None:
