@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from conftest import LINEARS
 from transformers import PreTrainedTokenizerFast
 
+import loram
 from loram.model.adapter import save_adapter
 from loram.model.architecture import ARCHITECTURES, Geometry
 from loram.model.checkpoint import ShardedWriter
@@ -83,18 +85,27 @@ def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
     return folder
 
 
+def write_adapter(folder: Path, base: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> Path:
+    """An adapter on the linears of the decoder layers, all of it ones."""
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(LINEARS)}
+    tensors = {}
+    for module, (rows, columns) in shapes.items():
+        if module != "lm_head":
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(rank, columns)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(rows, rank)
+    save_adapter(folder, {**config, "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}, tensors)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, geometry = tmp_path_factory.mktemp("adapter"), Geometry.from_config(CONFIG)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(LINEARS), "task_type": "CAUSAL_LM"}
-    tensors = {}
-    for layer in range(CONFIG["num_hidden_layers"]):
-        for linear in ARCHITECTURES["llama"].linears:
-            rows, columns = geometry.linear_shape(linear)
-            name = f"base_model.model.model.layers.{layer}.{linear}"
-            tensors |= {f"{name}.lora_A.weight": torch.ones(4, columns), f"{name}.lora_B.weight": torch.ones(rows, 4)}
-    save_adapter(folder, {**config, "base_model_name_or_path": str(model)}, tensors)
-    return folder
+    geometry = Geometry.from_config(CONFIG)
+    shapes = {
+        f"model.layers.{layer}.{linear}": geometry.linear_shape(linear)
+        for layer in range(CONFIG["num_hidden_layers"])
+        for linear in ARCHITECTURES["llama"].linears
+    }
+    return write_adapter(tmp_path_factory.mktemp("adapter"), model, shapes, rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +143,13 @@ def test_merging_takes_some_rows_memory(model: Path, adapter: Path, tmp_path: Pa
 def test_streamed_evaluation_takes_a_few_layers_memory(model: Path, adapter: Path, text: Path) -> None:
     options = ["--stream", "--adapter", adapter, "--max-samples", "1", "--max-length", "64", "--device", "cpu"]
     assert extra_memory("eval", model, "--dataset", text, *options) < 400 * MB
+
+
+def test_recovering_takes_the_adapters_memory(model: Path, tmp_path: Path) -> None:
+    """The adapter before and after, some 80 MB together; the model, which it never reads, has 550."""
+    plan = loram.prune(model, tmp_path / "pruned", ratio=0.65, criterion="random")
+    (tmp_path / "adapter").mkdir()
+    plan.save(tmp_path / "adapter")
+    small = write_adapter(tmp_path / "adapter", tmp_path / "pruned", plan.linear_shapes(), rank=32)
+    assert extra_memory("recover", small, tmp_path / "recovered") < 250 * MB
+    assert (tmp_path / "recovered" / "adapter_model.safetensors").stat().st_size > 40 * MB

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import Trainer
 
 import loram
 from loram import checkpoints
+from loram.artifacts import put_in_place
 
 OPTIONS: dict[str, Any] = {
     "num_train_epochs": 2,
@@ -258,3 +260,30 @@ def test_the_log_has_every_loss_once(undisturbed: dict[str, bytes]) -> None:
     entries = [json.loads(line) for line in undisturbed["training_log.jsonl"].splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
     assert all(entry["loss"] > 0 for entry in entries)
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(model: Path, rows_file: Path, stopped: Path, tmp_path: Path) -> None:
+    """Not even one whose manifest was forged with it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(stopped, copy)
+    newest = max((copy / "adapter-checkpoints").iterdir())
+    manifest = checkpoints.verify(newest)[str(newest)]
+    torch.save(Malicious(tmp_path / "harm"), newest / "optimizer.pt")
+    (newest / "loram_manifest.json").unlink()
+    forged = shutil.move(newest, tmp_path / "forged")
+    put_in_place(
+        forged, newest, kind="checkpoint", made_from=dict(manifest.made_from), settings=dict(manifest.settings)
+    )
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        train(model, copy / "adapter", rows_file)
+    assert not (tmp_path / "harm").exists()
