@@ -100,5 +100,8 @@ def test_weights_that_do_not_fit_the_config_are_refused(pruned_models: dict[str,
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] += 1
     (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(loram.UserError, match=r"config\.json: .* the manifest says"):
+        Checkpoint(tmp_path)
+    (tmp_path / "loram_manifest.json").unlink()
     with pytest.raises(loram.UserError, match="do not fit"):
         load_model(Checkpoint(tmp_path))
