@@ -52,21 +52,22 @@ def undisturbed(model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathF
     return contents(out)
 
 
+def stop(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """Have the training that comes stopped in its so-manyth batch."""
+    count, step = itertools.count(1), Trainer.training_step
+
+    def training_step(self: Trainer, *args: Any, **options: Any) -> Any:
+        if next(count) == number:
+            raise error
+        return step(self, *args, **options)
+
+    patch.setattr(Trainer, "training_step", training_step)
+
+
 @pytest.fixture
 def stop_in_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`stop_in_batch(n)`: the training that comes is stopped in its n-th batch."""
-
-    def arrange(number: int) -> None:
-        count, step = itertools.count(1), Trainer.training_step
-
-        def training_step(self: Trainer, *args: Any, **options: Any) -> Any:
-            if next(count) == number:
-                raise Stopped
-            return step(self, *args, **options)
-
-        monkeypatch.setattr(Trainer, "training_step", training_step)
-
-    return arrange
+    return lambda number: stop(monkeypatch, number, Stopped())
 
 
 @pytest.mark.parametrize(
@@ -129,14 +130,7 @@ def stopped(model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFacto
     """A folder with the checkpoints of a training that a full disk stopped."""
     root = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        count, step = itertools.count(1), Trainer.training_step
-
-        def training_step(self: Trainer, *args: Any, **options: Any) -> Any:
-            if next(count) == 4:
-                raise OSError(28, "No space left on device")
-            return step(self, *args, **options)
-
-        patch.setattr(Trainer, "training_step", training_step)
+        stop(patch, 4, OSError(28, "No space left on device"))
         with pytest.raises(OSError, match="No space left"):
             train(model, root / "adapter", rows_file)
     return root
