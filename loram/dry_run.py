@@ -15,7 +15,7 @@ from loram.errors import UserError
 from loram.evaluate import load_scored
 from loram.model.architecture import architecture_of
 from loram.model.batches import IGNORED
-from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
+from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import empty_model, load_tokenizer
@@ -122,7 +122,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         models["full"] = empty_model(checkpoint, dtype)
 
     tokenizer, cut, options = load_tokenizer(checkpoint), recipe.prune, recipe.evaluate
-    rows = load_tokens(recipe.dataset, tokenizer, trainer["max_length"], vocabulary=checkpoint.shape(EMBEDDING)[0])
+    rows = load_tokens(recipe.dataset, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary)
     calibration = None
     if cut.criterion in NEEDS_TEXT or cut.bias_compensation:
         calibration = load_calibration(

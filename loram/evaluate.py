@@ -13,7 +13,7 @@ from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.model.adapter import Adapter, load_for
 from loram.model.batches import Batch, make_batches
-from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
+from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.pruned import load_model, load_tokenizer
 from loram.model.streaming import BATCH_TOKENS, Stream
@@ -106,7 +106,7 @@ def load_scored(
     """
     limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
     spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
-    tokens = load_tokens(spec, tokenizer, max_length, vocabulary=checkpoint.shape(EMBEDDING)[0])
+    tokens = load_tokens(spec, tokenizer, max_length, vocabulary=checkpoint.vocabulary)
     return dataclasses.replace(tokens, rows=tokens.rows.select(range(min([len(tokens.rows), *limits]))))
 
 

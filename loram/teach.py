@@ -13,7 +13,7 @@ from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.model.batches import make_batches
-from loram.model.checkpoint import EMBEDDING, open_model
+from loram.model.checkpoint import open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.plan import BaseReference
 from loram.model.pruned import load_tokenizer
@@ -62,7 +62,7 @@ def teach(
     out, spec = Path(out), as_spec(data)
     check_output(out, model)
     checkpoint, chosen = open_model(model), pick_device(device)
-    tokens = load_tokens(spec, load_tokenizer(checkpoint), max_length, vocabulary=checkpoint.shape(EMBEDDING)[0])
+    tokens = load_tokens(spec, load_tokenizer(checkpoint), max_length, vocabulary=checkpoint.vocabulary)
     input_ids, labels = tokens.rows["input_ids"][:], tokens.rows["labels"][:]
     vocab_size = checkpoint.shape(checkpoint.head)[0]
     if not 0 < top_k <= vocab_size:

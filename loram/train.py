@@ -19,7 +19,7 @@ from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.loss import ChunkedLossTrainer
 from loram.model.adapter import Adapter, save_adapter
-from loram.model.checkpoint import EMBEDDING, Checkpoint, open_model
+from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, keep_freed_memory_, pick_device
 from loram.model.plan import find_plan
 from loram.model.pruned import load_model, load_tokenizer
@@ -110,8 +110,7 @@ def train(
     spec = as_spec(data)
     tokenizer = load_tokenizer(checkpoint)
     trainer_options["max_length"] = spec.max_length or trainer_options["max_length"]
-    known = checkpoint.shape(EMBEDDING)[0]
-    tokens = load_tokens(spec, tokenizer, trainer_options["max_length"], vocabulary=known)
+    tokens = load_tokens(spec, tokenizer, trainer_options["max_length"], vocabulary=checkpoint.vocabulary)
     settings = {
         "method": method,
         "lora": lora_options,

@@ -150,6 +150,11 @@ class Checkpoint:
         return self.spec(name).shape
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the embedding has a row for."""
+        return self.shape(EMBEDDING)[0]
+
+    @property
     def head(self) -> str:
         """Name of the tensor that lm_head multiplies by: its own, or the embedding's where they are tied."""
         return EMBEDDING if self.tied else HEAD

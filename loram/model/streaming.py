@@ -210,7 +210,7 @@ class Stream:
         """
         inner, table = self.model.model, self.model.model.embed_tokens
         used = torch.unique(torch.cat([batch.ids.flatten() for batch in self.batches]))
-        if used[-1] >= (known := self.checkpoint.shape(EMBEDDING)[0]):
+        if used[-1] >= (known := self.checkpoint.vocabulary):
             raise UserError(f"{self.checkpoint.name}: token id {used[-1]}, but its embedding has only {known} rows")
         rows = [self.checkpoint.tensor(EMBEDDING, row, row + 1) for row in used.tolist()]
         table.weight = nn.Parameter(torch.cat(rows).to(self.device, self.dtype), requires_grad=False)

@@ -230,7 +230,7 @@ def load_calibration(
     """
     spec = as_spec(data or BUILTIN_CALIBRATION)
     spec = spec.model_copy(update={"max_samples": min(count, spec.max_samples or count)})
-    tokens = load_tokens(spec, tokenizer, length, vocabulary=checkpoint.shape(EMBEDDING)[0])
+    tokens = load_tokens(spec, tokenizer, length, vocabulary=checkpoint.vocabulary)
     lengths = [len(ids) for ids in tokens.rows["input_ids"]]
     # stable: whole pieces of a text before its short ends
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:count]
