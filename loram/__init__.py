@@ -17,6 +17,7 @@ if Path(sys.argv[0]).stem != "loram":
     from loram.model.pruned import load_pruned
     from loram.model.resize import narrow, widen
     from loram.prune.stage import prune
+    from loram.quantize import quantize
     from loram.recover import recover
     from loram.teach import teach
     from loram.train import train
@@ -32,6 +33,7 @@ __all__ = [
     "merge",
     "narrow",
     "prune",
+    "quantize",
     "recover",
     "teach",
     "train",

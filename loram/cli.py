@@ -139,6 +139,13 @@ def train(
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Default 1.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a row (default 512).")] = None,
     report_to: Annotated[str | None, typer.Option(help="none, tensorboard, wandb, trackio (default none).")] = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="QLoRAM: all frozen weights in NF4 with double quantisation.")
+    ] = False,
+    offload_embedding: Annotated[
+        bool, typer.Option("--offload-embedding", help="With it: leave the embedding in 16 bits in host memory.")
+    ] = False,
+    lora_dtype: Annotated[str, typer.Option(help="Of adapter, gradients, optimiser: float32 or bfloat16.")] = "float32",
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
     ] = None,
@@ -177,11 +184,23 @@ def train(
         method=method,
         lora={**_given(lora_flags), **_pairs(lora, "--lora")},
         trainer={**_given(trainer_flags), **_pairs(trainer, "--trainer")},
+        load_in_4bit=load_in_4bit,
+        offload_embedding=offload_embedding,
+        lora_dtype=lora_dtype,
         seed=seed,
         device=device,
         fresh=fresh,
     )
     typer.echo(f"{out}: adapter written")
+
+
+@app.command()
+def quantize(model: Model, out: Out) -> None:
+    """Store MODEL, a pruned folder or a full model, with its linears in 4 bits (NF4), in transformers' format."""
+    from loram.quantize import quantize as stage
+
+    stage(model, out)
+    typer.echo(f"{out}: 4-bit model folder written")
 
 
 @app.command()

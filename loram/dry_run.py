@@ -19,13 +19,13 @@ from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import empty_model, load_tokenizer
+from loram.options import TrainOptions, build_configs, check_options
 from loram.pipeline import check
 from loram.prune.choose import choose
 from loram.prune.counts import prunable_layers
 from loram.prune.criteria import NEEDS_TEXT
 from loram.prune.stage import load_calibration
 from loram.recipe import Recipe
-from loram.train import build_configs, check_options
 
 EXAMPLES = 2
 _FLOAT32 = 4  # bytes
@@ -111,9 +111,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: the first thing that would stop the run.
     """
     check(recipe)
-    lora, trainer = check_options(recipe.train.method, recipe.train.lora, recipe.train.trainer)
+    training = check_options(TrainOptions(**recipe.train.model_dump()))
     device = pick_device(recipe.device)
-    build_configs(lora, trainer, device)
+    build_configs(training, device)
     checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)
     plan = _shape_of_plan(checkpoint, recipe)
     before, after = plan.parameters()
@@ -122,7 +122,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         models["full"] = empty_model(checkpoint, dtype)
 
     tokenizer, cut, options = load_tokenizer(checkpoint), recipe.prune, recipe.evaluate
-    rows = load_tokens(recipe.dataset, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary)
+    rows = load_tokens(recipe.dataset, tokenizer, training.trainer["max_length"], vocabulary=checkpoint.vocabulary)
     calibration = None
     if cut.criterion in NEEDS_TEXT or cut.bias_compensation:
         calibration = load_calibration(
@@ -138,7 +138,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         pruned_parameters=after,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        training={name: _memory(model, lora, dtype) for name, model in models.items()},
+        training={name: _memory(model, training.lora, dtype) for name, model in models.items()},
         dataset=_count(rows),
         calibration=None if calibration is None else _count(calibration, all_in_loss=True),
         eval_dataset={name: _count(tokens) for name, tokens in scored.items()},

@@ -118,17 +118,29 @@ def _in_memory(
     labels: Sequence[list[int]],
 ) -> tuple[float, int, int]:
     """(summed loss in nats, tokens in the loss, parameters of the model)."""
-    model: Any = load_model(checkpoint, dtype=compute_dtype(device))
+    model, parameters = _load(checkpoint, device)
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter.folder))
     model = model.to(device).eval()
-    max_tokens = _LOGITS_BYTES // (4 * model.get_input_embeddings().weight.shape[0])
+    max_tokens = _LOGITS_BYTES // (4 * checkpoint.vocabulary)
     batches = make_batches(input_ids, labels, max_tokens=max_tokens)
     total = sum(_batch_loss(model, batch) for batch in track(batches, "Evaluating"))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return total, sum(len(batch.targets) for batch in batches), parameters
+    added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
+    return total, sum(len(batch.targets) for batch in batches), parameters + added
+
+
+def _load(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]:
+    """(model, its parameters: those in 4 bits counted as what they stand for)."""
+    dtype = compute_dtype(device)
+    if checkpoint.quantized:
+        from loram.model.nf4 import count_parameters, load_4bit
+
+        packed = load_4bit(checkpoint, device=device, dtype=dtype)
+        return packed, count_parameters(packed)
+    model: Any = load_model(checkpoint, dtype=dtype)
+    return model, sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer
+from transformers.modeling_outputs import CausalLMOutput
 
 from loram.model.batches import IGNORED
 
@@ -47,17 +47,22 @@ def chunked_cross_entropy(
     return total
 
 
-class ChunkedLossTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the loss above, for a PEFT model whose adapter may be on lm_head."""
+def use_chunked_loss_(model: Any, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    """Make a causal language model answer labels with the loss above, and no logits; without labels nothing changes.
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """The mean loss of a micro-batch, or its share of the accumulated batch's mean where that has been counted."""
-        causal = self.accelerator.unwrap_model(model).get_base_model()
-        labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = causal.model(**rest, use_cache=False).last_hidden_state
-        softcap = getattr(causal.config, "final_logit_softcapping", None)
-        total = chunked_cross_entropy(hidden, labels, causal.lm_head, softcap=softcap)
-        return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORED).sum())
+    The loss is worked out inside the model's own forward, so whatever is wrapped around the model (PEFT, data
+    parallelism, a compiler) stays in play.
+    """
+    plain, softcap = model.forward, getattr(model.config, "final_logit_softcapping", None)
+
+    def forward(
+        *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
+    ) -> Any:
+        if labels is None:
+            return plain(*args, **inputs)
+        hidden = model.model(*args, **{**inputs, "use_cache": False}).last_hidden_state
+        total = chunked_cross_entropy(hidden, labels, model.lm_head, softcap=softcap, chunk_tokens=chunk_tokens)
+        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORED).sum()
+        return CausalLMOutput(loss=total / count)
+
+    model.forward = forward

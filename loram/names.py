@@ -8,7 +8,7 @@ _SAME = {
     "": "model_name_or_path output_dir dataset eval_dataset seed device",
     "prune": "ratio criterion calibration calibration_samples calibration_length keep_first keep_last "
     "bias_compensation",
-    "train": "method lora trainer",
+    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype",
     "evaluate": "full_lora stream",
     _LORA: "r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern init_lora_weights",
     _TRAINER: "per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps "
@@ -23,6 +23,7 @@ _OTHERS = {
     "eval_dataset": "test_datasets val_dataset validation_dataset validation_file",
     "prune.ratio": "sparsity pruning_ratio prune_ratio",
     "train.method": "finetuning_type adapter peft_method peft_type",
+    "train.load_in_4bit": "quantization_bit",
     "train.lora.r": "lora_r lora_rank lora_dim rank",
     "train.lora.lora_alpha": "alpha",
     "train.lora.lora_dropout": "dropout",
@@ -41,7 +42,10 @@ _PLACES = {
     **{name: f"{section}.{name}".lstrip(".") for section, names in _SAME.items() for name in names.split()},
     **{name: place for place, names in _OTHERS.items() for name in names.split()},
 }
-_NOTES = {"warmup_ratio": "; a value below 1 is a share of all steps"}
+_NOTES = {
+    "quantization_bit": ": true for 4 bits",
+    "warmup_ratio": "; a value below 1 is a share of all steps",
+}
 _FLAGS = {  # where it is not -- and the key's last part
     "eval_dataset": "--dataset",
     "train.lora.r": "--lora-r",

@@ -19,13 +19,14 @@ from loram.evaluate import Report, evaluate
 from loram.model.architecture import architecture_of
 from loram.model.checkpoint import open_model
 from loram.model.device import peak_rss, reset_peak_rss
+from loram.options import TrainOptions, check_options
 from loram.prune.counts import kept_units, prunable_layers
 from loram.prune.criteria import CRITERIA
 from loram.prune.stage import check_weights, prune
 from loram.recipe import Recipe, file_digest
 from loram.recover import recover
 from loram.report import Cost, Row, RowCounts, RunReport, kept_gain
-from loram.train import check_options, train
+from loram.train import train
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def check(recipe: Recipe) -> None:
     prunable_layers(checkpoint.geometry, recipe.prune.keep_first, recipe.prune.keep_last)
     for space in architecture.spaces:
         kept_units(space, checkpoint.geometry.units(space), recipe.prune.ratio)
-    check_options(recipe.train.method, recipe.train.lora, recipe.train.trainer)
+    check_options(TrainOptions(**recipe.train.model_dump()))
     if "seed" in recipe.train.trainer:
         raise UserError("train.trainer.seed: set the recipe's own seed, which every stage uses")
     for spec in (recipe.dataset, *recipe.eval_dataset.values()):

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
@@ -37,6 +37,9 @@ class TrainSection(_Section):
     """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, as they are."""
 
     method: str = "lora"
+    load_in_4bit: bool = False
+    offload_embedding: bool = False
+    lora_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: dict[str, Any] = Field(default_factory=dict)
     trainer: dict[str, Any] = Field(default_factory=dict)
 

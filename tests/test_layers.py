@@ -17,10 +17,12 @@ FLOORS = {
     "loram.data": 3,
     "loram.checkpoints": 3,
     "loram.loss": 3,
+    "loram.options": 3,
     "loram.prune.counts": 3,
     "loram.prune.criteria": 3,
     "loram.prune": 4,
     "loram.train": 4,
+    "loram.quantize": 4,
     "loram.recover": 4,
     "loram.merge": 4,
     "loram.evaluate": 4,
@@ -43,6 +45,7 @@ STAGES = {
     "loram.evaluate",
     "loram.estimate",
     "loram.teach",
+    "loram.quantize",
 }
 
 

@@ -70,12 +70,23 @@ def test_lm_head_is_trained_when_asked(
     )
 
 
-def test_plain_and_fused_loss_agree(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
-    """lm_head adapters go through another trainer: at the first step, where B = 0, both see the same loss."""
-    for name, targets in (("fused", ["q_proj"]), ("plain", ["q_proj", "lm_head"])):
-        options = {"target_modules": targets, "lora_dropout": 0.0}
-        loram.train(pruned_models["mistral"], tmp_path / name, data=rows_file, lora=options, trainer=STEPS)
-    assert losses(tmp_path / "fused")[0] == pytest.approx(losses(tmp_path / "plain")[0], rel=1e-5)
+@pytest.mark.parametrize("packed", [{"packing": True, "max_length": 200}, {"padding_free": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_packed_without_padding_train_as_padded_ones(
+    family: str, packed: dict[str, Any], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """All rows in one batch: no row sees another, and the loss is the mean over the same tokens."""
+    for name, trainer in (("padded", {}), ("packed", packed)):
+        options = {**STEPS, "max_steps": 2, "per_device_train_batch_size": 20, "lr_scheduler_type": "constant"}
+        loram.train(
+            pruned_models[family],
+            tmp_path / name,
+            data=rows_file,
+            lora={"lora_dropout": 0.0},
+            trainer={**options, **trainer},
+        )
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+    assert losses(tmp_path / "packed")[1] < losses(tmp_path / "packed")[0]
 
 
 def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
@@ -100,7 +111,11 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
         ({"lora": {"target_modules": "all-linear"}}, "should be a list"),
         ({"lora": {"r": 0}}, "r"),
         ({"method": "lisaa"}, "known are lora"),
-        ({"lora": {"target_modules": ["lm_head"]}, "trainer": {"packing": True}}, "packing"),
+        ({"trainer": {"loss_type": "dft"}}, "loss_type cannot be set"),
+        ({"trainer": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor cannot be set"),
+        ({"trainer": {"activation_offloading": True}, "device": "cpu"}, "there is no GPU"),
+        ({"trainer": {"optim": "paged_adamw_8bit"}, "device": "cpu"}, "take adamw_8bit"),
+        ({"lora_dtype": "float8"}, "known are float32, bfloat16"),
         ({"trainer": {"max_length": 2}}, "no token"),
         ({"trainer": {"output_dir": "x"}}, "output_dir cannot be set"),
         ({"trainer": {"assistant_only_loss": True}}, "assistant_only_loss cannot be set"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loram.artifacts import find_manifest
 from loram.errors import UserError, first_problem
+from loram.model.architecture import architecture_of
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from loram.model.files import read_json
 from loram.model.plan import find_plan
@@ -222,7 +223,11 @@ def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:
     return adapter
 
 
-def _linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _linear_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
+    if checkpoint.quantized:  # packed tensors' shapes say nothing
+        if plan := find_plan(checkpoint.folder):
+            return plan.linear_shapes()
+        return checkpoint.geometry.linear_shapes(architecture_of(checkpoint.config, checkpoint.name).linears)
     shapes = {
         name.removesuffix(".weight"): checkpoint.shape(name)
         for name in checkpoint.names()

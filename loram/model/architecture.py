@@ -3,7 +3,7 @@
 Supporting a family is adding a row to `ARCHITECTURES`. Nothing here touches a weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -214,6 +214,22 @@ class Geometry(BaseModel):
         count = self.units(space) if units is None else units[space.name]
         shape[cut.axis] = count * self.unit_size(cut.unit)
         return shape[0], shape[1]
+
+    def linear_shapes(
+        self, linears: Iterable[Linear], units: Callable[[int], Mapping[str, int] | None] = lambda layer: None
+    ) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of every linear, lm_head included, by module path.
+
+        Args:
+            linears: those of a decoder layer.
+            units: a pruned layer's units by space name, of a layer's index; None where it is whole.
+        """
+        shapes = {
+            f"model.layers.{layer}.{linear}": self.linear_shape(linear, units(layer))
+            for layer in range(self.num_hidden_layers)
+            for linear in linears
+        }
+        return {**shapes, "lm_head": (self.vocab_size, self.hidden_size)}
 
     def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the full model, by name; no lm_head where it is tied."""

@@ -127,6 +127,11 @@ class Checkpoint:
         return str(self.config.get("model_type")).startswith("loram_")
 
     @property
+    def quantized(self) -> bool:
+        """Whether the weights are packed in fewer than 16 bits."""
+        return bool(self.config.get("quantization_config"))
+
+    @property
     def tied(self) -> bool:
         """Whether lm_head shares the embedding's weight."""
         return HEAD not in self.index or bool(self.config.get("tie_word_embeddings"))
@@ -134,6 +139,16 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Names of all tensors, sorted as a person counts: layer 2 before layer 10."""
         return sorted(self.index, key=_natural)
+
+    def constants(self, name: str) -> list[str]:
+        """Names of the tensors that belong to a quantised weight: its scales and codes."""
+        return [key for key in self.names() if key.startswith(f"{name}.")]
+
+    @staticmethod
+    def weight_of(name: str) -> str:
+        """Name of the weight that a tensor belongs to, which is its own unless it is a quantised weight's constant."""
+        module, mark, _ = name.partition(".weight.")
+        return f"{module}.weight" if mark else name
 
     def spec(self, name: str) -> TensorSpec:
         """A tensor's dtype and shape, from the header alone.
@@ -178,8 +193,11 @@ class Checkpoint:
         """SHA-256 over every tensor's name, dtype, shape and first and last row; the same however it is sharded.
 
         Cheap also for a model of hundreds of gigabytes, and different for any other training run of the same shape.
-        lm_head is left out where it is tied, since tools differ in writing it.
+        lm_head is left out where it is tied, since tools differ in writing it. A folder that `loram.quantize` made
+        answers with that of the model it was made from: what was made for one goes with the other.
         """
+        if (manifest := find_manifest(self.folder)) is not None and manifest.kind == "quantized":
+            return manifest.made_from["original"]
         digest = hashlib.sha256()
         for name in sorted(self.index):
             if name == HEAD and self.tied:

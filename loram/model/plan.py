@@ -93,12 +93,7 @@ class PruningPlan(BaseModel):
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of every linear of the pruned model, lm_head included, by module path."""
-        shapes = {
-            f"model.layers.{layer}.{linear}": self.geometry.linear_shape(linear, self.units(layer))
-            for layer in range(self.geometry.num_hidden_layers)
-            for linear in self.architecture.linears
-        }
-        return {**shapes, "lm_head": (self.geometry.vocab_size, self.geometry.hidden_size)}
+        return self.geometry.linear_shapes(self.architecture.linears, self.units)
 
     def kept_elements(self, layer: int, space: Space, cut: Cut) -> Tensor | None:
         """Row or column indices (int64, sorted) that a cut keeps in a layer, or None where it keeps all.

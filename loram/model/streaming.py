@@ -104,6 +104,10 @@ class Stream:
         hidden_bytes: int = HIDDEN_BYTES,
         scratch: Path | None = None,
     ) -> None:
+        if checkpoint.quantized:
+            raise UserError(
+                f"{checkpoint.name}: is quantised, and cannot be streamed; take the weights in 16 or 32 bits"
+            )
         self.checkpoint, self.batches, self.adapter = checkpoint, batches, adapter
         self.device, self.dtype = device, dtype
         return_freed_memory_()

@@ -1,0 +1,176 @@
+"""Options of training: defaults, what PEFT and TRL take, and what would not mean what it says."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram.errors import UserError
+from loram.model.device import compute_dtype
+from loram.names import in_recipe
+
+METHODS = ("lora",)
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The paper's LoRA settings (arXiv 2502.13533, section 4); lm_head on request.
+LORA_DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": list(LINEARS)}
+TRAINER_DEFAULTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 1,
+    "max_length": 512,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+# Options that would be ignored in silence, since rows come to the trainer as token ids and labels.
+_OURS = {
+    "output_dir",
+    "assistant_only_loss",
+    "chat_template_path",
+    "completion_only_loss",
+    "dataset_kwargs",
+    "dataset_text_field",
+    "eos_token",
+    "logging_nan_inf_filter",
+    "model_init_kwargs",
+    "remove_unused_columns",
+    "resume_from_checkpoint",
+    "save_only_model",
+    "truncation_mode",
+    "dataset_num_proc",
+    "eval_packing",
+    "pad_token",
+}
+_OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
+LORA_DTYPES = ("float32", "bfloat16")
+_BEYOND_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to train.
+
+    Args:
+        method: a key of `METHODS`.
+        lora: options of PEFT's LoraConfig.
+        trainer: options of TRL's SFTConfig.
+        load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 (QLoRA, arXiv 2305.14314).
+        offload_embedding: with that, leave the embedding in 16 bits in host memory.
+        lora_dtype: of the adapter, its gradients and its optimiser's state: one of `LORA_DTYPES`.
+    """
+
+    method: str = "lora"
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    load_in_4bit: bool = False
+    offload_embedding: bool = False
+    lora_dtype: str = "float32"
+
+
+def check_options(given: TrainOptions) -> TrainOptions:
+    """Our defaults with the given options over them; options that would not mean what they say are refused.
+
+    Raises:
+        UserError: the method is unknown, PEFT or TRL has no such option (names the nearest), or two do not go together.
+    """
+    if given.method not in METHODS:
+        raise UserError(f"method {given.method!r} is not known; known are {', '.join(METHODS)}")
+    if given.lora_dtype not in LORA_DTYPES:
+        raise UserError(f"lora_dtype {given.lora_dtype!r} is not known; known are {', '.join(LORA_DTYPES)}")
+    lora = {**LORA_DEFAULTS, "task_type": "CAUSAL_LM", **given.lora}
+    trainer = {**TRAINER_DEFAULTS, **given.trainer}
+    _check_names(lora, trainer)
+    _check_lora(lora)
+    if ours := sorted(_OURS & trainer.keys()):
+        raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")
+    if other := [key for key in _OTHER_LOSSES if trainer.get(key) not in (None, 0, "nll")]:
+        raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
+    if trainer["max_length"] is None:
+        raise UserError("trainer: max_length should be a number of tokens")
+    return dataclasses.replace(given, lora=lora, trainer=trainer)
+
+
+def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Refuse options that PEFT or TRL does not have."""
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    for section, given, known in (("lora", lora, LoraConfig), ("trainer", trainer, SFTConfig)):
+        names = _option_names(known)
+        for key in given:
+            if key not in names:
+                hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, names, n=1))
+                if place := in_recipe(key, f"train.{section}", names):
+                    hint = f"; here it is called {place}"
+                raise UserError(f"{section}: {known.__name__} of this version has no option {key!r}{hint}")
+
+
+def _check_lora(lora: Mapping[str, Any]) -> None:
+    """Refuse adapters that could not be recovered."""
+    if beyond := sorted(key for key in _BEYOND_LORA if lora.get(key)):
+        raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
+    if lora.get("bias", "none") != "none":
+        raise UserError("lora: bias should be none: trained biases could not be recovered for the full model")
+    targets = lora["target_modules"]
+    if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets:
+        raise UserError(f"lora: target_modules should be a list of module names, but is {targets!r}")
+    if unknown := sorted(set(targets) - {*LINEARS, "lm_head"}):
+        raise UserError(f"lora: target_modules has {unknown[0]!r}; known are {', '.join((*LINEARS, 'lm_head'))}")
+
+
+def build_configs(chosen: TrainOptions, device: torch.device, output_dir: Path | None = None) -> tuple[Any, Any]:
+    """PEFT's LoraConfig and TRL's SFTConfig of options that `check_options` gave; no weight is read for them.
+
+    What is best depends on the device: on a GPU activations are checkpointed, and with 4-bit weights, which are for
+    where memory is short, checkpoints wait in host memory and AdamW keeps its state in pageable 8 bits.
+
+    Raises:
+        UserError: what PEFT or TRL say of the first bad value.
+    """
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    on_gpu = device.type == "cuda"
+    frugal = {"activation_offloading": True, "optim": "paged_adamw_8bit"} if on_gpu and chosen.load_in_4bit else {}
+    options = {
+        **frugal,
+        "bf16": on_gpu and compute_dtype(device) == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": on_gpu,
+        **chosen.trainer,
+        **_checkpointing(chosen.trainer, default=on_gpu, known=_option_names(SFTConfig)),
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,  # it would drop the lengths of the rows that packing put together
+        "output_dir": str(output_dir or "unused"),
+    }
+    if options.get("activation_offloading") and not on_gpu:
+        raise UserError("trainer: activation_offloading moves activations from a GPU to host memory; there is no GPU")
+    if str(options.get("optim", "")).endswith("8bit") and not on_gpu and "paged" in options["optim"]:
+        raise UserError(f"trainer: optim {options['optim']!r} pages a GPU's memory; without one take adamw_8bit")
+    try:
+        return LoraConfig(**chosen.lora), SFTConfig(**options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise as_user_error(error) from error
+
+
+def as_user_error(error: Exception) -> UserError:
+    """What PEFT or TRL says of a bad value, in one line."""
+    return UserError(f"train: {str(error).splitlines()[0]}")
+
+
+def _checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[str]) -> dict[str, bool | None]:
+    """Activation checkpointing under the name this version of transformers has; newer ones deprecate the older name."""
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    value = trainer.get(new, trainer.get(old, default))
+    return {new: value, old: None} if new in known else {old: value}
+
+
+def _option_names(config: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(config) if field.init]

@@ -1,0 +1,73 @@
+"""The quantize stage: a model folder -> the same model with its linears in 4 bits, a tensor at a time."""
+
+import json
+from pathlib import Path
+
+from loram.artifacts import check_output, publish
+from loram.errors import UserError
+from loram.model.checkpoint import EMBEDDING, HEAD, SHARD_BYTES, ShardedWriter, copy_side_files, open_model
+from loram.model.nf4 import packed_specs, packed_tensors
+from loram.model.plan import find_plan
+from loram.progress import track
+
+
+def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a model with every linear in NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+
+    The format is transformers' own: a quarter of the 16-bit folder to store and to download. `train` and `eval` take
+    it as it is and get the numbers that `load_in_4bit` gives on the original; so does any tool that loads models
+    quantised by bitsandbytes. The embedding stays as it was, since that format has no other way, and a tied lm_head
+    with it; `train` quantises them when it loads the folder.
+
+    Args:
+        model: pruned folder, or hub id, folder or GGUF file of a full model.
+        out: the folder to make.
+        shard_bytes: size of the files that weights are written to, at most.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the model cannot be used or is quantised already, or `out` exists.
+    """
+    out = Path(out)
+    check_output(out, model)
+    checkpoint = open_model(model)
+    if checkpoint.quantized:
+        raise UserError(f"{checkpoint.name}: is quantised already")
+    linears = [
+        name
+        for name in checkpoint.names()
+        if name != EMBEDDING and len(checkpoint.shape(name)) == 2 and not (name == HEAD and checkpoint.tied)
+    ]
+    specs = {}
+    for name in checkpoint.names():
+        found = checkpoint.spec(name)
+        specs.update(packed_specs(name, found.shape) if name in linears else {name: found})
+    made_from = {"original": checkpoint.fingerprint}
+    if plan := find_plan(checkpoint.folder):
+        made_from |= {"base": plan.base.fingerprint, "plan": plan.fingerprint}
+    with publish(out, kind="quantized", made_from=made_from) as staging:
+        with ShardedWriter(staging, specs, shard_bytes) as writer:
+            for name in track(checkpoint.names(), "Quantising"):
+                if name not in linears:
+                    writer.copy(name, checkpoint)
+                    continue
+                for part, tensor in packed_tensors(name, checkpoint.tensor(name)).items():
+                    writer.write(part, tensor)
+        copy_side_files(checkpoint.folder, staging)
+        config = {**checkpoint.config, "quantization_config": _config(tied=checkpoint.tied)}
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return out
+
+
+def _config(*, tied: bool) -> dict[str, object]:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "llm_int8_skip_modules": ["lm_head"] if tied else [],
+    }
