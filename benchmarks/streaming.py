@@ -19,83 +19,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# (hidden, intermediate, layers, heads, key-value heads, vocabulary)
-SHAPES = {
-    "13b": (5120, 13824, 40, 40, 40, 32000),
-    "7b": (4096, 11008, 32, 32, 32, 32000),
-    "1b": (2048, 5632, 22, 32, 4, 32000),
-    "tiny": (512, 1536, 12, 8, 4, 8000),
-}
+from random_models import LAYERS, SHAPES, config_of, make_model, plan_of
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def config_of(shape: tuple[int, ...]) -> dict[str, Any]:
-    """config.json of a LLaMA."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **dict(zip((*names, "vocab_size"), shape, strict=True)),
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-
-
-def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the weights of a LLaMA."""
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.self_attn.q_proj.weight", (hidden, hidden)
-        yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
-        yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
-        yield f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (vocabulary, hidden)
-
-
-def make_model(folder: Path, config: dict[str, Any]) -> None:
-    """Write a random bf16 model: normal weights of deviation 0.02, norms of 1, a byte-level tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from loram.artifacts import publish
-    from loram.model.checkpoint import ShardedWriter
-    from loram.model.tensorfile import TensorSpec
-    from loram.progress import track
-
-    specs = {name: TensorSpec(dtype=torch.bfloat16, shape=shape) for name, shape in tensor_shapes(config)}
-    print(f"{folder}: writing {sum(spec.nbytes for spec in specs.values()) / 1e9:.1f} GB", file=sys.stderr)
-    generator = torch.Generator().manual_seed(0)
-    alphabet = {letter: number for number, letter in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
-    inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    with publish(folder, kind="base", made_from={}) as staging:
-        (staging / "config.json").write_text(json.dumps(config, indent=2))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-        tokenizer.save_pretrained(staging)
-        with ShardedWriter(staging, specs) as writer:
-            for name, spec in track(list(specs.items()), "Writing the model"):
-                if len(spec.shape) == 1:
-                    writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
-                    continue
-                for start in range(0, spec.shape[0], 4096):
-                    block = torch.empty(min(4096, spec.shape[0] - start), spec.shape[1])
-                    writer.write(name, block.normal_(0, 0.02, generator=generator).to(spec.dtype), start)
 
 
 def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) -> None:
@@ -118,27 +47,9 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) ->
 
 def make_70b_adapter(folder: Path) -> None:
     """An adapter as trained on LLaMA-2-70B's shape pruned at 0.85, with its plan; no weights are needed for that."""
-    from loram.model.architecture import Geometry
-    from loram.model.plan import BaseReference, PruningPlan
-
-    config = config_of((8192, 28672, 80, 64, 8, 32000))
-    plan = PruningPlan(
-        model_type="llama",
-        base=BaseReference(name="meta-llama/Llama-2-70b-hf", fingerprint="0" * 64),
-        geometry=Geometry.from_config(config),
-        criterion="random",
-        ratio=0.85,
-        seed=0,
-        keep_first=4,
-        keep_last=2,
-        versions={},
-        layers={layer: {"kv_groups": (1, 6), "channels": tuple(range(4300))} for layer in range(4, 78)},
-    )
-    shapes = {}
-    for layer in range(80):
-        for linear in plan.architecture.linears:
-            shape = plan.geometry.linear_shape(linear, plan.units(layer))
-            shapes[f"model.layers.{layer}.{linear}"] = shape
+    plan = plan_of(config_of("70b"), 0.85)
+    shapes = plan.linear_shapes()
+    shapes.pop("lm_head")
     make_adapter(folder, shapes, "pruned")
     plan.save(folder)
 
@@ -232,9 +143,10 @@ def main() -> None:
         return
 
     from loram.estimate import estimate
+    from loram.model.architecture import Geometry
     from loram.model.checkpoint import Checkpoint
 
-    config = config_of(SHAPES[given.shape])
+    config = config_of(given.shape)
     root = given.output_dir / given.shape
     model, adapter = root / "model", root / "adapter"
     if not model.exists():
@@ -267,15 +179,15 @@ def main() -> None:
         name, out = f"prune, {criterion}", root / "pruned"
         options = ["--ratio", str(given.ratio), "--criterion", criterion, "--device", "cpu"]
         if row := step(name, model, out, ["prune", str(model), str(out), *options]):
-            shapes = [Checkpoint(out).shape(name) for name in Checkpoint(out).names()]
-            found = sum(math.prod(shape) for shape in shapes)
+            found = sum(math.prod(Checkpoint(out).shape(name)) for name in Checkpoint(out).names())
             assert found == counted.pruned_parameters, (found, counted)
             if criterion == "magnitude":
                 row["compute"] = named_compute(model, out, counted.pruned_layers)
             keep(name, row, out)
     if not adapter.exists():
-        linears = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(config) if "_proj" in name}
-        make_adapter(adapter, {name: (shape[0], shape[1]) for name, shape in linears.items()}, str(model.absolute()))
+        shapes = Geometry.from_config(config).linear_shapes(LAYERS.linears)
+        shapes.pop("lm_head")
+        make_adapter(adapter, shapes, str(model.absolute()))
     if row := step("merge", model, root / "merged", ["merge", str(model), str(adapter), str(root / "merged")]):
         keep("merge", row, root / "merged")
     trained, recovered = given.output_dir / "adapter-70b", given.output_dir / "recovered-70b"

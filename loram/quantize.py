@@ -56,12 +56,13 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
                 for part, tensor in packed_tensors(name, checkpoint.tensor(name)).items():
                     writer.write(part, tensor)
         copy_side_files(checkpoint.folder, staging)
-        config = {**checkpoint.config, "quantization_config": _config(tied=checkpoint.tied)}
+        config = {**checkpoint.config, "quantization_config": quantization_config(tied=checkpoint.tied)}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return out
 
 
-def _config(*, tied: bool) -> dict[str, object]:
+def quantization_config(*, tied: bool) -> dict[str, object]:
+    """What transformers looks for in config.json; `tied`: lm_head shares the embedding, which stays as it was."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

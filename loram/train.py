@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from loram.artifacts import check_output, publish
 from loram.checkpoints import Checkpoints, guarded
@@ -47,6 +47,7 @@ def train(
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Train a LoRA adapter on a pruned folder, or on any supported full model.
 
@@ -68,6 +69,7 @@ def train(
         seed: of initialisation, data order and dropout.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted training.
+        callbacks: transformers' own, called as the training goes.
 
     Returns:
         `out`.
@@ -109,7 +111,7 @@ def train(
     )
     with publish(out, kind="adapter", made_from=made_from, settings=settings) as staging:
         with checkpoints.open(fresh=fresh):
-            history, adapter = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints)
+            history, adapter = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks)
         save_adapter(staging, {**adapter.config, "base_model_name_or_path": checkpoint.name}, adapter.tensors)
         tokenizer.save_pretrained(staging)
         log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
@@ -145,6 +147,7 @@ def _fit(
     options: TrainOptions,
     device: torch.device,
     checkpoints: Checkpoints,
+    callbacks: Sequence[TrainerCallback],
 ) -> tuple[list[dict[str, Any]], Adapter]:
     """Train; returns the log history and the adapter."""
     from transformers import PrinterCallback, ProgressCallback, set_seed
@@ -165,7 +168,8 @@ def _fit(
     )
     for callback in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results
         runner.remove_callback(callback)
-    runner.add_callback(training_progress())
+    for callback in (training_progress(), *callbacks):
+        runner.add_callback(callback)
     runner.train(resume_from_checkpoint=newest and str(newest))
     trained = checkpoints.staging / "adapter"
     model.save_pretrained(trained, save_embedding_layers=False)
@@ -212,7 +216,7 @@ def _batching(rows: Any, arguments: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer, with TRL's offloading of activations to host memory."""
+    """transformers' Trainer, with TRL's offloading of activations to host memory, and exact dtypes on resuming."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -221,6 +225,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
             from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
             self._offloading = get_act_offloading_ctx_manager(self.model)
+
+    def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
+        """As transformers does, but an adapter in 16 bits stays so: PEFT makes it 32 when it reads one."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(*args, **options)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def training_step(self, *args: Any, **options: Any) -> Any:
         with self._offloading:

@@ -189,25 +189,36 @@ def test_checkpoints_that_were_asked_for_stay(model: Path, rows_file: Path, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_a_training_of_lm_head_resumes_too(
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": {"target_modules": ["lm_head", "v_proj"]}},
+        {"load_in_4bit": True, "trainer": {"optim": "adamw_8bit"}},
+        {"lora_dtype": "bfloat16"},
+        {"trainer": {"packing": True, "max_length": 100, "per_device_train_batch_size": 1}},
+    ],
+    ids=["lm_head", "4 bits", "bfloat16", "packed"],
+)
+def test_every_kind_of_training_resumes(
+    options: dict[str, Any],
     pruned_models: dict[str, Path],
     rows_file: Path,
     tmp_path: Path,
     stop_in_batch: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def train_head(out: str) -> Path:
-        lora = {"target_modules": ["lm_head", "v_proj"]}
-        return loram.train(pruned_models["llama"], tmp_path / out, data=rows_file, lora=lora, trainer=OPTIONS)
+    def train(out: str) -> Path:
+        given = {**options, "trainer": {**OPTIONS, **options.get("trainer", {})}}
+        return loram.train(pruned_models["llama"], tmp_path / out, data=rows_file, **given)
 
-    expected = contents(train_head("a"))
+    expected = contents(train("a"))
     stop_in_batch(5)
     with pytest.raises(Stopped):
-        train_head("b")
+        train("b")
     saved = tmp_path / "b-checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
-    assert saved.stat().st_size < 2 * len(expected["adapter_model.safetensors"])  # the base's lm_head is not in it
+    assert saved.stat().st_size < 2 * len(expected["adapter_model.safetensors"])  # no weight of the base is in it
     monkeypatch.undo()
-    assert contents(train_head("b")) == expected
+    assert contents(train("b")) == expected
 
 
 @pytest.mark.parametrize("where", ["frozen weight", "gradient", "weight"])

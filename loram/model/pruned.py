@@ -40,15 +40,21 @@ def _classes(model_type: str) -> tuple[type, type]:
 _register()
 
 
-def write_config(base: Checkpoint, plan: PruningPlan, out: Path) -> None:
-    """Write a pruned model's config.json (with `per_layer_config`) and the code that builds it into a folder."""
+def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
+    """Write a pruned model's config.json (with `per_layer_config`) and the code that builds it into a folder.
+
+    Args:
+        base: folder with the full model's config.json.
+        plan: what is kept of it.
+        out: the folder.
+    """
     _pruned_config(base, plan).save_pretrained(out)
     shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
 
 
-def _pruned_config(base: Checkpoint, plan: PruningPlan) -> Any:
+def _pruned_config(base: Path, plan: PruningPlan) -> Any:
     config_class, model_class = _classes(plan.model_type)
-    values = AutoConfig.from_pretrained(base.folder).to_dict()
+    values = AutoConfig.from_pretrained(base).to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(key, None)
     values["head_dim"] = plan.geometry.head_dim  # Qwen2 would else divide by a number of heads that varies
@@ -110,7 +116,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, plan: PruningPlan | 
     """
     if not checkpoint.pruned:
         architecture_of(checkpoint.config, checkpoint.name)
-    config = AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint, plan)
+    config = AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint.folder, plan)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # each parameter was moved to the meta device by itself

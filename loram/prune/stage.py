@@ -131,7 +131,7 @@ def prune(
         plan = decide(scores)
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
         copy_side_files(checkpoint.folder, staging)
-        write_config(checkpoint, plan, staging)
+        write_config(checkpoint.folder, plan, staging)
         plan.save(staging)
     return plan
 

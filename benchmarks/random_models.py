@@ -1,0 +1,150 @@
+"""Models with random weights in the shapes of real ones, written to disk a block at a time: bf16, pruned, in 4 bits."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from loram.artifacts import publish
+from loram.model.architecture import ARCHITECTURES, Geometry
+from loram.model.checkpoint import EMBEDDING, ShardedWriter
+from loram.model.nf4 import packed_specs, packed_tensors
+from loram.model.plan import BaseReference, PruningPlan
+from loram.model.pruned import write_config
+from loram.model.resize import narrow
+from loram.model.tensorfile import TensorSpec
+from loram.progress import track
+from loram.prune.choose import choose
+from loram.prune.counts import prunable_layers
+from loram.quantize import quantization_config
+
+# (hidden, intermediate, layers, heads, key-value heads, vocabulary)
+SHAPES = {
+    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256),
+    "70b": (8192, 28672, 80, 64, 8, 32000),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "1b": (2048, 5632, 22, 32, 4, 32000),
+    "160m": (768, 2048, 16, 12, 4, 32000),
+    "tiny": (512, 1536, 12, 8, 4, 8000),
+}
+LAYERS = ARCHITECTURES["llama"]
+_ROWS = 4096  # of a matrix that are made at a time
+
+
+def config_of(shape: str) -> dict[str, Any]:
+    """config.json of a LLaMA."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **dict(zip((*names, "vocab_size"), SHAPES[shape], strict=True)),
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+
+
+def plan_of(config: dict[str, Any], ratio: float) -> PruningPlan:
+    """A plan that keeps as many units as `prune` would; which ones makes no difference here."""
+    geometry = Geometry.from_config(config)
+    blank = {space.name: torch.zeros(geometry.units(space)) for space in LAYERS.spaces}
+    return choose(
+        dict.fromkeys(prunable_layers(geometry, 4, 2), blank),
+        geometry=geometry,
+        model_type="llama",
+        base=BaseReference(name="a random model", fingerprint="0" * 64),
+        criterion="random",
+        ratio=ratio,
+        seed=0,
+        keep_first=4,
+        keep_last=2,
+    )
+
+
+def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = None, in_4bit: bool = False) -> Path:
+    """Write a model: normal weights of deviation 0.02, norms of 1, a byte-level tokenizer.
+
+    Args:
+        folder: to make.
+        config: of the full model.
+        ratio: write what pruning by this leaves of it, if given.
+        in_4bit: write it as `loram quantize` would; all weights are then pieces of the same random ones.
+    """
+    plan = None if ratio is None else plan_of(config, ratio)
+    shapes = Geometry.from_config(config).tensor_shapes(LAYERS)
+    if plan is not None:
+        blanks = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        shapes = {name: tuple(narrow(name, blank, plan).shape) for name, blank in blanks.items()}
+    specs = {}
+    for name, shape in shapes.items():
+        plain = {name: TensorSpec(dtype=torch.bfloat16, shape=shape)}
+        specs.update(packed_specs(name, shape) if in_4bit and _is_linear(name, shape) else plain)
+    print(f"{folder}: writing {sum(spec.nbytes for spec in specs.values()) / 1e9:.1f} GB", file=sys.stderr)
+    with publish(folder, kind="base" if plan is None else "pruned", made_from={}) as staging:
+        _tokenizer().save_pretrained(staging)
+        (staging / "config.json").write_text(json.dumps(config, indent=2))
+        if plan is not None:
+            with tempfile.TemporaryDirectory() as base:
+                (Path(base) / "config.json").write_text(json.dumps(config))
+                write_config(Path(base), plan, staging)
+            plan.save(staging)
+        if in_4bit:
+            written = json.loads((staging / "config.json").read_text())
+            written["quantization_config"] = quantization_config(tied=False)
+            (staging / "config.json").write_text(json.dumps(written, indent=2))
+        with ShardedWriter(staging, specs) as writer:
+            pieces = _pieces() if in_4bit else {}
+            generator = torch.Generator().manual_seed(0)
+            for name, shape in track(list(shapes.items()), "Writing the model"):
+                if in_4bit and _is_linear(name, shape):
+                    for part, spec in packed_specs(name, shape).items():
+                        writer.write(part, _tiled(pieces[part.removeprefix(name)], spec, shape))
+                    continue
+                for start, rows in _blocks(shape):
+                    block = torch.ones(rows, *shape[1:])
+                    if len(shape) == 2:
+                        block.normal_(0, 0.02, generator=generator)
+                    writer.write(name, block.bfloat16(), start)
+    return folder
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name != EMBEDDING
+
+
+def _pieces() -> dict[str, torch.Tensor]:
+    """The tensors of one quantised block of random weights, by what follows the weight's name."""
+    block = 0.02 * torch.randn(_ROWS, 4096, generator=torch.Generator().manual_seed(0))
+    return {name.removeprefix("weight"): tensor for name, tensor in packed_tensors("weight", block.bfloat16()).items()}
+
+
+def _tiled(piece: torch.Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight's tensor out of the block's, over and over; the JSON one tells the weight's shape."""
+    if len(piece) == spec.shape[0] and piece.dtype == torch.uint8 and bytes(piece[:1].tolist()) == b"{":
+        state = {**json.loads(bytes(piece.tolist())), "shape": list(shape)}
+        return torch.frombuffer(bytearray(json.dumps(state).encode().ljust(len(piece))), dtype=torch.uint8)
+    flat = piece.flatten()
+    size = spec.nbytes // flat.element_size()
+    return flat.repeat(-(-size // len(flat)))[:size].view(spec.shape)
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of the parts that a tensor is written in."""
+    for start in range(0, shape[0], _ROWS):
+        yield start, min(_ROWS, shape[0] - start)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte."""
+    alphabet = {letter: number for number, letter in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
+    inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,96 @@
+"""How much faster is training on the pruned model than on the full one, and does it come near what the FLOPs allow?
+
+LoRA and QLoRA on a full model with random weights, LoRAM and QLoRAM on what pruning leaves of it, in one run: tokens/s,
+peak memory, weight bytes, and beside the speed-up over LoRA the ratio of FLOPs a token, which is its limit.
+
+    python benchmarks/throughput.py                                   # a GPU; 7b: 14 GB of disk, 13 GB of the card
+    python benchmarks/throughput.py --shape 160m --device cpu         # anywhere
+
+Writes throughput.json beside this script when it ran on a GPU, and where --json says.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from measured_training import GIB, device_name, measured
+from random_models import SHAPES, config_of, make_model
+from rich.console import Console
+from rich.table import Table
+
+from loram.estimate import estimate
+
+# name -> (pruned, in 4 bits)
+METHODS = {"LoRA": (False, False), "QLoRA": (False, True), "LoRAM": (True, False), "QLoRAM": (True, True)}
+
+
+def rows(
+    shape: str, ratio: float, tokens: int, steps: int, rounds: int, device: str, root: Path
+) -> list[dict[str, Any]]:
+    """A row a method; the methods take turns, and the fastest of their rounds counts, since others use the machine."""
+    config, folders = config_of(shape), {pruned: root / ("pruned" if pruned else "full") for pruned in (False, True)}
+    for pruned, folder in folders.items():
+        if not folder.exists():
+            make_model(folder, config, ratio=ratio if pruned else None)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    for _ in range(rounds):
+        for name, (pruned, in_4bit) in METHODS.items():
+            runs[name].append(measured(folders[pruned], tokens, steps=steps, device=device, load_in_4bit=in_4bit))
+    found = []
+    for name, (pruned, in_4bit) in METHODS.items():
+        best = max(runs[name], key=lambda run: float(run["tokens_per_second"]))
+        planned = estimate(config, ratio=ratio if pruned else None, load_in_4bit=in_4bit, device=device)
+        spread = [run["tokens_per_second"] for run in runs[name]]
+        flops = planned.arithmetic
+        found.append({"method": name, **best, "all_tokens_per_second": spread, "flop_ratio": flops.times_fewer})
+    return found
+
+
+def show(found: list[dict[str, Any]], title: str) -> Table:
+    """The rows for people."""
+    table = Table(title=title)
+    for heading in ("method", "tokens/s", "over LoRA", "FLOPs allow", "share of that", "peak", "weights"):
+        table.add_column(heading, justify="right")
+    for row in found:
+        speedup = row["tokens_per_second"] / found[0]["tokens_per_second"]
+        table.add_row(
+            row["method"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{speedup:.2f}x",
+            f"{row['flop_ratio']:.2f}x",
+            f"{speedup / row['flop_ratio']:.2f}",
+            f"{(row['peak'] + row['context']) / GIB:.2f} GiB",
+            f"{row['weight_bytes'] / GIB:.2f} GiB",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--ratio", type=float, default=0.65)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/throughput"))
+    parser.add_argument("--json", type=Path, default=None)
+    given = parser.parse_args()
+
+    root = given.output_dir / given.shape
+    found = rows(given.shape, given.ratio, given.tokens, given.steps, given.rounds, given.device, root)
+    shutil.rmtree(root)
+    device = device_name(given.device)
+    title = f"{given.shape}, ratio {given.ratio}, rows of {given.tokens} tokens, {device}"
+    Console(width=140).print(show(found, title))
+    path = given.json or (Path(__file__).with_suffix(".json") if given.device == "cuda" else None)
+    if path is not None:
+        about = {"device": device, "shape": given.shape, "ratio": given.ratio, "tokens": given.tokens}
+        path.write_text(json.dumps({**about, "rows": found}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
