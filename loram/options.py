@@ -150,6 +150,8 @@ def build_configs(chosen: TrainOptions, device: torch.device, output_dir: Path |
         "remove_unused_columns": False,  # it would drop the lengths of the rows that packing put together
         "output_dir": str(output_dir or "unused"),
     }
+    if options.get("use_liger_kernel") and not on_gpu:
+        raise UserError("trainer: use_liger_kernel needs a GPU")
     if options.get("activation_offloading") and not on_gpu:
         raise UserError("trainer: activation_offloading moves activations from a GPU to host memory; there is no GPU")
     if str(options.get("optim", "")).endswith("8bit") and not on_gpu and "paged" in options["optim"]:

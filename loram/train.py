@@ -17,6 +17,7 @@ from loram.artifacts import check_output, publish
 from loram.checkpoints import Checkpoints, guarded
 from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
+from loram.liger import use_liger_
 from loram.loss import use_chunked_loss_
 from loram.model.adapter import Adapter, save_adapter
 from loram.model.checkpoint import Checkpoint, open_model
@@ -160,6 +161,9 @@ def _fit(
     adapter, arguments = build_configs(options, device, checkpoints.staging)
     set_seed(arguments.seed)
     model = _adapted(checkpoint, adapter, options, device)
+    if arguments.use_liger_kernel:
+        use_liger_(model.get_base_model(), arguments.liger_kernel_config)
+        arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours
     if device.type == "cpu" and not options.load_in_4bit:  # whose dequantised weights would leave holes everywhere
         keep_freed_memory_()
     rows, collator = _batching(rows, arguments, tokenizer)

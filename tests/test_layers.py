@@ -17,6 +17,7 @@ FLOORS = {
     "loram.data": 3,
     "loram.checkpoints": 3,
     "loram.loss": 3,
+    "loram.liger": 3,
     "loram.options": 3,
     "loram.prune.counts": 3,
     "loram.prune.criteria": 3,

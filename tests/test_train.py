@@ -114,6 +114,7 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
         ({"trainer": {"loss_type": "dft"}}, "loss_type cannot be set"),
         ({"trainer": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor cannot be set"),
         ({"trainer": {"activation_offloading": True}, "device": "cpu"}, "there is no GPU"),
+        ({"trainer": {"use_liger_kernel": True}, "device": "cpu"}, "needs a GPU"),
         ({"trainer": {"optim": "paged_adamw_8bit"}, "device": "cpu"}, "take adamw_8bit"),
         ({"lora_dtype": "float8"}, "known are float32, bfloat16"),
         ({"trainer": {"max_length": 2}}, "no token"),
