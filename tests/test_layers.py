@@ -14,12 +14,20 @@ FLOORS = {
     "loram.data_spec": 1,
     "loram.artifacts": 1,
     "loram.model": 2,
+    "loram.align_spec": 1,
     "loram.data": 3,
+    "loram.likelihood": 3,
+    "loram.mixture": 3,
+    "loram.sample": 3,
+    "loram.distill": 3,
+    "loram.probe": 3,
+    "loram.judge": 3,
     "loram.checkpoints": 3,
     "loram.loss": 3,
     "loram.prune.counts": 3,
     "loram.prune.criteria": 3,
     "loram.prune": 4,
+    "loram.align": 4,
     "loram.train": 4,
     "loram.recover": 4,
     "loram.merge": 4,
@@ -43,6 +51,7 @@ STAGES = {
     "loram.evaluate",
     "loram.estimate",
     "loram.teach",
+    "loram.align",
 }
 
 
