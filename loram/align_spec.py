@@ -62,7 +62,7 @@ class AlignSpec(BaseModel):
             raise ValueError("teacher: clm learns from the text alone and asks no teacher; drop one of them")
         if self.probe_dataset is not None and not self.probe:
             raise ValueError("probe_dataset: given, but there is to be no probe; drop one of them")
-        if "max_length" in self.trainer and self.teacher:
+        if "max_length" in self.trainer and self.teacher and self.probe_dataset is None:
             raise ValueError("trainer: max_length is that of the teacher's rows; leave it out")
         for name in ("dataset", "teacher"):
             weights = [one.weight for one in getattr(self, name)]

@@ -424,7 +424,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe: prune, train, recover, evaluate, compare."""
+    """Run a recipe: prune, align, train, recover, evaluate, compare; of these what it has."""
     from loram.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)

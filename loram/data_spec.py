@@ -41,6 +41,10 @@ class WeightedSpec(DataSpec):
 
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
+    def unweighted(self) -> DataSpec:
+        """The data set by itself."""
+        return DataSpec.model_validate(self.model_dump(exclude={"weight"}))
+
 
 class CacheSpec(BaseModel):
     """A folder that `teach` made, of a mixture.

@@ -101,7 +101,7 @@ class AlignTrainer(Trainer):  # type: ignore[misc]
         """Probe the student."""
         assert self.judge is not None
         found = self.judge.judge(self)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def compute_loss(
