@@ -153,6 +153,8 @@ def align(
     )
     check_output(out, pruned)
     job = _prepare(open_model(pruned), spec, base, seed, pick_device(device))
+    held = f", the probe trains on {len(job.probe[0])} and is judged by {len(job.probe[1])}" if job.probe else ""
+    logger.info("aligning on %d rows%s", len(job.train), held)
     checkpoints = Checkpoints(
         out.with_name(f"{out.name}-checkpoints"),
         made_from=job.made_from,

@@ -49,14 +49,14 @@ class Judge:
         step, log = trainer.state.global_step, trainer.state.log_history
         if step == 0:
             entry["untuned_loss"] = self.probe.untuned_loss
-            logger.info("untuned full model: loss %.4f on the probe's development rows", self.probe.untuned_loss)
+            logger.info("the full model's loss on the probe's development rows: %.4f", self.probe.untuned_loss)
         trainer.log(dict(entry))
         self.checkpoints.best = best_step(log)
         logger.info(
-            "step %d: after a probe the full model's loss is %.4f%s (pruned model: %.4f, alone %.4f)",
+            "probe at step %d: full model with the recovered adapter %.4f%s; pruned model with it %.4f, without %.4f",
             step,
             found.recovered_loss,
-            ", the best so far" if self.checkpoints.best == step else "",
+            " (the best so far)" if self.checkpoints.best == step else "",
             found.adapted_loss,
             found.student_loss,
         )

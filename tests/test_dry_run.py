@@ -165,11 +165,11 @@ def test_the_command_prints_one_json_object_or_text(
 
 def test_parts_of_a_run(tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     """A publisher's recipe trains no adapter; a user's begins with a pruned folder."""
-    align = {"dataset": [str(rows_file)], "trainer": {"max_length": 12}}
+    align = {"dataset": [str(rows_file)], "trainer": {"max_length": 25}}
     found = dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", align=align))
     counts = found.align[str(rows_file)]
     assert found.dataset is not None
-    assert (counts.longest, counts.rows_truncated) == (12, 20)
+    assert (counts.longest, counts.rows_truncated) == (25, 20)
     assert f"alignment: {rows_file.name}" in shown(found).replace(str(rows_file.parent) + "/", "")
     values = {"output_dir": tmp_path / "out", "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1}}
     publisher = Recipe.model_validate({**values, "model_name_or_path": str(tiny_llama), "align": {}})

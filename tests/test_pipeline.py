@@ -217,7 +217,7 @@ def test_alignment_comes_between_pruning_and_training(tiny_llama: Path, rows_fil
     written = (tmp_path / "out" / "report.json").read_text()
     assert run(asked).model_dump_json(indent=2) + "\n" == written  # nothing is made again
     changed = {**ALIGN, "dataset": str(rows_file), "objective": "clm"}
-    with pytest.raises(loram.UserError, match="aligned was made with other settings .*objective: 'distill' -> 'clm'"):
+    with pytest.raises(loram.UserError, match=r"aligned was made with other settings .*objective: 'distill' -> 'clm'"):
         run(recipe(tiny_llama, rows_file, tmp_path / "out", align=changed))
     run(recipe(tiny_llama, rows_file, tmp_path / "out"), fresh=True)
     assert not (tmp_path / "out" / "aligned").exists()
@@ -269,7 +269,7 @@ def test_a_publisher_and_a_user(tiny_llama: Path, rows_file: Path, tmp_path: Pat
 
 def test_a_full_model_without_a_prune_section(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     values = {"dataset": str(rows_file), "eval_dataset": str(rows_file)}
-    with pytest.raises(loram.UserError, match="prune: missing, and .* is a full model; add the section"):
+    with pytest.raises(loram.UserError, match=r"prune: missing, and .* is a full model; add the section"):
         run(partial(tmp_path / "out", model_name_or_path=str(tiny_llama), **values))
     assert not (tmp_path / "out").exists()
 
