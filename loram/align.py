@@ -1,73 +1,36 @@
 """The align stage: all weights of a pruned model trained until it says what the full model says."""
 
-import dataclasses
-import difflib
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from loram.align_options import build_arguments, check_options
 from loram.align_spec import AlignSpec
 from loram.artifacts import check_output, digest, find_manifest, publish
 from loram.checkpoints import Checkpoints, guarded, lasting
-from loram.data import load_tokens
-from loram.data_spec import DataSpec, WeightedSpec
+from loram.data_spec import DataSpec
 from loram.distill import AlignTrainer
 from loram.errors import UserError
 from loram.judge import Judge, best_step, stale_probes
-from loram.mixture import Rows, collate, draw
+from loram.mixture import Rows, cached_rows, collate, draw, read_rows
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import compute_dtype, fits, keep_freed_memory_, pick_device
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model, load_tokenizer
-from loram.model.teacher import TeacherCache
-from loram.names import in_recipe
-from loram.probe import BATCH_ROWS, DEV_ROWS, Probe, shuffled, split
+from loram.probe import Probe, hold_out, split
 from loram.progress import track, training_progress
 from loram.sample import sample_rows
 
 logger = logging.getLogger(__name__)
 
-TRAINER_DEFAULTS: Mapping[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "num_train_epochs": 1,
-    "max_length": 512,
-    "logging_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 50,
-    "save_total_limit": 1,
-    "report_to": "none",
-}
-# What loram decides itself, and what would be ignored in silence.
-_OURS = {
-    "output_dir",
-    "do_eval",
-    "do_predict",
-    "do_train",
-    "eval_delay",
-    "eval_on_start",
-    "eval_steps",
-    "eval_strategy",
-    "greater_is_better",
-    "label_smoothing_factor",
-    "load_best_model_at_end",
-    "logging_nan_inf_filter",
-    "metric_for_best_model",
-    "per_device_eval_batch_size",
-    "remove_unused_columns",
-    "resume_from_checkpoint",
-    "save_only_model",
-}
 LOG_NAME = "align_log.jsonl"
 SAMPLED_ROWS = 512
 _TRAINED_BYTES = 16  # a float32 value, its gradient and AdamW's two moments
@@ -81,7 +44,7 @@ def align(
     teacher: Any = None,
     base: str | Path | None = None,
     objective: str = "distill",
-    clm_weight: float = 0.5,
+    clm_weight: float | None = None,
     train_embeddings: bool = False,
     probe: bool = True,
     probe_data: DataSpec | str | Path | Mapping[str, Any] | None = None,
@@ -114,7 +77,7 @@ def align(
         teacher: one folder that `teach` made, or several, likewise with weights.
         base: the full model, where it is not at the name that the plan has.
         objective: `distill`, `clm` or `mix`.
-        clm_weight: of `mix`: the share of cross entropy, between 0 and 1.
+        clm_weight: of `mix`: the share of cross entropy, between 0 and 1 (default: 0.5).
         train_embeddings: train embedding and lm_head too.
         probe: whether to probe; else the last step's weights are kept.
         probe_data: rows for the probe; without it some rows of the data are held out for it.
@@ -123,7 +86,7 @@ def align(
         patience: stop after so many probes without a new best one.
         stream: read the full model from disk layer by layer in probes even where it fits in memory.
         trainer: options of transformers' `TrainingArguments` under their own names, and `max_length`, over
-            `TRAINER_DEFAULTS`.
+            `loram.align_options.TRAINER_DEFAULTS`.
         seed: of everything drawn.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted alignment.
@@ -172,27 +135,6 @@ def align(
     return out
 
 
-def check_options(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any]:
-    """Our defaults with the given options over them; options that would not mean what they say are refused.
-
-    Raises:
-        UserError: transformers has no such option (names the nearest), or it is not for the user to set.
-    """
-    known = ["max_length", *(field.name for field in dataclasses.fields(TrainingArguments) if field.init)]
-    for key in trainer:
-        if key in _OURS:
-            raise UserError(f"trainer: {key} cannot be set: loram writes the output and judges the weights itself")
-        if key not in known:
-            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, known, n=1))
-            if place := in_recipe(key, "align.trainer", known):
-                hint = f"; here it is called {place}"
-            raise UserError(f"trainer: TrainingArguments of this version has no option {key!r}{hint}")
-    options = {**TRAINER_DEFAULTS, "seed": seed, **trainer}
-    if not isinstance(options["max_length"], int) or options["max_length"] < 2:
-        raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")
-    return options
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     """What is to be aligned, and on what.
@@ -233,11 +175,6 @@ class _Job:
             found["probe_rows"] = digest([part.lists() for part in self.probe])
         return found
 
-    @property
-    def live(self) -> bool:
-        """Whether the full model is asked while the student learns."""
-        return not self.spec.teacher and self.spec.objective != "clm"
-
 
 def _prepare(student: Checkpoint, spec: AlignSpec, base: str | Path | None, seed: int, device: torch.device) -> _Job:
     """Everything opened and checked, so that what cannot work is said before anything is trained."""
@@ -247,26 +184,24 @@ def _prepare(student: Checkpoint, spec: AlignSpec, base: str | Path | None, seed
             f"{student.name}: not a pruned folder; alignment trains what `loram prune` made of a full model"
         )
     plan, tokenizer = PruningPlan.load(student.folder), load_tokenizer(student)
-    live = not spec.teacher and spec.objective != "clm"
-    sampled = not spec.teacher and not spec.dataset
-    full = open_full(plan, base) if live or sampled or spec.probe else None
-    if live and full is not None:
+    full = open_full(plan, base) if spec.live or spec.sampled or spec.probe else None
+    if spec.live and full is not None:
         needed = full.parameters * compute_dtype(device).itemsize + student.parameters * _TRAINED_BYTES
         remedy = "`loram teach` it first, and give the folder that makes with --teacher"
         _check_fits(full, needed, device, f"as a teacher beside the pruned model; {remedy}")
     if spec.teacher:
-        rows = _cached_rows(spec, plan, seed)
+        rows = cached_rows(spec.teacher, plan.base, seed)
     elif spec.dataset:
-        rows = _read_rows(spec.dataset, student, tokenizer, options["max_length"], seed)
+        rows = read_rows(spec.dataset, tokenizer, options["max_length"], student.vocabulary, seed)
     else:
         assert full is not None
-        rows = _sampled_rows(full, tokenizer, options, seed, device)
+        rows = _sampled(full, tokenizer, options, device)
     probe = None
     if spec.probe_dataset is not None:
-        own = _read_rows([spec.probe_dataset], student, tokenizer, options["max_length"], seed)
+        own = read_rows([spec.probe_dataset], tokenizer, options["max_length"], student.vocabulary, seed)
         probe = split(own, spec.probe_steps, seed, spec.probe_dataset.path)
     elif spec.probe:
-        rows, probe = _held_out(rows, spec.probe_steps, seed)
+        rows, probe = hold_out(rows, spec.probe_steps, seed)
     return _Job(
         spec=spec, options=options, device=device, student=student, plan=plan, full=full, train=rows, probe=probe
     )
@@ -297,44 +232,15 @@ def _check_fits(full: Checkpoint, nbytes: int, device: torch.device, what: str) 
         raise UserError(f"{full.name}: {nbytes / 1e9:.1f} GB do not fit in free memory {what}")
 
 
-def _cached_rows(spec: AlignSpec, plan: PruningPlan, seed: int) -> Rows:
-    caches = [TeacherCache(Path(cache.path)) for cache in spec.teacher]
-    for cache, given in zip(caches, spec.teacher, strict=True):
-        if cache.info.base.fingerprint != plan.base.fingerprint:
-            raise UserError(
-                f"{given.path}: the teacher was {cache.info.base.name}, but the pruned model was made from "
-                f"{plan.base.name} (fingerprint {cache.info.base.fingerprint[:12]} instead of "
-                f"{plan.base.fingerprint[:12]}); run `loram teach` on that one"
-            )
-    return Rows(caches, draw([len(cache) for cache in caches], [given.weight for given in spec.teacher], seed))
-
-
-def _read_rows(specs: Sequence[WeightedSpec], student: Checkpoint, tokenizer: Any, max_length: int, seed: int) -> Rows:
-    found = [load_tokens(spec, tokenizer, max_length, vocabulary=student.vocabulary).rows for spec in specs]
-    return Rows(found, draw([len(rows) for rows in found], [spec.weight for spec in specs], seed))
-
-
-def _sampled_rows(
-    full: Checkpoint, tokenizer: Any, options: Mapping[str, Any], seed: int, device: torch.device
-) -> Rows:
-    dtype = compute_dtype(device)
-    nbytes = full.parameters * dtype.itemsize
-    _check_fits(full, nbytes, device, "to sample text from it; give text with --dataset")
-    steps = options.get("max_steps", -1)
+def _sampled(full: Checkpoint, tokenizer: Any, options: Mapping[str, Any], device: torch.device) -> Rows:
+    """As many rows as the steps need, written by the full model."""
+    dtype, steps, seed = compute_dtype(device), options.get("max_steps", -1), options["seed"]
+    _check_fits(full, full.parameters * dtype.itemsize, device, "to sample text from it; give text with --dataset")
     each = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
     count = steps * each if steps > 0 else SAMPLED_ROWS
     logger.info("no data set given: sampling %d rows from %s", count, full.name)
     model = load_model(full, dtype=dtype).to(device).eval()
     return Rows([sample_rows(model, tokenizer, count, options["max_length"], seed)], draw([count], [None], seed))
-
-
-def _held_out(rows: Rows, steps: int, seed: int) -> tuple[Rows, tuple[Rows, Rows]]:
-    """Some of the rows, a fifth at most, for the probe, and the others in their order."""
-    count = min(len(rows) // 5, steps * BATCH_ROWS + DEV_ROWS)
-    held = shuffled(rows.places, seed)[:count]
-    parts = split(Rows(rows.sources, held), steps, seed, f"of {len(rows)} rows a fifth")
-    rest = set(held)
-    return Rows(rows.sources, [place for place in rows.places if place not in rest]), parts
 
 
 def _fingerprint(folder: Path) -> str:
@@ -351,7 +257,7 @@ def _fit(job: _Job, checkpoints: Checkpoints) -> tuple[list[dict[str, Any]], Pat
         checkpoints.best = best_step(state["log_history"])
         if state["global_step"] >= state["max_steps"] or stale_probes(state["log_history"]) >= job.spec.patience:
             return _outcome(state["log_history"], newest, checkpoints)
-    arguments = _arguments(job.options, job.device, checkpoints.staging)
+    arguments = build_arguments(job.options, job.device, checkpoints.staging)
     set_seed(arguments.seed)
     model = load_model(job.student, dtype=torch.float32)
     if not job.spec.train_embeddings:
@@ -364,7 +270,7 @@ def _fit(job: _Job, checkpoints: Checkpoints) -> tuple[list[dict[str, Any]], Pat
         args=arguments,
         train_dataset=job.train,
         data_collator=collate,
-        clm_weight={"distill": 0.0, "clm": 1.0, "mix": job.spec.clm_weight}[job.spec.objective],
+        clm_weight=job.spec.text_share,
         teacher=_teacher(job),
         judge=_judge(job, checkpoints),
     )
@@ -388,7 +294,7 @@ def _outcome(
 
 
 def _teacher(job: _Job) -> Any:
-    if not job.live or job.full is None:
+    if not job.spec.live or job.full is None:
         return None
     model: Any = load_model(job.full, dtype=compute_dtype(job.device))
     return model.to(job.device).eval().requires_grad_(False)
@@ -409,28 +315,6 @@ def _judge(job: _Job, checkpoints: Checkpoints) -> Judge | None:
         stream=job.spec.stream,
     )
     return Judge(probe=probe, every=job.spec.eval_steps, patience=job.spec.patience, checkpoints=checkpoints)
-
-
-def _arguments(options: Mapping[str, Any], device: torch.device, output_dir: Path) -> TrainingArguments:
-    """transformers' TrainingArguments: float32 weights, on a GPU that has it with autocast to bfloat16."""
-    on_gpu = device.type == "cuda"
-    known = [field.name for field in dataclasses.fields(TrainingArguments)]
-    new, old = "activation_checkpointing", "gradient_checkpointing"
-    checkpointing = options.get(new, options.get(old, on_gpu))
-    values = {
-        "bf16": on_gpu and compute_dtype(device) == torch.bfloat16,
-        "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": on_gpu,
-        **{key: value for key, value in options.items() if key != "max_length"},
-        **({new: checkpointing, old: None} if new in known else {old: checkpointing}),
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "output_dir": str(output_dir),
-    }
-    try:
-        return TrainingArguments(**values)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"align: {str(error).splitlines()[0]}") from error
 
 
 def _write(student: Checkpoint, trained: Path | None, out: Path, *, frozen: Collection[str]) -> None:

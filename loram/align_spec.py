@@ -15,7 +15,7 @@ class AlignSpec(BaseModel):
         dataset: data sets with an optional `weight`; none samples text from the full model.
         teacher: folders that `loram teach` made, likewise; none asks the full model in memory.
         objective: what is learnt: the full model's predictions, the text, or both.
-        clm_weight: share of the text's cross entropy in `mix`.
+        clm_weight: share of the text's cross entropy in `mix`; a half where none is given.
         train_embeddings: whether embedding and lm_head are trained too.
         probe: whether weights are chosen by the recovered probe.
         probe_dataset: its rows; none holds some of the data out.
@@ -31,7 +31,7 @@ class AlignSpec(BaseModel):
     dataset: tuple[WeightedSpec, ...] = ()
     teacher: tuple[CacheSpec, ...] = ()
     objective: Literal["distill", "clm", "mix"] = "distill"
-    clm_weight: float = Field(default=0.5, gt=0, lt=1)
+    clm_weight: float | None = Field(default=None, gt=0, lt=1)
     train_embeddings: bool = False
     probe: bool = True
     probe_dataset: WeightedSpec | None = None
@@ -60,6 +60,8 @@ class AlignSpec(BaseModel):
             raise ValueError("teacher and dataset: the rows come from the teacher's folder; drop one of them")
         if self.teacher and self.objective == "clm":
             raise ValueError("teacher: clm learns from the text alone and asks no teacher; drop one of them")
+        if self.clm_weight is not None and self.objective != "mix":
+            raise ValueError(f"clm_weight: is of the objective mix, and this is {self.objective}; drop one of them")
         if self.probe_dataset is not None and not self.probe:
             raise ValueError("probe_dataset: given, but there is to be no probe; drop one of them")
         if "max_length" in self.trainer and self.teacher and self.probe_dataset is None:
@@ -69,6 +71,22 @@ class AlignSpec(BaseModel):
             if None in weights and any(weights):
                 raise ValueError(f"{name}: give every one a weight, or none")
         return self
+
+    @property
+    def text_share(self) -> float:
+        """Share of the text's cross entropy in the loss; the teacher has the rest."""
+        shares = {"distill": 0.0, "clm": 1.0, "mix": 0.5 if self.clm_weight is None else self.clm_weight}
+        return shares[self.objective]
+
+    @property
+    def live(self) -> bool:
+        """Whether the full model is asked while the student learns."""
+        return not self.teacher and self.objective != "clm"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether there is no text but what the full model writes."""
+        return not self.teacher and not self.dataset
 
     @classmethod
     def of(cls, **options: Any) -> "AlignSpec":

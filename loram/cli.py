@@ -295,7 +295,7 @@ def align(
         str | None, typer.Option(help="The full model, where it is not where it was pruned.", show_default=False)
     ] = None,
     objective: Annotated[str, typer.Option(help="distill, clm or mix.")] = "distill",
-    clm_weight: Annotated[float, typer.Option(help="Share of the text's own loss in mix.")] = 0.5,
+    clm_weight: Annotated[float | None, typer.Option(help="Share of the text's own loss in mix (default 0.5).")] = None,
     train_embeddings: Annotated[bool, typer.Option("--train-embeddings", help="Train embedding and lm_head too.")] = (
         False
     ),

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loram.align import check_options as check_align_options
 from loram.align import open_full
+from loram.align_options import check_options as check_align_options
 from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec
 from loram.errors import UserError

@@ -1,15 +1,19 @@
 """Rows of several data sets or teacher caches as one, by weights; and the batches that alignment trains on."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loram.data import load_tokens
+from loram.data_spec import CacheSpec, WeightedSpec
 from loram.errors import UserError
 from loram.model.batches import IGNORED
-from loram.model.teacher import TeacherRow
+from loram.model.plan import BaseReference
+from loram.model.teacher import TeacherCache, TeacherRow
 
 Item = dict[str, Tensor]
 _PADDING = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
@@ -39,6 +43,34 @@ def draw(lengths: Sequence[int], weights: Sequence[float | None], seed: int) -> 
         chosen = torch.randperm(length, generator=generator)[:count]
         places += [(source, row) for row in sorted(chosen.tolist())]
     return places
+
+
+def read_rows(specs: Sequence[WeightedSpec], tokenizer: Any, max_length: int, vocabulary: int, seed: int) -> "Rows":
+    """The rows of data sets, tokenised.
+
+    Raises:
+        UserError: as `loram.data.load_tokens`.
+    """
+    found = [load_tokens(spec, tokenizer, max_length, vocabulary=vocabulary).rows for spec in specs]
+    return Rows(found, draw([len(rows) for rows in found], [spec.weight for spec in specs], seed))
+
+
+def cached_rows(specs: Sequence[CacheSpec], base: BaseReference, seed: int) -> "Rows":
+    """The rows of teacher caches, with what the teacher predicts in them.
+
+    Raises:
+        UserError: a folder is no teacher cache, or one of another model than `base`.
+    """
+    caches = [TeacherCache(Path(spec.path)) for spec in specs]
+    for spec, cache in zip(specs, caches, strict=True):
+        taught_by = cache.info.base
+        if taught_by.fingerprint != base.fingerprint:
+            raise UserError(
+                f"{spec.path}: the teacher was {taught_by.name}, but the pruned model was made from {base.name} "
+                f"(fingerprint {taught_by.fingerprint[:12]} instead of {base.fingerprint[:12]}); "
+                "run `loram teach` on that one"
+            )
+    return Rows(caches, draw([len(cache) for cache in caches], [spec.weight for spec in specs], seed))
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram.align import align, open_full
-from loram.align import check_options as check_align_options
+from loram.align_options import check_options as check_align_options
 from loram.align_spec import AlignSpec
 from loram.artifacts import difference, find_manifest, library_versions, sync
 from loram.data import load_rows

@@ -59,12 +59,28 @@ def split(rows: Rows, steps: int, seed: int, name: str) -> tuple[Rows, Rows]:
             f"{name}: {len(rows)} rows for the probe, which needs some to train on and some to judge by; "
             "give more with --probe-dataset, or --no-probe"
         )
-    order = shuffled(rows.places, seed)
+    order = _shuffled(rows.places, seed)
     dev = min(DEV_ROWS, max(1, len(order) // 3))
     return Rows(rows.sources, order[dev : dev + steps * BATCH_ROWS]), Rows(rows.sources, order[:dev])
 
 
-def shuffled(places: Sequence[tuple[int, int]], seed: int) -> list[tuple[int, int]]:
+def hold_out(rows: Rows, steps: int, seed: int) -> tuple[Rows, tuple[Rows, Rows]]:
+    """Take the rows of a probe, a fifth at most, out of those to align on.
+
+    Returns:
+        The other rows in their order, and the probe's as `split` has them.
+
+    Raises:
+        UserError: there are too few.
+    """
+    count = min(len(rows) // 5, steps * BATCH_ROWS + DEV_ROWS)
+    held = _shuffled(rows.places, seed)[:count]
+    parts = split(Rows(rows.sources, held), steps, seed, f"of {len(rows)} rows a fifth")
+    left = set(rows.places) - set(held)
+    return Rows(rows.sources, [place for place in rows.places if place in left]), parts
+
+
+def _shuffled(places: Sequence[tuple[int, int]], seed: int) -> list[tuple[int, int]]:
     """The places in a random order."""
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
     return [places[index] for index in order]

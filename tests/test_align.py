@@ -478,6 +478,7 @@ def test_going_on_with_other_settings_is_refused_and_fresh_starts_over(
     [
         ({"objective": "distil"}, "align: objective: Input should be 'distill', 'clm' or 'mix'"),
         ({"clm_weight": 1.5, "objective": "mix"}, "align: clm_weight: "),
+        ({"clm_weight": 0.5}, "align: clm_weight: is of the objective mix, and this is distill"),
         ({"eval_steps": 0}, "align: eval_steps: "),
         ({"probe_dataset_": 1}, "unexpected keyword"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),

@@ -16,6 +16,7 @@ FLOORS = {
     "loram.model": 2,
     "loram.align_spec": 1,
     "loram.data": 3,
+    "loram.align_options": 3,
     "loram.likelihood": 3,
     "loram.mixture": 3,
     "loram.sample": 3,
