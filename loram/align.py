@@ -222,7 +222,7 @@ def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
     if full.fingerprint != plan.base.fingerprint:
         raise UserError(
             f"{full.name}: not the full model that the plan was made from, {plan.base.name} "
-            f"(fingerprint {full.fingerprint[:12]} instead of {plan.base.fingerprint[:12]}); give --base"
+            f"(fingerprint {full.fingerprint[:12]} instead of {plan.base.fingerprint[:12]}); name that one with --base"
         )
     return full
 

@@ -22,8 +22,9 @@ from loram.likelihood import loaded_loss, model_loss, streamed_loss
 from loram.loss import chunked_cross_entropy
 from loram.mixture import Item, Rows, collate
 from loram.model.adapter import Adapter, add_update_
+from loram.model.batches import IGNORED
 from loram.model.checkpoint import Checkpoint
-from loram.model.device import compute_dtype, fits
+from loram.model.device import compute_dtype, fits, keep_freed_memory_
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model
 from loram.model.resize import widen
@@ -165,6 +166,8 @@ class Probe:
         adapter = Adapter(folder=Path("probe"), config=config, tensors=wide)
         if self._streams():
             total, count, _ = streamed_loss(self.full, adapter, self.device, *self.dev)
+            if self.device.type == "cpu":
+                keep_freed_memory_()  # which streaming undoes, and the training that goes on is faster with it
             return total / count
         model: Any = load_model(self.full, dtype=compute_dtype(self.device)).to(self.device).eval()
         for module, parts in adapter.modules.items():
@@ -179,7 +182,7 @@ def _loss(student: Any, batch: Item) -> Tensor:
     ).last_hidden_state
     softcap = getattr(student.config, "final_logit_softcapping", None)
     total = chunked_cross_entropy(states, batch["labels"], student.lm_head, softcap=softcap)
-    return total / (batch["labels"][:, 1:] >= 0).sum()
+    return total / (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 @contextlib.contextmanager
@@ -206,11 +209,11 @@ def _adapter(student: Any, plan: PruningPlan, seed: int) -> Iterator[dict[str, T
 
 
 @contextlib.contextmanager
-def _undisturbed(student: nn.Module) -> Iterator[None]:
+def _undisturbed(student: Any) -> Iterator[None]:
     """Freeze a student for a while; what is trained, its mode and all random states are restored."""
     trained, mode = [p for p in student.parameters() if p.requires_grad], student.training
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
         try:
             student.requires_grad_(False)
             yield

@@ -39,7 +39,7 @@ def sample_rows(model: Any, tokenizer: Any, count: int, length: int, seed: int) 
         pad_token_id=tokenizer.eos_token_id,
     )
     rows: list[list[int]] = []
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         for start in track(range(0, count, _BATCH_ROWS), "Sampling"):
             first = _first(tokenizer, model.config.vocab_size, min(_BATCH_ROWS, count - start)).to(model.device)

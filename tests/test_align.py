@@ -232,6 +232,24 @@ def test_a_cache_of_the_whole_vocabulary_aligns_as_the_live_teacher(
     assert "teacher" in manifest.made_from
 
 
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [({"bf16": True}, 0.05), ({"gradient_checkpointing": True}, 1e-6)], ids=["bf16", "memory"]
+)
+def test_what_a_gpu_does_by_default(
+    options: dict[str, bool], tolerance: float, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """Autocast and activation checkpointing, with probes in between."""
+    rows = {"data": rows_file, "probe_data": rows_file, "probe": True, "probe_steps": 1, "eval_steps": 3}
+    plain = run(pruned_models["gemma2"], tmp_path / "plain", **rows)
+    other = run(pruned_models["gemma2"], tmp_path / "other", **rows, trainer=options)
+    for kind in ("loss", "recovered_loss"):
+        pairs = list(zip(entries(plain, kind), entries(other, kind), strict=True))
+        assert len(pairs) > 2
+        assert all(a[kind] == pytest.approx(b[kind], rel=tolerance) for a, b in pairs)
+    weights = load_file(other / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
 def test_clm_and_sampled_text(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     clm = run(pruned_models["qwen2"], tmp_path / "clm", data=rows_file, objective="clm")
     assert entries(clm)[-1]["loss"] < entries(clm)[0]["loss"]
