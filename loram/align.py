@@ -130,7 +130,7 @@ def align(
             _write(job.student, trained, staging, frozen=() if train_embeddings else (EMBEDDING, HEAD))
         log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
         (staging / LOG_NAME).write_text(log, encoding="utf-8")
-    if "save_strategy" not in spec.trainer:
+    if spec.trainer.get("save_strategy", "no") == "no":
         checkpoints.remove()
     return out
 
@@ -218,7 +218,7 @@ def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
     except UserError as error:
         if base is not None:
             raise
-        raise UserError(f"{error}; say with --base where the full model is") from error
+        raise UserError(f"{error}; say where the full model is: --base, or base_model_name_or_path") from error
     if full.fingerprint != plan.base.fingerprint:
         raise UserError(
             f"{full.name}: not the full model that the plan was made from, {plan.base.name} "

@@ -535,6 +535,18 @@ def test_other_models_are_refused(
         run(pruned_models["llama"], tmp_path / "out", teacher=tmp_path / "cache")
 
 
+def test_a_full_model_that_is_gone(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    loram.prune(base, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=2, keep_last=1)
+    shutil.rmtree(base)
+    with pytest.raises(loram.UserError, match=r"base: no such file .*: --base, or base_model_name_or_path"):
+        run(tmp_path / "pruned", tmp_path / "out", data=rows_file)
+    without = {"objective": "clm", "trainer": {"max_steps": 1, "save_strategy": "no"}}
+    run(tmp_path / "pruned", tmp_path / "out", data=rows_file, **without)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pruned"]
+    run(tmp_path / "pruned", tmp_path / "elsewhere", data=rows_file, base=tiny_llama, trainer={"max_steps": 1})
+
+
 def test_too_few_rows_for_a_probe(pruned_models: dict[str, Path], jsonl: Callable[..., Path], tmp_path: Path) -> None:
     few = jsonl(*({"text": "one two three"} for _ in range(7)))
     with pytest.raises(loram.UserError, match=r"1 rows for the probe.*--probe-dataset, or --no-probe"):
