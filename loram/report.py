@@ -104,11 +104,14 @@ def table(report: RunReport) -> Table:
     result.add_column("parameters", justify="right")
     for name in datasets:
         result.add_column("perplexity" if len(datasets) == 1 else f"perplexity\n{name}", justify="right")
-    for heading in ("made in", "peak RSS", "evaluated in", "peak RSS"):
-        result.add_column(heading, justify="right")
+    costs = ("made", "evaluated") if any(row.evaluated for row in report.rows) else ("made",)
+    for what in costs:
+        result.add_column(f"{what} in", justify="right")
+        result.add_column("peak RSS", justify="right")
     for row in report.rows:
         perplexities = (f"{row.perplexity[name]:.3f}" for name in datasets)
-        result.add_row(row.name, f"{row.parameters:,}", *perplexities, *_cells(row.made), *_cells(row.evaluated))
+        cells = (cell for what in costs for cell in _cells(getattr(row, what)))
+        result.add_row(row.name, f"{row.parameters:,}", *perplexities, *cells)
     return result
 
 
