@@ -9,6 +9,7 @@ from pathlib import Path
 # Importing torch and transformers takes seconds. The command line, which answers `--help` and `estimate` at once,
 # imports what it needs when it needs it; everybody else gets the whole spine here.
 if Path(sys.argv[0]).stem != "loram":
+    from loram.align.stage import align
     from loram.errors import UserError
     from loram.estimate import Estimate, estimate
     from loram.evaluate import Report, evaluate
@@ -27,6 +28,7 @@ __all__ = [
     "PruningPlan",
     "Report",
     "UserError",
+    "align",
     "estimate",
     "evaluate",
     "load_pruned",

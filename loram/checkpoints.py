@@ -8,19 +8,23 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
 from loram.artifacts import difference, discard, put_in_place, verify
 from loram.errors import UserError
+from loram.progress import without_library_bars
 
 logger = logging.getLogger(__name__)
 
+# What a log entry has of timings, or counts from the last start only and not from the first.
+_OF_THE_SESSION = ("runtime", "per_second", "total_flos", "num_tokens")
 _ADVICE = "try a lower learning_rate, or look at the rows of this step"
 
 
@@ -38,12 +42,17 @@ class Checkpoints:
         self, folder: Path, *, made_from: Mapping[str, str], settings: Mapping[str, Any], limit: int | None
     ) -> None:
         self.folder, self.limit = folder, limit
+        self.best: int | None = None  # the step of a checkpoint that stays beyond the limit
         self.made_from, self.settings = dict(made_from), json.loads(json.dumps(settings))  # as they are read back
 
     @property
     def staging(self) -> Path:
         """Where the Trainer writes; nothing in here is ever read."""
         return self.folder / ".partial"
+
+    def path(self, step: int | None) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"checkpoint-{step}"
 
     def _found(self) -> list[Path]:
         """The checkpoints in place, the newest first."""
@@ -72,19 +81,20 @@ class Checkpoints:
 
     def adopt(self, step: int) -> None:
         """Move the checkpoint that the Trainer has just written into place, and drop those beyond the limit."""
-        name = f"checkpoint-{step}"
-        if (self.folder / name).exists():  # one that was not whole, else training would have gone on from it
-            discard(self.folder / name)
+        path = self.path(step)
+        if path.exists():  # one that was not whole, else training would have gone on from it
+            discard(path)
         put_in_place(
-            self.staging / name,
-            self.folder / name,
+            self.staging / path.name,
+            path,
             kind="checkpoint",
             made_from=self.made_from,
             settings=self.settings,
         )
         if self.limit is not None:
             for path in self._found()[max(self.limit, 1) :]:
-                discard(path)
+                if path != self.path(self.best):
+                    discard(path)
 
     @contextlib.contextmanager
     def open(self, *, fresh: bool) -> Iterator[None]:
@@ -105,6 +115,15 @@ class Checkpoints:
     def remove(self) -> None:
         """Remove all checkpoints and their folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def lasting(log: Sequence[Mapping[str, Any]], *kinds: str) -> list[dict[str, Any]]:
+    """The entries of a training's log that hold one of `kinds` (`loss`), without what changes with interruptions."""
+    return [
+        {key: value for key, value in entry.items() if not any(part in key for part in _OF_THE_SESSION)}
+        for entry in log
+        if any(kind in entry for kind in kinds)
+    ]
 
 
 class _Guard(TrainerCallback):  # type: ignore[misc]
@@ -149,7 +168,9 @@ def guarded(kind: type, checkpoints: Checkpoints) -> type:
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             # without the tokenizer, the pickled arguments and, where lm_head is adapted, the base's lm_head
-            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+            options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+            with without_library_bars():
+                self.model.save_pretrained(output_dir, state_dict=state_dict, **options)
 
     return Guarded
 

@@ -291,6 +291,100 @@ def teach(
 
 
 @app.command()
+def align(
+    pruned: Annotated[Path, typer.Argument(help="Folder that prune made.", show_default=False)],
+    out: Out,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dataset",
+            help="A file or hub name to align on; repeatable, with shares: a.jsonl=0.7 (default: sampled text).",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder that teach made, in place of data sets; repeatable, with shares. Without it the full model is "
+            "loaded.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The full model, where it is not where it was pruned.", show_default=False)
+    ] = None,
+    objective: Annotated[str, typer.Option(help="distill, clm or mix.")] = "distill",
+    clm_weight: Annotated[float | None, typer.Option(help="Share of the text's own loss in mix (default 0.5).")] = None,
+    train_embeddings: Annotated[bool, typer.Option("--train-embeddings", help="Train embedding and lm_head too.")] = (
+        False
+    ),
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Keep the weights whose probe on the full model is best.")
+    ] = True,
+    probe_dataset: Annotated[
+        str | None, typer.Option(help="Its rows (default: some of the data, held out).", show_default=False)
+    ] = None,
+    probe_steps: Annotated[int, typer.Option(help="Steps of its LoRA run.")] = 16,
+    eval_steps: Annotated[int, typer.Option(help="Steps from probe to probe.")] = 50,
+    patience: Annotated[int, typer.Option(help="Stop after so many probes without a new best one.")] = 3,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Probe without loading the full model, a layer at a time from disk.")
+    ] = False,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    num_train_epochs: Annotated[float | None, typer.Option(help="Default 1.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default 1e-4.")] = None,
+    warmup_steps: Annotated[
+        float | None, typer.Option(help="Steps, or a share of all if below 1 (default 0.05).")
+    ] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Default 4.")] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Default 1.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row (default 512).")] = None,
+    report_to: Annotated[str | None, typer.Option(help="none, tensorboard, wandb, trackio (default none).")] = None,
+    trainer: Annotated[
+        list[str] | None,
+        typer.Option("--trainer", help="Any option of transformers' TrainingArguments: weight_decay=0.1. Repeatable."),
+    ] = None,
+    seed: Seed = 42,
+    device: Device = None,
+    fresh: Fresh = False,
+) -> None:
+    """Train all of PRUNED, a pruned folder, until it says what the full model says: a pruned folder again."""
+    flags = {
+        "max_steps": max_steps,
+        "num_train_epochs": num_train_epochs,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_length": max_length,
+        "report_to": report_to,
+    }
+    from loram.align.stage import align as stage
+
+    stage(
+        pruned,
+        out,
+        data=[_weighted(one) for one in dataset or []],
+        teacher=[_weighted(one) for one in teacher or []],
+        base=base,
+        objective=objective,
+        clm_weight=clm_weight,
+        train_embeddings=train_embeddings,
+        probe=probe,
+        probe_data=probe_dataset,
+        probe_steps=probe_steps,
+        eval_steps=eval_steps,
+        patience=patience,
+        stream=stream,
+        trainer={**_given(flags), **_pairs(trainer, "--trainer")},
+        seed=seed,
+        device=device,
+        fresh=fresh,
+    )
+    typer.echo(f"{out}: aligned model written")
+
+
+@app.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="config.json, model folder or hub id.", show_default=False)],
     ratio: Ratio,
@@ -349,7 +443,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe: prune, train, recover, evaluate, compare."""
+    """Run a recipe: prune, align, train, recover, evaluate, compare; of these what it has."""
     from loram.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -398,6 +492,15 @@ def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
     from loram.recipe import parse_pair
 
     return dict(parse_pair(item, flag) for item in items or [])
+
+
+def _weighted(text: str) -> dict[str, Any]:
+    """`PATH=SHARE`, or a path alone."""
+    path, _, share = text.rpartition("=")
+    try:
+        return {"path": path, "weight": float(share)} if path else {"path": text}
+    except ValueError:
+        return {"path": text}
 
 
 def _data(path: str, config: str | None, split: str | None, columns: list[str] | None, max_samples: int | None) -> Any:

@@ -32,6 +32,34 @@ class DataSpec(BaseModel):
     max_length: PositiveInt | None = None
 
 
+class WeightedSpec(DataSpec):
+    """A data set of a mixture.
+
+    Args:
+        weight: its share of the rows, beside the other data sets' weights; None in all takes all rows of all.
+    """
+
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    def unweighted(self) -> DataSpec:
+        """The data set by itself."""
+        return DataSpec.model_validate(self.model_dump(exclude={"weight"}))
+
+
+class CacheSpec(BaseModel):
+    """A folder that `teach` made, of a mixture.
+
+    Args:
+        path: the folder.
+        weight: as of a data set.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(min_length=1)
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
 def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
     """A data set given by name, as a mapping, or already as a spec.
 

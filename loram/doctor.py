@@ -12,11 +12,10 @@ from huggingface_hub import constants
 from pydantic import BaseModel, ConfigDict
 
 from loram.artifacts import library_versions
-from loram.model.device import compute_dtype
+from loram.model.device import compute_dtype, free_memory
 from loram.model.gguf import cache_folder
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MEMINFO = Path("/proc/meminfo")
 # Package -> what it is for.
 _OPTIONAL = {
     "gguf": "to read GGUF files",
@@ -121,7 +120,7 @@ def _cpu() -> Device:
         device="cpu",
         name=platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        free_memory=_free_memory(),
+        free_memory=free_memory(),
         bfloat16=True,
         gflops=_gflops(device, 256),
         computes_in=_name(compute_dtype(device)),
@@ -154,14 +153,6 @@ def _gflops(device: torch.device, size: int) -> dict[str, float]:
             times.append(time.perf_counter() - started)
         speeds[_name(dtype)] = float(f"{2e-9 * size**3 / min(times[1:]):.3g}")
     return speeds
-
-
-def _free_memory() -> int | None:
-    """What programs can still take, where the system is Linux."""
-    if not _MEMINFO.is_file():
-        return None
-    found = [line.split() for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(found[0][1]) * 1024 if found else None
 
 
 def _free_disk(folder: Path) -> int:

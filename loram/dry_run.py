@@ -10,7 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loram.align.options import check_options as check_align_options
+from loram.align.stage import open_full
 from loram.data import Tokens, load_tokens
+from loram.data_spec import DataSpec
 from loram.errors import UserError
 from loram.evaluate import load_scored
 from loram.model.architecture import architecture_of
@@ -25,7 +28,7 @@ from loram.prune.choose import choose
 from loram.prune.counts import prunable_layers
 from loram.prune.criteria import NEEDS_TEXT
 from loram.prune.stage import load_calibration
-from loram.recipe import Recipe
+from loram.recipe import PruneSection, Recipe
 
 EXAMPLES = 2
 _FLOAT32 = 4  # bytes
@@ -86,8 +89,9 @@ class DryRun(_Value):
         parameters, pruned_parameters: before and after pruning.
         device, dtype: of training.
         training: by model that is trained: pruned, and full where the recipe compares with it.
-        dataset, calibration, eval_dataset: what becomes of the data; calibration is None where pruning reads no text.
-        examples: the first rows of the training data.
+        dataset, align, calibration, eval_dataset: what becomes of the data; calibration is None where no text is read,
+            dataset where nothing is trained.
+        examples: the first rows of the training data, or of the data to align on.
     """
 
     model: str
@@ -96,7 +100,8 @@ class DryRun(_Value):
     device: str
     dtype: str
     training: dict[str, TrainingMemory]
-    dataset: DataCounts
+    dataset: DataCounts | None
+    align: dict[str, DataCounts]
     calibration: DataCounts | None
     eval_dataset: dict[str, DataCounts]
     examples: tuple[tuple[Span, ...], ...]
@@ -115,40 +120,70 @@ def dry_run(recipe: Recipe) -> DryRun:
     device = pick_device(recipe.device)
     build_configs(training, device)
     checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)
-    plan = _shape_of_plan(checkpoint, recipe)
+    plan = (
+        PruningPlan.load(checkpoint.folder)
+        if recipe.prune is None
+        else _shape_of_plan(checkpoint, recipe.prune, recipe.seed)
+    )
     before, after = plan.parameters()
-    models = {"pruned": empty_model(checkpoint, dtype, plan)}
-    if recipe.evaluate.full_lora:
-        models["full"] = empty_model(checkpoint, dtype)
-
-    tokenizer, cut, options = load_tokenizer(checkpoint), recipe.prune, recipe.evaluate
-    rows = load_tokens(recipe.dataset, tokenizer, training.trainer["max_length"], vocabulary=checkpoint.vocabulary)
-    calibration = None
-    if cut.criterion in NEEDS_TEXT or cut.bias_compensation:
-        calibration = load_calibration(
-            checkpoint, tokenizer, cut.calibration, cut.calibration_samples, cut.calibration_length
-        )
+    tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate
+    to_train = {} if recipe.dataset is None else {"dataset": _tokens(recipe.dataset, checkpoint, training.trainer)}
+    to_align = {}
+    if recipe.align is not None:
+        length = check_align_options(recipe.align.trainer)
+        to_align = {spec.path: _tokens(spec, checkpoint, length) for spec in recipe.align.dataset}
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
         for name, spec in recipe.eval_dataset.items()
     }
+    first = next(iter([*to_train.values(), *to_align.values()]), None)
     return DryRun(
         model=checkpoint.name,
         parameters=before,
         pruned_parameters=after,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        training={name: _memory(model, training.lora, dtype) for name, model in models.items()},
-        dataset=_count(rows),
-        calibration=None if calibration is None else _count(calibration, all_in_loss=True),
+        training={
+            name: _memory(model, training.lora, dtype) for name, model in _trained(recipe, checkpoint, plan, dtype)
+        },
+        dataset=_count(to_train["dataset"]) if to_train else None,
+        align={name: _count(tokens) for name, tokens in to_align.items()},
+        calibration=_calibration(recipe.prune, checkpoint, tokenizer),
         eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
-        examples=tuple(tuple(_spans(row, tokenizer)) for row in itertools.islice(rows.rows, EXAMPLES)),
+        examples=tuple(
+            tuple(_spans(row, tokenizer)) for row in itertools.islice(first.rows if first else [], EXAMPLES)
+        ),
     )
 
 
-def _shape_of_plan(checkpoint: Checkpoint, recipe: Recipe) -> PruningPlan:
+def _tokens(spec: DataSpec, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Tokens:
+    return load_tokens(spec, load_tokenizer(checkpoint), options["max_length"], vocabulary=checkpoint.vocabulary)
+
+
+def _trained(
+    recipe: Recipe, checkpoint: Checkpoint, plan: PruningPlan, dtype: torch.dtype
+) -> Iterator[tuple[str, Any]]:
+    """The models that get an adapter, without weights."""
+    if recipe.dataset is None:
+        return
+    yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan)
+    if recipe.evaluate.full_lora:
+        full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
+        yield "full", empty_model(full, dtype)
+
+
+def _calibration(section: PruneSection | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
+    if section is None or not (section.criterion in NEEDS_TEXT or section.bias_compensation):
+        return None
+    found = load_calibration(
+        checkpoint, tokenizer, section.calibration, section.calibration_samples, section.calibration_length
+    )
+    return _count(found, all_in_loss=True)
+
+
+def _shape_of_plan(checkpoint: Checkpoint, cut: PruneSection, seed: int) -> PruningPlan:
     """A plan that keeps as many units as the run's will; which ones needs the weights."""
-    architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, recipe.prune
+    architecture, geometry = architecture_of(checkpoint.config), checkpoint.geometry
     blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
     return choose(
         dict.fromkeys(prunable_layers(geometry, cut.keep_first, cut.keep_last), blank),
@@ -158,7 +193,7 @@ def _shape_of_plan(checkpoint: Checkpoint, recipe: Recipe) -> PruningPlan:
         criterion=cut.criterion,
         ratio=cut.ratio,
         bias_compensation=cut.bias_compensation,
-        seed=recipe.seed,
+        seed=seed,
         keep_first=cut.keep_first,
         keep_last=cut.keep_last,
     )
@@ -235,18 +270,22 @@ def _parts(found: DryRun) -> Iterator[Table | Text]:
             f"  its gradients       {_bytes(memory.gradients):>9}\n"
             f"  AdamW's two moments {_bytes(memory.optimizer):>9}\n"
         )
-    yield Text("Activations come on top and grow with per_device_train_batch_size and max_length.\n")
+    if found.training:
+        yield Text("Activations come on top and grow with per_device_train_batch_size and max_length.\n")
     table = Table(title="Data", title_justify="left")
     table.add_column("data set", no_wrap=True)
     for heading in ("rows used", "tokens", "in the loss", "cut to length", "skipped", "longest"):
         table.add_column(heading, justify="right")
     calibration = {} if found.calibration is None else {"calibration": found.calibration}
     evaluation = {f"evaluation: {name}": counts for name, counts in found.eval_dataset.items()}
-    for name, counts in {"training": found.dataset, **calibration, **evaluation}.items():
+    training = {} if found.dataset is None else {"training": found.dataset}
+    alignment = {f"alignment: {name}": counts for name, counts in found.align.items()}
+    for name, counts in {**alignment, **training, **calibration, **evaluation}.items():
         numbers = (counts.rows, counts.tokens, counts.tokens_in_loss, counts.rows_truncated, counts.rows_skipped)
         table.add_row(name, *(f"{number:,}" for number in (*numbers, counts.longest)))
     yield table
-    yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
+    if found.examples:
+        yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
     for number, spans in enumerate(found.examples, 1):
         text = Text(f"\n--- row {number}\n")
         for span in spans:

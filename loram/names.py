@@ -5,7 +5,7 @@ from collections.abc import Collection
 _LORA, _TRAINER = "train.lora", "train.trainer"
 # What TRL and we call the same, so that it is also found where it was written on another level of the recipe.
 _SAME = {
-    "": "model_name_or_path output_dir dataset eval_dataset seed device",
+    "": "model_name_or_path base_model_name_or_path output_dir dataset eval_dataset seed device",
     "prune": "ratio criterion calibration calibration_samples calibration_length keep_first keep_last "
     "bias_compensation",
     "train": "method lora trainer load_in_4bit offload_embedding lora_dtype",
@@ -65,6 +65,8 @@ def in_recipe(name: str, section: str = "", known: Collection[str] = ()) -> str 
     Examples: `lora_rank` is `train.lora.r`; in the section `train.lora` it is `r`.
     """
     place = _PLACES.get(name)
+    if place is not None and section.split(".")[0] == "align":  # the same options stand there too
+        place = place.replace(_TRAINER, "align.trainer")
     if place is None or section == place or section.startswith(f"{place}."):
         return None
     parent, _, last = place.rpartition(".")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,28 @@ def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     from trl import SFTConfig
 
     for section, given, known in (("lora", lora, LoraConfig), ("trainer", trainer, SFTConfig)):
-        names = _option_names(known)
-        for key in given:
-            if key not in names:
-                hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, names, n=1))
-                if place := in_recipe(key, f"train.{section}", names):
-                    hint = f"; here it is called {place}"
-                raise UserError(f"{section}: {known.__name__} of this version has no option {key!r}{hint}")
+        check_names(given, option_names(known), section, known.__name__, f"train.{section}")
+
+
+def check_names(given: Iterable[str], known: Sequence[str], section: str, library: str, place: str) -> None:
+    """Refuse options that a library does not have.
+
+    Args:
+        given: names of options.
+        known: those that there are.
+        section: what the message calls the place they stand in.
+        library: what it calls the class that would take them.
+        place: that place in a recipe.
+
+    Raises:
+        UserError: names the first unknown one, and what it is called here or what is nearest.
+    """
+    for key in given:
+        if key not in known:
+            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, known, n=1))
+            if ours := in_recipe(key, place, known):
+                hint = f"; here it is called {ours}"
+            raise UserError(f"{section}: {library} of this version has no option {key!r}{hint}")
 
 
 def _check_lora(lora: Mapping[str, Any]) -> None:
@@ -145,7 +160,7 @@ def build_configs(chosen: TrainOptions, device: torch.device, output_dir: Path |
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": on_gpu,
         **chosen.trainer,
-        **_checkpointing(chosen.trainer, default=on_gpu, known=_option_names(SFTConfig)),
+        **checkpointing(chosen.trainer, default=on_gpu, known=option_names(SFTConfig)),
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,  # it would drop the lengths of the rows that packing put together
         "output_dir": str(output_dir or "unused"),
@@ -167,12 +182,13 @@ def as_user_error(error: Exception) -> UserError:
     return UserError(f"train: {str(error).splitlines()[0]}")
 
 
-def _checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[str]) -> dict[str, bool | None]:
+def checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[str]) -> dict[str, bool | None]:
     """Activation checkpointing under the name this version of transformers has; newer ones deprecate the older name."""
     new, old = "activation_checkpointing", "gradient_checkpointing"
     value = trainer.get(new, trainer.get(old, default))
     return {new: value, old: None} if new in known else {old: value}
 
 
-def _option_names(config: Any) -> list[str]:
+def option_names(config: Any) -> list[str]:
+    """What a dataclass of options takes."""
     return [field.name for field in dataclasses.fields(config) if field.init]

@@ -1,31 +1,39 @@
 """Run a recipe: stages in order, each a folder; finished ones are skipped, stale ones refused."""
 
+import dataclasses
 import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from loram.align.options import check_options as check_align_options
+from loram.align.spec import AlignSpec
+from loram.align.stage import align, open_full
 from loram.artifacts import difference, find_manifest, library_versions, sync
 from loram.data import load_rows
 from loram.data_spec import DataSpec
 from loram.errors import UserError, first_problem
 from loram.evaluate import Report, evaluate
 from loram.model.architecture import architecture_of
-from loram.model.checkpoint import open_model
+from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import peak_rss, reset_peak_rss
+from loram.model.plan import PruningPlan
+from loram.model.teacher import TeacherCache
 from loram.options import TrainOptions, check_options
 from loram.prune.counts import kept_units, prunable_layers
 from loram.prune.criteria import CRITERIA
 from loram.prune.stage import check_weights, prune
-from loram.recipe import Recipe, file_digest
+from loram.recipe import PruneSection, Recipe, file_digest
 from loram.recover import recover
-from loram.report import Cost, Row, RowCounts, RunReport, kept_gain
+from loram.report import Cost, Row, RowCounts, RunReport, kept_gain, together
+from loram.teach import teach
 from loram.train import train
 
 logger = logging.getLogger(__name__)
@@ -122,8 +130,9 @@ class _Run:
 
 def _start_over(out: Path) -> None:
     """Remove what a run has left in its output folder, and nothing else."""
-    for name in ("pruned", "adapter", "recovered", "full_lora"):
-        for path in (out / name, out / f"{name}-checkpoints"):
+    teachers = [path.name for path in out.glob("teacher-[0-9]*") if not path.name.endswith("-parts")]
+    for name in ("pruned", "aligned", "adapter", "recovered", "full_lora", *teachers):
+        for path in (out / name, out / f"{name}-checkpoints", out / f"{name}-parts"):
             shutil.rmtree(path, ignore_errors=True)
     for name in (STATE_NAME, REPORT_NAME):
         (out / name).unlink(missing_ok=True)
@@ -136,26 +145,43 @@ def check(recipe: Recipe) -> None:
         UserError: the first problem.
     """
     checkpoint = open_model(recipe.model_name_or_path)
+    if recipe.prune is not None:
+        _check_pruning(checkpoint, recipe.prune)
+    elif not checkpoint.pruned:
+        raise UserError(
+            f"prune: missing, and {checkpoint.name} is a full model; add the section, or name a pruned folder"
+        )
+    check_options(TrainOptions(**recipe.train.model_dump()))
+    specs = [recipe.dataset, *recipe.eval_dataset.values()]
+    if recipe.align is not None:
+        check_align_options(recipe.align.trainer)
+        specs += [*recipe.align.dataset, recipe.align.probe_dataset]
+        for cache in recipe.align.teacher:
+            TeacherCache(Path(cache.path))
+    for section, options in (("train", recipe.train), ("align", recipe.align)):
+        if options is not None and "seed" in options.trainer:
+            raise UserError(f"{section}.trainer.seed: set the recipe's own seed, which every stage uses")
+    for spec in specs:
+        if spec is not None:
+            load_rows(spec)
+
+
+def _check_pruning(checkpoint: Checkpoint, section: PruneSection) -> None:
     architecture = architecture_of(checkpoint.config, checkpoint.name)
     check_weights(checkpoint, architecture)
-    if recipe.prune.criterion not in CRITERIA:
-        raise UserError(f"prune.criterion {recipe.prune.criterion!r} is not known; known are {', '.join(CRITERIA)}")
-    prunable_layers(checkpoint.geometry, recipe.prune.keep_first, recipe.prune.keep_last)
+    if section.criterion not in CRITERIA:
+        raise UserError(f"prune.criterion {section.criterion!r} is not known; known are {', '.join(CRITERIA)}")
+    prunable_layers(checkpoint.geometry, section.keep_first, section.keep_last)
     for space in architecture.spaces:
-        kept_units(space, checkpoint.geometry.units(space), recipe.prune.ratio)
-    check_options(TrainOptions(**recipe.train.model_dump()))
-    if "seed" in recipe.train.trainer:
-        raise UserError("train.trainer.seed: set the recipe's own seed, which every stage uses")
-    for spec in (recipe.dataset, *recipe.eval_dataset.values()):
-        load_rows(spec)
+        kept_units(space, checkpoint.geometry.units(space), section.ratio)
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
-    """Prune, train, recover, evaluate, and compare, as the recipe says.
+    """Prune, align, train, recover, evaluate and compare: of these what the recipe has.
 
-    Leaves `pruned/`, `adapter/`, `recovered/` and, if asked, `full_lora/` under `output_dir`, each complete by itself,
-    and `report.json`. A second run with the same recipe does only what is missing, and goes on with a training that was
-    interrupted. `fresh` removes what an earlier run left there and starts over.
+    Leaves `pruned/`, `aligned/`, `adapter/`, `recovered/` and, if asked, `full_lora/` under `output_dir`, each complete
+    by itself, and `report.json`. A second run with the same recipe does only what is missing, and goes on with a
+    training that was interrupted. `fresh` removes what an earlier run left there and starts over.
 
     Raises:
         UserError: the recipe cannot be run, or what is in `output_dir` was made with another one.
@@ -164,45 +190,188 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     if fresh:
         _start_over(recipe.output_dir)
-    state, base, out = _Run(recipe), recipe.model_name_or_path, recipe.output_dir
-    checkpoint = open_model(base)
-    common = {"base": checkpoint.fingerprint, "seed": recipe.seed, "device": recipe.device}
-    pruning = {**common, **recipe.prune.model_dump(mode="json"), "calibration": _data(recipe.prune.calibration)}
-    training = {**common, **recipe.train.model_dump(mode="json"), "dataset": _data(recipe.dataset)}
+    state = _Run(recipe)
+    small = _shrink(state, recipe)
+    made: Mapping[str, _Done] = small.made
+    adapters: Mapping[str, Path] = {}
+    if recipe.dataset is not None:
+        made, adapters = _adapt(state, recipe, small, recipe.dataset)
+    trained = {name: _trained_on(folder) for name, folder in adapters.items()}
+    if not recipe.eval_dataset:
+        return state.finish(tuple(_row(name, small.parameters, done, {}, None) for name, done in made.items()))
+    rows = []
+    for name, (model, adapter) in _compared(recipe, small).items():
+        found = {dataset: _evaluation(state, recipe, name, dataset, model, adapter) for dataset in recipe.eval_dataset}
+        rows.append(_row(name, small.parameters, made.get(name), found, trained.get(name)))
+    return state.finish(tuple(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Small:
+    """The small model of a run.
+
+    Args:
+        folders: pruned and, if so, aligned -> where it is; the last one is trained on.
+        plan: what was pruned.
+        made: what was made in this run, by the rows of the report.
+        settings: what the last one was made with.
+    """
+
+    folders: Mapping[str, Path]
+    plan: PruningPlan
+    made: Mapping[str, _Done]
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What is trained on: pruned or aligned."""
+        return list(self.folders)[-1]
+
+    @property
+    def folder(self) -> Path:
+        """Where that is."""
+        return self.folders[self.name]
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return self.plan.parameters()[1]
+
+
+def _shrink(state: _Run, recipe: Recipe) -> _Small:
+    """Prune and align, as far as the recipe says so."""
+    if recipe.prune is None:
+        folder = open_model(recipe.model_name_or_path).folder
+        small = _Small(folders={"pruned": folder}, plan=PruningPlan.load(folder), made={}, settings={})
+    else:
+        small = _prune(state, recipe, recipe.prune)
+    return small if recipe.align is None else _align(state, recipe, small, recipe.align)
+
+
+def _prune(state: _Run, recipe: Recipe, section: PruneSection) -> _Small:
+    folder = recipe.output_dir / "pruned"
+    pruning = {**_common(recipe), **section.model_dump(mode="json"), "calibration": _data(section.calibration)}
+
+    def action() -> None:
+        prune(recipe.model_name_or_path, folder, seed=recipe.seed, device=recipe.device, **dict(section))
+
+    done = state.stage("pruned", pruning, action)
+    return _Small(
+        folders={"pruned": folder},
+        plan=PruningPlan.load(folder),
+        made={"pruned": done},
+        settings={"pruning": pruning},
+    )
+
+
+def _align(state: _Run, recipe: Recipe, small: _Small, section: AlignSpec) -> _Small:
+    folder, base = recipe.output_dir / "aligned", _base(recipe, small.plan)
+    aligning = {
+        **_common(recipe),
+        **small.settings,
+        **section.model_dump(mode="json"),
+        "dataset": [_data(spec) for spec in section.dataset],
+        "probe_dataset": _data(section.probe_dataset),
+        "teach": None if recipe.teach is None else recipe.teach.model_dump(mode="json"),
+    }
+    options: dict[str, Any] = dict(section)
+    costs: list[Cost | None] = []
+    if recipe.teach is not None:
+        costs = [_teach(state, recipe, number, base) for number in range(len(section.dataset))]
+        options |= {
+            "dataset": (),
+            "teacher": [
+                {"path": str(_teacher(recipe, number)), "weight": spec.weight}
+                for number, spec in enumerate(section.dataset)
+            ],
+        }
+        if section.probe_dataset is None:  # then no row is read whose length is still to be decided
+            options["trainer"] = {key: value for key, value in section.trainer.items() if key != "max_length"}
+    data, probe_data = options.pop("dataset"), options.pop("probe_dataset")
+
+    def action() -> None:
+        options.update(base=base, seed=recipe.seed, device=recipe.device)
+        align(small.folder, folder, data=data, probe_data=probe_data, **options)
+
+    done = state.stage("aligned", aligning, action)
+    done = done.model_copy(update={"cost": together([*costs, done.cost])})
+    return dataclasses.replace(
+        small,
+        folders={**small.folders, "aligned": folder},
+        made={**small.made, "aligned": done},
+        settings={**small.settings, "aligning": aligning},
+    )
+
+
+def _teacher(recipe: Recipe, number: int) -> Path:
+    return recipe.output_dir / f"teacher-{number + 1}"
+
+
+def _teach(state: _Run, recipe: Recipe, number: int, base: str) -> Cost | None:
+    """Cache what the full model predicts on one of the data sets of `align`; returns what that took."""
+    assert recipe.teach is not None
+    assert recipe.align is not None
+    options = {
+        **recipe.teach.model_dump(mode="json"),
+        "max_length": check_align_options(recipe.align.trainer)["max_length"],
+    }
+    folder, spec = _teacher(recipe, number), recipe.align.dataset[number]
+
+    def action() -> None:
+        teach(base, folder, data=spec.unweighted(), device=recipe.device, **options)
+
+    return state.stage(folder.name, {**_common(recipe), **options, "dataset": _data(spec.unweighted())}, action).cost
+
+
+def _adapt(state: _Run, recipe: Recipe, small: _Small, dataset: DataSpec) -> tuple[dict[str, _Done], dict[str, Path]]:
+    """Train and recover; returns what was made in all and the trained adapters, by the rows of the report."""
+    out, base = recipe.output_dir, _base(recipe, small.plan)
+    training = {**_common(recipe), **recipe.train.model_dump(mode="json"), "dataset": _data(dataset)}
 
     def fit(model: str | Path, folder: str) -> None:
         options = recipe.train.model_dump()
-        train(model, out / folder, data=recipe.dataset, seed=recipe.seed, device=recipe.device, **options)
-
-    def cut() -> None:
-        prune(base, out / "pruned", seed=recipe.seed, device=recipe.device, **dict(recipe.prune))
+        train(model, out / folder, data=dataset, seed=recipe.seed, device=recipe.device, **options)
 
     def widen() -> None:
         recover(out / "adapter", out / "recovered")
 
+    adapters = {f"{small.name} + adapter": out / "adapter"}
     made = {
-        "pruned": state.stage("pruned", pruning, cut),
-        "pruned + adapter": state.stage(
-            "adapter", {**training, "pruning": pruning}, lambda: fit(out / "pruned", "adapter")
+        **small.made,
+        f"{small.name} + adapter": state.stage(
+            "adapter", {**training, **small.settings}, lambda: fit(small.folder, "adapter")
         ),
-        "recovered": state.stage("recovered", {"training": training, "pruning": pruning}, widen),
+        "recovered": state.stage("recovered", {"training": training, **small.settings}, widen),
     }
-    models: dict[str, tuple[str | Path, Path | None]] = {"base": (base, None)}
     if recipe.evaluate.full_lora:
         made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora"))
+        adapters["full LoRA"] = out / "full_lora"
+    return made, adapters
+
+
+def _compared(recipe: Recipe, small: _Small) -> dict[str, tuple[str | Path, Path | None]]:
+    """The rows of the report: name -> (model, adapter). From here on the full model is needed."""
+    base, out = _base(recipe, small.plan), recipe.output_dir
+    open_full(small.plan, base)
+    models: dict[str, tuple[str | Path, Path | None]] = {"base": (base, None)}
+    if recipe.evaluate.full_lora:
         models["full LoRA"] = (base, out / "full_lora")
-    models |= {
-        "pruned": (out / "pruned", None),
-        "pruned + adapter": (out / "pruned", out / "adapter"),
-        "recovered": (base, out / "recovered"),
-    }
-    adapters = {"pruned + adapter": out / "adapter", "full LoRA": out / "full_lora"}
-    trained = {name: _trained_on(folder) for name, folder in adapters.items() if name in made}
-    rows = []
-    for name, (model, adapter) in models.items():
-        found = {dataset: _evaluation(state, recipe, name, dataset, model, adapter) for dataset in recipe.eval_dataset}
-        rows.append(_row(name, made.get(name), found, trained.get(name)))
-    return state.finish(tuple(rows))
+    models |= {name: (folder, None) for name, folder in small.folders.items()}
+    if recipe.dataset is not None:
+        models |= {f"{small.name} + adapter": (small.folder, out / "adapter"), "recovered": (base, out / "recovered")}
+    return models
+
+
+def _common(recipe: Recipe) -> dict[str, Any]:
+    model = open_model(recipe.model_name_or_path)
+    return {"base": model.fingerprint, "seed": recipe.seed, "device": recipe.device}
+
+
+def _base(recipe: Recipe, plan: PruningPlan) -> str:
+    """The full model, by the name that the recipe has for it, else the plan."""
+    if recipe.prune is not None:
+        return recipe.model_name_or_path
+    return recipe.base_model_name_or_path or plan.base.name
 
 
 def _evaluation(state: _Run, recipe: Recipe, name: str, dataset: str, model: str | Path, adapter: Path | None) -> _Done:
@@ -229,12 +398,14 @@ def _evaluation(state: _Run, recipe: Recipe, name: str, dataset: str, model: str
     )
 
 
-def _row(name: str, made: _Done | None, found: Mapping[str, _Done], trained_on: RowCounts | None) -> Row:
+def _row(
+    name: str, parameters: int, made: _Done | None, found: Mapping[str, _Done], trained_on: RowCounts | None
+) -> Row:
+    """A row of the report; `parameters` where nothing was evaluated, which would count them."""
     reports = {dataset: done.report for dataset, done in found.items() if done.report is not None}
-    costs = [done.cost for done in found.values() if done.cost is not None]  # evaluations always have one
     return Row(
         name=name,
-        parameters=next(iter(reports.values())).parameters,
+        parameters=next((report.parameters for report in reports.values()), parameters),
         perplexity={dataset: report.perplexity for dataset, report in reports.items()},
         tokens={dataset: report.tokens for dataset, report in reports.items()},
         evaluated_on={
@@ -243,7 +414,7 @@ def _row(name: str, made: _Done | None, found: Mapping[str, _Done], trained_on: 
         },
         trained_on=trained_on,
         made=made.cost if made else None,
-        evaluated=Cost(seconds=sum(cost.seconds for cost in costs), peak_rss=max(cost.peak_rss for cost in costs)),
+        evaluated=together([done.cost for done in found.values()]),
     )
 
 

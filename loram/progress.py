@@ -1,5 +1,6 @@
 """Progress bars with the time left, on stderr."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -33,6 +34,21 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
             console.print(f"{description}: {done} of {len(items)}, about {left:.0f} s left", highlight=False)
             shown = now
         yield item
+
+
+@contextlib.contextmanager
+def without_library_bars() -> Iterator[None]:
+    """transformers' own progress bars off for a while."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def training_progress() -> Any:

@@ -4,11 +4,12 @@ import difflib
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from loram.align.spec import AlignSpec
 from loram.data_spec import DataSpec
 from loram.errors import UserError
 from loram.names import in_recipe
@@ -33,6 +34,13 @@ class PruneSection(_Section):
     _spec = field_validator("calibration", mode="before")(lambda value: _as_spec(value))
 
 
+class TeachSection(_Section):
+    """Options of `loram.teach`: what the full model predicts on the data sets of `align` is cached first."""
+
+    top_k: PositiveInt = 64
+    part_tokens: PositiveInt = 1 << 18
+
+
 class TrainSection(_Section):
     """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, as they are."""
 
@@ -55,24 +63,33 @@ class EvaluateSection(_Section):
 
 
 class Recipe(_Section):
-    """A whole run: prune, train, recover, evaluate.
+    """A run, or a part of one: prune, align, train, recover, evaluate.
+
+    Without `prune` it begins with a folder that is pruned already, and without `dataset` it ends before training: what
+    one recipe leaves, another goes on from, on another machine.
 
     Args:
-        model_name_or_path: hub id, folder or GGUF file of the full model.
+        model_name_or_path: hub id, folder or GGUF file of the full model; without `prune`, a pruned folder.
+        base_model_name_or_path: without `prune`: the full model, where it is not at the name that the plan has.
         output_dir: one folder a stage and the report go here.
         dataset: training rows: a file, a hub name, or a mapping (see `loram.data.DataSpec`).
         eval_dataset: held-out rows, likewise; or a mapping of names to data sets.
         seed: of pruning, initialisation, data order.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        prune, teach, align: their stages' options; a stage without a section is left out.
+        train, evaluate: their stages' options.
     """
 
     model_name_or_path: str
+    base_model_name_or_path: str | None = None
     output_dir: Path
-    dataset: DataSpec
-    eval_dataset: dict[str, DataSpec] = Field(min_length=1)
+    dataset: DataSpec | None = None
+    eval_dataset: dict[str, DataSpec] = Field(default_factory=dict)
     seed: int = 42
     device: str | None = None
-    prune: PruneSection
+    prune: PruneSection | None = None
+    teach: TeachSection | None = None
+    align: AlignSpec | None = None
     train: TrainSection = Field(default_factory=TrainSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
 
@@ -84,6 +101,20 @@ class Recipe(_Section):
         if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
             return {"eval": _as_spec(value)}
         return {name: _as_spec(spec) for name, spec in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        if self.dataset is None and ("train" in self.model_fields_set or self.evaluate.full_lora):
+            raise ValueError("dataset: missing, and training needs rows; a recipe that trains nothing has no `train`")
+        if self.dataset is not None and not self.eval_dataset:
+            raise ValueError("eval_dataset: missing, and what was trained is compared on held-out rows")
+        if self.dataset is None and self.prune is None and self.align is None:
+            raise ValueError("prune, align, dataset: at least one is needed, else there is nothing to do")
+        if self.prune is not None and self.base_model_name_or_path is not None:
+            raise ValueError("base_model_name_or_path: with `prune`, model_name_or_path is the full model; drop it")
+        if self.teach is not None and (self.align is None or not self.align.dataset or self.align.objective == "clm"):
+            raise ValueError("teach: needs an `align` section with a dataset, and an objective that asks the teacher")
+        return self
 
 
 def _as_spec(value: Any) -> Any:
@@ -195,7 +226,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         found = f" (found {problem['input']!r})" if isinstance(problem["input"], str | int | float) else ""
-        return f"{where}: {problem['msg']}{found}"
+        return f"{where}: {problem['msg']}{found}".removeprefix(": ").replace("Value error, ", "")
     known = _known_keys(problem["loc"][:-1])
     key, section = str(problem["loc"][-1]), ".".join(map(str, problem["loc"][:-1]))
     if ours := in_recipe(key, section, known):
@@ -207,9 +238,16 @@ def _explain(error: ValidationError) -> str:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Recipe
     for key in location:
-        annotation = section.model_fields[str(key)].annotation if str(key) in section.model_fields else DataSpec
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else DataSpec
+        if str(key) in section.model_fields:
+            section = _model_in(section.model_fields[str(key)].annotation) or DataSpec
     return list(section.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first of our models in a type like `PruneSection | None` or `tuple[DataSpec, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
 def file_digest(spec: DataSpec) -> str:

@@ -1,7 +1,7 @@
 """The report of a run: one row a model, as a table for people and JSON for programs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
@@ -14,6 +14,14 @@ class Cost(BaseModel):
 
     seconds: float
     peak_rss: int
+
+
+def together(costs: Sequence[Cost | None]) -> Cost | None:
+    """What several things took one after the other, as far as it is known; None where nothing is."""
+    known = [cost for cost in costs if cost is not None]
+    if not known:
+        return None
+    return Cost(seconds=sum(cost.seconds for cost in known), peak_rss=max(cost.peak_rss for cost in known))
 
 
 class RowCounts(BaseModel):
@@ -32,12 +40,12 @@ class Row(BaseModel):
     """One model of the comparison.
 
     Args:
-        name: base, full LoRA, pruned, pruned + adapter, recovered.
+        name: base, full LoRA, pruned, aligned, pruned (or aligned) + adapter, recovered.
         parameters: of the model as evaluated, adapter included.
         perplexity, tokens, evaluated_on: by evaluation data set.
         trained_on: rows of the training data; None where nothing was trained.
         made: what making it took beyond the row it was made from; None for the base.
-        evaluated: what evaluating it took.
+        evaluated: what evaluating it took; None in a recipe that evaluates nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +57,7 @@ class Row(BaseModel):
     evaluated_on: dict[str, RowCounts]
     trained_on: RowCounts | None
     made: Cost | None
-    evaluated: Cost
+    evaluated: Cost | None
 
 
 class RunReport(BaseModel):
@@ -96,25 +104,28 @@ def table(report: RunReport) -> Table:
     result.add_column("parameters", justify="right")
     for name in datasets:
         result.add_column("perplexity" if len(datasets) == 1 else f"perplexity\n{name}", justify="right")
-    for heading in ("made in", "peak RSS", "evaluated in", "peak RSS"):
-        result.add_column(heading, justify="right")
+    costs = ("made", "evaluated") if any(row.evaluated for row in report.rows) else ("made",)
+    for what in costs:
+        result.add_column(f"{what} in", justify="right")
+        result.add_column("peak RSS", justify="right")
     for row in report.rows:
-        made = ("", "") if row.made is None else (f"{row.made.seconds:.1f} s", f"{row.made.peak_rss / 1e9:.2f} GB")
-        result.add_row(
-            row.name,
-            f"{row.parameters:,}",
-            *(f"{row.perplexity[name]:.3f}" for name in datasets),
-            *made,
-            f"{row.evaluated.seconds:.1f} s",
-            f"{row.evaluated.peak_rss / 1e9:.2f} GB",
-        )
+        perplexities = (f"{row.perplexity[name]:.3f}" for name in datasets)
+        cells = (cell for what in costs for cell in _cells(getattr(row, what)))
+        result.add_row(row.name, f"{row.parameters:,}", *perplexities, *cells)
     return result
+
+
+def _cells(cost: Cost | None) -> tuple[str, str]:
+    return ("", "") if cost is None else (f"{cost.seconds:.1f} s", f"{cost.peak_rss / 1e9:.2f} GB")
 
 
 def summary(report: RunReport) -> str:
     """What the run shows, in a sentence a data set; it says so when nothing was gained or rows were cut or skipped."""
-    base, recovered = report.row("base").perplexity, report.row("recovered").perplexity
     lines = []
+    if not any(row.name == "recovered" for row in report.rows):
+        small = next(row.name for row in reversed(report.rows) if row.name in ("aligned", "pruned"))
+        return f"Nothing was trained: the recipe has no dataset. Train on {report.recipe['output_dir']}/{small}."
+    base, recovered = report.row("base").perplexity, report.row("recovered").perplexity
     for name in base:
         change = 100 * (1 - recovered[name] / base[name])
         verb = "lowers" if change > 0 else "does not lower"

@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from loram.artifacts import check_output, publish
-from loram.checkpoints import Checkpoints, guarded
+from loram.checkpoints import Checkpoints, guarded, lasting
 from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.liger import use_liger_
@@ -30,8 +30,6 @@ from loram.progress import training_progress
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "training_log.jsonl"
-# What a log entry has of timings, or counts from the last start only and not from the first.
-_OF_THE_SESSION = ("runtime", "per_second", "total_flos", "num_tokens")
 
 
 def train(
@@ -177,7 +175,7 @@ def _fit(
     runner.train(resume_from_checkpoint=newest and str(newest))
     trained = checkpoints.staging / "adapter"
     model.save_pretrained(trained, save_embedding_layers=False)
-    return _history(runner.state.log_history), Adapter.load(trained)
+    return lasting(runner.state.log_history, "loss"), Adapter.load(trained)
 
 
 def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device: torch.device) -> Any:
@@ -248,13 +246,4 @@ def _finished(checkpoint: Path) -> tuple[list[dict[str, Any]], Adapter] | None:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] < state["max_steps"]:
         return None
-    return _history(state["log_history"]), Adapter.load(checkpoint)
-
-
-def _history(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The logged losses, with what is the same however often training was interrupted: it ends with the same bytes."""
-    return [
-        {key: value for key, value in entry.items() if not any(part in key for part in _OF_THE_SESSION)}
-        for entry in log
-        if "loss" in entry
-    ]
+    return lasting(state["log_history"], "loss"), Adapter.load(checkpoint)

@@ -70,6 +70,7 @@ def test_it_counts_what_the_stages_make(
     assert found.training["full"].parameters == found.parameters
     settings = json.loads((tmp_path / "adapter" / "loram_manifest.json").read_text())["settings"]
     counts = found.dataset
+    assert counts is not None
     assert [counts.rows, counts.rows_truncated, counts.rows_skipped] == [
         settings[key] for key in ("rows", "rows_truncated", "rows_skipped")
     ]
@@ -160,3 +161,23 @@ def test_the_command_prints_one_json_object_or_text(
     assert cli._main(["run", str(path), "--dry-run"]) == 0
     assert "⟦0 plus 0 is 0." in capfd.readouterr().out
     assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_parts_of_a_run(tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+    """A publisher's recipe trains no adapter; a user's begins with a pruned folder."""
+    align = {"dataset": [str(rows_file)], "trainer": {"max_length": 25}}
+    found = dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", align=align))
+    counts = found.align[str(rows_file)]
+    assert found.dataset is not None
+    assert (counts.longest, counts.rows_truncated) == (25, 20)
+    assert f"alignment: {rows_file.name}" in shown(found).replace(str(rows_file.parent) + "/", "")
+    values = {"output_dir": tmp_path / "out", "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1}}
+    publisher = Recipe.model_validate({**values, "model_name_or_path": str(tiny_llama), "align": {}})
+    found = dry_run(publisher)
+    assert (found.training, found.dataset, found.examples) == ({}, None, ())
+    assert "Nothing was written" in shown(found)
+    small = pruned_models["llama"]
+    rows = {"dataset": str(rows_file), "eval_dataset": str(rows_file)}
+    found = dry_run(Recipe.model_validate({"output_dir": tmp_path, "model_name_or_path": str(small), **rows}))
+    assert found.training["pruned"].parameters == found.pruned_parameters
+    assert (found.parameters, found.pruned_parameters) == loram.PruningPlan.load(small).parameters()

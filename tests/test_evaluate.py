@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from conftest import FAMILIES, ROWS, make_model, random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram
+from loram import likelihood
 from loram.data import load_rows, tokenize
 from loram.data_spec import DataSpec
 
@@ -41,7 +41,7 @@ def test_perplexity_equals_row_by_row_losses_weighted_by_tokens(
 
 def test_batching_changes_nothing(tiny_llama: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = loram.evaluate(tiny_llama, data=rows_file)
-    monkeypatch.setattr(sys.modules["loram.evaluate"], "_LOGITS_BYTES", 1)
+    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 1)
     alone = loram.evaluate(tiny_llama, data=rows_file)
     assert alone.loss == pytest.approx(together.loss, rel=1e-6)
 
@@ -108,7 +108,7 @@ def test_streaming_refuses_what_evaluation_refuses(run: Path, tiny_llama: Path, 
 
 
 def test_streaming_never_builds_the_model(tiny_llama: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(sys.modules["loram.evaluate"], "load_model")
+    monkeypatch.delattr(likelihood, "load_model")
     assert loram.evaluate(tiny_llama, data=rows_file, stream=True).rows == len(ROWS)
     with pytest.raises(NameError):
         loram.evaluate(tiny_llama, data=rows_file)

@@ -14,7 +14,9 @@ FLOORS = {
     "loram.data_spec": 1,
     "loram.artifacts": 1,
     "loram.model": 2,
+    "loram.align.spec": 1,
     "loram.data": 3,
+    "loram.likelihood": 3,
     "loram.checkpoints": 3,
     "loram.loss": 3,
     "loram.liger": 3,
@@ -22,6 +24,7 @@ FLOORS = {
     "loram.prune.counts": 3,
     "loram.prune.criteria": 3,
     "loram.prune": 4,
+    "loram.align": 4,
     "loram.train": 4,
     "loram.quantize": 4,
     "loram.recover": 4,
@@ -47,6 +50,7 @@ STAGES = {
     "loram.estimate",
     "loram.teach",
     "loram.quantize",
+    "loram.align",
 }
 
 

@@ -191,3 +191,102 @@ def test_fresh_starts_over_and_removes_only_what_runs_make(
     assert (copy / "notes.txt").read_text() == "mine"
     assert not (copy / "adapter-checkpoints").exists()
     assert json.loads((copy / "report.json").read_text())["recipe"]["seed"] == 7
+
+
+ALIGN: dict[str, Any] = {
+    "probe_steps": 1,
+    "eval_steps": 2,
+    "trainer": {"max_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "max_length": 64},
+}
+PRUNE: dict[str, Any] = {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1}
+
+
+def partial(out: Path, **values: Any) -> Recipe:
+    return Recipe.model_validate({"output_dir": out, **values})
+
+
+def test_alignment_comes_between_pruning_and_training(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    asked = recipe(tiny_llama, rows_file, tmp_path / "out", align={**ALIGN, "dataset": str(rows_file)})
+    report = run(asked)
+    names = ["base", "full LoRA", "pruned", "aligned", "aligned + adapter", "recovered"]
+    assert [row.name for row in report.rows] == names
+    assert report.row("aligned").made is not None
+    assert report.row("aligned").parameters == report.row("pruned").parameters
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "out" / "aligned")
+    written = (tmp_path / "out" / "report.json").read_text()
+    assert run(asked).model_dump_json(indent=2) + "\n" == written  # nothing is made again
+    changed = {**ALIGN, "dataset": str(rows_file), "objective": "clm"}
+    with pytest.raises(loram.UserError, match=r"aligned was made with other settings .*objective: 'distill' -> 'clm'"):
+        run(recipe(tiny_llama, rows_file, tmp_path / "out", align=changed))
+    run(recipe(tiny_llama, rows_file, tmp_path / "out"), fresh=True)
+    assert not (tmp_path / "out" / "aligned").exists()
+
+
+def test_a_publisher_and_a_user(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Two recipes on two machines; the user's opens the full model only when everything is trained."""
+    home, away = tmp_path / "publisher", tmp_path / "user"
+    full = shutil.copytree(tiny_llama, home / "full")
+    data = [{"path": str(rows_file), "weight": 0.5}, {"path": str(rows_file), "weight": 0.5}]
+    made = run(
+        partial(
+            home / "out",
+            model_name_or_path=str(full),
+            prune=PRUNE,
+            teach={"top_k": 8},
+            align={**ALIGN, "dataset": data},
+        )
+    )
+    assert [(row.name, row.perplexity, row.evaluated) for row in made.rows] == [
+        ("pruned", {}, None),
+        ("aligned", {}, None),
+    ]
+    aligned = made.row("aligned").made
+    stages = json.loads((home / "out" / "stages.json").read_text())["stages"]
+    assert aligned is not None
+    taught = [stages[name]["cost"]["seconds"] for name in ("teacher-1", "teacher-2")]
+    assert aligned.seconds == pytest.approx(stages["aligned"]["cost"]["seconds"] + sum(taught))
+    assert "Nothing was trained: the recipe has no dataset. Train on" in summary(made)
+    published = shutil.copytree(home / "out" / "aligned", away / "small")
+    shutil.rmtree(home)
+
+    values = {
+        "model_name_or_path": str(published),
+        "base_model_name_or_path": str(away / "full"),
+        "dataset": str(rows_file),
+        "eval_dataset": str(rows_file),
+        "train": {"trainer": {"max_steps": 2, "learning_rate": 1e-2}},
+    }
+    with pytest.raises(loram.UserError, match="full: no such file or folder"):
+        run(partial(away / "out", **values))
+    assert {path.name for path in (away / "out").iterdir() if path.is_dir()} == {"adapter", "recovered"}
+    shutil.copytree(tiny_llama, away / "full")
+    report = run(partial(away / "out", **values))
+    assert [row.name for row in report.rows] == ["base", "pruned", "pruned + adapter", "recovered"]
+    assert report.row("pruned").made is None
+    assert report.row("recovered").perplexity != report.row("base").perplexity
+
+
+def test_a_full_model_without_a_prune_section(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    values = {"dataset": str(rows_file), "eval_dataset": str(rows_file)}
+    with pytest.raises(loram.UserError, match=r"prune: missing, and .* is a full model; add the section"):
+        run(partial(tmp_path / "out", model_name_or_path=str(tiny_llama), **values))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("align", "message"),
+    [
+        ({"dataset": "/nowhere.jsonl"}, "no such file"),
+        ({"teacher": "/nowhere"}, r"no teacher\.json here"),
+        ({"trainer": {"learning_rte": 1}}, "did you mean learning_rate"),
+        ({"trainer": {"seed": 1}}, r"align\.trainer\.seed: set the recipe's own seed"),
+    ],
+    ids=str,
+)
+def test_problems_of_alignment_are_found_before_anything_is_made(
+    align: dict[str, Any], message: str, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(loram.UserError, match=message):
+        run(recipe(tiny_llama, rows_file, tmp_path / "out", align=align))
+    assert not (tmp_path / "out").exists()

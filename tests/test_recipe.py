@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loram.data_spec import DataSpec
+from loram.data_spec import DataSpec, WeightedSpec
 from loram.errors import UserError
 from loram.recipe import Recipe, file_digest, load_recipe
 
@@ -45,6 +45,50 @@ def test_a_good_recipe_and_its_defaults(recipe: Any) -> None:
 
 def test_the_quickstart_is_a_good_recipe() -> None:
     assert load_recipe(Path(__file__).parent.parent / "recipes" / "quickstart.yaml").prune.ratio == 0.5
+
+
+def test_parts_of_a_run(recipe: Any) -> None:
+    publisher = "model_name_or_path: m\noutput_dir: o\nprune: {ratio: 0.5}\nalign: {dataset: a.jsonl}\nteach: {}\n"
+    found = recipe(publisher)
+    assert (found.dataset, found.eval_dataset, found.teach.top_k) == (None, {}, 64)
+    assert found.align.dataset == (WeightedSpec(path="a.jsonl"),)
+    mixed = recipe(publisher, "align.dataset=[{path: a.csv, weight: 0.7}, {path: b.txt, weight: 0.3}]")
+    assert [spec.weight for spec in mixed.align.dataset] == [0.7, 0.3]
+    user = recipe("model_name_or_path: p\nbase_model_name_or_path: m\noutput_dir: o\ndataset: a\neval_dataset: b\n")
+    assert (user.prune, user.align) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["publisher", "user"])
+def test_the_recipes_of_two_machines_are_good(name: str) -> None:
+    found = load_recipe(Path(__file__).parent.parent / "recipes" / f"{name}.yaml")
+    assert (found.prune is None, found.align is None, found.dataset is None) == (
+        (name == "user",) * 2 + (name != "user",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("align.objectve=clm", r"align\.objectve: unknown key; did you mean objective"),
+        ("align.objective=kl", r"align\.objective: Input should be 'distill'"),
+        ("align.dataset={path: a, wight: 1}", r"align\.dataset\.0\.wight: unknown key; did you mean weight"),
+        ("align.dataset=[{path: a, weight: 1}, b]", "dataset: give every one a weight, or none"),
+        ("align.lr=1", r"align\.lr: unknown key; here it is called align\.trainer\.learning_rate"),
+        ("align.teacher=x", "the rows come from the teacher's folder; drop one"),
+        ("teach.top_k=0", r"teach\.top_k: "),
+        ("align.objective=clm", "teach: needs an `align` section"),
+        ("base_model_name_or_path=x", "with `prune`, model_name_or_path is the full model"),
+        ("train.method=lora", "dataset: missing, and training needs rows"),
+        ("evaluate.full_lora=true", "dataset: missing, and training needs rows"),
+        ("dataset=x", "eval_dataset: missing"),
+    ],
+)
+def test_parts_that_do_not_fit(override: str, message: str, recipe: Any) -> None:
+    parts = "model_name_or_path: m\noutput_dir: o\nprune: {ratio: 0.5}\nalign: {dataset: a.jsonl}\nteach: {}\n"
+    with pytest.raises(UserError, match=message):
+        recipe(parts, override)
+    with pytest.raises(UserError, match="at least one is needed, else there is nothing to do"):
+        recipe("model_name_or_path: m\noutput_dir: o\n")
 
 
 def test_overrides(recipe: Any) -> None:
@@ -103,7 +147,7 @@ def test_bad_overrides_name_the_key(override: str, message: str, recipe: Any) ->
         ("a: [1\nb: 2\n", r"recipe\.yaml:\d+: not valid YAML"),
         ("just text", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
-        (GOOD.replace("dataset: train.jsonl\n", ""), "dataset: Field required"),
+        (GOOD.replace("dataset: train.jsonl\n", ""), "dataset: missing, and training needs rows"),
         ("? [a, b]\n: 1\n", "recipe"),
     ],
     ids=["twice", "yaml", "text", "empty", "missing", "list-key"],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from loram.artifacts import find_manifest
 from loram.errors import UserError, first_problem
@@ -208,6 +208,18 @@ class Adapter:
             if module in targets - self.modules.keys():
                 key = f"base_model.model.{module}.lora_A.weight"
                 raise UserError(f"{weights}: {key} is missing, though {CONFIG_NAME} targets {module}")
+
+
+def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Any:
+    """Let a linear add scaling·B·A·x to its output, as PEFT does: factors and their product in the factors' dtype.
+
+    A hook, so that the module itself stays as it is: the handle that is returned takes it away again.
+    """
+
+    def add(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return (output + (args[0].to(a.dtype) @ a.T @ b.T) * scaling).to(output.dtype)
+
+    return linear.register_forward_hook(add)
 
 
 def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -168,6 +169,11 @@ class Checkpoint:
     def vocabulary(self) -> int:
         """How many tokens the embedding has a row for."""
         return self.shape(EMBEDDING)[0]
+
+    @property
+    def parameters(self) -> int:
+        """How many values all tensors have together, a tied lm_head's not counted again."""
+        return sum(math.prod(self.shape(name)) for name in self.index if not (name == HEAD and self.tied))
 
     @property
     def head(self) -> str:

@@ -12,6 +12,7 @@ from loram.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -33,6 +34,22 @@ def pick_device(device: str | None = None) -> torch.device:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it, else float32: without bf16 units a CPU is many times slower in bf16."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def free_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that can still be taken, on a GPU or, where the system is Linux, by programs; None where nobody says."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not _MEMINFO.is_file():
+        return None
+    found = [line.split() for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(found[0][1]) * 1024 if found else None
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether so many bytes of weights fit in the memory that is free now, with a tenth more for computing."""
+    free = free_memory(device)
+    return free is None or 1.1 * nbytes <= free
 
 
 def return_freed_memory_() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loram.errors import UserError
-from loram.model.adapter import Adapter
+from loram.model.adapter import Adapter, add_update_
 from loram.model.architecture import CUTS
 from loram.model.batches import Batch
 from loram.model.checkpoint import EMBEDDING, Checkpoint
@@ -272,13 +272,7 @@ class Stream:
                 continue
             a, b = (factors[part].to(self.device, torch.float32) for part in "AB")
             scaling = self.adapter.scaling(f"model.layers.{index}.{linear}")
-
-            def add(
-                _: nn.Module, args: Any, output: Tensor, a: Tensor = a, b: Tensor = b, s: float = scaling
-            ) -> Tensor:
-                return (output + (args[0].to(a.dtype) @ a.T @ b.T) * s).to(output.dtype)
-
-            handles.append(self._layers[index].get_submodule(linear).register_forward_hook(add))
+            handles.append(add_update_(self._layers[index].get_submodule(linear), a, b, scaling))
         return handles
 
     @contextlib.contextmanager

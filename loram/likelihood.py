@@ -1,0 +1,85 @@
+"""How likely a model finds rows of tokens: in memory, or streamed from disk one decoder layer at a time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loram.model.adapter import Adapter
+from loram.model.batches import Batch, make_batches
+from loram.model.checkpoint import Checkpoint
+from loram.model.device import compute_dtype
+from loram.model.pruned import load_model
+from loram.model.streaming import BATCH_TOKENS, Stream
+from loram.progress import track
+
+_LOGITS_BYTES = 1 << 28
+
+
+def loaded_loss(
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    device: torch.device,
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]],
+) -> tuple[float, int, int]:
+    """Load a model, with an adapter read by PEFT, and score rows.
+
+    Returns:
+        Summed loss in nats, tokens in the loss, parameters of the model.
+    """
+    model, parameters = _load(checkpoint, device)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter.folder))
+        parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
+    total, count = model_loss(model.to(device).eval(), input_ids, labels)
+    return total, count, parameters
+
+
+def _load(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]:
+    """(model, its parameters: those in 4 bits counted as what they stand for)."""
+    dtype = compute_dtype(device)
+    if checkpoint.quantized:
+        from loram.model.nf4 import count_parameters, load_4bit
+
+        packed = load_4bit(checkpoint, device=device, dtype=dtype)
+        return packed, count_parameters(packed)
+    model: Any = load_model(checkpoint, dtype=dtype)
+    return model, sum(parameter.numel() for parameter in model.parameters())
+
+
+def model_loss(model: Any, input_ids: Sequence[list[int]], labels: Sequence[list[int]]) -> tuple[float, int]:
+    """(summed loss in nats, tokens in the loss) of rows under a model that is in memory."""
+    max_tokens = _LOGITS_BYTES // (4 * model.config.vocab_size)
+    batches = make_batches(input_ids, labels, max_tokens=max_tokens)
+    total = sum(_batch_loss(model, batch) for batch in track(batches, "Evaluating"))
+    return total, sum(len(batch.targets) for batch in batches)
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _batch_loss(model: Any, batch: Batch) -> float:
+    """Summed negative log-likelihood of the wanted tokens, in nats, accumulated in float64."""
+    output = model(input_ids=batch.ids.to(model.device), attention_mask=batch.real.to(model.device), use_cache=False)
+    logits = output.logits[batch.wanted.to(model.device)].float()
+    # On a CPU torch's float32 log_softmax over a vocabulary is off by 1e-5, its logsumexp by 1e-6 at most.
+    targets = logits.gather(1, batch.targets.to(model.device)[:, None])[:, 0]
+    return float((logits.logsumexp(1) - targets).double().sum())
+
+
+def streamed_loss(
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    device: torch.device,
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]],
+) -> tuple[float, int, int]:
+    """As `loaded_loss`, with one decoder layer in memory at a time."""
+    batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS)
+    stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), adapter=adapter)
+    for _ in stream.forward():
+        pass
+    total = -sum(float(found.double().sum()) for found in stream.log_probs())
+    added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
+    return total, stream.predicted, stream.parameters + added
