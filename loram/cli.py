@@ -387,21 +387,69 @@ def align(
 @app.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="config.json, model folder or hub id.", show_default=False)],
-    ratio: Ratio,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of heads and channels to remove (default: none).", show_default=False)
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Find the least ratio that trains in this: 12GiB, 24GB.", show_default=False)
+    ] = None,
     keep_first: KeepFirst = 4,
     keep_last: KeepLast = 2,
+    load_in_4bit: Annotated[
+        bool | None,
+        typer.Option(
+            "--load-in-4bit/--no-load-in-4bit", help="Frozen weights in NF4 (default: no; with --memory what it takes)."
+        ),
+    ] = None,
+    offload_embedding: Annotated[
+        bool, typer.Option("--offload-embedding", help="With that, the embedding in host memory.")
+    ] = False,
+    lora_r: Annotated[int | None, typer.Option(help="Rank (default 8).")] = None,
+    lora_target_modules: Annotated[
+        list[str] | None, typer.Option(help="Repeatable (default: all seven linears of a layer; lm_head if asked).")
+    ] = None,
+    lora_dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (default float32).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row (default 512).")] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Default 4.")] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Default 1.")] = None,
+    optim: Annotated[
+        str | None, typer.Option(help="adamw_torch_fused, adamw_torch, adamw_8bit or paged_adamw_8bit.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing", help="Keep layers' inputs only (default: on cuda)."
+        ),
+    ] = None,
+    activation_offloading: Annotated[
+        bool | None,
+        typer.Option(
+            "--activation-offloading/--no-activation-offloading",
+            help="Keep those in host memory (default: on cuda in 4 bits).",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu (default cuda).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Count parameters before and after pruning, from config.json alone."""
-    from loram.estimate import estimate as stage
+    """Say what pruning saves and what training takes, from config.json alone; or find what fits into --memory."""
+    from loram.estimate.show import command
 
-    found = stage(model, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
-    kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in found.units.items())
-    text = (
-        f"{found.parameters:,} -> {found.pruned_parameters:,} parameters ({found.parameter_reduction:.2f}x fewer)\n"
-        f"{found.pruned_layers} layers keep {kept} each"
-    )
-    typer.echo(found.model_dump_json() if as_json else text)
+    options: dict[str, Any] = {
+        "keep_first": keep_first,
+        "keep_last": keep_last,
+        "offload_embedding": offload_embedding,
+        "lora_r": lora_r,
+        "lora_target_modules": lora_target_modules or None,
+        "lora_dtype": lora_dtype,
+        "max_length": max_length,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "optim": optim,
+        "gradient_checkpointing": gradient_checkpointing,
+        "activation_offloading": activation_offloading,
+        "device": device,
+    }
+    typer.echo(command(model, ratio, memory, load_in_4bit, options, as_json=as_json))
 
 
 @app.command()

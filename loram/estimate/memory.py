@@ -1,0 +1,170 @@
+"""Peak memory of a training: what is held throughout, and the largest of the moments of a step."""
+
+from collections.abc import Iterator
+from itertools import accumulate
+from math import prod
+
+from pydantic import BaseModel, ConfigDict
+
+from loram.estimate.activations import (
+    CHUNK_TOKENS,
+    Sizes,
+    layer_input,
+    offloaded_stash,
+    saved_around_layers,
+    saved_by_layer,
+)
+from loram.estimate.settings import OPTIMIZERS, Settings
+from loram.estimate.shapes import Layer, Model
+from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes
+
+CONTEXT = 1 << 29  # of CUDA and its libraries on a GPU; it depends on driver and card and cannot be counted
+_FLOAT32 = 4
+
+
+class TrainingMemory(BaseModel):
+    """Bytes at the moment of a training step that takes most, all on the device that trains.
+
+    Args:
+        moment: which one that is.
+        weights: the frozen model.
+        constants: what NF4 weights need beside their 4 bits.
+        adapter, gradients, optimizer: of what is trained. Gradients are those there are at that moment.
+        activations: kept from forward for backward.
+        recomputation: one checkpointed layer's activations while it is worked out again, and gradients inside a layer.
+        logits: of a chunk of tokens, with softmax and gradient.
+        scratch: the largest 4-bit weight in use, dequantised.
+        context: of CUDA; a rule of thumb.
+        pageable: the part of `optimizer` that may go to host memory when the GPU is short.
+        host: in host memory beside all that: an offloaded embedding and offloaded activations.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    moment: str
+    weights: int
+    constants: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    recomputation: int = 0
+    logits: int = 0
+    scratch: int = 0
+    context: int
+    pageable: int
+    host: int
+    total: int
+
+
+class _Moment(BaseModel):
+    """What is there at one moment on top of what is held throughout."""
+
+    name: str
+    gradients: int = 0
+    activations: int = 0
+    recomputation: int = 0
+    logits: int = 0
+    scratch: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.recomputation + self.logits + self.scratch
+
+
+def training_memory(model: Model, settings: Settings) -> TrainingMemory:
+    """Peak memory of training an adapter on a model."""
+    frozen, trained = frozen_bytes(model, settings), sum(factors(model, settings))
+    held = {
+        "weights": frozen.weights,
+        "constants": frozen.constants,
+        "adapter": trained * settings.lora_bytes,
+        "optimizer": optimizer_bytes(model, settings),
+        "context": CONTEXT if settings.device == "cuda" else 0,
+    }
+    most = max(_moments(model, settings), key=lambda moment: moment.total)
+    offloaded = layer_input(model, settings) * model.geometry.num_hidden_layers if settings.activation_offloading else 0
+    return TrainingMemory(
+        moment=most.name,
+        **held,
+        **most.model_dump(exclude={"name"}),
+        pageable=held["optimizer"] if OPTIMIZERS[settings.optim][1] else 0,
+        host=frozen.host + offloaded,
+        total=sum(held.values()) + most.total,
+    )
+
+
+def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
+    """Backward through the loss, backward through each layer from the top, and the optimiser's step."""
+    gradients = _gradients(model, settings)
+    kept = _kept(model, settings)
+    everything = kept[-1] + saved_around_layers(model, settings) + _casts(model, settings)
+    yield from _loss(model, settings, everything, gradients[-1])
+    around = _casts(model, settings)
+    for index, layer in enumerate(model.layers):
+        again = saved_by_layer(model, layer, settings) if settings.gradient_checkpointing else 0
+        yield _Moment(
+            name=f"backward through layer {index}",
+            gradients=gradients[index],
+            activations=kept[index] + around,
+            recomputation=again + _inside(model, layer, settings),
+            scratch=_dequantised(max(map(prod, layer.linears.values())), settings),
+        )
+    yield _Moment(name="the optimiser's step", gradients=gradients[0])
+
+
+def _kept(model: Model, settings: Settings) -> list[int]:
+    """What the layers up to each one keep for backward."""
+    if settings.gradient_checkpointing:
+        most = offloaded_stash(model) if settings.activation_offloading else len(model.layers)
+        return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
+    return list(
+        accumulate(saved_by_layer(model, layer, settings, first=index == 0) for index, layer in enumerate(model.layers))
+    )
+
+
+def _gradients(model: Model, settings: Settings) -> list[int]:
+    """Gradients there are when backward has done each layer, and, last, when it has done the loss.
+
+    They are there from the start when several micro-batches are accumulated.
+    """
+    sizes = [settings.lora_bytes * parameters for parameters in factors(model, settings)]
+    per_layer = 2 * sum(1 for name in model.layers[0].linears if name.split(".")[1] in settings.lora_target_modules)
+    layers = len(model.layers)
+    if settings.gradient_accumulation_steps > 1:
+        return [sum(sizes)] * (layers + 1)
+    return [sum(sizes[per_layer * index :]) for index in range(layers + 1)]
+
+
+def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterator[_Moment]:
+    """Backward through softmax and through lm_head, for one chunk of tokens.
+
+    Softmax, its gradient and the loss's by it are in float32 at a time; a softcap keeps its tanh besides.
+    """
+    places = settings.per_device_train_batch_size * (settings.max_length - 1)
+    size, hidden = Sizes.of(settings), model.geometry.hidden_size
+    chunk = min(CHUNK_TOKENS, places) * model.geometry.vocab_size
+    capped = model.architecture.model_type == "gemma2" and model.config.get("final_logit_softcapping", 30.0) is not None
+    states = places * hidden * size.value  # the gradient of what the loss reads
+    common = {"gradients": gradients, "activations": kept, "recomputation": states}
+    yield _Moment(name="backward through the loss", **common, logits=chunk * _FLOAT32 * (4 if capped else 3))
+    scratch = _dequantised(model.vocabulary, settings)
+    yield _Moment(name="backward through lm_head", **common, logits=chunk * size.value, scratch=scratch)
+
+
+def _inside(model: Model, layer: Layer, settings: Settings) -> int:
+    """Gradients on their way through a layer: of its output and of its MLP's inside."""
+    size = Sizes.of(settings).value
+    return settings.tokens * size * 2 * (model.geometry.hidden_size + layer.channels)
+
+
+def _dequantised(parameters: int, settings: Settings) -> int:
+    """One 4-bit weight in full precision, with its constants in float32."""
+    return parameters * settings.compute_bytes + parameters // 16 if settings.load_in_4bit else 0
+
+
+def _casts(model: Model, settings: Settings) -> int:
+    """Autocast's 16-bit copies of a float32 adapter, kept from forward for backward."""
+    if settings.device != "cuda" or settings.lora_bytes == 2:
+        return 0
+    return 2 * sum(factors(model, settings))

@@ -1,0 +1,136 @@
+"""Disk that each stage leaves and RAM that it takes at most, when all of it computes on a CPU.
+
+What a stage holds is read off `loram.model.streaming` and the stages themselves, and rounded up; sizes of a layer are
+those of the largest. `benchmarks/streaming.json` has measured peaks to hold these against.
+"""
+
+from math import prod
+
+from pydantic import BaseModel, ConfigDict
+
+from loram.estimate.memory import TrainingMemory
+from loram.estimate.settings import Settings
+from loram.estimate.shapes import Model
+from loram.estimate.weights import factors
+
+IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
+_HIDDEN = 1 << 28  # hidden states in memory: loram.model.streaming.HIDDEN_BYTES
+_BATCH_TOKENS = 2048  # of a micro-batch that is streamed
+_BLOCK = 1 << 26  # of a weight that is copied or merged
+_LOGITS = 1 << 28  # of a batch that is evaluated in memory
+_TOP_K_BYTES = 64 * 6 + 2
+_FLOAT32 = 4
+
+
+class Stage(BaseModel):
+    """What a stage takes.
+
+    Args:
+        name: of the command.
+        disk: bytes that it leaves or needs on disk.
+        memory: bytes of RAM at its peak, the imported libraries included.
+        holds: what that is, in words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    disk: int
+    memory: int
+    holds: str
+
+
+def stages(full: Model, model: Model, settings: Settings, training: TrainingMemory) -> tuple[Stage, ...]:
+    """Every stage of a run, in order; pruning and recovery only where a model is pruned."""
+    pruned = model.units is not None
+    found = [*_prune(full, model), _teach(full)] if pruned else []
+    found.append(_train(model, settings, training))
+    wide, narrow = (4 * sum(factors(of, settings)) for of in (full, model))
+    if pruned:
+        found.append(
+            Stage(name="recover", disk=wide, memory=IMPORTS + narrow + wide, holds="both adapters, in float32")
+        )
+    merged = full.parameters * _file_bytes(full)
+    found.append(
+        Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * _BLOCK, holds="the adapter and some rows")
+    )
+    return (*found, *_evaluate(full, wide))
+
+
+def _prune(full: Model, model: Model) -> list[Stage]:
+    stored, disk = _layer(full, _file_bytes(full)), model.parameters * _file_bytes(full)
+    layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(map(prod, full.layers[0].linears.values()))
+    stream = IMPORTS + _HIDDEN + layer + stored + _working(full)
+    return [
+        Stage(
+            name="prune (magnitude, random)",
+            disk=disk,
+            memory=IMPORTS + 3 * stored,
+            holds="a decoder layer, the next one being read, what is written",
+        ),
+        Stage(
+            name="prune (wanda, flap, activation)",
+            disk=disk,
+            memory=max(stream, _head(full)),
+            holds="a layer in float32, the next one being read, activations",
+        ),
+        Stage(
+            name="prune (taylor)",
+            disk=disk,
+            memory=max(stream + 2 * largest, _head(full)),
+            holds="the same and a weight's gradient",
+        ),
+    ]
+
+
+def _teach(full: Model) -> Stage:
+    return Stage(
+        name="teach",
+        disk=10**6 * _TOP_K_BYTES,
+        memory=_streamed(full),
+        holds="a layer, the next one being read, hidden states, lm_head; disk is of a million tokens",
+    )
+
+
+def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
+    state = training.adapter + training.optimizer
+    if settings.device == "cuda":
+        host = IMPORTS + training.host + training.pageable + 2 * model.vocabulary * 2
+        return Stage(
+            name="train", disk=3 * state, memory=host, holds="what is offloaded, and weights on their way to the GPU"
+        )
+    return Stage(name="train", disk=3 * state, memory=IMPORTS + training.total, holds="all of the table above")
+
+
+def _evaluate(full: Model, adapter: int) -> list[Stage]:
+    held = full.parameters * _FLOAT32 + adapter + 3 * _LOGITS
+    return [
+        Stage(name="eval", disk=0, memory=IMPORTS + held, holds="the full model in float32 (on a GPU half, there)"),
+        Stage(name="eval --stream", disk=0, memory=_streamed(full) + adapter, holds="as teach, and the adapter"),
+    ]
+
+
+def _streamed(full: Model) -> int:
+    layer, stored = _layer(full, _FLOAT32), _layer(full, _file_bytes(full))
+    return max(IMPORTS + _HIDDEN + layer + stored + _working(full), _head(full))
+
+
+def _head(full: Model) -> int:
+    """While lm_head is gone through: it as in the file, a slice of it in float32 and that slice's logits."""
+    return IMPORTS + 2 * _HIDDEN + full.vocabulary * _file_bytes(full) + 4 * _BLOCK
+
+
+def _layer(model: Model, size: int) -> int:
+    return size * max(layer.parameters for layer in model.layers)
+
+
+def _working(full: Model) -> int:
+    """Activations of a micro-batch inside a layer, in float32."""
+    layer = full.layers[0]
+    return _BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)
+
+
+def _file_bytes(model: Model) -> int:
+    """Bytes of a stored weight: as config.json says, else 16 bits."""
+    dtype = model.config.get("dtype", model.config.get("torch_dtype"))
+    return 4 if dtype == "float32" else 2

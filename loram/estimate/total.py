@@ -1,0 +1,171 @@
+"""One estimate: parameters, memory of training, what reduction that is, arithmetic, and every stage's disk and RAM."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from loram.estimate.memory import TrainingMemory, training_memory
+from loram.estimate.settings import Settings, make_settings
+from loram.estimate.shapes import Model, read_config
+from loram.estimate.stages import Stage, stages
+from loram.estimate.weights import adapted, factors, frozen_bytes
+
+
+class Arithmetic(BaseModel):
+    """Floating point operations of training, a token: see `docs/estimate.md` for the formula.
+
+    `times_fewer` is those of LoRA on the full model with the same settings, divided by these.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flops_per_token: int
+    full_flops_per_token: int
+    times_fewer: float
+
+
+class Estimate(BaseModel):
+    """What pruning saves and what training takes.
+
+    Args:
+        ratio: of pruning; None where the full model is trained.
+        parameters, pruned_parameters: exact, embeddings and norms included; `parameter_reduction` is their ratio.
+        pruned_layers: how many layers are narrowed.
+        units: what one of them keeps of each space.
+        adapter_parameters: how many are trained.
+        settings: how training was taken to be.
+        weight_bytes: of the frozen model as it is trained, constants and what is in host memory included.
+        counted_reduction: as the paper counts: parameters x 16 bits before, x 4 (or 16) bits after.
+        real_reduction: the 16-bit full model's bytes over `weight_bytes`.
+        training: bytes at the peak of training.
+        arithmetic: of training.
+        stages: disk and RAM of every stage.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: str
+    ratio: float | None
+    keep_first: int
+    keep_last: int
+    parameters: int
+    pruned_parameters: int
+    parameter_reduction: float
+    pruned_layers: int
+    units: dict[str, int]
+    adapter_parameters: int
+    settings: Settings
+    weight_bytes: int
+    counted_reduction: float
+    real_reduction: float
+    training: TrainingMemory
+    arithmetic: Arithmetic
+    stages: tuple[Stage, ...]
+
+
+def estimate(
+    config: str | Path | Mapping[str, Any],
+    *,
+    ratio: float | None = None,
+    keep_first: int = 4,
+    keep_last: int = 2,
+    load_in_4bit: bool = False,
+    offload_embedding: bool = False,
+    lora_r: int | None = None,
+    lora_target_modules: Sequence[str] | None = None,
+    lora_dtype: str | None = None,
+    max_length: int | None = None,
+    per_device_train_batch_size: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    optim: str | None = None,
+    gradient_checkpointing: bool | None = None,
+    activation_offloading: bool | None = None,
+    device: str | None = None,
+) -> Estimate:
+    """Count parameters as LoRAM's tables do (arXiv 2502.13533), and the memory, disk and arithmetic that they take.
+
+    Args:
+        config: a config.json, a folder that has one, a hub id, or the parsed content.
+        ratio, keep_first, keep_last: as for `prune`; without a ratio the full model is trained.
+        load_in_4bit: frozen weights in NF4 with double quantisation, embedding and lm_head too.
+        offload_embedding: with that, the embedding in 16 bits in host memory.
+        lora_r, lora_target_modules, lora_dtype: of the adapter; by default 8, the seven linears, float32.
+        max_length: tokens of the longest row (512).
+        per_device_train_batch_size: rows of a micro-batch (4).
+        gradient_accumulation_steps: micro-batches of a step (1).
+        optim: adamw_torch_fused, adamw_torch, adamw_8bit or paged_adamw_8bit.
+        gradient_checkpointing: keep only each layer's input; by default on a GPU.
+        activation_offloading: keep those in host memory; by default on a GPU with 4-bit weights.
+        device: `cuda` (the default: computes in bfloat16) or `cpu` (in float32).
+
+    Raises:
+        UserError: the config is not there or not of a supported family, or a setting is out of range.
+
+    Example: LLaMA-2-70B at 0.85 has 68,976,648,192 parameters before and 16,272,924,672 after: 4.24 times fewer, and
+    with 4-bit weights 16.95 times as the paper counts.
+    """
+    settings = make_settings(
+        load_in_4bit=load_in_4bit,
+        offload_embedding=offload_embedding,
+        lora_r=lora_r,
+        lora_target_modules=None if lora_target_modules is None else tuple(lora_target_modules),
+        lora_dtype=lora_dtype,
+        max_length=max_length,
+        per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        optim=optim,
+        gradient_checkpointing=gradient_checkpointing,
+        activation_offloading=activation_offloading,
+        device=device,
+    )
+    values, where = read_config(config)
+    return estimate_with(values, where, settings, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
+
+
+def estimate_with(
+    config: Mapping[str, Any], where: str, settings: Settings, *, ratio: float | None, keep_first: int, keep_last: int
+) -> Estimate:
+    """As `estimate`, of a config.json's content and checked settings."""
+    full = Model.of(config, where, None, 0, 0)
+    model = Model.of(config, where, ratio, keep_first, keep_last)
+    weights = frozen_bytes(model, settings).total
+    memory = training_memory(model, settings)
+    flops, full_flops = _flops(model, settings), _flops(full, settings)
+    return Estimate(
+        model_type=full.architecture.model_type,
+        ratio=ratio,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        parameters=full.parameters,
+        pruned_parameters=model.parameters,
+        parameter_reduction=full.parameters / model.parameters,
+        pruned_layers=len(model.narrowed),
+        units=dict(model.units or {space.name: full.geometry.units(space) for space in full.architecture.spaces}),
+        adapter_parameters=sum(factors(model, settings)),
+        settings=settings,
+        weight_bytes=weights,
+        counted_reduction=full.parameters * 16 / (model.parameters * (4 if settings.load_in_4bit else 16)),
+        real_reduction=full.parameters * 2 / weights,
+        training=memory,
+        arithmetic=Arithmetic(flops_per_token=flops, full_flops_per_token=full_flops, times_fewer=full_flops / flops),
+        stages=stages(full, model, settings, memory),
+    )
+
+
+def _flops(model: Model, settings: Settings) -> int:
+    """Of one token: 2 a weight forward and 2 backward, 2 more where forward is done again, 2 for an adapter's gradient.
+
+    lm_head's logits are always worked out again in backward; a lookup in the embedding costs nothing.
+    """
+    again = 2 if settings.gradient_checkpointing else 0
+    layers, head = sum(layer.weights for layer in model.layers), model.vocabulary
+    on_head = settings.lora_r * sum(_head(model)) if "lm_head" in settings.lora_target_modules else 0
+    in_layers = sum(settings.lora_r * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
+    return (4 + again) * layers + 6 * head + (6 + again) * in_layers + 8 * on_head
+
+
+def _head(model: Model) -> tuple[int, int]:
+    """(out_features, in_features) of lm_head."""
+    return model.geometry.vocab_size, model.geometry.hidden_size

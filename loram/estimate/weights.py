@@ -1,0 +1,87 @@
+"""Bytes of what is held from the first step to the last: frozen weights, adapter, optimiser."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+from loram.estimate.settings import OPTIMIZERS, Settings
+from loram.estimate.shapes import Model
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+# of every weight: 16 values of NF4, 256 of the nested constants' code, and their mean, in float32
+_TABLES = 4 * (16 + 256 + 1)
+_SMALLEST_8BIT, _OPTIMIZER_BLOCK = 4096, 256
+_CODES = 2 * 4 * 256  # of both moments, once an optimiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """Bytes of a frozen model: `weights` themselves, their `constants` in NF4, and what waits in `host` memory."""
+
+    weights: int
+    constants: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """All of them, wherever they are."""
+        return self.weights + self.constants + self.host
+
+
+def nf4_bytes(parameters: int) -> tuple[int, int]:
+    """(bytes of the values, bytes of their constants) of one weight in NF4 with double quantisation.
+
+    Half a byte a value; an 8-bit constant a block of 64 values; for every 256 of these one in float32; and tables.
+    That is 0.516 bytes a value. bitsandbytes' own layout, which rounds every block up.
+    """
+    blocks = ceil(parameters / _BLOCK)
+    return ceil(parameters / 2), blocks + 4 * ceil(blocks / _NESTED_BLOCK) + _TABLES
+
+
+def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
+    """Bytes of the frozen weights; a tied lm_head is the embedding, in 4 bits too."""
+    geometry, size = model.geometry, settings.compute_bytes
+    if not settings.load_in_4bit:
+        return WeightBytes(weights=model.parameters * size, constants=0, host=0)
+    quantised = [prod(shape) for layer in model.layers for shape in layer.linears.values()]
+    tables = 1 if settings.offload_embedding or geometry.tie_word_embeddings else 2
+    quantised += [model.vocabulary] * tables
+    kept = sum(layer.biases + layer.norm_values for layer in model.layers) + geometry.hidden_size
+    found = [nf4_bytes(parameters) for parameters in quantised]
+    host = model.vocabulary * 2 if settings.offload_embedding else 0  # as in the file, which is usually in 16 bits
+    return WeightBytes(
+        weights=sum(values for values, _ in found) + kept * size,
+        constants=sum(constants for _, constants in found),
+        host=host,
+    )
+
+
+def adapted(model: Model, settings: Settings) -> Iterator[tuple[int, int]]:
+    """(out_features, in_features) of every linear that has an adapter."""
+    for layer in model.layers:
+        for name, shape in layer.linears.items():
+            if name.split(".")[1] in settings.lora_target_modules:
+                yield shape
+    if "lm_head" in settings.lora_target_modules:
+        yield model.geometry.vocab_size, model.geometry.hidden_size
+
+
+def factors(model: Model, settings: Settings) -> Iterator[int]:
+    """Parameters of every trained tensor: lora_A and lora_B of each adapted linear."""
+    for rows, columns in adapted(model, settings):
+        yield settings.lora_r * columns
+        yield settings.lora_r * rows
+
+
+def optimizer_bytes(model: Model, settings: Settings) -> int:
+    """Bytes of AdamW's two moments, in the adapter's dtype or in 8 bits; small tensors are never in 8 bits."""
+    if not OPTIMIZERS[settings.optim][0]:
+        return 2 * settings.lora_bytes * sum(factors(model, settings))
+    total, any_8bit = 0, False
+    for parameters in factors(model, settings):
+        if parameters < _SMALLEST_8BIT:
+            total += 2 * 4 * parameters
+        else:
+            total += 2 * (parameters + 4 * ceil(parameters / _OPTIMIZER_BLOCK))
+            any_8bit = True
+    return total + (_CODES if any_8bit else 0)
