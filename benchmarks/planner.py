@@ -1,0 +1,179 @@
+"""What `loram estimate` predicts that a training takes, beside what it takes.
+
+Trains a few steps on rows of exactly `max_length` tokens, each configuration in a process of its own, and compares the
+peak with the prediction: on a CPU the growth of the process's resident memory from just before the model is loaded, on
+a GPU what torch allocated there at most. For that freed memory is handed back to the system at once on a CPU
+(`return_freed_memory_`). A training itself keeps it, which is faster and takes more: `--allocator kept` measures that.
+
+    python benchmarks/planner.py --model models/SmolLM2-135M-Instruct --dataset long_text.txt --output-dir runs/planner
+
+Prints a table and writes planner.json beside this script. A second call does only what is missing there.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STEPS = 2  # the second has the optimiser's state from its beginning
+RESULTS = Path(__file__).with_suffix(".json")
+LM_HEAD = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+# name -> options of `loram.estimate`
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "full": {"per_device_train_batch_size": 4, "max_length": 512},
+    "full, checkpointing": {"per_device_train_batch_size": 8, "max_length": 512, "gradient_checkpointing": True},
+    "full, r 64, lm_head": {
+        "per_device_train_batch_size": 4,
+        "max_length": 256,
+        "lora_r": 64,
+        "lora_target_modules": LM_HEAD,
+    },
+    "0.5": {"ratio": 0.5, "per_device_train_batch_size": 4, "max_length": 512},
+    "0.5, long rows": {"ratio": 0.5, "per_device_train_batch_size": 1, "max_length": 2048},
+    "0.65": {"ratio": 0.65, "per_device_train_batch_size": 4, "max_length": 512},
+    "0.65, checkpointing": {
+        "ratio": 0.65,
+        "per_device_train_batch_size": 8,
+        "max_length": 512,
+        "gradient_checkpointing": True,
+    },
+    "0.65, lm_head": {
+        "ratio": 0.65,
+        "per_device_train_batch_size": 4,
+        "max_length": 512,
+        "lora_target_modules": LM_HEAD,
+    },
+    "0.65, r 64": {"ratio": 0.65, "per_device_train_batch_size": 4, "max_length": 512, "lora_r": 64},
+}
+IN_4BIT = {
+    "full, 4 bits": {**CONFIGURATIONS["full"], "load_in_4bit": True},
+    "0.65, 4 bits": {**CONFIGURATIONS["0.65"], "load_in_4bit": True},
+    "0.65, 4 bits, checkpointing": {**CONFIGURATIONS["0.65, checkpointing"], "load_in_4bit": True},
+}
+
+
+def stage_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The same as options of `loram.train`."""
+    lora = {"lora_r": "r", "lora_target_modules": "target_modules"}
+    ours = ("load_in_4bit", "offload_embedding", "lora_dtype")
+    trainer = {key: value for key, value in options.items() if key not in (*lora, *ours, "ratio", "device")}
+    return {
+        "lora": {name: options[key] for key, name in lora.items() if key in options},
+        "trainer": {"max_steps": STEPS, "save_strategy": "no", **trainer},
+        **{key: options[key] for key in ours if key in options},
+    }
+
+
+def measure(model: str, dataset: str, out: str, options: dict[str, Any], allocator: str) -> dict[str, float]:
+    """Train in this process; bytes at the peak since just before the model was loaded, and seconds."""
+    import torch
+
+    for module in ("peft", "trl", "trl.trainer.sft_trainer", "bitsandbytes", "bitsandbytes.optim"):
+        importlib.import_module(module)  # its memory is not the training's
+    from loram.model import device
+
+    stage: Any = importlib.import_module("loram.train")
+    if allocator == "returned":
+        stage.keep_freed_memory_ = device.return_freed_memory_
+    fit, found = stage._fit, {}
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        device.reset_peak_rss()
+        before, started = _resident(), time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        result = fit(*args, **kwargs)
+        found["seconds"] = time.perf_counter() - started
+        found["measured"] = device.peak_rss() - before
+        if torch.cuda.is_available():
+            found["measured"] = torch.cuda.max_memory_allocated()
+            found["reserved"] = torch.cuda.max_memory_reserved()
+        return result
+
+    stage._fit = measured
+    stage.train(model, out, data=dataset, device=options["device"], **stage_options(options))
+    return found
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def predict(config: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The planner's answer, less CUDA's own memory, which torch does not count."""
+    from loram.estimate import estimate
+
+    memory = estimate(config, **options).training
+    return {"predicted": memory.total - memory.context, "moment": memory.moment}
+
+
+def in_process(given: argparse.Namespace, model: str, name: str, options: dict[str, Any]) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    out = Path(given.output_dir) / f"adapter-{name.replace(', ', '-').replace(' ', '-')}"
+    arguments = [model, given.dataset, str(out), json.dumps(options), given.allocator]
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def pruned(given: argparse.Namespace, ratio: float | None) -> str:
+    """The model pruned at a ratio."""
+    if ratio is None:
+        return str(given.model)
+    out = Path(given.output_dir) / f"pruned-{ratio}"
+    if not out.exists():
+        command = [sys.executable, "-m", "loram", "prune", given.model, str(out), "--ratio", str(ratio)]
+        subprocess.run([*command, "--criterion", "magnitude"], check=True, stdout=subprocess.DEVNULL)
+    return str(out)
+
+
+def show(rows: dict[str, Any]) -> None:
+    print(f"{'configuration':<42}{'predicted':>12}{'measured':>12}{'error':>9}{'seconds':>9}")
+    for name, row in rows.items():
+        error = 100 * (row["predicted"] / row["measured"] - 1)
+        print(
+            f"{name:<42}{row['predicted'] / 1e6:>9,.0f} MB{row['measured'] / 1e6:>9,.0f} MB{error:>+8.1f}%"
+            f"{row['seconds']:>9.0f}"
+        )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        model, dataset, out, options, allocator = sys.argv[2:]
+        print(json.dumps(measure(model, dataset, out, json.loads(options), allocator)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the full model")
+    parser.add_argument("--dataset", required=True, help="a .txt file, long enough for rows of full length")
+    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--allocator", default="returned", choices=("returned", "kept"), help="of a CPU")
+    parser.add_argument("--only", nargs="*", help="names of configurations")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    results: dict[str, Any] = json.loads(given.results.read_text()) if given.results.exists() else {}
+    key = given.device if given.device == "cuda" else f"cpu, memory {given.allocator}"
+    rows = results.setdefault(key, {})
+    for name, chosen in {**CONFIGURATIONS, **IN_4BIT}.items():
+        if given.only and name not in given.only:
+            continue
+        options = {**chosen, "device": given.device}
+        if name not in rows:
+            rows[name] = in_process(given, pruned(given, chosen.get("ratio")), name, options)
+        rows[name] |= predict(given.model, options)
+        given.results.write_text(json.dumps(results, indent=2) + "\n")
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
