@@ -26,35 +26,32 @@ RESULTS = Path(__file__).with_suffix(".json")
 LM_HEAD = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 # name -> options of `loram.estimate`
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "full": {"per_device_train_batch_size": 4, "max_length": 512},
-    "full, checkpointing": {"per_device_train_batch_size": 8, "max_length": 512, "gradient_checkpointing": True},
+    "full": {"per_device_train_batch_size": 2, "max_length": 512},
+    "full, checkpointing": {"per_device_train_batch_size": 4, "max_length": 512, "gradient_checkpointing": True},
     "full, r 64, lm_head": {
         "per_device_train_batch_size": 4,
         "max_length": 256,
         "lora_r": 64,
         "lora_target_modules": LM_HEAD,
     },
-    "0.5": {"ratio": 0.5, "per_device_train_batch_size": 4, "max_length": 512},
-    "0.5, long rows": {"ratio": 0.5, "per_device_train_batch_size": 1, "max_length": 2048},
-    "0.65": {"ratio": 0.65, "per_device_train_batch_size": 4, "max_length": 512},
+    "0.5": {"ratio": 0.5, "per_device_train_batch_size": 4, "max_length": 256},
+    "0.5, long row": {"ratio": 0.5, "per_device_train_batch_size": 1, "max_length": 1536},
+    "0.65": {"ratio": 0.65, "per_device_train_batch_size": 2, "max_length": 512},
     "0.65, checkpointing": {
-        "ratio": 0.65,
-        "per_device_train_batch_size": 8,
-        "max_length": 512,
-        "gradient_checkpointing": True,
-    },
-    "0.65, lm_head": {
         "ratio": 0.65,
         "per_device_train_batch_size": 4,
         "max_length": 512,
+        "gradient_checkpointing": True,
+    },
+    "0.65, r 64": {"ratio": 0.65, "per_device_train_batch_size": 2, "max_length": 512, "lora_r": 64},
+    "0.65, lm_head": {
+        "ratio": 0.65,
+        "per_device_train_batch_size": 2,
+        "max_length": 512,
         "lora_target_modules": LM_HEAD,
     },
-    "0.65, r 64": {"ratio": 0.65, "per_device_train_batch_size": 4, "max_length": 512, "lora_r": 64},
-}
-IN_4BIT = {
-    "full, 4 bits": {**CONFIGURATIONS["full"], "load_in_4bit": True},
-    "0.65, 4 bits": {**CONFIGURATIONS["0.65"], "load_in_4bit": True},
-    "0.65, 4 bits, checkpointing": {**CONFIGURATIONS["0.65, checkpointing"], "load_in_4bit": True},
+    "full, 4 bits": {"per_device_train_batch_size": 2, "max_length": 512, "load_in_4bit": True},
+    "0.65, 4 bits": {"ratio": 0.65, "per_device_train_batch_size": 2, "max_length": 512, "load_in_4bit": True},
 }
 
 
@@ -149,8 +146,8 @@ def show(rows: dict[str, Any]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        model, dataset, out, options, allocator = sys.argv[2:]
-        print(json.dumps(measure(model, dataset, out, json.loads(options), allocator)))
+        model, dataset, out, chosen_options, allocator = sys.argv[2:]
+        print(json.dumps(measure(model, dataset, out, json.loads(chosen_options), allocator)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the full model")
@@ -164,7 +161,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(given.results.read_text()) if given.results.exists() else {}
     key = given.device if given.device == "cuda" else f"cpu, memory {given.allocator}"
     rows = results.setdefault(key, {})
-    for name, chosen in {**CONFIGURATIONS, **IN_4BIT}.items():
+    for name, chosen in CONFIGURATIONS.items():
         if given.only and name not in given.only:
             continue
         options = {**chosen, "device": given.device}
