@@ -14,6 +14,7 @@ from bitsandbytes.nn import Params4bit
 from bitsandbytes.optim import AdamW8bit
 from conftest import FAMILIES, ODDITIES, SIZES
 from peft import LoraConfig, get_peft_model
+from pydantic import BaseModel
 from test_estimate import LLAMA_70B
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,9 +29,18 @@ from loram.estimate.size import parse_size, show_size
 from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes
 from loram.loss import CHUNK_TOKENS as CHUNK_OF_THE_LOSS
 from loram.loss import chunked_cross_entropy
+from loram.model.checkpoint import open_model
+from loram.model.nf4 import load_4bit, nbytes
+from loram.options import LORA_DEFAULTS, TRAINER_DEFAULTS, TrainOptions, build_configs, check_options
+from loram.recipe import PruneSection, TrainSection
 
 LLAMA_31_70B = {**LLAMA_70B, "vocab_size": 128256}
 GIB = 1 << 30
+
+
+class RecipeOfATest(BaseModel):
+    prune: PruneSection
+    train: TrainSection
 
 
 def tiny(family: str, **changes: Any) -> Any:
@@ -64,6 +74,22 @@ def test_bytes_in_4_bits_are_bitsandbytes_own(family: str, tied: bool) -> None:
     )
     settings = make_settings(device="cpu", load_in_4bit=True)
     assert frozen_bytes(sizes_of(model), settings).total == expected
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_in_4_bits_is_as_large_as_it_is_loaded(
+    family: str, offload: bool, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    loram.prune(tiny_models[family], tmp_path / "out", ratio=0.7, criterion="random", keep_first=1, keep_last=2)
+    cpu = torch.device("cpu")
+    model: Any = load_4bit(open_model(tmp_path / "out"), device=cpu, dtype=torch.float32, offload_embedding=offload)
+    config = json.loads((tiny_models[family] / "config.json").read_text())
+    settings = make_settings(device="cpu", load_in_4bit=True, offload_embedding=offload)
+    found = frozen_bytes(Model.of(config, "config", 0.7, 1, 2), settings)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    in_float32 = found.host  # the tiny files are; large ones are in 16 bits
+    assert found.total + in_float32 == nbytes(model) - buffers
 
 
 def test_an_offloaded_embedding_is_in_host_memory() -> None:
@@ -303,7 +329,19 @@ def test_the_recipes_lines() -> None:
             "trainer": {"max_length": 512, "per_device_train_batch_size": 1},
         },
     }
+    assert RecipeOfATest.model_validate(yaml.safe_load(found.recipe)).train.load_in_4bit
     assert "prune" not in yaml.safe_load(fit(LLAMA_31_70B, 400 * GIB).recipe)
+
+
+def test_the_defaults_are_those_of_training() -> None:
+    settings = make_settings(device="cpu")
+    assert settings.lora_target_modules == tuple(LORA_DEFAULTS["target_modules"])
+    assert settings.lora_r == LORA_DEFAULTS["r"]
+    for name in ("max_length", "per_device_train_batch_size"):
+        assert getattr(settings, name) == TRAINER_DEFAULTS[name]
+    _, arguments = build_configs(check_options(TrainOptions()), torch.device("cpu"))
+    for name in ("optim", "gradient_accumulation_steps", "activation_offloading"):
+        assert getattr(settings, name) == getattr(arguments, name)
 
 
 def test_nothing_fits() -> None:
