@@ -2,8 +2,9 @@
 
 Trains a few steps on rows of exactly `max_length` tokens, each configuration in a process of its own, and compares the
 peak with the prediction: on a CPU the growth of the process's resident memory from just before the model is loaded, on
-a GPU what torch allocated there at most. For that freed memory is handed back to the system at once on a CPU
-(`return_freed_memory_`). A training itself keeps it, which is faster and takes more: `--allocator kept` measures that.
+a GPU what torch allocated there at most. For that the C library gives every tensor pages of its own on a CPU and takes
+them back at once, so that resident is what is in use. A training itself keeps freed memory, which is faster, and the
+holes in it add up: `--allocator kept` measures that.
 
     python benchmarks/planner.py --model models/SmolLM2-135M-Instruct --dataset long_text.txt --output-dir runs/planner
 
@@ -15,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -77,7 +79,7 @@ def measure(model: str, dataset: str, out: str, options: dict[str, Any], allocat
 
     stage: Any = importlib.import_module("loram.train")
     if allocator == "returned":
-        stage.keep_freed_memory_ = device.return_freed_memory_
+        stage.keep_freed_memory_ = lambda: None
     fit, found = stage._fit, {}
 
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -94,8 +96,12 @@ def measure(model: str, dataset: str, out: str, options: dict[str, Any], allocat
             found["reserved"] = torch.cuda.max_memory_reserved()
         return result
 
-    stage._fit = measured
-    stage.train(model, out, data=dataset, device=options["device"], **stage_options(options))
+    # Once at hardly any size first: what the libraries load and set up when first used is not the training's.
+    small = {**options, "max_length": 16, "per_device_train_batch_size": 1}
+    for chosen in (small, options):
+        shutil.rmtree(out, ignore_errors=True)
+        stage.train(model, out, data=dataset, device=options["device"], **stage_options(chosen))
+        stage._fit = measured
     return found
 
 
@@ -116,8 +122,13 @@ def in_process(given: argparse.Namespace, model: str, name: str, options: dict[s
     """`measure` in a process of its own."""
     out = Path(given.output_dir) / f"adapter-{name.replace(', ', '-').replace(' ', '-')}"
     arguments = [model, given.dataset, str(out), json.dumps(options), given.allocator]
+    pages = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)} if given.allocator == "returned" else {}
     done = subprocess.run(
-        [sys.executable, __file__, "--measure", *arguments], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, __file__, "--measure", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, **pages},
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
