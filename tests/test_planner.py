@@ -319,6 +319,12 @@ def test_4_bits_come_before_pruning_unless_refused() -> None:
     assert not fit(LLAMA_70B, 400 * GIB).estimate.settings.load_in_4bit
 
 
+def test_an_offloaded_embedding_asks_for_4_bits() -> None:
+    found = fit(LLAMA_70B, 400 * GIB, offload_embedding=True)
+    assert found.estimate.settings.load_in_4bit
+    assert yaml.safe_load(found.recipe)["train"]["offload_embedding"]
+
+
 def test_the_recipes_lines() -> None:
     found = fit(LLAMA_31_70B, 12 * GIB, per_device_train_batch_size=1, lora_r=16, keep_first=2)
     assert yaml.safe_load(found.recipe) == {

@@ -56,15 +56,12 @@ def fit(
         UserError: nothing fits (says how near the smallest comes), or what `estimate` raises.
     """
     values, where = read_config(config)
+    if load_in_4bit is None and options.get("offload_embedding"):
+        load_in_4bit = True  # it is of no use in 16 bits
     nearest: Estimate | None = None
-    for ratio, in_4bit in _candidates(load_in_4bit or options.get("offload_embedding") or load_in_4bit):
+    for ratio, in_4bit in _candidates(load_in_4bit):
         settings = make_settings(load_in_4bit=in_4bit, **options)
-        try:
-            found = estimate_with(values, where, settings, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
-        except UserError:
-            if ratio is None or ratio < 0.5:  # a wrong config or layer range; else nothing is left at this ratio
-                raise
-            continue
+        found = estimate_with(values, where, settings, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
         if found.training.total <= memory:
             return Fit(memory=memory, estimate=found, recipe=recipe_lines(found, options))
         if nearest is None or found.training.total < nearest.training.total:
