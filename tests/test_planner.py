@@ -17,18 +17,22 @@ from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel
 from test_estimate import LLAMA_70B
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram import cli
 from loram.estimate.activations import CHUNK_TOKENS, saved_around_layers, saved_by_layer
 from loram.estimate.fit import GRID, Fit, fit
-from loram.estimate.settings import LINEARS, make_settings
+from loram.estimate.memory import training_memory
+from loram.estimate.settings import LINEARS, Settings, make_settings
 from loram.estimate.shapes import Model
 from loram.estimate.size import parse_size, show_size
 from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes
 from loram.loss import CHUNK_TOKENS as CHUNK_OF_THE_LOSS
-from loram.loss import chunked_cross_entropy
+from loram.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.model.checkpoint import open_model
 from loram.model.nf4 import load_4bit, nbytes
 from loram.options import LORA_DEFAULTS, TRAINER_DEFAULTS, TrainOptions, build_configs, check_options
@@ -216,6 +220,76 @@ def test_the_loss_saves_what_it_reads_only() -> None:
     places = 2 * 699
     indices_and_targets = 3 * places * 8
     assert saved.bytes <= places * 8 * 4 + indices_and_targets + 64
+
+
+class Live(TorchDispatchMode):  # type: ignore[misc]
+    """Bytes of all tensors that are alive, each storage once, after every operation; and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[Any, int]] = {}
+        self.peak = 0
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
+    """Bytes of all tensors at the peak of a training's steps."""
+    use_chunked_loss_(model)
+    wrapped = adapted(model, settings.lora_r, settings.lora_target_modules)
+    if settings.gradient_checkpointing:
+        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    live = Live()
+    for tensor in [*wrapped.parameters(), *wrapped.buffers()]:
+        live.add(tensor)
+        if state := getattr(tensor, "quant_state", None):
+            for constant in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code):
+                live.add(constant)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], fused=True)
+    with live:
+        for _ in range(steps):
+            for _ in range(settings.gradient_accumulation_steps):
+                ids = torch.randint(0, SIZES["vocab_size"], (settings.per_device_train_batch_size, settings.max_length))
+                wrapped(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "gradient_checkpointing": True},
+        {"lora_r": 32, "max_length": 64, "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_peak_is_that_of_all_tensors_alive(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Of a real training's steps, allocator aside; what happens inside one operation is not seen."""
+    model = tiny(family, vocab_size=1000, hidden_size=64, intermediate_size=170, max_position_embeddings=512)
+    config = model.config.to_dict()
+    settings = make_settings(**{"device": "cpu", "per_device_train_batch_size": 2, "max_length": 120, **options})
+    if settings.load_in_4bit:
+        model.save_pretrained(tmp_path)
+        model = load_4bit(open_model(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    predicted = training_memory(Model.of(config, "config", None, 0, 0), settings).total
+    assert live_peak(model, settings) == pytest.approx(predicted, rel=0.03)
 
 
 @pytest.mark.parametrize(

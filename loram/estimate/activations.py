@@ -47,18 +47,29 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     """
     size, hidden, tokens = Sizes.of(settings), model.geometry.hidden_size, settings.tokens
     targets = [name for name in layer.linears if name.split(".")[1] in settings.lora_target_modules]
-    adapters = sum(
-        layer.linears[name][1] * (size.mask + size.adapted) + settings.lora_r * size.adapted for name in targets
-    )
-    mlp = 3 * layer.channels * size.value  # gate, act(gate), up
-    norms = layer.norms * (hidden + 1) * _FLOAT32  # the input and 1 / its length
+    per_token = layer.norms * (hidden + 1) * _FLOAT32  # the input and 1 / its length
+    per_token += sum(_by_adapter(layer, name, settings, size) for name in targets)
+    per_token += 3 * layer.channels * size.value  # gate, act(gate), up
     if layer.head_norms:
-        norms += (layer.queries + layer.heads + layer.keys + layer.kv_heads) * _FLOAT32
-    per_token = adapters + mlp + norms
+        per_token += (layer.queries + layer.heads + layer.keys + layer.kv_heads) * _FLOAT32
     if first:
         readers = [name for name in targets if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
         per_token -= (hidden + 1) * _FLOAT32 + len(readers) * hidden * size.mask
     return tokens * per_token + _attention(model, layer, settings, size) + _norm_weights(model, layer, first)
+
+
+def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
+    """The part of it that backward has freed when it comes to attention."""
+    size = Sizes.of(settings)
+    targets = [name for name in layer.linears if name[:4] == "mlp." and name[4:] in settings.lora_target_modules]
+    norms = (layer.norms - 1) * (model.geometry.hidden_size + 1) * _FLOAT32  # all but the one before attention
+    adapters = sum(_by_adapter(layer, name, settings, size) for name in targets)
+    return settings.tokens * (norms + adapters + 3 * layer.channels * size.value)
+
+
+def _by_adapter(layer: Layer, name: str, settings: Settings, size: Sizes) -> int:
+    """A token's bytes for one adapted linear: dropout's mask, what lora_A reads, what lora_B reads."""
+    return layer.linears[name][1] * (size.mask + size.adapted) + settings.lora_r * size.adapted
 
 
 def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> int:

@@ -13,6 +13,7 @@ from loram.estimate.activations import (
     offloaded_stash,
     saved_around_layers,
     saved_by_layer,
+    saved_by_mlp,
 )
 from loram.estimate.settings import OPTIMIZERS, Settings
 from loram.estimate.shapes import Layer, Model
@@ -153,9 +154,19 @@ def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterat
 
 
 def _inside(model: Model, layer: Layer, settings: Settings) -> int:
-    """Gradients on their way through a layer: of its output and of its MLP's inside."""
-    size = Sizes.of(settings).value
-    return settings.tokens * size * 2 * (model.geometry.hidden_size + layer.channels)
+    """Beyond what a layer has saved, at most, on the way back through it.
+
+    At the MLP's end: the gradient of the layer's output, twice more on its way to lora_B, and that of the channels; on a
+    GPU with 16-bit weights the latter in float32 besides, which PEFT casts to. Where attention weights are kept they have
+    two gradients, of softmax's output and input, when the MLP's part has been freed.
+    """
+    size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
+    cast = _FLOAT32 if settings.device == "cuda" and not settings.load_in_4bit else 0
+    in_mlp = tokens * (3 * hidden * size + layer.channels * (size + cast))
+    if model.architecture.model_type != "gemma2":
+        return in_mlp
+    weights = 2 * tokens * settings.max_length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
+    return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
 
 
 def _dequantised(parameters: int, settings: Settings) -> int:
