@@ -267,7 +267,7 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -279,10 +279,10 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 def test_the_peak_is_that_of_all_tensors_alive(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Of a real training's steps, allocator aside; what happens inside one operation is not seen."""
-    model = tiny(family, vocab_size=1000, hidden_size=64, intermediate_size=170, max_position_embeddings=512)
+    model = tiny(family, vocab_size=1000, hidden_size=64, intermediate_size=170, num_hidden_layers=3)
     config = model.config.to_dict()
     settings = make_settings(**{"device": "cpu", "per_device_train_batch_size": 2, "max_length": 120, **options})
     if settings.load_in_4bit:

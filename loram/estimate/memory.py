@@ -156,9 +156,9 @@ def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterat
 def _inside(model: Model, layer: Layer, settings: Settings) -> int:
     """Beyond what a layer has saved, at most, on the way back through it.
 
-    At the MLP's end: the gradient of the layer's output, twice more on its way to lora_B, and that of the channels; on a
-    GPU with 16-bit weights the latter in float32 besides, which PEFT casts to. Where attention weights are kept they have
-    two gradients, of softmax's output and input, when the MLP's part has been freed.
+    At the MLP's end: the gradient of the layer's output, twice more on its way to lora_B, and that of the channels;
+    on a GPU with 16-bit weights the latter in float32 besides, which PEFT casts to. Where attention weights are kept
+    they have two gradients, of softmax's output and input, when the MLP's part has been freed.
     """
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
     cast = _FLOAT32 if settings.device == "cuda" and not settings.load_in_4bit else 0
