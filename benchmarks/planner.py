@@ -53,6 +53,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "lora_target_modules": LM_HEAD,
     },
     "full, 4 bits": {"per_device_train_batch_size": 2, "max_length": 512, "load_in_4bit": True},
+    "0.5, 4 bits": {"ratio": 0.5, "per_device_train_batch_size": 2, "max_length": 512, "load_in_4bit": True},
     "0.65, 4 bits": {"ratio": 0.65, "per_device_train_batch_size": 2, "max_length": 512, "load_in_4bit": True},
 }
 
