@@ -2,9 +2,7 @@
 
 Trains a few steps on rows of exactly `max_length` tokens, each configuration in a process of its own, and compares the
 peak with the prediction: on a CPU the growth of the process's resident memory from just before the model is loaded, on
-a GPU what torch allocated there at most. For that the C library gives every tensor pages of its own on a CPU and takes
-them back at once, so that resident is what is in use. A training itself keeps freed memory, which is faster, and the
-holes in it add up: `--allocator kept` measures that.
+a GPU what torch allocated there at most.
 
     python benchmarks/planner.py --model models/SmolLM2-135M-Instruct --dataset long_text.txt --output-dir runs/planner
 
@@ -70,7 +68,7 @@ def stage_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(model: str, dataset: str, out: str, options: dict[str, Any], allocator: str) -> dict[str, float]:
+def measure(model: str, dataset: str, out: str, options: dict[str, Any]) -> dict[str, float]:
     """Train in this process; bytes at the peak since just before the model was loaded, and seconds."""
     import torch
 
@@ -79,8 +77,6 @@ def measure(model: str, dataset: str, out: str, options: dict[str, Any], allocat
     from loram.model import device
 
     stage: Any = importlib.import_module("loram.train")
-    if allocator == "returned":
-        stage.keep_freed_memory_ = lambda: None
     fit, found = stage._fit, {}
 
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -122,14 +118,13 @@ def predict(config: str, options: dict[str, Any]) -> dict[str, Any]:
 def in_process(given: argparse.Namespace, model: str, name: str, options: dict[str, Any]) -> dict[str, float]:
     """`measure` in a process of its own."""
     out = Path(given.output_dir) / f"adapter-{name.replace(', ', '-').replace(' ', '-')}"
-    arguments = [model, given.dataset, str(out), json.dumps(options), given.allocator]
-    pages = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)} if given.allocator == "returned" else {}
+    arguments = [model, given.dataset, str(out), json.dumps(options)]
     done = subprocess.run(
         [sys.executable, __file__, "--measure", *arguments],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env={**os.environ, **pages},
+        env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1"},  # as the command line does
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -158,21 +153,19 @@ def show(rows: dict[str, Any]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        model, dataset, out, chosen_options, allocator = sys.argv[2:]
-        print(json.dumps(measure(model, dataset, out, json.loads(chosen_options), allocator)))
+        model, dataset, out, chosen_options = sys.argv[2:]
+        print(json.dumps(measure(model, dataset, out, json.loads(chosen_options))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the full model")
     parser.add_argument("--dataset", required=True, help="a .txt file, long enough for rows of full length")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--allocator", default="returned", choices=("returned", "kept"), help="of a CPU")
     parser.add_argument("--only", nargs="*", help="names of configurations")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     results: dict[str, Any] = json.loads(given.results.read_text()) if given.results.exists() else {}
-    key = given.device if given.device == "cuda" else f"cpu, memory {given.allocator}"
-    rows = results.setdefault(key, {})
+    rows = results.setdefault(given.device, {})
     for name, chosen in CONFIGURATIONS.items():
         if given.only and name not in given.only:
             continue

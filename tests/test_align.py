@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 import loram
-from loram import cli, judge
+from loram import cli
+from loram.align import judge
 from loram.align.distill import AlignTrainer, chunked_loss, divergence, squashed, top_k_divergence
 from loram.align.mixture import Rows, collate, draw, item
 from loram.align.probe import Found, Probe

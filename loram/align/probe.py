@@ -24,7 +24,7 @@ from loram.loss import chunked_cross_entropy
 from loram.model.adapter import Adapter, add_update_
 from loram.model.batches import IGNORED
 from loram.model.checkpoint import Checkpoint
-from loram.model.device import compute_dtype, fits, keep_freed_memory_
+from loram.model.device import compute_dtype, fits
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model
 from loram.model.resize import widen
@@ -166,8 +166,6 @@ class Probe:
         adapter = Adapter(folder=Path("probe"), config=config, tensors=wide)
         if self._streams():
             total, count, _ = streamed_loss(self.full, adapter, self.device, *self.dev)
-            if self.device.type == "cpu":
-                keep_freed_memory_()  # which streaming undoes, and the training that goes on is faster with it
             return total / count
         model: Any = load_model(self.full, dtype=compute_dtype(self.device)).to(self.device).eval()
         for module, parts in adapter.modules.items():

@@ -24,7 +24,7 @@ from loram.checkpoints import Checkpoints, guarded, lasting
 from loram.data_spec import DataSpec
 from loram.errors import UserError
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint, ShardedWriter, copy_side_files, open_model
-from loram.model.device import compute_dtype, fits, keep_freed_memory_, pick_device
+from loram.model.device import compute_dtype, fits, pick_device, return_freed_memory_
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model, load_tokenizer
 from loram.progress import track, training_progress
@@ -258,13 +258,12 @@ def _fit(job: _Job, checkpoints: Checkpoints) -> tuple[list[dict[str, Any]], Pat
         if state["global_step"] >= state["max_steps"] or stale_probes(state["log_history"]) >= job.spec.patience:
             return _outcome(state["log_history"], newest, checkpoints)
     arguments = build_arguments(job.options, job.device, checkpoints.staging)
+    return_freed_memory_()
     set_seed(arguments.seed)
     model = load_model(job.student, dtype=torch.float32)
     if not job.spec.train_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
-    if job.device.type == "cpu":
-        keep_freed_memory_()
     runner = guarded(AlignTrainer, checkpoints)(
         model=model,
         args=arguments,

@@ -10,7 +10,7 @@ import torch
 
 from loram.errors import UserError
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
 
@@ -55,22 +55,13 @@ def fits(nbytes: int, device: torch.device) -> bool:
 def return_freed_memory_() -> None:
     """Tell glibc to hand freed blocks of 1 MB and more back to the system, for the whole process.
 
-    By itself it raises that limit to 32 MB once such blocks were freed, and the holes between smaller ones pile up to
-    several times what is in use when weights and activations of many sizes come and go. Elsewhere this does nothing.
+    By itself it raises that limit to 32 MB once such blocks were freed, and the holes between smaller ones pile up:
+    weights, activations and gradients of many sizes then take up to twice what is in use. Fresh blocks cost page
+    faults instead; the command line asks torch for large pages (`THP_MEM_ALLOC_ENABLE`), which are fewer. Elsewhere
+    this does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def keep_freed_memory_() -> None:
-    """Tell glibc to reuse freed blocks instead of handing them back, for the whole process.
-
-    A training step on a CPU frees and takes the same large tensors again and again; giving them back to the system
-    each time costs a page fault per 4 KiB, about a third of the step (SmolLM2, 2 cores). Elsewhere this does nothing.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def reset_peak_rss() -> None:

@@ -46,7 +46,7 @@ def load_4bit(
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
     _check_method(checkpoint)
-    return_freed_memory_()  # else packed weights settle in the room of 16-bit ones, which then is never free again
+    return_freed_memory_()  # else packed weights settle in the room that 16-bit ones leave, and it never is free again
     model: Any = empty_model(checkpoint, dtype)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     names = [name for name in checkpoint.names() if name in expected]
