@@ -1,5 +1,6 @@
 """What a recipe would do, found without reading a weight or writing a file: sizes, memory, the tokens themselves."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,10 @@ from loram.align.stage import open_full
 from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec
 from loram.errors import UserError
+from loram.estimate.memory import TrainingMemory, training_memory
+from loram.estimate.settings import Settings, make_settings
+from loram.estimate.shapes import Model
+from loram.estimate.show import memory_table
 from loram.evaluate import load_scored
 from loram.model.architecture import architecture_of
 from loram.model.batches import IGNORED
@@ -22,7 +27,7 @@ from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import empty_model, load_tokenizer
-from loram.options import TrainOptions, build_configs, check_options
+from loram.options import TrainOptions, as_user_error, build_configs, check_options
 from loram.pipeline import check
 from loram.prune.choose import choose
 from loram.prune.counts import prunable_layers
@@ -31,33 +36,25 @@ from loram.prune.stage import load_calibration
 from loram.recipe import PruneSection, Recipe
 
 EXAMPLES = 2
-_FLOAT32 = 4  # bytes
 
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TrainingMemory(_Value):
-    """Bytes that training holds from its first step to its last. Activations come on top: they are not in it.
+class Training(_Value):
+    """A training as it would be.
 
     Args:
         parameters, adapter_parameters: how many are frozen, and how many are trained.
-        weights: of the frozen model, in the dtype it is trained in.
-        adapter, gradients, optimizer: of the adapter, in float32; AdamW keeps two moments.
+        memory: what it takes at its peak, with rows as long as the longest; None where that cannot be estimated.
+        problem: why it cannot.
     """
 
     parameters: int
     adapter_parameters: int
-    weights: int
-    adapter: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """All of these together."""
-        return self.weights + self.adapter + self.gradients + self.optimizer
+    memory: TrainingMemory | None
+    problem: str = ""
 
 
 class DataCounts(_Value):
@@ -99,7 +96,7 @@ class DryRun(_Value):
     pruned_parameters: int
     device: str
     dtype: str
-    training: dict[str, TrainingMemory]
+    training: dict[str, Training]
     dataset: DataCounts | None
     align: dict[str, DataCounts]
     calibration: DataCounts | None
@@ -118,7 +115,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     check(recipe)
     training = check_options(TrainOptions(**recipe.train.model_dump()))
     device = pick_device(recipe.device)
-    build_configs(training, device)
+    adapter, arguments = build_configs(training, device)
     checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)
     plan = (
         PruningPlan.load(checkpoint.folder)
@@ -136,6 +133,10 @@ def dry_run(recipe: Recipe) -> DryRun:
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
         for name, spec in recipe.eval_dataset.items()
     }
+    settings: Settings | UserError | None = None
+    if to_train:
+        longest = max(map(len, to_train["dataset"].rows["input_ids"]))
+        settings = _settings(training, adapter, arguments, device, longest)
     first = next(iter([*to_train.values(), *to_align.values()]), None)
     return DryRun(
         model=checkpoint.name,
@@ -144,7 +145,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         training={
-            name: _memory(model, training.lora, dtype) for name, model in _trained(recipe, checkpoint, plan, dtype)
+            name: _training(model, sizes, adapter, settings)
+            for name, model, sizes in _trained(recipe, checkpoint, plan, dtype)
         },
         dataset=_count(to_train["dataset"]) if to_train else None,
         align={name: _count(tokens) for name, tokens in to_align.items()},
@@ -162,14 +164,21 @@ def _tokens(spec: DataSpec, checkpoint: Checkpoint, options: Mapping[str, Any]) 
 
 def _trained(
     recipe: Recipe, checkpoint: Checkpoint, plan: PruningPlan, dtype: torch.dtype
-) -> Iterator[tuple[str, Any]]:
-    """The models that get an adapter, without weights."""
+) -> Iterator[tuple[str, Any, Model]]:
+    """The models that get an adapter: name, transformers' model without weights, the planner's sizes."""
     if recipe.dataset is None:
         return
-    yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan)
+    sizes = Model(
+        architecture=plan.architecture,
+        geometry=plan.geometry,
+        config={**checkpoint.config, "model_type": plan.model_type},
+    )
+    narrowed = range(min(plan.layers), max(plan.layers) + 1)
+    pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
+    yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned
     if recipe.evaluate.full_lora:
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
-        yield "full", empty_model(full, dtype)
+        yield "full", empty_model(full, dtype), sizes
 
 
 def _calibration(section: PruneSection | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
@@ -199,26 +208,45 @@ def _shape_of_plan(checkpoint: Checkpoint, cut: PruneSection, seed: int) -> Prun
     )
 
 
-def _memory(model: Any, lora: Mapping[str, Any], dtype: torch.dtype) -> TrainingMemory:
+def _training(model: Any, sizes: Model, adapter: Any, settings: Settings | UserError | None) -> Training:
     """Counted on a model without weights, with the adapter that PEFT itself puts on it."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     frozen = sum(parameter.numel() for parameter in model.parameters())
     try:
         # other initialisations compute with the weights
-        config = LoraConfig(**{**lora, "init_lora_weights": True})
+        config = dataclasses.replace(adapter, init_lora_weights=True)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+        raise as_user_error(error) from error
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    return TrainingMemory(
-        parameters=frozen,
-        adapter_parameters=trained,
-        weights=frozen * dtype.itemsize,
-        adapter=trained * _FLOAT32,
-        gradients=trained * _FLOAT32,
-        optimizer=2 * trained * _FLOAT32,
-    )
+    if not isinstance(settings, Settings):
+        return Training(parameters=frozen, adapter_parameters=trained, memory=None, problem=str(settings))
+    return Training(parameters=frozen, adapter_parameters=trained, memory=training_memory(sizes, settings))
+
+
+def _settings(
+    chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int
+) -> Settings | UserError:
+    """What the planner needs to know of a training, or why it can say nothing of such a one."""
+    names = {name: name for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    names |= {"activation_offloading": "activation_offloading"}
+    new = "activation_checkpointing"
+    names["gradient_checkpointing"] = new if hasattr(arguments, new) else "gradient_checkpointing"
+    try:
+        return make_settings(
+            device=device.type,
+            load_in_4bit=chosen.load_in_4bit,
+            offload_embedding=chosen.offload_embedding,
+            lora_r=adapter.r,
+            lora_target_modules=tuple(sorted(adapter.target_modules)),
+            lora_dtype=chosen.lora_dtype,
+            max_length=arguments.max_length if arguments.packing else longest,
+            optim=str(getattr(arguments.optim, "value", arguments.optim)),
+            **{name: getattr(arguments, theirs) for name, theirs in names.items()},
+        )
+    except UserError as error:
+        return error
 
 
 def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
@@ -261,26 +289,23 @@ def _parts(found: DryRun) -> Iterator[Table | Text]:
     yield Text(
         f"{found.model}\n{found.parameters:,} -> {found.pruned_parameters:,} parameters ({reduction:.2f}x fewer)\n"
     )
-    for name, memory in found.training.items():
-        yield Text(
-            f"Training on the {name} model takes about {_bytes(memory.total)} on {found.device}, "
-            "activations not included:\n"
-            f"  weights             {_bytes(memory.weights):>9}   {memory.parameters:,} parameters in {found.dtype}\n"
-            f"  adapter             {_bytes(memory.adapter):>9}   {memory.adapter_parameters:,} parameters in float32\n"
-            f"  its gradients       {_bytes(memory.gradients):>9}\n"
-            f"  AdamW's two moments {_bytes(memory.optimizer):>9}\n"
-        )
-    if found.training:
-        yield Text("Activations come on top and grow with per_device_train_batch_size and max_length.\n")
+    for name, training in found.training.items():
+        trained, frozen = f"{training.adapter_parameters:,}", f"{training.parameters:,}"
+        yield Text(f"Training on the {name} model, on {found.device}: {trained} parameters, with {frozen} frozen")
+        if training.memory is None:
+            yield Text(f"What memory that takes cannot be estimated: {training.problem}\n")
+            continue
+        yield memory_table(training.memory)
+        yield Text("Rows are taken to be as long as the longest, libraries are not counted.\n")
     table = Table(title="Data", title_justify="left")
     table.add_column("data set", no_wrap=True)
     for heading in ("rows used", "tokens", "in the loss", "cut to length", "skipped", "longest"):
         table.add_column(heading, justify="right")
     calibration = {} if found.calibration is None else {"calibration": found.calibration}
     evaluation = {f"evaluation: {name}": counts for name, counts in found.eval_dataset.items()}
-    training = {} if found.dataset is None else {"training": found.dataset}
+    trained_on = {} if found.dataset is None else {"training": found.dataset}
     alignment = {f"alignment: {name}": counts for name, counts in found.align.items()}
-    for name, counts in {**alignment, **training, **calibration, **evaluation}.items():
+    for name, counts in {**alignment, **trained_on, **calibration, **evaluation}.items():
         numbers = (counts.rows, counts.tokens, counts.tokens_in_loss, counts.rows_truncated, counts.rows_skipped)
         table.add_row(name, *(f"{number:,}" for number in (*numbers, counts.longest)))
     yield table
@@ -292,7 +317,3 @@ def _parts(found: DryRun) -> Iterator[Table | Text]:
             text.append(f"⟦{span.text}⟧" if span.in_loss else span.text, style="bold green" if span.in_loss else "")
         yield text
     yield Text("\nNothing was written: this was a dry run.")
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import loram
 from loram import cli
-from loram.dry_run import DryRun, dry_run, show
+from loram.dry_run import DataCounts, DryRun, dry_run, show
+from loram.estimate.memory import TrainingMemory
 from loram.model.tensorfile import TensorFile
 from loram.recipe import Recipe
 
@@ -64,19 +65,55 @@ def test_it_counts_what_the_stages_make(
     assert (found.parameters, found.pruned_parameters) == plan.parameters()
     loram.train(tmp_path / "pruned", tmp_path / "adapter", data=rows_file, **train)
     adapter = sum(tensor.numel() for tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values())
-    memory = found.training["pruned"]
-    assert (memory.parameters, memory.adapter_parameters) == (found.pruned_parameters, adapter)
-    assert memory.total == 4 * found.pruned_parameters + 16 * adapter  # float32 on a CPU; gradient and two moments
+    training = found.training["pruned"]
+    assert (training.parameters, training.adapter_parameters) == (found.pruned_parameters, adapter)
+    planned = loram.estimate(
+        base,
+        ratio=0.5,
+        keep_first=1,
+        keep_last=1,
+        lora_r=4,
+        lora_target_modules=["q_proj", "down_proj"],
+        max_length=counts_of(found).longest,
+        device="cpu",
+    )
+    if not bias_compensation:  # of which the estimate knows nothing
+        assert training.memory == planned.training
     assert found.training["full"].parameters == found.parameters
     settings = json.loads((tmp_path / "adapter" / "loram_manifest.json").read_text())["settings"]
-    counts = found.dataset
-    assert counts is not None
+    counts = counts_of(found)
     assert [counts.rows, counts.rows_truncated, counts.rows_skipped] == [
         settings[key] for key in ("rows", "rows_truncated", "rows_skipped")
     ]
     report = loram.evaluate(base, data=rows_file, max_samples=5)
     assert (found.eval_dataset["task"].rows, found.eval_dataset["task"].tokens_in_loss) == (5, report.tokens)
     assert (found.calibration is not None) == bias_compensation
+
+
+def counts_of(found: DryRun) -> DataCounts:
+    assert found.dataset is not None
+    return found.dataset
+
+
+def test_memory_follows_the_recipe(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    def memory(**train: Any) -> TrainingMemory | None:
+        return (
+            dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", train=train, device="cpu"))
+            .training["pruned"]
+            .memory
+        )
+
+    plain, packed = memory(), memory(load_in_4bit=True, trainer={"optim": "adamw_8bit"})
+    assert plain is not None
+    assert packed is not None
+    assert packed.weights < plain.weights / 2
+    assert packed.constants > 0 == plain.constants
+    longer = memory(trainer={"per_device_train_batch_size": 8})
+    assert longer is not None
+    assert longer.activations > 1.5 * plain.activations
+    assert memory(trainer={"optim": "adafactor"}) is None
+    found = dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", train={"trainer": {"optim": "adafactor"}}))
+    assert "cannot be estimated: optim" in shown(found)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -108,7 +145,7 @@ def test_the_loss_mask_is_visible_without_colour(tiny_llama: Path, rows_file: Pa
     text = shown(found)
     assert f"{PROMPT}⟦0 plus 0 is 0.<|im_end|>\n⟧" in text
     assert "\x1b" not in text
-    assert "activations not included" in text
+    assert "kept from forward for backward" in text
     assert "Nothing was written" in text
     assert "\x1b[1;32m⟦0 plus" in shown(found, force_terminal=True, color_system="standard")
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from loram.errors import UserError
 from loram.estimate.fit import fit
+from loram.estimate.memory import TrainingMemory
 from loram.estimate.size import parse_size, show_size
 from loram.estimate.total import Estimate, estimate
 
@@ -67,7 +68,7 @@ def text(found: Estimate) -> str:
 def _parts(found: Estimate) -> Iterator[Table | Text]:
     yield Text(_heading(found))
     yield Text(f"\n{_setting(found)}")
-    yield _memory(found)
+    yield memory_table(found.training)
     beside = [f"{show_size(found.training.host)} wait in host memory"] if found.training.host else []
     if found.training.pageable:
         beside.append(f"{show_size(found.training.pageable)} of the optimiser may go there when the GPU is short")
@@ -109,16 +110,17 @@ def _setting(found: Estimate) -> str:
     return f"Training on {chosen.device}: {', '.join(ways)}"
 
 
-def _memory(found: Estimate) -> Table:
-    table = Table(title=f"Memory at its peak ({found.training.moment})", title_justify="left")
+def memory_table(found: TrainingMemory, title: str = "Memory") -> Table:
+    """What a training takes at its peak, item by item."""
+    table = Table(title=f"{title} at its peak ({found.moment})", title_justify="left")
     table.add_column("item", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("what it is")
     for name, what in _ITEMS.items():
-        if count := getattr(found.training, name):
+        if count := getattr(found, name):
             table.add_row(name, show_size(count), what)
     table.add_section()
-    table.add_row("total", show_size(found.training.total), "")
+    table.add_row("total", show_size(found.total), "")
     return table
 
 
