@@ -124,7 +124,6 @@ def in_process(given: argparse.Namespace, model: str, name: str, options: dict[s
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1"},  # as the command line does
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -61,7 +61,6 @@ def _options(
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("loram").setLevel(logging.DEBUG if debug else logging.INFO)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, and takes large pages
     if not debug:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
