@@ -27,7 +27,7 @@ from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import empty_model, load_tokenizer
-from loram.options import TrainOptions, as_user_error, build_configs, check_options
+from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
 from loram.pipeline import check
 from loram.prune.choose import choose
 from loram.prune.counts import prunable_layers
@@ -229,10 +229,6 @@ def _settings(
     chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int
 ) -> Settings | UserError:
     """What the planner needs to know of a training, or why it can say nothing of such a one."""
-    names = {name: name for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
-    names |= {"activation_offloading": "activation_offloading"}
-    new = "activation_checkpointing"
-    names["gradient_checkpointing"] = new if hasattr(arguments, new) else "gradient_checkpointing"
     try:
         return make_settings(
             device=device.type,
@@ -243,7 +239,10 @@ def _settings(
             lora_dtype=chosen.lora_dtype,
             max_length=arguments.max_length if arguments.packing else longest,
             optim=str(getattr(arguments.optim, "value", arguments.optim)),
-            **{name: getattr(arguments, theirs) for name, theirs in names.items()},
+            per_device_train_batch_size=arguments.per_device_train_batch_size,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            gradient_checkpointing=checkpoints_activations(arguments),
+            activation_offloading=arguments.activation_offloading,
         )
     except UserError as error:
         return error

@@ -189,6 +189,11 @@ def checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[
     return {new: value, old: None} if new in known else {old: value}
 
 
+def checkpoints_activations(arguments: Any) -> bool:
+    """Whether a Trainer's arguments ask for activation checkpointing, by the name this version has for it."""
+    return bool(getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing))
+
+
 def option_names(config: Any) -> list[str]:
     """What a dataclass of options takes."""
     return [field.name for field in dataclasses.fields(config) if field.init]

@@ -21,10 +21,10 @@ from loram.liger import use_liger_
 from loram.loss import use_chunked_loss_
 from loram.model.adapter import Adapter, save_adapter
 from loram.model.checkpoint import Checkpoint, open_model
-from loram.model.device import compute_dtype, pick_device, return_freed_memory_
+from loram.model.device import allocate_, compute_dtype, pick_device
 from loram.model.plan import find_plan
 from loram.model.pruned import load_model, load_tokenizer
-from loram.options import TrainOptions, as_user_error, build_configs, check_options
+from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
 from loram.progress import training_progress
 
 logger = logging.getLogger(__name__)
@@ -157,12 +157,12 @@ def _fit(
         if (finished := _finished(newest)) is not None:
             return finished
     adapter, arguments = build_configs(options, device, checkpoints.staging)
-    return_freed_memory_()
     set_seed(arguments.seed)
     model = _adapted(checkpoint, adapter, options, device)
     if arguments.use_liger_kernel:
         use_liger_(model.get_base_model(), arguments.liger_kernel_config)
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours
+    allocate_(device, lean=options.load_in_4bit or checkpoints_activations(arguments))
     rows, collator = _batching(rows, arguments, tokenizer)
     runner = guarded(_Trainer, checkpoints)(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator

@@ -11,6 +11,8 @@ from transformers import Trainer
 from loram.align.judge import Judge, Milestones
 from loram.loss import CHUNK_TOKENS
 from loram.model.batches import IGNORED
+from loram.model.device import allocate_
+from loram.options import checkpoints_activations
 
 
 def chunked_loss(
@@ -101,6 +103,7 @@ class AlignTrainer(Trainer):  # type: ignore[misc]
         """Probe the student."""
         assert self.judge is not None
         found = self.judge.judge(self)
+        allocate_(self.args.device, lean=checkpoints_activations(self.args))  # probes may have streamed
         self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 

@@ -24,9 +24,10 @@ from loram.checkpoints import Checkpoints, guarded, lasting
 from loram.data_spec import DataSpec
 from loram.errors import UserError
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint, ShardedWriter, copy_side_files, open_model
-from loram.model.device import compute_dtype, fits, pick_device, return_freed_memory_
+from loram.model.device import allocate_, compute_dtype, fits, pick_device
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model, load_tokenizer
+from loram.options import checkpoints_activations
 from loram.progress import track, training_progress
 
 logger = logging.getLogger(__name__)
@@ -258,7 +259,7 @@ def _fit(job: _Job, checkpoints: Checkpoints) -> tuple[list[dict[str, Any]], Pat
         if state["global_step"] >= state["max_steps"] or stale_probes(state["log_history"]) >= job.spec.patience:
             return _outcome(state["log_history"], newest, checkpoints)
     arguments = build_arguments(job.options, job.device, checkpoints.staging)
-    return_freed_memory_()
+    allocate_(job.device, lean=checkpoints_activations(arguments))
     set_seed(arguments.seed)
     model = load_model(job.student, dtype=torch.float32)
     if not job.spec.train_embeddings:
