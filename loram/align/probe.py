@@ -166,9 +166,6 @@ class Probe:
         adapter = Adapter(folder=Path("probe"), config=config, tensors=wide)
         if self._streams():
             total, count, _ = streamed_loss(self.full, adapter, self.device, *self.dev)
-            allocate_(
-                self.device, lean=False
-            )  # streaming hands memory back, and the training that goes on is slower so
             return total / count
         model: Any = load_model(self.full, dtype=compute_dtype(self.device)).to(self.device).eval()
         for module, parts in adapter.modules.items():
