@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPS = 3  # the second has the optimiser's state from its beginning
+STEPS = 2  # the second has the optimiser's state from its beginning
 RESULTS = Path(__file__).with_suffix(".json")
 LM_HEAD = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 # name -> options of `loram.estimate`; with checkpointing or 4 bits a CPU hands freed memory back, else it does not
@@ -29,7 +29,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "full, checkpointing": {"per_device_train_batch_size": 4, "max_length": 512, "gradient_checkpointing": True},
     "0.5, checkpointing, r 64, lm_head": {
         "ratio": 0.5,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 4,
         "max_length": 512,
         "gradient_checkpointing": True,
         "lora_r": 64,
@@ -37,7 +37,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "0.65, checkpointing": {
         "ratio": 0.65,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 4,
         "max_length": 512,
         "gradient_checkpointing": True,
     },
@@ -59,7 +59,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "0.65, 4 bits, checkpointing": {
         "ratio": 0.65,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 6,
         "max_length": 512,
         "load_in_4bit": True,
         "gradient_checkpointing": True,
