@@ -84,6 +84,8 @@ def check_options(given: TrainOptions) -> TrainOptions:
         raise UserError(f"method {given.method!r} is not known; known are {', '.join(METHODS)}")
     if given.lora_dtype not in LORA_DTYPES:
         raise UserError(f"lora_dtype {given.lora_dtype!r} is not known; known are {', '.join(LORA_DTYPES)}")
+    if given.offload_embedding and not given.load_in_4bit:
+        raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
     lora = {**LORA_DEFAULTS, "task_type": "CAUSAL_LM", **given.lora}
     trainer = {**TRAINER_DEFAULTS, **given.trainer}
     _check_names(lora, trainer)

@@ -116,6 +116,7 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
         ({"trainer": {"activation_offloading": True}, "device": "cpu"}, "there is no GPU"),
         ({"trainer": {"use_liger_kernel": True}, "device": "cpu"}, "needs a GPU"),
         ({"trainer": {"optim": "paged_adamw_8bit"}, "device": "cpu"}, "take adamw_8bit"),
+        ({"offload_embedding": True}, "add load_in_4bit"),
         ({"lora_dtype": "float8"}, "known are float32, bfloat16"),
         ({"trainer": {"max_length": 2}}, "no token"),
         ({"trainer": {"output_dir": "x"}}, "output_dir cannot be set"),

@@ -2,20 +2,19 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from loram.errors import UserError
 from loram.model import modeling_loram
 from loram.model.architecture import ARCHITECTURES, architecture_of
 from loram.model.checkpoint import Checkpoint
 from loram.model.plan import PruningPlan
+from loram.progress import without_library_bars
 
 _CODE = "modeling_loram"
 _SLOW_BYTES = 4 << 30
@@ -138,15 +137,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def _bar_if_slow(checkpoint: Checkpoint) -> Iterator[None]:
+def _bar_if_slow(checkpoint: Checkpoint) -> contextlib.AbstractContextManager[None]:
     """transformers' progress bar only for weights that take a while to load."""
     size = sum((checkpoint.folder / shard).stat().st_size for shard in set(checkpoint.index.values()))
-    if size > _SLOW_BYTES or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
+    return contextlib.nullcontext() if size > _SLOW_BYTES else without_library_bars()

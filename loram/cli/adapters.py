@@ -1,0 +1,162 @@
+"""Subcommands that make adapters, and use them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loram.cli.options import (
+    Accumulation,
+    BatchSize,
+    Column,
+    Config,
+    Dataset,
+    Device,
+    Epochs,
+    Fresh,
+    Json,
+    LoraR,
+    LoraTargets,
+    MaxLength,
+    MaxSteps,
+    Model,
+    Out,
+    ReportTo,
+    Seed,
+    Split,
+    data_spec,
+    given,
+    pairs,
+)
+
+
+def train(
+    model: Model,
+    out: Out,
+    dataset: Dataset,
+    dataset_config: Config = None,
+    dataset_split: Split = None,
+    column: Column = None,
+    method: Annotated[str, typer.Option(help="lora.")] = "lora",
+    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    lora_r: LoraR = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale: alpha / r (default 16).")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Default 0.05.")] = None,
+    lora_target_modules: LoraTargets = None,
+    max_steps: MaxSteps = None,
+    num_train_epochs: Epochs = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default 2e-4.")] = None,
+    warmup_steps: Annotated[float | None, typer.Option(help="Steps, or a share of all if below 1 (default 0).")] = None,
+    per_device_train_batch_size: BatchSize = None,
+    gradient_accumulation_steps: Accumulation = None,
+    max_length: MaxLength = None,
+    report_to: ReportTo = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="QLoRAM: all frozen weights in NF4 with double quantisation.")
+    ] = False,
+    offload_embedding: Annotated[
+        bool, typer.Option("--offload-embedding", help="With it: leave the embedding in 16 bits in host memory.")
+    ] = False,
+    lora_dtype: Annotated[str, typer.Option(help="Of adapter, gradients, optimiser: float32 or bfloat16.")] = "float32",
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
+    ] = None,
+    trainer: Annotated[
+        list[str] | None, typer.Option("--trainer", help="Any option of TRL's SFTConfig: packing=true. Repeatable.")
+    ] = None,
+    seed: Seed = 42,
+    device: Device = None,
+    fresh: Fresh = False,
+) -> None:
+    """Train a LoRA adapter on MODEL, a pruned folder or a full model."""
+    lora_flags = {
+        "r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": lora_target_modules or None,
+    }
+    trainer_flags = {
+        "max_steps": max_steps,
+        "num_train_epochs": num_train_epochs,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_length": max_length,
+        "report_to": report_to,
+    }
+    data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
+
+    from loram.train import train as stage
+
+    stage(
+        model,
+        out,
+        data=data,
+        method=method,
+        lora={**given(lora_flags), **pairs(lora, "--lora")},
+        trainer={**given(trainer_flags), **pairs(trainer, "--trainer")},
+        load_in_4bit=load_in_4bit,
+        offload_embedding=offload_embedding,
+        lora_dtype=lora_dtype,
+        seed=seed,
+        device=device,
+        fresh=fresh,
+    )
+    typer.echo(f"{out}: adapter written")
+
+
+def recover(
+    adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)], out: Out
+) -> None:
+    """Widen an adapter trained on a pruned model to the full one: a stock PEFT adapter."""
+    from loram.recover import recover as stage
+
+    stage(adapter, out)
+    typer.echo(f"{out}: recovered adapter written")
+
+
+def merge(
+    model: Model, adapter: Annotated[Path, typer.Argument(help="Recovered adapter.", show_default=False)], out: Out
+) -> None:
+    """Add an adapter to a model's weights: a plain model folder."""
+    from loram.merge import merge as stage
+
+    stage(model, adapter, out)
+    typer.echo(f"{out}: merged model written")
+
+
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder that fits MODEL.", show_default=False)] = None,
+    dataset_config: Config = None,
+    dataset_split: Split = None,
+    column: Column = None,
+    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a row; a long text is cut into pieces of this.")] = 1024,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Never load the model: read it from disk a layer at a time.")
+    ] = False,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Perplexity of MODEL, with or without an adapter."""
+    data = data_spec(dataset, dataset_config, dataset_split, column, None)
+
+    from loram.evaluate import evaluate as stage
+
+    report = stage(
+        model,
+        adapter=adapter,
+        data=data,
+        max_samples=max_samples,
+        max_length=max_length,
+        stream=stream,
+        device=device,
+    )
+    text = (
+        f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
+        f"of {report.rows:,} rows"
+    )
+    typer.echo(report.model_dump_json() if as_json else text)
