@@ -50,8 +50,9 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/nf4"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
 
@@ -61,7 +62,8 @@ def main() -> None:
         for load_in_4bit in (False, True):
             out = given.output_dir / ("nf4" if load_in_4bit else "full")
             chosen = recipe(given.model, given.data, out, seed, given.ratio, given.steps, given.samples)
-            train = chosen.train.model_copy(update={"load_in_4bit": load_in_4bit})
+            trainer = {**chosen.train.trainer, "per_device_train_batch_size": given.batch}
+            train = chosen.train.model_copy(update={"load_in_4bit": load_in_4bit, "trainer": trainer})
             evaluate = chosen.evaluate.model_copy(update={"full_lora": False})
             found.append(run(chosen.model_copy(update={"train": train, "evaluate": evaluate})))
         reports[seed] = (found[0], found[1])
