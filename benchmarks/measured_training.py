@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 import loram
-from loram.model.device import peak_rss, reset_peak_rss
+from loram.model.device import peak_rss, reset_peak_rss, rss
 from loram.model.nf4 import nbytes
 
 GIB = 1 << 30
@@ -86,7 +86,7 @@ def measure(
         text = Path(scratch) / "rows.txt"
         text.write_text("".join(chr(97 + number % 26) for number in range(tokens * steps)), encoding="utf-8")
         reset_peak_rss()
-        before = _rss()
+        before = rss()
         loram.train(
             folder,
             Path(scratch) / "adapter",
@@ -115,11 +115,6 @@ def device_name(device: str) -> str:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _rss() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import gc
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -95,7 +94,7 @@ def measure(model: str, dataset: str, out: str, options: dict[str, Any]) -> dict
     def measured(*args: Any, **kwargs: Any) -> Any:
         gc.collect()
         device.reset_peak_rss()
-        before, started = _resident(), time.perf_counter()
+        before, started = device.rss(), time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         result = fit(*args, **kwargs)
@@ -113,11 +112,6 @@ def measure(model: str, dataset: str, out: str, options: dict[str, Any]) -> dict
         stage.train(model, out, data=dataset, device=options["device"], **stage_options(chosen))
         stage._fit = measured
     return found
-
-
-def _resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def predict(config: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,6 @@ from typing import Any
 
 from random_models import LAYERS, SHAPES, config_of, make_model, plan_of
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) -> None:
     """Write a random LoRA adapter (r 8) on weights of these shapes."""
@@ -33,6 +31,7 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) ->
     from peft import LoraConfig
 
     from loram.model.adapter import save_adapter
+    from loram.model.architecture import LINEARS
 
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEARS), task_type="CAUSAL_LM").to_dict()
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

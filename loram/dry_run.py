@@ -124,20 +124,24 @@ def dry_run(recipe: Recipe) -> DryRun:
     )
     before, after = plan.parameters()
     tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate
-    to_train = {} if recipe.dataset is None else {"dataset": _tokens(recipe.dataset, checkpoint, training.trainer)}
+
+    def tokens(spec: DataSpec, trainer: Mapping[str, Any]) -> Tokens:
+        return load_tokens(spec, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary)
+
+    to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer)
     to_align = {}
     if recipe.align is not None:
-        length = check_align_options(recipe.align.trainer)
-        to_align = {spec.path: _tokens(spec, checkpoint, length) for spec in recipe.align.dataset}
+        aligning = check_align_options(recipe.align.trainer)
+        to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
         for name, spec in recipe.eval_dataset.items()
     }
     settings: Settings | UserError | None = None
-    if to_train:
-        longest = max(map(len, to_train["dataset"].rows["input_ids"]))
+    if to_train is not None:
+        longest = max(map(len, to_train.rows["input_ids"]))
         settings = _settings(training, adapter, arguments, device, longest)
-    first = next(iter([*to_train.values(), *to_align.values()]), None)
+    first = next((found for found in (to_train, *to_align.values()) if found is not None), None)
     return DryRun(
         model=checkpoint.name,
         parameters=before,
@@ -148,7 +152,7 @@ def dry_run(recipe: Recipe) -> DryRun:
             name: _training(model, sizes, adapter, settings)
             for name, model, sizes in _trained(recipe, checkpoint, plan, dtype)
         },
-        dataset=_count(to_train["dataset"]) if to_train else None,
+        dataset=None if to_train is None else _count(to_train),
         align={name: _count(tokens) for name, tokens in to_align.items()},
         calibration=_calibration(recipe.prune, checkpoint, tokenizer),
         eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
@@ -156,10 +160,6 @@ def dry_run(recipe: Recipe) -> DryRun:
             tuple(_spans(row, tokenizer)) for row in itertools.islice(first.rows if first else [], EXAMPLES)
         ),
     )
-
-
-def _tokens(spec: DataSpec, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Tokens:
-    return load_tokens(spec, load_tokenizer(checkpoint), options["max_length"], vocabulary=checkpoint.vocabulary)
 
 
 def _trained(

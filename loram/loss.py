@@ -1,5 +1,6 @@
 """Cross entropy that never holds the logits of all tokens, with an adapter on lm_head in it."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,19 +33,73 @@ def chunked_cross_entropy(
         A float32 scalar.
     """
 
-    def loss_of(states: Tensor, targets: Tensor) -> Tensor:
-        logits = head(states).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+    def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(logits, targets, reduction="sum")
 
     targets = labels[:, 1:]
     wanted = targets != IGNORED
-    states, targets = hidden[:, :-1][wanted], targets[wanted]
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for states_part, targets_part in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        total = total + checkpoint(loss_of, states_part, targets_part, use_reentrant=False)
+    return chunked_loss(
+        hidden[:, :-1][wanted], head, [targets[wanted]], loss_of, softcap=softcap, chunk_tokens=chunk_tokens
+    )
+
+
+def chunked_loss(
+    states: Tensor,
+    head: nn.Module,
+    targets: Sequence[Tensor],
+    loss_of: Callable[..., Tensor],
+    *,
+    softcap: float | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Sum of a loss over places; the logits of a chunk of them live at a time, and backward works them out again.
+
+    Args:
+        states: (places, hidden size), what lm_head reads.
+        head: lm_head, called as a module.
+        targets: what the loss needs beside the logits: tensors whose first dimension is that of the places.
+        loss_of: (logits (chunk, vocabulary) float32, chunk of each target) -> the chunk's summed loss.
+        softcap: of families that squash their logits (Gemma 2): softcap * tanh(logits / softcap).
+        chunk_tokens: how many places' logits are held at a time.
+
+    Returns:
+        A float32 scalar.
+    """
+
+    def part(states: Tensor, *targets: Tensor) -> Tensor:
+        return loss_of(squashed(head(states).float(), softcap), *targets)
+
+    total = states.new_zeros((), dtype=torch.float32)
+    for pieces in zip(*(tensor.split(chunk_tokens) for tensor in (states, *targets)), strict=True):
+        total = total + checkpoint(part, *pieces, use_reentrant=False)
     return total
+
+
+def squashed(logits: Tensor, softcap: float | None) -> Tensor:
+    """The logits of a family with or without a soft cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def causal_loss(
+    model: Any,
+    *args: Any,
+    labels: Tensor,
+    count: Tensor | int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    **inputs: Any,
+) -> Tensor:
+    """The cross entropy above of a causal language model, over `count` tokens, or over those in the loss.
+
+    Args:
+        model: whose `model` gives the hidden states and whose `lm_head` reads them.
+        labels, chunk_tokens: as above.
+        count: what the sum is divided by; of several micro-batches, the tokens in the loss of all.
+        args, inputs: of the model's forward.
+    """
+    hidden = model.model(*args, **{**inputs, "use_cache": False}).last_hidden_state
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    total = chunked_cross_entropy(hidden, labels, model.lm_head, softcap=softcap, chunk_tokens=chunk_tokens)
+    return total / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
 
 
 def use_chunked_loss_(model: Any, chunk_tokens: int = CHUNK_TOKENS) -> None:
@@ -53,16 +108,14 @@ def use_chunked_loss_(model: Any, chunk_tokens: int = CHUNK_TOKENS) -> None:
     The loss is worked out inside the model's own forward, so whatever is wrapped around the model (PEFT, data
     parallelism, a compiler) stays in play.
     """
-    plain, softcap = model.forward, getattr(model.config, "final_logit_softcapping", None)
+    plain = model.forward
 
     def forward(
         *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> Any:
         if labels is None:
             return plain(*args, **inputs)
-        hidden = model.model(*args, **{**inputs, "use_cache": False}).last_hidden_state
-        total = chunked_cross_entropy(hidden, labels, model.lm_head, softcap=softcap, chunk_tokens=chunk_tokens)
-        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORED).sum()
-        return CausalLMOutput(loss=total / count)
+        loss = causal_loss(model, *args, labels=labels, count=num_items_in_batch, chunk_tokens=chunk_tokens, **inputs)
+        return CausalLMOutput(loss=loss)
 
     model.forward = forward

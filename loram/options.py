@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from loram.errors import UserError
+from loram.model.architecture import LINEARS
 from loram.model.device import compute_dtype
 from loram.names import in_recipe
 
 METHODS = ("lora",)
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The paper's LoRA settings (arXiv 2502.13533, section 4); lm_head on request.
 LORA_DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": list(LINEARS)}
 TRAINER_DEFAULTS: Mapping[str, Any] = {
@@ -179,9 +179,9 @@ def build_configs(chosen: TrainOptions, device: torch.device, output_dir: Path |
         raise as_user_error(error) from error
 
 
-def as_user_error(error: Exception) -> UserError:
-    """What PEFT or TRL says of a bad value, in one line."""
-    return UserError(f"train: {str(error).splitlines()[0]}")
+def as_user_error(error: Exception, stage: str = "train") -> UserError:
+    """What a library says of a bad value, in one line."""
+    return UserError(f"{stage}: {str(error).splitlines()[0]}")
 
 
 def checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[str]) -> dict[str, bool | None]:

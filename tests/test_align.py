@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, Trainer
 import loram
 from loram import cli
 from loram.align import judge
-from loram.align.distill import AlignTrainer, chunked_loss, divergence, squashed, top_k_divergence
+from loram.align.distill import AlignTrainer, divergence, top_k_divergence
 from loram.align.mixture import Rows, collate, draw, item
 from loram.align.probe import Found, Probe
 from loram.align.stage import align
 from loram.artifacts import find_manifest
+from loram.loss import chunked_loss, squashed
 from loram.model.checkpoint import EMBEDDING, HEAD
 from loram.model.teacher import TeacherCache
 

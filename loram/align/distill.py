@@ -1,55 +1,16 @@
 """How far a student is from its teacher, a chunk of tokens at a time; and the Trainer that makes it less."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from loram.align.judge import Judge, Milestones
-from loram.loss import CHUNK_TOKENS
+from loram.loss import chunked_loss, squashed
 from loram.model.batches import IGNORED
 from loram.model.device import allocate_
 from loram.options import checkpoints_activations
-
-
-def chunked_loss(
-    states: Tensor,
-    head: nn.Module,
-    targets: Sequence[Tensor],
-    loss_of: Callable[..., Tensor],
-    *,
-    softcap: float | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> Tensor:
-    """Sum of a loss over places; the logits of a chunk of them live at a time, and backward works them out again.
-
-    Args:
-        states: (places, hidden size), what lm_head reads.
-        head: lm_head, called as a module.
-        targets: what the loss needs beside the logits: tensors whose first dimension is that of the places.
-        loss_of: (logits (chunk, vocabulary) float32, chunk of each target) -> the chunk's summed loss.
-        softcap: of families that squash their logits (Gemma 2): softcap * tanh(logits / softcap).
-        chunk_tokens: how many places' logits are held at a time.
-
-    Returns:
-        A float32 scalar.
-    """
-
-    def part(states: Tensor, *targets: Tensor) -> Tensor:
-        return loss_of(squashed(head(states).float(), softcap), *targets)
-
-    total = states.new_zeros((), dtype=torch.float32)
-    for pieces in zip(*(tensor.split(chunk_tokens) for tensor in (states, *targets)), strict=True):
-        total = total + checkpoint(part, *pieces, use_reentrant=False)
-    return total
-
-
-def squashed(logits: Tensor, softcap: float | None) -> Tensor:
-    """The logits of a family with or without a soft cap."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def cross_entropy(logits: Tensor, next_ids: Tensor) -> Tensor:

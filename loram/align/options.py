@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from loram.errors import UserError
 from loram.model.device import compute_dtype
-from loram.options import check_names, checkpointing, option_names
+from loram.options import as_user_error, check_names, checkpointing, option_names
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -87,4 +87,4 @@ def build_arguments(options: Mapping[str, Any], device: torch.device, output_dir
     try:
         return TrainingArguments(**values)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"align: {str(error).splitlines()[0]}") from error
+        raise as_user_error(error, "align") from error

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loram.align.mixture import Item, Rows, collate
+from loram.align.mixture import Rows, collate
 from loram.errors import UserError
 from loram.likelihood import loaded_loss, model_loss, streamed_loss
-from loram.loss import chunked_cross_entropy
+from loram.loss import causal_loss
 from loram.model.adapter import Adapter, add_update_
-from loram.model.batches import IGNORED
 from loram.model.checkpoint import Checkpoint
 from loram.model.device import compute_dtype, fits
 from loram.model.plan import PruningPlan
@@ -155,7 +154,8 @@ class Probe:
         optimizer = torch.optim.AdamW(factors, lr=_LEARNING_RATE, weight_decay=0.0)
         for step in track(range(self.steps), "Probe"):
             batch = self.batches[step % len(self.batches)]
-            loss = _loss(student, {name: tensor.to(student.device) for name, tensor in batch.items()})
+            names = ("input_ids", "attention_mask", "labels")  # a cache's rows have more
+            loss = causal_loss(student, **{name: batch[name].to(student.device) for name in names})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -172,15 +172,6 @@ class Probe:
             a, b = (parts[part].to(self.device) for part in "AB")
             add_update_(model.get_submodule(module), a, b, adapter.scaling(module))
         return _mean(model_loss(model, *self.dev))
-
-
-def _loss(student: Any, batch: Item) -> Tensor:
-    states = student.model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    softcap = getattr(student.config, "final_logit_softcapping", None)
-    total = chunked_cross_entropy(states, batch["labels"], student.lm_head, softcap=softcap)
-    return total / (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 @contextlib.contextmanager

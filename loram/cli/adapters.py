@@ -18,6 +18,7 @@ from loram.cli.options import (
     LoraR,
     LoraTargets,
     MaxLength,
+    MaxSamples,
     MaxSteps,
     Model,
     Out,
@@ -38,7 +39,7 @@ def train(
     dataset_split: Split = None,
     column: Column = None,
     method: Annotated[str, typer.Option(help="lora.")] = "lora",
-    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    max_samples: MaxSamples = None,
     lora_r: LoraR = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Scale: alpha / r (default 16).")] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="Default 0.05.")] = None,
@@ -133,7 +134,7 @@ def evaluate(
     dataset_config: Config = None,
     dataset_split: Split = None,
     column: Column = None,
-    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    max_samples: MaxSamples = None,
     max_length: Annotated[int, typer.Option(help="Tokens a row; a long text is cut into pieces of this.")] = 1024,
     stream: Annotated[
         bool, typer.Option("--stream", help="Never load the model: read it from disk a layer at a time.")

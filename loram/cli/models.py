@@ -17,6 +17,7 @@ from loram.cli.options import (
     KeepFirst,
     KeepLast,
     MaxLength,
+    MaxSamples,
     MaxSteps,
     Model,
     Out,
@@ -183,7 +184,7 @@ def teach(
     dataset_config: Config = None,
     dataset_split: Split = None,
     column: Column = None,
-    max_samples: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    max_samples: MaxSamples = None,
     top_k: Annotated[int, typer.Option(help="Likeliest next tokens to store at every place.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens a row; a long text is cut into pieces of this.")] = 512,
     part_tokens: Annotated[

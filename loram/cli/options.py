@@ -22,6 +22,7 @@ Column = Annotated[
     list[str] | None,
     typer.Option("--column", help="Name a column: prompt=question. Of messages, prompt, completion, text. Repeatable."),
 ]
+MaxSamples = Annotated[int | None, typer.Option(help="Only the first so many rows.")]
 Ratio = Annotated[float, typer.Option(help="Share of heads and channels to remove.", show_default=False)]
 KeepFirst = Annotated[int, typer.Option(help="First layers to leave whole.")]
 KeepLast = Annotated[int, typer.Option(help="Last layers to leave whole.")]

@@ -5,9 +5,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from loram.errors import UserError, first_problem
-from loram.model.architecture import CUTS
+from loram.model.architecture import LINEARS
 
-LINEARS = tuple(name.split(".")[1] for name in CUTS)
 # optim -> (bytes of state a trained parameter, or None for those of its dtype; whether the GPU's driver may page it)
 OPTIMIZERS: dict[str, tuple[int, bool]] = {
     "adamw_torch": (0, False),

@@ -100,6 +100,7 @@ class Architecture:
 
 
 CUTS = MappingProxyType({cut.linear: (space, cut) for space in (KV_GROUPS, CHANNELS) for cut in space.cuts})
+LINEARS = tuple(linear.rpartition(".")[2] for linear in CUTS)  # q_proj, k_proj ...: as adapters name them
 
 _ROWS = (
     Architecture(model_type="llama", biases={"attention_bias": _QKVO, "mlp_bias": _MLP}),

@@ -143,7 +143,7 @@ class Checkpoint:
 
     def constants(self, name: str) -> list[str]:
         """Names of the tensors that belong to a quantised weight: its scales and codes."""
-        return [key for key in self.names() if key.startswith(f"{name}.")]
+        return [key for key in self.index if key.startswith(f"{name}.")]
 
     @staticmethod
     def weight_of(name: str) -> str:

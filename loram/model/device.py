@@ -13,6 +13,7 @@ from loram.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATM = Path("/proc/self/statm")
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -84,6 +85,11 @@ def _mallopt(settings: Mapping[int, int]) -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for key, value in settings.items():
             libc.mallopt(key, value)
+
+
+def rss() -> int:
+    """Resident memory in bytes now (Linux)."""
+    return int(_STATM.read_text().split()[1]) * resource.getpagesize()
 
 
 def reset_peak_rss() -> None:
