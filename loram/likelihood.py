@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from loram.model.adapter import Adapter
+from loram.model.adapter import Adapter, add_update_
 from loram.model.batches import Batch, make_batches
 from loram.model.checkpoint import Checkpoint
-from loram.model.device import compute_dtype
+from loram.model.device import compute_dtype, fits
 from loram.model.pruned import load_model
 from loram.model.streaming import BATCH_TOKENS, Stream
 from loram.progress import track
@@ -36,6 +36,36 @@ def loaded_loss(
         parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
     total, count = model_loss(model.to(device).eval(), input_ids, labels)
     return total, count, parameters
+
+
+def adapted_losses(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    device: torch.device,
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]],
+    *,
+    stream: bool = False,
+) -> list[float]:
+    """Mean losses in nats of a model with one adapter after the other, none of which need be on disk.
+
+    The model is loaded once where it fits in memory, else (or with `stream`) read from disk once an adapter.
+    """
+    if stream or not fits(checkpoint.parameters * compute_dtype(device).itemsize, device):
+        found = [streamed_loss(checkpoint, adapter, device, input_ids, labels) for adapter in adapters]
+        return [total / count for total, count, _ in found]
+    model = _load(checkpoint, device)[0].to(device).eval()
+    losses = []
+    for adapter in adapters:
+        handles = []
+        for module, factors in adapter.modules.items():
+            a, b = (factors[part].to(device, torch.float32) for part in "AB")
+            handles.append(add_update_(model.get_submodule(module), a, b, adapter.scaling(module)))
+        total, count = model_loss(model, input_ids, labels)
+        losses.append(total / count)
+        for handle in handles:
+            handle.remove()
+    return losses
 
 
 def _load(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram.align.options import check_options as check_align_options
 from loram.align.spec import AlignSpec
-from loram.align.stage import align, open_full
+from loram.align.stage import align
 from loram.artifacts import difference, find_manifest, library_versions, sync
 from loram.data import load_rows
 from loram.data_spec import DataSpec
@@ -24,6 +24,7 @@ from loram.evaluate import Report, evaluate
 from loram.model.architecture import architecture_of
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import peak_rss, reset_peak_rss
+from loram.model.full import open_full
 from loram.model.plan import PruningPlan
 from loram.model.teacher import TeacherCache
 from loram.options import TrainOptions, check_options
@@ -152,7 +153,7 @@ def check(recipe: Recipe) -> None:
             f"prune: missing, and {checkpoint.name} is a full model; add the section, or name a pruned folder"
         )
     check_options(TrainOptions(**recipe.train.model_dump()))
-    specs = [recipe.dataset, *recipe.eval_dataset.values()]
+    specs = [recipe.dataset, *recipe.eval_dataset.values(), recipe.recover.dev_dataset]
     if recipe.align is not None:
         check_align_options(recipe.align.trainer)
         specs += [*recipe.align.dataset, recipe.align.probe_dataset]
@@ -327,13 +328,23 @@ def _adapt(state: _Run, recipe: Recipe, small: _Small, dataset: DataSpec) -> tup
     """Train and recover; returns what was made in all and the trained adapters, by the rows of the report."""
     out, base = recipe.output_dir, _base(recipe, small.plan)
     training = {**_common(recipe), **recipe.train.model_dump(mode="json"), "dataset": _data(dataset)}
+    recovering = {"correct": recipe.recover.correct, "dev_dataset": _data(recipe.recover.dev_dataset)}
 
     def fit(model: str | Path, folder: str) -> None:
         options = recipe.train.model_dump()
         train(model, out / folder, data=dataset, seed=recipe.seed, device=recipe.device, **options)
 
     def widen() -> None:
-        recover(out / "adapter", out / "recovered")
+        chosen = recipe.recover
+        recover(
+            out / "adapter",
+            out / "recovered",
+            correct=chosen.correct,
+            dev_data=chosen.dev_dataset,
+            base=base,
+            pruned=small.folder,
+            device=recipe.device,
+        )
 
     adapters = {f"{small.name} + adapter": out / "adapter"}
     made = {
@@ -341,7 +352,7 @@ def _adapt(state: _Run, recipe: Recipe, small: _Small, dataset: DataSpec) -> tup
         f"{small.name} + adapter": state.stage(
             "adapter", {**training, **small.settings}, lambda: fit(small.folder, "adapter")
         ),
-        "recovered": state.stage("recovered", {"training": training, **small.settings}, widen),
+        "recovered": state.stage("recovered", {"training": training, **small.settings, **recovering}, widen),
     }
     if recipe.evaluate.full_lora:
         made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora"))

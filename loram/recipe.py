@@ -52,6 +52,15 @@ class TrainSection(_Section):
     trainer: dict[str, Any] = Field(default_factory=dict)
 
 
+class RecoverSection(_Section):
+    """Options of `loram.recover`: what is beyond widening, and reads the full model's weights."""
+
+    correct: bool = False
+    dev_dataset: DataSpec | None = None
+
+    _spec = field_validator("dev_dataset", mode="before")(lambda value: _as_spec(value))
+
+
 class EvaluateSection(_Section):
     """Options of `loram.evaluate`; `full_lora` also trains LoRA on the full model, to compare with; `stream`ed
     evaluations never load the model."""
@@ -77,7 +86,7 @@ class Recipe(_Section):
         seed: of pruning, initialisation, data order.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         prune, teach, align: their stages' options; a stage without a section is left out.
-        train, evaluate: their stages' options.
+        train, recover, evaluate: their stages' options.
     """
 
     model_name_or_path: str
@@ -91,6 +100,7 @@ class Recipe(_Section):
     teach: TeachSection | None = None
     align: AlignSpec | None = None
     train: TrainSection = Field(default_factory=TrainSection)
+    recover: RecoverSection = Field(default_factory=RecoverSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
 
     _spec = field_validator("dataset", mode="before")(lambda value: _as_spec(value))

@@ -1,32 +1,57 @@
 """The recover stage: an adapter trained on a pruned model -> a stock PEFT adapter for the full one."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loram.artifacts import Manifest, check_output, find_manifest, publish
+from loram.correct import best_multiplier, correct_adapter
+from loram.data import load_tokens
+from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
-from loram.model.adapter import Adapter, save_adapter
-from loram.model.checkpoint import copy_side_files
+from loram.model.adapter import Adapter, save_adapter, scaled
+from loram.model.checkpoint import Checkpoint, copy_side_files, open_model
+from loram.model.device import pick_device
+from loram.model.full import open_full
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
+from loram.model.pruned import load_tokenizer
 from loram.model.resize import widen
 
+_DEV_LENGTH = 1024
 
-def recover(adapter: str | Path, out: str | Path) -> Path:
+
+def recover(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    correct: bool = False,
+    dev_data: DataSpec | str | Path | Mapping[str, Any] | None = None,
+    base: str | Path | None = None,
+    pruned: str | Path | None = None,
+    device: str | None = None,
+) -> Path:
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
-    adapter has its geometry.
+    adapter has its geometry. Only what is asked for beyond that reads weights (see `loram.correct`), tensor by tensor.
 
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
             `loram_plan.json` copied beside it will do.
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
+        correct: take out what alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
+        dev_data: development rows, to choose a multiplier of the update on (see `loram.data`).
+        base: the full model for these two, where it is not at the name that the plan has.
+        pruned: the folder the adapter was trained on, for `correct`, where it is not at the name the adapter has.
+        device: for `dev_data`: `cpu`, `cuda`, ...; the first GPU where there is one.
 
     Returns:
         `out`.
 
     Raises:
         UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, the plan is not that of
-            the model it was trained on, or `out` exists.
+            the model it was trained on, `base` or `pruned` are other models, or `out` exists.
     """
     source, out = Path(adapter), Path(out)
     check_output(out, source)
@@ -39,13 +64,46 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
     _check_origin(source, trained, plan, manifest)
     trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
+    settings: dict[str, Any] = {"correct": correct}
+    full = open_full(plan, base) if correct or dev_data is not None else None
+    if correct and full is not None:
+        in_4bit = manifest is not None and bool(manifest.settings.get("load_in_4bit"))
+        trained = correct_adapter(trained, plan, full, _trained_on(trained, manifest, pruned), in_4bit=in_4bit)
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
     config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
+    recovered = dataclasses.replace(trained, config=config, tensors=tensors)
+    if dev_data is not None and full is not None:
+        spec = as_spec(dev_data)
+        rows = load_tokens(spec, load_tokenizer(full), spec.max_length or _DEV_LENGTH, vocabulary=full.vocabulary).rows
+        rows = rows.select(range(min(len(rows), spec.max_samples or len(rows))))
+        best, losses = best_multiplier(full, recovered, (rows["input_ids"][:], rows["labels"][:]), pick_device(device))
+        recovered = scaled(recovered, best)
+        settings |= {"dev_data": spec.model_dump(mode="json"), "multiplier": best, "dev_losses": losses}
     made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "adapter": trained.fingerprint}
-    with publish(out, kind="recovered", made_from=made_from) as staging:
-        save_adapter(staging, config, tensors)
+    with publish(out, kind="recovered", made_from=made_from, settings=settings) as staging:
+        save_adapter(staging, recovered.config, recovered.tensors)
         copy_side_files(source, staging)
     return out
+
+
+def _trained_on(adapter: Adapter, manifest: Manifest | None, pruned: str | Path | None) -> Checkpoint:
+    """The pruned model that an adapter was trained on, in 16 or 32 bits."""
+    name = pruned or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter.folder}: does not say what it was trained on; name that folder with --pruned")
+    try:
+        found = open_model(name)
+    except UserError as error:
+        raise UserError(f"{error}; say where the model that the adapter was trained on is: --pruned") from error
+    expected = None if manifest is None else manifest.made_from.get("pruned")
+    if expected is not None and found.fingerprint != expected:
+        raise UserError(
+            f"{found.name}: not the model that {adapter.folder} was trained on "
+            f"(fingerprint {found.fingerprint[:12]} instead of {expected[:12]}); name that one with --pruned"
+        )
+    if found.quantized:
+        raise UserError(f"{found.name}: is in 4 bits; name the folder that it was made from with --pruned")
+    return found
 
 
 def _check_origin(source: Path, adapter: Adapter, plan: PruningPlan, manifest: Manifest | None) -> None:

@@ -17,6 +17,7 @@ FLOORS = {
     "loram.align.spec": 1,
     "loram.data": 3,
     "loram.likelihood": 3,
+    "loram.correct": 3,
     "loram.checkpoints": 3,
     "loram.loss": 3,
     "loram.liger": 3,

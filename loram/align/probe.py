@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from loram.align.mixture import Rows, collate
 from loram.errors import UserError
-from loram.likelihood import loaded_loss, model_loss, streamed_loss
+from loram.likelihood import adapted_losses, loaded_loss, model_loss, streamed_loss
 from loram.loss import causal_loss
 from loram.model.adapter import Adapter, add_update_
 from loram.model.checkpoint import Checkpoint
 from loram.model.device import compute_dtype, fits
 from loram.model.plan import PruningPlan
-from loram.model.pruned import load_model
 from loram.model.resize import widen
 from loram.progress import track
 
@@ -164,14 +163,7 @@ class Probe:
         wide = {name: widen(name, tensor, self.plan) for name, tensor in tensors.items()}
         config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "target_modules": []}
         adapter = Adapter(folder=Path("probe"), config=config, tensors=wide)
-        if self._streams():
-            total, count, _ = streamed_loss(self.full, adapter, self.device, *self.dev)
-            return total / count
-        model: Any = load_model(self.full, dtype=compute_dtype(self.device)).to(self.device).eval()
-        for module, parts in adapter.modules.items():
-            a, b = (parts[part].to(self.device) for part in "AB")
-            add_update_(model.get_submodule(module), a, b, adapter.scaling(module))
-        return _mean(model_loss(model, *self.dev))
+        return adapted_losses(self.full, [adapter], self.device, *self.dev, stream=self.stream)[0]
 
 
 @contextlib.contextmanager

@@ -108,12 +108,32 @@ def train(
 
 
 def recover(
-    adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)], out: Out
+    adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)],
+    out: Out,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="Take out what alignment and 4 bits changed in the base (EMLoC).")
+    ] = False,
+    dev_dataset: Annotated[
+        str | None,
+        typer.Option(help="Choose a multiplier of the update on these development rows.", show_default=False),
+    ] = None,
+    column: Column = None,
+    max_samples: MaxSamples = None,
+    base: Annotated[
+        str | None, typer.Option(help="The full model for these, if not where the plan says.", show_default=False)
+    ] = None,
+    pruned: Annotated[
+        str | None,
+        typer.Option(help="For --correct: what was trained on, if not where the adapter says.", show_default=False),
+    ] = None,
+    device: Device = None,
 ) -> None:
     """Widen an adapter trained on a pruned model to the full one: a stock PEFT adapter."""
+    dev_data = None if dev_dataset is None else data_spec(dev_dataset, None, None, column, max_samples)
+
     from loram.recover import recover as stage
 
-    stage(adapter, out)
+    stage(adapter, out, correct=correct, dev_data=dev_data, base=base, pruned=pruned, device=device)
     typer.echo(f"{out}: recovered adapter written")
 
 

@@ -1,5 +1,6 @@
 """Reading and writing stock PEFT LoRA adapters without building a model."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -220,6 +221,12 @@ def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Any:
         return (output + (args[0].to(a.dtype) @ a.T @ b.T) * scaling).to(output.dtype)
 
     return linear.register_forward_hook(add)
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """An adapter whose update is `factor` times as large: its lora_B are."""
+    tensors = {n: t * factor if n.endswith(".lora_B.weight") else t for n, t in adapter.tensors.items()}
+    return dataclasses.replace(adapter, tensors=tensors)
 
 
 def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:

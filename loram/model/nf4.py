@@ -79,6 +79,12 @@ def quantize(weight: Tensor) -> tuple[Tensor, QuantState]:
     return packed, state
 
 
+def as_4bit(weight: Tensor) -> Tensor:
+    """A weight as NF4 has it: quantised, and in its own dtype and shape again."""
+    found: Tensor = dequantize_4bit(*quantize(weight))
+    return found.view_as(weight)
+
+
 def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
     """What transformers' folder format has for a weight of this name and shape in NF4."""
     blocks = math.ceil(math.prod(shape) / BLOCK)
