@@ -29,7 +29,7 @@ format: .venv/dev
 	touch $@
 
 .venv/dev: .venv/runtime
-	$(INSTALL) --editable '.[gguf,dev]'
+	$(INSTALL) --editable '.[gguf,plots,dev]'
 	touch $@
 
 $(MODEL)/config.json: | .venv/runtime

@@ -64,6 +64,7 @@ class TrainOptions:
         load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 (QLoRA, arXiv 2305.14314).
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: of the adapter, its gradients and its optimiser's state: one of `LORA_DTYPES`.
+        anchor_steps: train on the full model's course, measured every so many steps (see `loram.anchors`).
     """
 
     method: str = "lora"
@@ -72,6 +73,7 @@ class TrainOptions:
     load_in_4bit: bool = False
     offload_embedding: bool = False
     lora_dtype: str = "float32"
+    anchor_steps: int | None = None
 
 
 def check_options(given: TrainOptions) -> TrainOptions:
@@ -96,7 +98,21 @@ def check_options(given: TrainOptions) -> TrainOptions:
         raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
     if trainer["max_length"] is None:
         raise UserError("trainer: max_length should be a number of tokens")
+    if given.anchor_steps is not None:
+        trainer = _anchored(given.anchor_steps, trainer)
     return dataclasses.replace(given, lora=lora, trainer=trainer)
+
+
+def _anchored(steps: int, trainer: dict[str, Any]) -> dict[str, Any]:
+    """Options of a training that is measured every so many steps: a checkpoint is where the next measurement is."""
+    if steps < 1:
+        raise UserError(f"anchor_steps {steps}: should be at least 1")
+    for key in ("packing", "padding_free"):
+        if trainer.get(key):
+            raise UserError(f"trainer: {key} puts rows together, and anchor_steps measures each by itself; drop one")
+    if isinstance(saved := trainer["save_steps"], int) and saved % steps:
+        trainer = {**trainer, "save_steps": -(-saved // steps) * steps}
+    return trainer
 
 
 def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:

@@ -330,9 +330,10 @@ def _adapt(state: _Run, recipe: Recipe, small: _Small, dataset: DataSpec) -> tup
     training = {**_common(recipe), **recipe.train.model_dump(mode="json"), "dataset": _data(dataset)}
     recovering = {"correct": recipe.recover.correct, "dev_dataset": _data(recipe.recover.dev_dataset)}
 
-    def fit(model: str | Path, folder: str) -> None:
-        options = recipe.train.model_dump()
-        train(model, out / folder, data=dataset, seed=recipe.seed, device=recipe.device, **options)
+    options = recipe.train.model_dump()
+
+    def fit(model: str | Path, folder: str, **changed: Any) -> None:
+        train(model, out / folder, data=dataset, seed=recipe.seed, device=recipe.device, **{**options, **changed})
 
     def widen() -> None:
         chosen = recipe.recover
@@ -350,12 +351,12 @@ def _adapt(state: _Run, recipe: Recipe, small: _Small, dataset: DataSpec) -> tup
     made = {
         **small.made,
         f"{small.name} + adapter": state.stage(
-            "adapter", {**training, **small.settings}, lambda: fit(small.folder, "adapter")
+            "adapter", {**training, **small.settings}, lambda: fit(small.folder, "adapter", base=base)
         ),
         "recovered": state.stage("recovered", {"training": training, **small.settings, **recovering}, widen),
     }
     if recipe.evaluate.full_lora:
-        made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora"))
+        made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora", anchor_steps=None))
         adapters["full LoRA"] = out / "full_lora"
     return made, adapters
 

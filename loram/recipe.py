@@ -48,6 +48,7 @@ class TrainSection(_Section):
     load_in_4bit: bool = False
     offload_embedding: bool = False
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
+    anchor_steps: PositiveInt | None = None
     lora: dict[str, Any] = Field(default_factory=dict)
     trainer: dict[str, Any] = Field(default_factory=dict)
 

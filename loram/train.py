@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
+from loram.anchors import Course, anchored
 from loram.artifacts import check_output, publish
 from loram.checkpoints import Checkpoints, guarded, lasting
 from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
+from loram.errors import UserError
 from loram.liger import use_liger_
 from loram.loss import use_chunked_loss_
 from loram.model.adapter import Adapter, save_adapter
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import allocate_, compute_dtype, pick_device
+from loram.model.full import open_full
 from loram.model.plan import find_plan
 from loram.model.pruned import load_model, load_tokenizer
 from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
@@ -43,6 +46,8 @@ def train(
     load_in_4bit: bool = False,
     offload_embedding: bool = False,
     lora_dtype: str = "float32",
+    anchor_steps: int | None = None,
+    base: str | Path | None = None,
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
@@ -65,6 +70,9 @@ def train(
             (QLoRA, arXiv 2305.14314); so does a folder that `quantize` made, without being asked.
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: `float32`, or `bfloat16`, which halves the adapter, its gradients and its optimiser's state.
+        anchor_steps: every so many steps send the rows of the next ones through the full model, streamed from disk,
+            and train on its course (see `loram.anchors`); for pruned folders.
+        base: the full model for that, where it is not at the name that the plan has.
         seed: of initialisation, data order and dropout.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted training.
@@ -89,9 +97,11 @@ def train(
         load_in_4bit=load_in_4bit or checkpoint.quantized,
         offload_embedding=offload_embedding,
         lora_dtype=lora_dtype,
+        anchor_steps=anchor_steps,
     )
     options = check_options(options)
     chosen = pick_device(device)
+    course = None if anchor_steps is None else _course(checkpoint, anchor_steps, base, chosen, out.parent)
     tokenizer = load_tokenizer(checkpoint)
     tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)
     settings = {
@@ -110,7 +120,7 @@ def train(
     )
     with publish(out, kind="adapter", made_from=made_from, settings=settings) as staging:
         with checkpoints.open(fresh=fresh):
-            history, adapter = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks)
+            history, adapter = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
         save_adapter(staging, {**adapter.config, "base_model_name_or_path": checkpoint.name}, adapter.tensors)
         tokenizer.save_pretrained(staging)
         log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
@@ -120,6 +130,15 @@ def train(
     if "save_strategy" not in (trainer or {}):
         checkpoints.remove()
     return out
+
+
+def _course(checkpoint: Checkpoint, steps: int, base: str | Path | None, device: torch.device, scratch: Path) -> Course:
+    plan = find_plan(checkpoint.folder)
+    if plan is None:
+        raise UserError(f"{checkpoint.name}: a full model is on its own course; anchor_steps is for pruned ones")
+    scratch.mkdir(parents=True, exist_ok=True)
+    full = open_full(plan, base)
+    return Course(base=full, plan=plan, steps=steps, device=device, dtype=compute_dtype(device), scratch=scratch)
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, str]:
@@ -147,6 +166,7 @@ def _fit(
     device: torch.device,
     checkpoints: Checkpoints,
     callbacks: Sequence[TrainerCallback],
+    course: Course | None,
 ) -> tuple[list[dict[str, Any]], Adapter]:
     """Train; returns the log history and the adapter."""
     from transformers import PrinterCallback, ProgressCallback, set_seed
@@ -164,7 +184,8 @@ def _fit(
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours
     allocate_(device, lean=options.load_in_4bit or checkpoints_activations(arguments))
     rows, collator = _batching(rows, arguments, tokenizer)
-    runner = guarded(_Trainer, checkpoints)(
+    kind = _Trainer if course is None else anchored(_Trainer, course)
+    runner = guarded(kind, checkpoints)(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator
     )
     for callback in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results

@@ -59,6 +59,12 @@ def train(
         bool, typer.Option("--offload-embedding", help="With it: leave the embedding in 16 bits in host memory.")
     ] = False,
     lora_dtype: Annotated[str, typer.Option(help="Of adapter, gradients, optimiser: float32 or bfloat16.")] = "float32",
+    anchor_steps: Annotated[
+        int | None, typer.Option(help="Stay on the full model's course, measured every so many steps.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The full model for that, if not where the plan says.", show_default=False)
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
     ] = None,
@@ -100,6 +106,8 @@ def train(
         load_in_4bit=load_in_4bit,
         offload_embedding=offload_embedding,
         lora_dtype=lora_dtype,
+        anchor_steps=anchor_steps,
+        base=base,
         seed=seed,
         device=device,
         fresh=fresh,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ _SLICE_BYTES = 1 << 26
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 OnGradient = Callable[[str, Tensor, Tensor], None]
+Follower = Callable[[int, int, Tensor, Tensor, dict[str, Any]], None]
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
@@ -118,13 +119,17 @@ class Stream:
         self._arguments: dict[tuple[int, ...], dict[int, dict[str, Any]]] = {}
         self._inputs: dict[int, Activations] = {}
         self._final: Activations | None = None
+        self._factors: dict[str, Tensor] = {}  # those of the resident layer
+        self.loss: float | None = None
 
     @property
     def predicted(self) -> int:
         """How many tokens are in the loss."""
         return sum(len(batch.targets) for batch in self.batches)
 
-    def forward(self, observe: Observer | None = None, keep_from: int | None = None) -> Iterator[ResidentLayer]:
+    def forward(
+        self, observe: Observer | None = None, keep_from: int | None = None, follow: Follower | None = None
+    ) -> Iterator[ResidentLayer]:
         """Send all micro-batches through layer after layer, yielding each layer when they have passed it.
 
         Args:
@@ -132,34 +137,43 @@ class Stream:
                 (rows, width, in_features), its outputs (rows, width, out_features) and where these are text and not
                 padding (rows, width).
             keep_from: keep the inputs of this layer and those above, for `backward`.
+            follow: called for every layer and micro-batch with their numbers, the layer's inputs and outputs (rows,
+                width, hidden size) on the device, and what else the model's code passes to the layer.
         """
         current = self._embed()
         for layer in self._resident(range(len(self._layers)), "Layers, forward"):
             keep = keep_from is not None and layer.index >= keep_from
             outputs = self._room() if keep else current
             for number, batch in enumerate(self.batches):
+                inputs = current[number].to(self.device)
                 with torch.no_grad(), self._observed(layer.index, batch, observe):
-                    outputs[number] = self._call(layer.index, batch, current[number])
+                    result = self._call(layer.index, batch, inputs)
+                if follow is not None:
+                    follow(layer.index, number, inputs, result, self._passed(layer.index, batch))
+                outputs[number] = result
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
 
-    def backward(self, down_to: int, on_gradient: OnGradient) -> Iterator[ResidentLayer]:
+    def backward(
+        self, down_to: int, on_gradient: OnGradient, *, of: Literal["weights", "factors"] = "weights"
+    ) -> Iterator[ResidentLayer]:
         """Walk down from the loss, the mean over all wanted tokens, yielding each layer when its gradients are done.
 
-        The gradients are those of the whole model (reverse mode, each layer computed again from its kept inputs); only
-        weights of prunable linears get any.
+        The gradients are those of the whole model (reverse mode, each layer computed again from its kept inputs), of
+        the weights of prunable linears or of the adapter's factors on them. Sets `loss`, in nats.
 
         Args:
             down_to: the last layer to visit; `forward` must have kept inputs from here on.
             on_gradient: called once for every weight with its full name, the weight and its gradient, of one shape;
                 the gradient's memory is free again after the call.
+            of: what to differentiate by; factors go by PEFT's names.
         """
         gradients = self._head_gradient()
         for layer in self._resident(range(len(self._layers) - 1, down_to - 1, -1), "Layers, backward"):
             inputs = self._inputs.pop(layer.index)
-            with self._differentiated(layer, on_gradient) as state:
+            with self._differentiated(layer, on_gradient, of) as state:
                 for number, batch in enumerate(self.batches):
                     state["last"] = number == len(self.batches) - 1
                     x = inputs[number].to(self.device).detach().requires_grad_(layer.index > down_to)
@@ -241,8 +255,12 @@ class Stream:
         return hidden
 
     def _call(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        output: Tensor = self._layers[index](hidden.to(self.device), **self._arguments[tuple(batch.ids.shape)][index])
+        output: Tensor = self._layers[index](hidden.to(self.device), **self._passed(index, batch))
         return output
+
+    def _passed(self, index: int, batch: Batch) -> dict[str, Any]:
+        """What the model's own code passes to a layer beside hidden states."""
+        return self._arguments[tuple(batch.ids.shape)][index]
 
     def _resident(self, indices: Sequence[int], description: str) -> Iterator[ResidentLayer]:
         """Layers with their weights and adapter in place, one at a time, the next one read meanwhile."""
@@ -265,14 +283,16 @@ class Stream:
 
     def _adapt_(self, index: int) -> list[Any]:
         """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32."""
+        self._factors.clear()
         handles = []
         for linear in CUTS:
-            factors = None if self.adapter is None else self.adapter.modules.get(f"model.layers.{index}.{linear}")
+            module = f"model.layers.{index}.{linear}"
+            factors = None if self.adapter is None else self.adapter.modules.get(module)
             if self.adapter is None or factors is None:
                 continue
-            a, b = (factors[part].to(self.device, torch.float32) for part in "AB")
-            scaling = self.adapter.scaling(f"model.layers.{index}.{linear}")
-            handles.append(add_update_(self._layers[index].get_submodule(linear), a, b, scaling))
+            a, b = (factors[part].detach().to(self.device, torch.float32) for part in "AB")
+            self._factors |= {f"base_model.model.{module}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
+            handles.append(add_update_(self._layers[index].get_submodule(linear), a, b, self.adapter.scaling(module)))
         return handles
 
     @contextlib.contextmanager
@@ -296,8 +316,10 @@ class Stream:
             handle.remove()
 
     @contextlib.contextmanager
-    def _differentiated(self, layer: ResidentLayer, on_gradient: OnGradient) -> Iterator[dict[str, bool]]:
-        """Collect gradients of the layer's linears; each is handed over, and freed, when the last batch is through."""
+    def _differentiated(
+        self, layer: ResidentLayer, on_gradient: OnGradient, of: Literal["weights", "factors"]
+    ) -> Iterator[dict[str, bool]]:
+        """Collect gradients; each is handed over, and freed, when the last batch is through."""
         state = {"last": False}
 
         def done(weight: Tensor, name: str) -> None:
@@ -306,11 +328,16 @@ class Stream:
                 on_gradient(name, weight.detach(), weight.grad)
                 weight.grad = None
 
+        wanted = self._factors
+        if of == "weights":
+            block = self._layers[layer.index]
+            wanted = {
+                f"model.layers.{layer.index}.{linear}.weight": block.get_submodule(linear).weight for linear in CUTS
+            }
         handles = []
-        for linear in CUTS:
-            weight = self._layers[layer.index].get_submodule(linear).weight.requires_grad_()
-            name = f"model.layers.{layer.index}.{linear}.weight"
-            handles.append(weight.register_post_accumulate_grad_hook(functools.partial(done, name=name)))
+        for name, tensor in wanted.items():
+            tensor.requires_grad_()
+            handles.append(tensor.register_post_accumulate_grad_hook(functools.partial(done, name=name)))
         yield state
         for handle in handles:
             handle.remove()
@@ -365,7 +392,9 @@ class Stream:
     def _head_gradient(self) -> Activations:
         """Gradient of the mean loss by the last layer's outputs."""
         head, finals = self.checkpoint.tensor(self.checkpoint.head), self._finals()
-        totals, _ = self._normalisers(finals, head)
+        totals, targets = self._normalisers(finals, head)
+        losses = (float((total - target).double().sum()) for total, target in zip(totals, targets, strict=True))
+        self.loss = sum(losses) / self.predicted
         cap = self.model.config.to_dict().get("final_logit_softcapping")
         sums = [torch.zeros(finals.shapes[number]) for number in range(len(self.batches))]
 

@@ -1,0 +1,333 @@
+"""How much of what LoRA on the full model gains does an adapter keep that was trained on the pruned one?
+
+SmolLM2-135M-Instruct, GSM8K training rows, WikiText-2 validation text to align on; judged by perplexity of GSM8K test
+answers and of WikiText-2 test text under the full model with the recovered adapter, never by the pruned model. All rows
+take the same steps, batch, rank and learning rate. Kept gain is (ln untuned - ln recovered) / (ln untuned - ln LoRA on
+the full model), per seed.
+
+    python benchmarks/quality.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/quality
+
+DIR holds gsm8k_train.jsonl, gsm8k_test.jsonl, wikitext2_valid.txt and wikitext2_test.txt. `--grid full` is for a GPU;
+the default is what two CPU cores do in some hours. A second call does only what is missing, row by row. Writes
+quality.json, quality.md (the table) and quality.png beside this script.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loram
+from loram.artifacts import find_manifest
+
+TASK, TEXT = "gsm8k", "wikitext2"
+CRITERIA = ("taylor", "magnitude", "activation", "wanda", "flap", "random")
+RATIOS = (0.5, 0.65, 0.75, 0.85)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of the table, for one seed.
+
+    Args:
+        base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), or not at all (`untuned`).
+        ratio, criterion: of pruning.
+        alignment: `none`, or objective and steps: `distill 50`.
+        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), or `none`: as if recovery
+            left out what it has to put in place, the pruned model itself is judged.
+        train: options of the train stage beyond the common ones.
+        seed: of pruning, alignment and training.
+    """
+
+    base: str = "pruned"
+    ratio: float = 0.5
+    criterion: str = "taylor"
+    alignment: str = "none"
+    recovery: str = "plain"
+    nf4: bool = False
+    train: dict[str, Any] = field(default_factory=dict)
+    seed: int = 42
+
+    @property
+    def name(self) -> str:
+        """What it is, but for the seed."""
+        if self.base == "untuned":
+            return "untuned"
+        extra = "".join(f" {key}={value}" for key, value in sorted(self.train.items()))
+        if self.base == "full":
+            return ("QLoRA" if self.nf4 else "LoRA") + f" on the full model{extra}"
+        recovery = {"plain": "", "none": ", no recovery"}.get(self.recovery, f", {self.recovery}")
+        quantised = ", NF4" if self.nf4 else ""
+        return f"p={self.ratio} {self.criterion}, align {self.alignment}{quantised}{extra}{recovery}"
+
+
+def jobs(grid: str, seeds: Sequence[int]) -> Iterator[Job]:
+    """The rows, those that the others are compared with first."""
+    for seed in seeds:
+        yield Job(base="untuned", seed=seed)
+        yield Job(base="full", seed=seed)
+    yield from (SMALL if grid == "small" else LARGE)(seeds)
+
+
+def SMALL(seeds: Sequence[int]) -> Iterator[Job]:
+    """What two cores can do."""
+    for seed in seeds:
+        for alignment in ("none", "distill 25", "distill 50", "clm 50"):
+            yield Job(alignment=alignment, seed=seed)
+    first = seeds[0]
+    for alignment, recovery in product(("none", "distill 50"), ("corrected", "scaled", "none")):
+        if (alignment, recovery) != ("none", "corrected"):  # nothing changed, so nothing to correct
+            yield Job(alignment=alignment, recovery=recovery, seed=first)
+    for ratio in RATIOS[1:]:
+        yield Job(ratio=ratio, seed=first)
+    for criterion in CRITERIA[1:]:
+        yield Job(criterion=criterion, seed=first)
+    yield Job(base="full", nf4=True, seed=first)
+
+
+def LARGE(seeds: Sequence[int]) -> Iterator[Job]:
+    """All of it."""
+    alignments = ("none", "clm 100", "distill 100", "distill 400")
+    for seed in seeds:
+        yield Job(base="full", nf4=True, seed=seed)
+        for ratio, criterion, alignment, recovery in product(RATIOS, CRITERIA, alignments, ("plain", "corrected")):
+            if (alignment, recovery) != ("none", "corrected"):
+                yield Job(ratio=ratio, criterion=criterion, alignment=alignment, recovery=recovery, seed=seed)
+        for alignment in alignments:
+            yield Job(alignment=alignment, recovery="none", seed=seed)
+            yield Job(alignment=alignment, recovery="scaled", seed=seed)
+
+
+class Bench:
+    """Makes what rows need, each folder once, and remembers the seconds that it took."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.out = given, Path(given.output_dir)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.clock = self.out / "seconds.json"
+        self.seconds: dict[str, float] = json.loads(self.clock.read_text()) if self.clock.is_file() else {}
+
+    def data(self, name: str, **options: Any) -> dict[str, Any]:
+        """A data set of the given folder."""
+        return {"path": str(self.given.data / name), **options}
+
+    def made(self, name: str, action: Callable[[Path], Any]) -> Path:
+        """A folder, made unless it is there."""
+        folder = self.out / name
+        if not folder.exists() or name not in self.seconds:
+            shutil.rmtree(folder, ignore_errors=True)  # whole, but of unknown cost
+            started = time.monotonic()
+            action(folder)
+            self.seconds[name] = time.monotonic() - started
+            self.clock.write_text(json.dumps(self.seconds, indent=2) + "\n")
+        return folder
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """The figures of a row."""
+        model, stages = self.given.model, {}
+        adapter = None
+        if job.base == "full":
+            tag = f"{'qlora' if job.nf4 else 'lora'}{_tag(job.train)}-s{job.seed}"
+            adapter = self.made(tag, lambda out: self.train(job, model, out))
+            stages["train"] = self.seconds[tag]
+        if job.base == "pruned":
+            small, stages = self.small(job)
+            tag = f"{small.name}-adapter{'-nf4' if job.nf4 else ''}{_tag(job.train)}-s{job.seed}"
+            trained = self.made(tag, lambda out: self.train(job, small, out))
+            stages["train"] = self.seconds[tag]
+            if job.recovery == "none":
+                return {**self.judge(small, trained), "seconds": stages}
+            options: dict[str, Any] = {"correct": job.recovery == "corrected"}
+            if job.recovery == "scaled":
+                options["dev_data"] = self.data("gsm8k_train.jsonl", max_samples=self.given.dev_samples)
+            adapter = self.made(f"{tag}-{job.recovery}", lambda out: loram.recover(trained, out, **options))
+            stages["recover"] = self.seconds[adapter.name]
+        return {**self.judge(model, adapter), "seconds": stages}
+
+    def small(self, job: Job) -> tuple[Path, dict[str, float]]:
+        """The folder to train on, and the seconds of its stages."""
+        tag = f"p{job.ratio}-{job.criterion}" + (f"-s{job.seed}" if job.criterion == "random" else "")
+        pruned = self.made(
+            tag,
+            lambda out: loram.prune(
+                self.given.model, out, ratio=job.ratio, criterion=job.criterion, seed=job.seed
+            ),
+        )
+        if job.alignment == "none":
+            return pruned, {"prune": self.seconds[tag]}
+        objective, steps = job.alignment.split()
+        options = {
+            "max_steps": int(steps),
+            "per_device_train_batch_size": self.given.batch,
+            "max_length": 256,
+            "learning_rate": self.given.align_learning_rate,
+        }
+        name = f"{tag}-{objective}{steps}-s{job.seed}"
+        text = self.data("wikitext2_valid.txt", max_samples=self.given.batch * int(steps))
+        aligned = self.made(
+            name,
+            lambda out: loram.align(
+                pruned, out, data=text, objective=objective, probe=False, trainer=options, seed=job.seed
+            ),
+        )
+        return aligned, {"prune": self.seconds[tag], "align": self.seconds[name]}
+
+    def train(self, job: Job, model: Path, out: Path) -> None:
+        """The same steps for every row."""
+        options = dict(job.train)
+        lora = {"lora_dropout": 0.0, **options.pop("lora", {})}
+        trainer = {
+            "max_steps": self.given.steps,
+            "per_device_train_batch_size": self.given.batch,
+            "learning_rate": self.given.learning_rate,
+            "logging_steps": 5,
+            **options.pop("trainer", {}),
+        }
+        loram.train(
+            model,
+            out,
+            data=self.data("gsm8k_train.jsonl"),
+            lora=lora,
+            trainer=trainer,
+            load_in_4bit=job.nf4,
+            seed=job.seed,
+            **options,
+        )
+
+    def judge(self, model: Path, adapter: Path | None) -> dict[str, float]:
+        """Perplexities of a model, once for each adapter's content."""
+        manifest = find_manifest(adapter) if adapter is not None else None
+        key = f"{Path(model).name}-{'alone' if manifest is None else manifest.fingerprint[:16]}"
+        path = self.out / f"judged-{key}.json"
+        if not path.is_file():
+            tests = {
+                TASK: self.data("gsm8k_test.jsonl", max_samples=self.given.samples),
+                TEXT: self.data("wikitext2_test.txt", max_samples=self.given.pieces, max_length=256),
+            }
+            found = {name: loram.evaluate(model, adapter=adapter, data=spec).perplexity for name, spec in tests.items()}
+            path.write_text(json.dumps(found) + "\n")
+        result: dict[str, float] = json.loads(path.read_text())
+        return result
+
+
+def _tag(train: dict[str, Any]) -> str:
+    return "".join(f"-{key}-{value}" for key, value in sorted(train.items())).translate(str.maketrans(" {}':,/", "_" * 7))
+
+
+def with_gain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their kept gain, against the untuned model and LoRA on the full one of the same seed."""
+    log = {(row["name"], row["job"]["seed"]): math.log(row[TASK]) for row in rows}
+    for row in rows:
+        seed = row["job"]["seed"]
+        untuned, full = log.get(("untuned", seed)), log.get(("LoRA on the full model", seed))
+        if untuned is not None and full is not None:
+            row["kept_gain"] = (untuned - math.log(row[TASK])) / (untuned - full)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Row name -> its runs, best mean kept gain first."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    groups = {name: [row for row in rows if row["name"] == name] for name in names}
+    return dict(sorted(groups.items(), key=lambda item: -_mean([row.get("kept_gain", 0.0) for row in item[1]])))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: means over seeds, least and greatest in brackets where there are several."""
+    lines = [
+        "| | seeds | GSM8K perplexity | WikiText-2 | kept gain | seconds: prune, align, train, recover |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in summary(rows).items():
+        gain = [100 * row["kept_gain"] for row in runs if "kept_gain" in row]
+        seconds = (_mean([row["seconds"].get(stage, 0.0) for row in runs]) for stage in STAGES)
+        cells = [
+            name,
+            str(len(runs)),
+            _spread([row[TASK] for row in runs], 3),
+            _spread([row[TEXT] for row in runs], 2),
+            _spread(gain, 0) + " %" if gain else "",
+            ", ".join(f"{value:.0f}" for value in seconds),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+STAGES = ("prune", "align", "train", "recover")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    text = f"{_mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Kept gain of every row as bars, and one dot a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = {
+        name: [100 * row["kept_gain"] for row in runs if "kept_gain" in row]
+        for name, runs in summary(rows).items()
+        if name != "untuned"
+    }
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.3 * len(groups)), layout="constrained")
+    for place, (_, gains) in enumerate(groups.items()):
+        axes.barh(place, _mean(gains), color="#9ecae1")
+        axes.plot(gains, [place] * len(gains), "o", color="#08519c", markersize=4)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("kept gain of the full model with the recovered adapter, % (a dot a seed)")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--grid", choices=("small", "full"), default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--align-learning-rate", type=float, default=1e-4)
+    parser.add_argument("--samples", type=int, default=60, help="GSM8K test answers")
+    parser.add_argument("--pieces", type=int, default=24, help="WikiText-2 test pieces of 256 tokens")
+    parser.add_argument("--dev-samples", type=int, default=24, help="rows that choose the multiplier")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    given = parser.parse_args()
+
+    bench, rows = Bench(given), []
+    for job in jobs(given.grid, given.seeds):
+        rows.append({"name": job.name, "job": asdict(job), **bench.run(job)})
+        print(json.dumps({**rows[-1], "job": job.seed}), flush=True)
+        options = {key: value for key, value in vars(given).items() if not isinstance(value, Path)}
+        result = {
+            "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+            "options": options,
+            "rows": with_gain(rows),
+        }
+        given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    given.json.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    plot(rows, given.json.with_suffix(".png"))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

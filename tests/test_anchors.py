@@ -1,0 +1,162 @@
+"""Anchored training: with the adapter as it was measured, the pruned model predicts what the full model does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, LINEARS, make_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_resume import Stopped, contents, stop
+
+import loram
+from loram.anchors import Anchors, Course
+from loram.errors import UserError
+from loram.loss import use_chunked_loss_
+from loram.model.checkpoint import open_model
+from loram.model.plan import PruningPlan
+from loram.model.pruned import load_model, load_pruned
+
+ROWS = [[5, 9, 40, 7, 77, 30, 8], [6, 3, 12], [90, 91, 4, 4, 17]]
+
+
+def batch(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def adapted(model: Any, *, random: bool = False) -> Any:
+    torch.manual_seed(1)
+    options = LoraConfig(r=3, lora_alpha=6, target_modules=list(LINEARS), init_lora_weights=not random)
+    return get_peft_model(model, options)
+
+
+def course(folder: Path) -> Course:
+    plan = PruningPlan.load(folder)
+    cpu = torch.device("cpu")
+    return Course(base=open_model(plan.base.name), plan=plan, steps=1, device=cpu, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("random", [False, True], ids=["at B = 0", "with an adapter"])
+@torch.no_grad()
+def test_anchored_is_the_full_model_with_the_recovered_adapter(
+    family: str, random: bool, pruned_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = pruned_models[family]
+    small = adapted(load_pruned(folder), random=random)
+    small.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    PruningPlan.load(folder).save(tmp_path / "adapter")
+    loram.recover(tmp_path / "adapter", tmp_path / "recovered")
+    full: Any = load_model(open_model(PruningPlan.load(folder).base.name))
+    full = PeftModel.from_pretrained(full, tmp_path / "recovered").eval()
+    anchors, given = Anchors(course(folder), small), [batch(ROWS[:2]), batch(ROWS[2:])]
+    for model in (small, full):
+        use_chunked_loss_(model.get_base_model())
+    alone = [small(**part).loss for part in given]
+    for part, rows, before in zip(given, anchors.measure_(given), alone, strict=True):
+        anchors.use_(rows, part["input_ids"].shape[1])
+        expected = full(**part).loss
+        torch.testing.assert_close(small(**part).loss, expected, rtol=1e-5, atol=1e-5)
+        assert (before - expected).abs() > 1e-3
+
+
+def nothing_lost(folder: Path, tokenizer: Any) -> Path:
+    """A model of which pruning takes only what is zero."""
+    base = make_model(folder, "llama", tokenizer)
+    model: Any = load_model(open_model(base))
+    with torch.no_grad():
+        for layer in model.model.layers[1:-1]:
+            half = layer.mlp.intermediate_size // 2 if hasattr(layer.mlp, "intermediate_size") else None
+            half = half or layer.mlp.gate_proj.out_features // 2
+            layer.mlp.gate_proj.weight[half:] = 0
+            layer.mlp.up_proj.weight[half:] = 0
+            layer.mlp.down_proj.weight[:, half:] = 0
+            queries, keys = layer.self_attn.q_proj.out_features // 2, layer.self_attn.k_proj.out_features // 2
+            for linear, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+                getattr(layer.self_attn, linear).weight[rows:] = 0
+            layer.self_attn.o_proj.weight[:, queries:] = 0
+    model.save_pretrained(base)
+    return base
+
+
+def test_where_nothing_is_left_out_anchors_change_nothing(tokenizer: Any, rows_file: Path, tmp_path: Path) -> None:
+    """The same rows in the same order, whatever is measured together: accumulation, two epochs, a short last step."""
+    base = nothing_lost(tmp_path / "base", tokenizer)
+    loram.prune(base, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
+    trainer = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    found = {}
+    for steps in (None, 1, 2, 100):
+        out = tmp_path / f"adapter-{steps}"
+        lora = {"r": 2, "lora_dropout": 0.0}
+        loram.train(tmp_path / "pruned", out, data=rows_file, lora=lora, trainer=trainer, anchor_steps=steps)
+        found[steps] = loram.model.adapter.Adapter.load(out)
+    for steps in (1, 2, 100):
+        for name, tensor in found[None].tensors.items():
+            torch.testing.assert_close(found[steps].tensors[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_4_bits_are_made_up_for_too(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+    trainer = {"max_steps": 3, "learning_rate": 1e-2}
+    for steps in (None, 2):
+        loram.train(
+            pruned_models["llama"],
+            tmp_path / f"adapter-{steps}",
+            data=rows_file,
+            trainer=trainer,
+            load_in_4bit=True,
+            anchor_steps=steps,
+        )
+    plain, anchored = ((tmp_path / f"adapter-{steps}" / "training_log.jsonl").read_text() for steps in (None, 2))
+    assert plain != anchored
+
+
+def test_with_checkpointing_it_is_the_same(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        out = tmp_path / f"adapter-{checkpointing}"
+        trainer = {"max_steps": 3, "learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
+        loram.train(pruned_models["qwen3"], out, data=rows_file, trainer=trainer, anchor_steps=2)
+        found.append(loram.model.adapter.Adapter.load(out).tensors)
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_anchored_is_refused(
+    tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="full model is on its own course"):
+        loram.train(tiny_llama, tmp_path / "out", data=rows_file, anchor_steps=2)
+    for trainer in ({"packing": True}, {"padding_free": True}):
+        with pytest.raises(UserError, match="anchor_steps measures each by itself"):
+            loram.train(pruned_models["llama"], tmp_path / "out", data=rows_file, anchor_steps=2, trainer=trainer)
+    with pytest.raises(UserError, match="--base"):
+        loram.train(
+            pruned_models["llama"], tmp_path / "out", data=rows_file, anchor_steps=2, base=pruned_models["llama"]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [3, 7, 9], ids=["before any checkpoint", "mid-round", "in the second epoch"])
+def test_resumed_is_the_same_as_undisturbed(
+    number: int, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    def train(out: Path) -> dict[str, bytes]:
+        trainer = {
+            "num_train_epochs": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 5e-3,
+            "save_steps": 1,
+            "logging_steps": 1,
+        }
+        loram.train(pruned_models["llama"], out, data=rows_file, trainer=trainer, lora={"r": 2}, anchor_steps=2)
+        return contents(out)
+
+    wanted = train(tmp_path / "undisturbed" / "adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, number, Stopped())
+        with pytest.raises(Stopped):
+            train(tmp_path / "stopped" / "adapter")
+    assert train(tmp_path / "stopped" / "adapter") == wanted
