@@ -31,6 +31,8 @@ from loram.artifacts import find_manifest
 TASK, TEXT = "gsm8k", "wikitext2"
 CRITERIA = ("taylor", "magnitude", "activation", "wanda", "flap", "random")
 RATIOS = (0.5, 0.65, 0.75, 0.85)
+POLISH_STEPS = 4
+STAGES = ("prune", "align", "train", "recover", "polish")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,8 @@ class Job:
         base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), or not at all (`untuned`).
         ratio, criterion: of pruning.
         alignment: `none`, or objective and steps: `distill 50`.
-        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), or `none`: as if recovery
-            left out what it has to put in place, the pruned model itself is judged.
+        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished` (`POLISH_STEPS`
+            streamed steps on the full model more), or `none`: the pruned model with its adapter is judged.
         train: options of the train stage beyond the common ones.
         seed: of pruning, alignment and training.
     """
@@ -69,41 +71,56 @@ class Job:
         return f"p={self.ratio} {self.criterion}, align {self.alignment}{quantised}{extra}{recovery}"
 
 
-def jobs(grid: str, seeds: Sequence[int]) -> Iterator[Job]:
+def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """The rows, those that the others are compared with first."""
     for seed in seeds:
         yield Job(base="untuned", seed=seed)
         yield Job(base="full", seed=seed)
-    yield from (SMALL if grid == "small" else LARGE)(seeds)
+    yield from (small if grid == "small" else large)(seeds, steps)
 
 
-def SMALL(seeds: Sequence[int]) -> Iterator[Job]:
+def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """What two cores can do."""
+    first, often, once = seeds[0], {"anchor_steps": max(1, steps // 4)}, {"anchor_steps": steps}
     for seed in seeds:
-        for alignment in ("none", "distill 25", "distill 50", "clm 50"):
+        for train in ({}, once, often):
+            yield Job(train=train, seed=seed)
+        yield Job(ratio=0.75, train=often, seed=seed)
+    yield Job(train=often, recovery="polished", seed=first)
+    yield Job(base="full", train={"trainer": {"max_steps": POLISH_STEPS}}, seed=first)
+    yield Job(ratio=0.75, seed=first)
+    for seed in seeds:
+        for alignment in ("distill 25", "clm 25"):
             yield Job(alignment=alignment, seed=seed)
-    first = seeds[0]
-    for alignment, recovery in product(("none", "distill 50"), ("corrected", "scaled", "none")):
-        if (alignment, recovery) != ("none", "corrected"):  # nothing changed, so nothing to correct
-            yield Job(alignment=alignment, recovery=recovery, seed=first)
-    for ratio in RATIOS[1:]:
-        yield Job(ratio=ratio, seed=first)
-    for criterion in CRITERIA[1:]:
-        yield Job(criterion=criterion, seed=first)
+    yield Job(alignment="distill 25", train=often, seed=first)
+    for recovery in ("scaled", "none"):
+        yield Job(recovery=recovery, seed=first)
+    yield Job(train=often, recovery="scaled", seed=first)
+    yield Job(alignment="distill 25", recovery="corrected", seed=first)
+    for ratio in (0.65, 0.85):
+        yield Job(ratio=ratio, train=often, seed=first)
     yield Job(base="full", nf4=True, seed=first)
+    yield Job(nf4=True, train=often, seed=first)
+    yield Job(nf4=True, train=often, recovery="corrected", seed=first)
+    for criterion in CRITERIA[1:]:
+        yield Job(criterion=criterion, train=often, seed=first)
+    yield Job(train={**often, "lora": {"use_rslora": True}}, seed=first)
+    yield Job(train={**often, "lora": {"init_lora_weights": "eva"}}, seed=first)
 
 
-def LARGE(seeds: Sequence[int]) -> Iterator[Job]:
+def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """All of it."""
     alignments = ("none", "clm 100", "distill 100", "distill 400")
+    anchors: tuple[dict[str, Any], ...] = ({}, {"anchor_steps": steps}, {"anchor_steps": max(1, steps // 8)})
     for seed in seeds:
         yield Job(base="full", nf4=True, seed=seed)
-        for ratio, criterion, alignment, recovery in product(RATIOS, CRITERIA, alignments, ("plain", "corrected")):
-            if (alignment, recovery) != ("none", "corrected"):
-                yield Job(ratio=ratio, criterion=criterion, alignment=alignment, recovery=recovery, seed=seed)
-        for alignment in alignments:
-            yield Job(alignment=alignment, recovery="none", seed=seed)
-            yield Job(alignment=alignment, recovery="scaled", seed=seed)
+        for ratio, criterion, alignment, train in product(RATIOS, CRITERIA, alignments, anchors):
+            for recovery in ("plain",) if alignment == "none" else ("plain", "corrected"):
+                yield Job(
+                    ratio=ratio, criterion=criterion, alignment=alignment, recovery=recovery, train=train, seed=seed
+                )
+        for alignment, recovery in product(alignments, ("none", "scaled", "polished")):
+            yield Job(alignment=alignment, recovery=recovery, seed=seed)
 
 
 class Bench:
@@ -148,8 +165,12 @@ class Bench:
             options: dict[str, Any] = {"correct": job.recovery == "corrected"}
             if job.recovery == "scaled":
                 options["dev_data"] = self.data("gsm8k_train.jsonl", max_samples=self.given.dev_samples)
-            adapter = self.made(f"{tag}-{job.recovery}", lambda out: loram.recover(trained, out, **options))
+            kind = "plain" if job.recovery == "polished" else job.recovery
+            adapter = recovered = self.made(f"{tag}-{kind}", lambda out: loram.recover(trained, out, **options))
             stages["recover"] = self.seconds[adapter.name]
+            if job.recovery == "polished":
+                adapter = self.made(f"{tag}-polished", lambda out: self.polish(job, recovered, out))
+                stages["polish"] = self.seconds[adapter.name]
         return {**self.judge(model, adapter), "seconds": stages}
 
     def small(self, job: Job) -> tuple[Path, dict[str, float]]:
@@ -157,9 +178,7 @@ class Bench:
         tag = f"p{job.ratio}-{job.criterion}" + (f"-s{job.seed}" if job.criterion == "random" else "")
         pruned = self.made(
             tag,
-            lambda out: loram.prune(
-                self.given.model, out, ratio=job.ratio, criterion=job.criterion, seed=job.seed
-            ),
+            lambda out: loram.prune(self.given.model, out, ratio=job.ratio, criterion=job.criterion, seed=job.seed),
         )
         if job.alignment == "none":
             return pruned, {"prune": self.seconds[tag]}
@@ -194,12 +213,28 @@ class Bench:
         loram.train(
             model,
             out,
-            data=self.data("gsm8k_train.jsonl"),
+            data=self.data("gsm8k_train.jsonl", max_samples=self.given.train_samples),
             lora=lora,
             trainer=trainer,
             load_in_4bit=job.nf4,
             seed=job.seed,
             **options,
+        )
+
+    def polish(self, job: Job, adapter: Path, out: Path) -> None:
+        """A few exact steps on the full model."""
+        options = loram.PolishOptions(
+            max_steps=POLISH_STEPS,
+            per_device_train_batch_size=self.given.batch,
+            learning_rate=self.given.learning_rate / 2,
+        )
+        loram.polish(
+            self.given.model,
+            adapter,
+            out,
+            data=self.data("gsm8k_train.jsonl", max_samples=self.given.train_samples),
+            options=options,
+            seed=job.seed,
         )
 
     def judge(self, model: Path, adapter: Path | None) -> dict[str, float]:
@@ -219,7 +254,9 @@ class Bench:
 
 
 def _tag(train: dict[str, Any]) -> str:
-    return "".join(f"-{key}-{value}" for key, value in sorted(train.items())).translate(str.maketrans(" {}':,/", "_" * 7))
+    return "".join(f"-{key}-{value}" for key, value in sorted(train.items())).translate(
+        str.maketrans(" {}':,/", "_" * 7)
+    )
 
 
 def with_gain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,7 +280,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: means over seeds, least and greatest in brackets where there are several."""
     lines = [
-        "| | seeds | GSM8K perplexity | WikiText-2 | kept gain | seconds: prune, align, train, recover |",
+        "| | seeds | GSM8K perplexity | WikiText-2 | kept gain | seconds: prune, align, train, recover, polish |",
         "|---|---|---|---|---|---|",
     ]
     for name, runs in summary(rows).items():
@@ -259,9 +296,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-STAGES = ("prune", "align", "train", "recover")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -303,18 +337,19 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quality"))
     parser.add_argument("--grid", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--align-learning-rate", type=float, default=1e-4)
-    parser.add_argument("--samples", type=int, default=60, help="GSM8K test answers")
-    parser.add_argument("--pieces", type=int, default=24, help="WikiText-2 test pieces of 256 tokens")
+    parser.add_argument("--train-samples", type=int, default=512, help="GSM8K training rows to draw from")
+    parser.add_argument("--samples", type=int, default=40, help="GSM8K test answers")
+    parser.add_argument("--pieces", type=int, default=16, help="WikiText-2 test pieces of 256 tokens")
     parser.add_argument("--dev-samples", type=int, default=24, help="rows that choose the multiplier")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
 
     bench, rows = Bench(given), []
-    for job in jobs(given.grid, given.seeds):
+    for job in jobs(given.grid, given.seeds, given.steps):
         rows.append({"name": job.name, "job": asdict(job), **bench.run(job)})
         print(json.dumps({**rows[-1], "job": job.seed}), flush=True)
         options = {key: value for key, value in vars(given).items() if not isinstance(value, Path)}

@@ -17,6 +17,7 @@ if Path(sys.argv[0]).stem != "loram":
     from loram.model.plan import PruningPlan
     from loram.model.pruned import load_pruned
     from loram.model.resize import narrow, widen
+    from loram.polish import PolishOptions, polish
     from loram.prune.stage import prune
     from loram.quantize import quantize
     from loram.recover import recover
@@ -25,6 +26,7 @@ if Path(sys.argv[0]).stem != "loram":
 
 __all__ = [
     "Estimate",
+    "PolishOptions",
     "PruningPlan",
     "Report",
     "UserError",
@@ -34,6 +36,7 @@ __all__ = [
     "load_pruned",
     "merge",
     "narrow",
+    "polish",
     "prune",
     "quantize",
     "recover",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from loram.cli.adapters import evaluate, merge, recover, train
+from loram.cli.adapters import evaluate, merge, polish, recover, train
 from loram.cli.models import align, convert, prune, quantize, teach
 from loram.cli.runs import doctor, estimate, run, verify
 from loram.errors import UserError
@@ -29,6 +29,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {  # in the order of a run
     "align": align,
     "train": train,
     "recover": recover,
+    "polish": polish,
     "eval": evaluate,
     "merge": merge,
     "run": run,

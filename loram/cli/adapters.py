@@ -145,6 +145,39 @@ def recover(
     typer.echo(f"{out}: recovered adapter written")
 
 
+def polish(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="Recovered adapter.", show_default=False)],
+    out: Out,
+    dataset: Dataset,
+    dataset_config: Config = None,
+    dataset_split: Split = None,
+    column: Column = None,
+    max_samples: MaxSamples = None,
+    max_steps: Annotated[int, typer.Option(help="Each reads MODEL twice.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="At the first step; falls to 0 along a cosine.")] = 5e-4,
+    per_device_train_batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    seed: Seed = 42,
+    device: Device = None,
+    fresh: Fresh = False,
+) -> None:
+    """Train a recovered adapter a few steps on, on the full MODEL read from disk layer by layer."""
+    data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
+
+    from loram.polish import PolishOptions
+    from loram.polish import polish as stage
+
+    options = PolishOptions(
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=per_device_train_batch_size,
+        max_length=max_length,
+    )
+    stage(model, adapter, out, data=data, options=options, seed=seed, device=device, fresh=fresh)
+    typer.echo(f"{out}: polished adapter written")
+
+
 def merge(
     model: Model, adapter: Annotated[Path, typer.Argument(help="Recovered adapter.", show_default=False)], out: Out
 ) -> None:
