@@ -1,32 +1,40 @@
 """The recover stage: an adapter trained on a pruned model -> a stock PEFT adapter for the full one."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from loram.artifacts import Manifest, check_output, find_manifest, publish
 from loram.errors import UserError
-from loram.model.adapter import Adapter, save_adapter
-from loram.model.checkpoint import copy_side_files
+from loram.model.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter
+from loram.model.checkpoint import HEAD, Checkpoint, copy_side_files
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
+from loram.model.pruned import open_full
 from loram.model.resize import widen
 
 
-def recover(adapter: str | Path, out: str | Path) -> Path:
+def recover(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
-    adapter has its geometry.
+    adapter has its geometry. Only a DoRA adapter asks for the full model's weights, which are read some rows at a time:
+    its magnitudes are lengths of rows, and a full row is longer than a pruned one.
 
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
             `loram_plan.json` copied beside it will do.
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
+        base: of a DoRA adapter: the full model, where it is not at the name that the plan has.
 
     Returns:
         `out`.
 
     Raises:
         UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, the plan is not that of
-            the model it was trained on, or `out` exists.
+            the model it was trained on, or `out` exists; with DoRA also: the full model is not there or another one.
     """
     source, out = Path(adapter), Path(out)
     check_output(out, source)
@@ -40,12 +48,45 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
     _check_origin(source, trained, plan, manifest)
     trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
+    if trained.dora:
+        tensors |= _magnitudes(trained, plan, open_full(plan, base))
     config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
     made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "adapter": trained.fingerprint}
     with publish(out, kind="recovered", made_from=made_from) as staging:
         save_adapter(staging, config, tensors)
         copy_side_files(source, staging)
     return out
+
+
+def _magnitudes(adapter: Adapter, plan: PruningPlan, full: Checkpoint) -> dict[str, Tensor]:
+    """DoRA's magnitudes for the full model: m = ‖W‖ of every row, times what training made of the row's length.
+
+    A row that was kept has the length ‖W^P‖ in the pruned model and the magnitude m^P, so m = m^P ‖W‖ / ‖W^P‖: a pruned
+    o_proj or down_proj has lost columns, and an aligned model has other weights. A row that was pruned keeps ‖W‖.
+    """
+    path = adapter.folder / ROW_LENGTHS_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing, and a DoRA adapter cannot be recovered without the lengths of the rows that it was "
+            "trained on; `loram train --method dora` leaves them there"
+        )
+    if full.quantized:
+        raise UserError(f"{full.name}: in 4 bits; a DoRA adapter is recovered with the full model in 16 or 32 bits")
+    pruned: Mapping[str, Tensor] = load_file(path)
+    found = {}
+    for module, magnitude in adapter.magnitudes.items():
+        name = f"base_model.model.{module}.lora_magnitude_vector"
+        if module not in pruned or pruned[module].shape != magnitude.shape:
+            raise UserError(f"{path}: has no row lengths of {module}, or another model's")
+        grown = widen(name, magnitude / pruned[module] - 1, plan) + 1
+        found[name] = (grown * _row_lengths(full, f"{module}.weight")).to(magnitude.dtype)
+    return found
+
+
+def _row_lengths(full: Checkpoint, name: str) -> Tensor:
+    """‖W‖ of every row of a weight: (out_features,) float32."""
+    blocks = full.blocks(full.head if name == HEAD else name)
+    return torch.cat([torch.linalg.vector_norm(block.float(), dim=1) for _, block in blocks])
 
 
 def _check_origin(source: Path, adapter: Adapter, plan: PruningPlan, manifest: Manifest | None) -> None:

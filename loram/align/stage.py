@@ -26,7 +26,7 @@ from loram.errors import UserError
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import allocate_, compute_dtype, fits, pick_device
 from loram.model.plan import PruningPlan
-from loram.model.pruned import load_model, load_tokenizer
+from loram.model.pruned import load_model, load_tokenizer, open_full
 from loram.options import checkpoints_activations
 from loram.progress import track, training_progress
 
@@ -206,26 +206,6 @@ def _prepare(student: Checkpoint, spec: AlignSpec, base: str | Path | None, seed
     return _Job(
         spec=spec, options=options, device=device, student=student, plan=plan, full=full, train=rows, probe=probe
     )
-
-
-def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
-    """The full model of a plan: at `base`, else at the name that the plan has.
-
-    Raises:
-        UserError: it is not there, or is another model.
-    """
-    try:
-        full = open_model(base or plan.base.name)
-    except UserError as error:
-        if base is not None:
-            raise
-        raise UserError(f"{error}; say where the full model is: --base, or base_model_name_or_path") from error
-    if full.fingerprint != plan.base.fingerprint:
-        raise UserError(
-            f"{full.name}: not the full model that the plan was made from, {plan.base.name} "
-            f"(fingerprint {full.fingerprint[:12]} instead of {plan.base.fingerprint[:12]}); name that one with --base"
-        )
-    return full
 
 
 def _check_fits(full: Checkpoint, nbytes: int, device: torch.device, what: str) -> None:
