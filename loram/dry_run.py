@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from loram.align.options import check_options as check_align_options
-from loram.align.stage import open_full
 from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec
 from loram.errors import UserError
@@ -26,7 +25,7 @@ from loram.model.batches import IGNORED
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
 from loram.model.plan import BaseReference, PruningPlan
-from loram.model.pruned import empty_model, load_tokenizer
+from loram.model.pruned import empty_model, load_tokenizer, open_full
 from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
 from loram.pipeline import check
 from loram.prune.choose import choose

@@ -20,6 +20,7 @@ from loram.cli.options import (
     MaxLength,
     MaxSamples,
     MaxSteps,
+    Method,
     Model,
     Out,
     ReportTo,
@@ -38,7 +39,7 @@ def train(
     dataset_config: Config = None,
     dataset_split: Split = None,
     column: Column = None,
-    method: Annotated[str, typer.Option(help="lora.")] = "lora",
+    method: Method = "lora",
     max_samples: MaxSamples = None,
     lora_r: LoraR = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Scale: alpha / r (default 16).")] = None,
@@ -59,6 +60,20 @@ def train(
         bool, typer.Option("--offload-embedding", help="With it: leave the embedding in 16 bits in host memory.")
     ] = False,
     lora_dtype: Annotated[str, typer.Option(help="Of adapter, gradients, optimiser: float32 or bfloat16.")] = "float32",
+    lisa_layers: Annotated[int | None, typer.Option(help="LISA: layers that train at a time (default 2).")] = None,
+    lisa_interval_steps: Annotated[
+        int | None, typer.Option(help="LISA: steps after which others are drawn (default 20).")
+    ] = None,
+    lisa_train_embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--lisa-train-embeddings/--no-lisa-train-embeddings",
+            help="LISA on a full model: embedding and lm_head train throughout (default: yes).",
+        ),
+    ] = None,
+    lora_sp_share: Annotated[
+        float | None, typer.Option(help="LoRA-SP: share of the adapter that trains (default 0.5).")
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
     ] = None,
@@ -69,7 +84,7 @@ def train(
     device: Device = None,
     fresh: Fresh = False,
 ) -> None:
-    """Train a LoRA adapter on MODEL, a pruned folder or a full model."""
+    """Train an adapter on MODEL, a pruned folder or a full model; with lisa or full, weights themselves."""
     lora_flags = {
         "r": lora_r,
         "lora_alpha": lora_alpha,
@@ -86,6 +101,11 @@ def train(
         "max_length": max_length,
         "report_to": report_to,
     }
+    lisa_flags = {
+        "active_layers": lisa_layers,
+        "interval_steps": lisa_interval_steps,
+        "train_embeddings": lisa_train_embeddings,
+    }
     data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
 
     from loram.train import train as stage
@@ -100,20 +120,26 @@ def train(
         load_in_4bit=load_in_4bit,
         offload_embedding=offload_embedding,
         lora_dtype=lora_dtype,
+        lisa=given(lisa_flags) or None,
+        lora_sp=given({"share": lora_sp_share}) or None,
         seed=seed,
         device=device,
         fresh=fresh,
     )
-    typer.echo(f"{out}: adapter written")
+    typer.echo(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
 
 
 def recover(
-    adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)], out: Out
+    adapter: Annotated[Path, typer.Argument(help="Folder that train made.", show_default=False)],
+    out: Out,
+    base: Annotated[
+        str | None, typer.Option(help="Of a DoRA adapter: the full model, if not where the plan says.")
+    ] = None,
 ) -> None:
     """Widen an adapter trained on a pruned model to the full one: a stock PEFT adapter."""
     from loram.recover import recover as stage
 
-    stage(adapter, out)
+    stage(adapter, out, base=base)
     typer.echo(f"{out}: recovered adapter written")
 
 
