@@ -20,6 +20,9 @@ from loram.estimate.settings import Settings, make_settings
 from loram.estimate.shapes import Model
 from loram.estimate.show import memory_table
 from loram.evaluate import load_scored
+from loram.methods.adapters import specialise_
+from loram.methods.table import METHODS
+from loram.methods.weights import unfreeze_
 from loram.model.architecture import architecture_of
 from loram.model.batches import IGNORED
 from loram.model.checkpoint import Checkpoint, open_model
@@ -148,7 +151,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         training={
-            name: _training(model, sizes, adapter, settings)
+            name: _training(model, sizes, adapter, training, settings)
             for name, model, sizes in _trained(recipe, checkpoint, plan, dtype)
         },
         dataset=None if to_train is None else _count(to_train),
@@ -207,21 +210,31 @@ def _shape_of_plan(checkpoint: Checkpoint, cut: PruneSection, seed: int) -> Prun
     )
 
 
-def _training(model: Any, sizes: Model, adapter: Any, settings: Settings | UserError | None) -> Training:
-    """Counted on a model without weights, with the adapter that PEFT itself puts on it."""
+def _training(
+    model: Any, sizes: Model, adapter: Any, chosen: TrainOptions, settings: Settings | UserError | None
+) -> Training:
+    """Counted on a model without weights, with what the method and PEFT themselves make of it."""
     from peft import get_peft_model
 
-    frozen = sum(parameter.numel() for parameter in model.parameters())
-    try:
-        # other initialisations compute with the weights
-        config = dataclasses.replace(adapter, init_lora_weights=True)
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise as_user_error(error) from error
-    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    if not isinstance(settings, Settings):
-        return Training(parameters=frozen, adapter_parameters=trained, memory=None, problem=str(settings))
-    return Training(parameters=frozen, adapter_parameters=trained, memory=training_memory(sizes, settings))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if METHODS[chosen.method].weights:
+        around = not chosen.lisa or chosen.lisa["train_embeddings"]
+        unfreeze_(model, pruned=sizes.units is not None, around=around)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        frozen = total - trained
+    else:
+        try:
+            # other initialisations compute with the weights
+            config = dataclasses.replace(adapter, init_lora_weights=True)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise as_user_error(error) from error
+        specialise_(adapted, chosen.method, chosen.lora_sp)
+        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        frozen = total
+    memory = training_memory(sizes, settings) if isinstance(settings, Settings) else None
+    problem = "" if isinstance(settings, Settings) else str(settings)
+    return Training(parameters=frozen, adapter_parameters=trained, memory=memory, problem=problem)
 
 
 def _settings(
@@ -233,9 +246,12 @@ def _settings(
             device=device.type,
             load_in_4bit=chosen.load_in_4bit,
             offload_embedding=chosen.offload_embedding,
+            method=chosen.method,
             lora_r=adapter.r,
             lora_target_modules=tuple(sorted(adapter.target_modules)),
             lora_dtype=chosen.lora_dtype,
+            lora_dropout=adapter.lora_dropout,
+            lora_sp_share=None if chosen.lora_sp is None else chosen.lora_sp["share"],
             max_length=arguments.max_length if arguments.packing else longest,
             optim=str(getattr(arguments.optim, "value", arguments.optim)),
             per_device_train_batch_size=arguments.per_device_train_batch_size,

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import loram
 from loram import cli
+from loram.dry_run import dry_run
+from loram.estimate.settings import PLANNED
 from loram.methods.adapters import row_lengths, specialise_
 from loram.methods.lisa import Lisa
 from loram.methods.table import METHODS
@@ -487,3 +489,37 @@ def test_flags_of_the_methods(
     settings = json.loads((tmp_path / "a" / "loram_manifest.json").read_text())["settings"]
     assert settings["lisa"] == {"active_layers": 3, "interval_steps": 5, "train_embeddings": False}
     assert settings["lora_sp"] is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_knows_what_trains(
+    method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """Of the pruned and of the full model, as the real training has it."""
+    trained: list[int] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+            trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+    recipe = Recipe.model_validate(
+        {
+            "model_name_or_path": str(tiny_models["llama"]),
+            "output_dir": tmp_path / "run",
+            "dataset": str(rows_file),
+            "eval_dataset": str(rows_file),
+            "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 2, "keep_last": 1},
+            "train": {"method": method},
+            "evaluate": {"full_lora": True},
+            "device": "cpu",
+        }
+    )
+    found = dry_run(recipe).training
+    loram.prune(tiny_models["llama"], tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=2, keep_last=1)
+    for name, model in (("pruned", tmp_path / "pruned"), ("full", tiny_models["llama"])):
+        train(model, tmp_path / f"{name}-out", rows_file, method, callbacks=[Watch()], trainer={"max_steps": 1})
+        assert found[name].adapter_parameters == trained[-1]
+        if method in PLANNED:
+            assert found[name].memory is not None
+        else:
+            assert "cannot be estimated" in found[name].problem

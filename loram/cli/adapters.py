@@ -16,6 +16,7 @@ from loram.cli.options import (
     Fresh,
     Json,
     LoraR,
+    LoraSpShare,
     LoraTargets,
     MaxLength,
     MaxSamples,
@@ -71,9 +72,7 @@ def train(
             help="LISA on a full model: embedding and lm_head train throughout (default: yes).",
         ),
     ] = None,
-    lora_sp_share: Annotated[
-        float | None, typer.Option(help="LoRA-SP: share of the adapter that trains (default 0.5).")
-    ] = None,
+    lora_sp_share: LoraSpShare = None,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
     ] = None,
