@@ -19,6 +19,7 @@ from loram.estimate.memory import TrainingMemory, training_memory
 from loram.estimate.settings import Settings, make_settings
 from loram.estimate.shapes import Model
 from loram.estimate.show import memory_table
+from loram.estimate.size import show_size
 from loram.evaluate import load_scored
 from loram.methods.adapters import specialise_
 from loram.methods.table import METHODS
@@ -214,27 +215,41 @@ def _training(
     model: Any, sizes: Model, adapter: Any, chosen: TrainOptions, settings: Settings | UserError | None
 ) -> Training:
     """Counted on a model without weights, with what the method and PEFT themselves make of it."""
-    from peft import get_peft_model
-
     total = sum(parameter.numel() for parameter in model.parameters())
     if METHODS[chosen.method].weights:
-        around = not chosen.lisa or chosen.lisa["train_embeddings"]
-        unfreeze_(model, pruned=sizes.units is not None, around=around)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        frozen = total - trained
-    else:
-        try:
-            # other initialisations compute with the weights
-            config = dataclasses.replace(adapter, init_lora_weights=True)
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise as_user_error(error) from error
-        specialise_(adapted, chosen.method, chosen.lora_sp)
-        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        frozen = total
-    memory = training_memory(sizes, settings) if isinstance(settings, Settings) else None
-    problem = "" if isinstance(settings, Settings) else str(settings)
-    return Training(parameters=frozen, adapter_parameters=trained, memory=memory, problem=problem)
+        trained, held = _of_weights(model, chosen, pruned=sizes.units is not None)
+        problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(held)}"
+        return Training(parameters=total - trained, adapter_parameters=trained, memory=None, problem=problem)
+    trained = _of_adapter(model, adapter, chosen)
+    if not isinstance(settings, Settings):
+        return Training(parameters=total, adapter_parameters=trained, memory=None, problem=str(settings))
+    return Training(parameters=total, adapter_parameters=trained, memory=training_memory(sizes, settings))
+
+
+def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
+    """How many parameters of an adapter train."""
+    from peft import get_peft_model
+
+    try:
+        # other initialisations compute with the weights
+        config = dataclasses.replace(adapter, init_lora_weights=True)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise as_user_error(error) from error
+    specialise_(adapted, chosen.method, chosen.lora_sp)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int, int]:
+    """(weights that train, with LISA sooner or later; bytes of weights, gradients and AdamW's moments in float32)."""
+    layers = unfreeze_(model, pruned=pruned, around=not chosen.lisa or chosen.lisa["train_embeddings"])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    at_once = trained
+    if chosen.lisa:
+        per_layer = sorted(sum(parameter.numel() for parameter in layer) for layer in layers)
+        at_once -= sum(per_layer[: -chosen.lisa["active_layers"]])
+    return trained, 4 * total + 12 * at_once
 
 
 def _settings(

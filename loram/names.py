@@ -24,7 +24,7 @@ _OTHERS = {
     "dataset": "datasets dataset_name train_dataset train_file data_path",
     "eval_dataset": "test_datasets val_dataset validation_dataset validation_file",
     "prune.ratio": "sparsity pruning_ratio prune_ratio",
-    "train.method": "finetuning_type adapter peft_method peft_type",
+    "train.method": "finetuning_type adapter peft_method peft_type use_dora",
     "train.load_in_4bit": "quantization_bit",
     "train.lisa.active_layers": "lisa_n_layers lisa_activated_layers",
     "train.lisa.interval_steps": "lisa_step_interval",
@@ -47,6 +47,7 @@ _PLACES = {
     **{name: place for place, names in _OTHERS.items() for name in names.split()},
 }
 _NOTES = {
+    "use_dora": ": dora",
     "quantization_bit": ": true for 4 bits",
     "warmup_ratio": "; a value below 1 is a share of all steps",
 }

@@ -19,6 +19,7 @@ import loram
 from loram import cli
 from loram.dry_run import dry_run
 from loram.estimate.settings import PLANNED
+from loram.estimate.size import show_size
 from loram.methods.adapters import row_lengths, specialise_
 from loram.methods.lisa import Lisa
 from loram.methods.table import METHODS
@@ -278,6 +279,20 @@ def test_lisa_keeps_state_of_the_active_layers_only(
     assert len(set(drawn)) > 1
 
 
+@pytest.mark.parametrize("method", ["lisa", "full", "lora-fa", "lora-sp"])
+def test_checkpointed_activations_change_nothing(
+    method: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """Though nothing below the first layer that trains has a gradient."""
+    options = {"lora": {"lora_dropout": 0.0}} if method in ADAPTERS else {}
+    for name, checkpointed in (("a", False), ("b", True)):
+        trainer = {"gradient_checkpointing": checkpointed}
+        train(pruned_models["llama"], tmp_path / name, rows_file, method, trainer=trainer, **options)
+    found, expected = ([entry["loss"] for entry in log(tmp_path / name) if "loss" in entry] for name in "ab")
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < expected[0]
+
+
 def test_lisas_draws_follow_from_the_seed() -> None:
     def draws(seed: int) -> list[frozenset[int]]:
         lisa = Lisa([[]] * 16, active_layers=2, interval_steps=5, seed=seed)
@@ -523,3 +538,5 @@ def test_a_dry_run_knows_what_trains(
             assert found[name].memory is not None
         else:
             assert "cannot be estimated" in found[name].problem
+        if method == "full" and name == "full":
+            assert show_size(16 * loram.estimate(model).parameters) in found[name].problem
