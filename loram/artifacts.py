@@ -35,7 +35,7 @@ class Manifest(BaseModel):
     """What a folder of ours holds and what it was made from; written last, so it is the mark of completion.
 
     Args:
-        kind: what the folder is: base, pruned, teacher, adapter, checkpoint (of a training), recovered, merged.
+        kind: what the folder is: base, pruned, teacher, adapter, model, checkpoint (of a training), recovered, merged.
         made_from: name of an input -> its fingerprint.
         settings: the options that the stage was run with.
         versions: of the libraries that made it.

@@ -19,14 +19,17 @@ from loram.estimate.memory import TrainingMemory, training_memory
 from loram.estimate.settings import Settings, make_settings
 from loram.estimate.shapes import Model
 from loram.estimate.show import memory_table
+from loram.estimate.size import show_size
 from loram.evaluate import load_scored
+from loram.methods.adapters import specialise_
+from loram.methods.table import METHODS
+from loram.methods.weights import unfreeze_
 from loram.model.architecture import architecture_of
 from loram.model.batches import IGNORED
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import compute_dtype, pick_device
-from loram.model.full import open_full
 from loram.model.plan import BaseReference, PruningPlan
-from loram.model.pruned import empty_model, load_tokenizer
+from loram.model.pruned import empty_model, load_tokenizer, open_full
 from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
 from loram.pipeline import check
 from loram.prune.choose import choose
@@ -149,7 +152,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         training={
-            name: _training(model, sizes, adapter, settings)
+            name: _training(model, sizes, adapter, training, settings)
             for name, model, sizes in _trained(recipe, checkpoint, plan, dtype)
         },
         dataset=None if to_train is None else _count(to_train),
@@ -208,21 +211,45 @@ def _shape_of_plan(checkpoint: Checkpoint, cut: PruneSection, seed: int) -> Prun
     )
 
 
-def _training(model: Any, sizes: Model, adapter: Any, settings: Settings | UserError | None) -> Training:
-    """Counted on a model without weights, with the adapter that PEFT itself puts on it."""
+def _training(
+    model: Any, sizes: Model, adapter: Any, chosen: TrainOptions, settings: Settings | UserError | None
+) -> Training:
+    """Counted on a model without weights, with what the method and PEFT themselves make of it."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if METHODS[chosen.method].weights:
+        trained, held = _of_weights(model, chosen, pruned=sizes.units is not None)
+        problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(held)}"
+        return Training(parameters=total - trained, adapter_parameters=trained, memory=None, problem=problem)
+    trained = _of_adapter(model, adapter, chosen)
+    if not isinstance(settings, Settings):
+        return Training(parameters=total, adapter_parameters=trained, memory=None, problem=str(settings))
+    return Training(parameters=total, adapter_parameters=trained, memory=training_memory(sizes, settings))
+
+
+def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
+    """How many parameters of an adapter train."""
     from peft import get_peft_model
 
-    frozen = sum(parameter.numel() for parameter in model.parameters())
     try:
         # other initialisations compute with the weights
         config = dataclasses.replace(adapter, init_lora_weights=True)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise as_user_error(error) from error
-    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    if not isinstance(settings, Settings):
-        return Training(parameters=frozen, adapter_parameters=trained, memory=None, problem=str(settings))
-    return Training(parameters=frozen, adapter_parameters=trained, memory=training_memory(sizes, settings))
+    specialise_(adapted, chosen.method, chosen.lora_sp)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int, int]:
+    """(weights that train, with LISA sooner or later; bytes of weights, gradients and AdamW's moments in float32)."""
+    layers = unfreeze_(model, pruned=pruned, around=not chosen.lisa or chosen.lisa["train_embeddings"])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    at_once = trained
+    if chosen.lisa:
+        per_layer = sorted(sum(parameter.numel() for parameter in layer) for layer in layers)
+        at_once -= sum(per_layer[: -chosen.lisa["active_layers"]])
+    return trained, 4 * total + 12 * at_once
 
 
 def _settings(
@@ -234,9 +261,12 @@ def _settings(
             device=device.type,
             load_in_4bit=chosen.load_in_4bit,
             offload_embedding=chosen.offload_embedding,
+            method=chosen.method,
             lora_r=adapter.r,
             lora_target_modules=tuple(sorted(adapter.target_modules)),
             lora_dtype=chosen.lora_dtype,
+            lora_dropout=adapter.lora_dropout,
+            lora_sp_share=None if chosen.lora_sp is None else chosen.lora_sp["share"],
             max_length=arguments.max_length if arguments.packing else longest,
             optim=str(getattr(arguments.optim, "value", arguments.optim)),
             per_device_train_batch_size=arguments.per_device_train_batch_size,

@@ -13,12 +13,13 @@ from loram.progress import track
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """Add an adapter's update scaling·B·A to a model's weights and write the result as a plain model folder.
 
-    Sums are in float32 and stored in the base's dtype. Where lm_head is tied to the embedding and the adapter updates
-    it, the merged model has its own lm_head (`tie_word_embeddings` false), since the embedding must stay as it was.
+    With DoRA every row is then brought to its magnitude. Sums are in float32 and stored in the base's dtype. Where
+    lm_head is tied to the embedding and the adapter updates it, the merged model has its own lm_head
+    (`tie_word_embeddings` false), since the embedding must stay as it was.
 
     Args:
         base: hub id, folder or GGUF file of the model the adapter is for; a pruned folder with an adapter of it works.
-        adapter: a PEFT LoRA folder; for a full base a recovered one.
+        adapter: a PEFT LoRA or DoRA folder; for a full base a recovered one.
         out: the folder to make; plain transformers loads it.
 
     Returns:
@@ -49,8 +50,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
                 module = name.removesuffix(".weight")
                 for row, block in checkpoint.blocks(source):
                     if name != module and module in update.modules:
-                        delta = update.delta(module, row, row + len(block))
-                        block = delta.add_(block).to(block.dtype)
+                        block = update.updated(module, block, row).to(block.dtype)
                     writer.write(name, block, row)
         copy_side_files(checkpoint.folder, staging)
         config = {**checkpoint.config, **({"tie_word_embeddings": False} if untied else {})}

@@ -8,7 +8,9 @@ _SAME = {
     "": "model_name_or_path base_model_name_or_path output_dir dataset eval_dataset seed device",
     "prune": "ratio criterion calibration calibration_samples calibration_length keep_first keep_last "
     "bias_compensation",
-    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype",
+    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype lisa lora_sp",
+    "train.lisa": "active_layers interval_steps train_embeddings",
+    "train.lora_sp": "share",
     "evaluate": "full_lora stream",
     _LORA: "r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern init_lora_weights",
     _TRAINER: "per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps "
@@ -22,8 +24,10 @@ _OTHERS = {
     "dataset": "datasets dataset_name train_dataset train_file data_path",
     "eval_dataset": "test_datasets val_dataset validation_dataset validation_file",
     "prune.ratio": "sparsity pruning_ratio prune_ratio",
-    "train.method": "finetuning_type adapter peft_method peft_type",
+    "train.method": "finetuning_type adapter peft_method peft_type use_dora",
     "train.load_in_4bit": "quantization_bit",
+    "train.lisa.active_layers": "lisa_n_layers lisa_activated_layers",
+    "train.lisa.interval_steps": "lisa_step_interval",
     "train.lora.r": "lora_r lora_rank lora_dim rank",
     "train.lora.lora_alpha": "alpha",
     "train.lora.lora_dropout": "dropout",
@@ -43,11 +47,16 @@ _PLACES = {
     **{name: place for place, names in _OTHERS.items() for name in names.split()},
 }
 _NOTES = {
+    "use_dora": ": dora",
     "quantization_bit": ": true for 4 bits",
     "warmup_ratio": "; a value below 1 is a share of all steps",
 }
 _FLAGS = {  # where it is not -- and the key's last part
     "eval_dataset": "--dataset",
+    "train.lisa.active_layers": "--lisa-layers",
+    "train.lisa.interval_steps": "--lisa-interval-steps",
+    "train.lisa.train_embeddings": "--lisa-train-embeddings",
+    "train.lora_sp.share": "--lora-sp-share",
     "train.lora.r": "--lora-r",
     "train.lora.target_modules": "--lora-target-modules",
 }

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from loram.errors import UserError
+from loram.errors import UserError, first_problem
+from loram.methods.table import OPTIONS, Method, frozen_ranks, method_of
 from loram.model.architecture import LINEARS
 from loram.model.device import compute_dtype
 from loram.names import in_recipe
 
-METHODS = ("lora",)
 # The paper's LoRA settings (arXiv 2502.13533, section 4); lm_head on request.
 LORA_DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": list(LINEARS)}
 TRAINER_DEFAULTS: Mapping[str, Any] = {
@@ -50,7 +51,7 @@ _OURS = {
 }
 _OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
 LORA_DTYPES = ("float32", "bfloat16")
-_BEYOND_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
+_BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class TrainOptions:
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: of the adapter, its gradients and its optimiser's state: one of `LORA_DTYPES`.
         anchor_steps: train on the full model's course, measured every so many steps (see `loram.anchors`).
+        lisa, lora_sp: options of the methods of these names; None with any other.
     """
 
     method: str = "lora"
@@ -74,6 +76,8 @@ class TrainOptions:
     offload_embedding: bool = False
     lora_dtype: str = "float32"
     anchor_steps: int | None = None
+    lisa: Mapping[str, Any] | None = None
+    lora_sp: Mapping[str, Any] | None = None
 
 
 def check_options(given: TrainOptions) -> TrainOptions:
@@ -82,16 +86,20 @@ def check_options(given: TrainOptions) -> TrainOptions:
     Raises:
         UserError: the method is unknown, PEFT or TRL has no such option (names the nearest), or two do not go together.
     """
-    if given.method not in METHODS:
-        raise UserError(f"method {given.method!r} is not known; known are {', '.join(METHODS)}")
+    method = method_of(given.method)
     if given.lora_dtype not in LORA_DTYPES:
         raise UserError(f"lora_dtype {given.lora_dtype!r} is not known; known are {', '.join(LORA_DTYPES)}")
     if given.offload_embedding and not given.load_in_4bit:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
-    lora = {**LORA_DEFAULTS, "task_type": "CAUSAL_LM", **given.lora}
-    trainer = {**TRAINER_DEFAULTS, **given.trainer}
+    lora = {**LORA_DEFAULTS, **method.defaults, "task_type": "CAUSAL_LM", **given.lora}
+    trainer = {**TRAINER_DEFAULTS, **method.trainer, **given.trainer}
     _check_names(lora, trainer)
     _check_lora(lora)
+    _check_method(given, method)
+    lora |= method.lora
+    own = _own_options(given)
+    if given.method == "lora-sp":
+        _check_sparse(lora, own["lora_sp"]["share"])
     if ours := sorted(_OURS & trainer.keys()):
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")
     if other := [key for key in _OTHER_LOSSES if trainer.get(key) not in (None, 0, "nll")]:
@@ -99,14 +107,61 @@ def check_options(given: TrainOptions) -> TrainOptions:
     if trainer["max_length"] is None:
         raise UserError("trainer: max_length should be a number of tokens")
     if given.anchor_steps is not None:
-        trainer = _anchored(given.anchor_steps, trainer)
-    return dataclasses.replace(given, lora=lora, trainer=trainer)
+        trainer = _anchored(given.anchor_steps, given.method, trainer)
+    return dataclasses.replace(given, lora=lora, trainer=trainer, **own)
 
 
-def _anchored(steps: int, trainer: dict[str, Any]) -> dict[str, Any]:
+def _check_method(given: TrainOptions, method: Method) -> None:
+    """Refuse options that contradict the method, or that it would ignore."""
+    for key, value in method.lora.items():
+        if given.lora.get(key, value) != value:
+            raise UserError(f"lora: {key} is {value} with method {given.method}; leave it out")
+    if given.method == "dora" and given.lora_dtype != "float32":
+        raise UserError("lora_dtype: DoRA's magnitudes need float32; leave it out")
+    if not method.weights:
+        return
+    if other := sorted(given.lora.keys() - {"r"}):
+        raise UserError(
+            f"lora: {other[0]} means nothing to method {given.method}, which trains the weights themselves; "
+            "of a pruned model's, r is the rank of the update that is extracted in the end"
+        )
+    if given.lora_dtype != "float32":
+        raise UserError(f"lora_dtype: method {given.method} trains the weights themselves, in float32; leave it out")
+    if given.load_in_4bit:
+        raise UserError(
+            f"load_in_4bit: method {given.method} trains the weights themselves, and weights in 4 bits cannot be "
+            "trained; take lora, rslora, dora, lora-fa or lora-sp, or the model in 16 or 32 bits"
+        )
+
+
+def _own_options(given: TrainOptions) -> dict[str, Any]:
+    """The options that only the method has, with their defaults."""
+    for method, (section, _) in OPTIONS.items():
+        if getattr(given, section) is not None and given.method != method:
+            raise UserError(f"{section}: these are options of method {method}, and the method is {given.method}")
+    if given.method not in OPTIONS:
+        return {}
+    section, kind = OPTIONS[given.method]
+    try:
+        return {section: kind.model_validate(getattr(given, section) or {}).model_dump()}
+    except ValidationError as error:
+        raise UserError(f"{section}: {first_problem(error)}") from error
+
+
+def _check_sparse(lora: Mapping[str, Any], share: float) -> None:
+    """Refuse what LoRA-SP, which draws the factors itself, could not do exactly."""
+    for key in ("rank_pattern", "init_lora_weights"):
+        if lora.get(key, True) not in (True, None, {}):
+            raise UserError(f"lora: {key} cannot be used with method lora-sp, which splits and draws all ranks alike")
+    frozen_ranks(lora["r"], share)
+
+
+def _anchored(steps: int, method: str, trainer: dict[str, Any]) -> dict[str, Any]:
     """Options of a training that is measured every so many steps: a checkpoint is where the next measurement is."""
     if steps < 1:
         raise UserError(f"anchor_steps {steps}: should be at least 1")
+    if method == "dora" or method_of(method).weights:
+        raise UserError(f"anchor_steps: measures with the adapter recovered, which method {method} cannot be meanwhile")
     for key in ("packing", "padding_free"):
         if trainer.get(key):
             raise UserError(f"trainer: {key} puts rows together, and anchor_steps measures each by itself; drop one")
@@ -147,6 +202,8 @@ def check_names(given: Iterable[str], known: Sequence[str], section: str, librar
 
 def _check_lora(lora: Mapping[str, Any]) -> None:
     """Refuse adapters that could not be recovered."""
+    if lora.get("use_dora"):
+        raise UserError("lora: use_dora cannot be used; the method of that name is asked for with method dora")
     if beyond := sorted(key for key in _BEYOND_LORA if lora.get(key)):
         raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
     if lora.get("bias", "none") != "none":

@@ -21,11 +21,12 @@ from loram.data import load_rows
 from loram.data_spec import DataSpec
 from loram.errors import UserError, first_problem
 from loram.evaluate import Report, evaluate
+from loram.methods.table import METHODS
 from loram.model.architecture import architecture_of
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import peak_rss, reset_peak_rss
-from loram.model.full import open_full
 from loram.model.plan import PruningPlan
+from loram.model.pruned import open_full
 from loram.model.teacher import TeacherCache
 from loram.options import TrainOptions, check_options
 from loram.prune.counts import kept_units, prunable_layers
@@ -367,7 +368,8 @@ def _compared(recipe: Recipe, small: _Small) -> dict[str, tuple[str | Path, Path
     open_full(small.plan, base)
     models: dict[str, tuple[str | Path, Path | None]] = {"base": (base, None)}
     if recipe.evaluate.full_lora:
-        models["full LoRA"] = (base, out / "full_lora")
+        made = out / "full_lora"
+        models["full LoRA"] = (made, None) if METHODS[recipe.train.method].weights else (base, made)
     models |= {name: (folder, None) for name, folder in small.folders.items()}
     if recipe.dataset is not None:
         models |= {f"{small.name} + adapter": (small.folder, out / "adapter"), "recovered": (base, out / "recovered")}

@@ -101,6 +101,8 @@ def polish(
     check_output(out, base, source)
     checkpoint, spec = open_model(base), as_spec(data)
     start = load_for(checkpoint, source)
+    if start.dora:
+        raise UserError(f"{source}: a DoRA adapter, and only plain LoRA can be polished")
     length = spec.max_length or chosen.max_length
     rows = load_tokens(spec, load_tokenizer(checkpoint), length, vocabulary=checkpoint.vocabulary).rows
     rows = rows.shuffle(seed=seed)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from loram.align.spec import AlignSpec
 from loram.data_spec import DataSpec
 from loram.errors import UserError
+from loram.methods.table import LisaOptions, LoraSpOptions
 from loram.names import in_recipe
 
 
@@ -42,13 +43,16 @@ class TeachSection(_Section):
 
 
 class TrainSection(_Section):
-    """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, as they are."""
+    """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, as they are; `lisa` and
+    `lora_sp` are for the methods of these names."""
 
     method: str = "lora"
     load_in_4bit: bool = False
     offload_embedding: bool = False
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     anchor_steps: PositiveInt | None = None
+    lisa: LisaOptions | None = None
+    lora_sp: LoraSpOptions | None = None
     lora: dict[str, Any] = Field(default_factory=dict)
     trainer: dict[str, Any] = Field(default_factory=dict)
 

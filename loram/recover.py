@@ -5,17 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from loram.artifacts import Manifest, check_output, find_manifest, publish
 from loram.correct import best_multiplier, correct_adapter
 from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
-from loram.model.adapter import Adapter, save_adapter, scaled
-from loram.model.checkpoint import Checkpoint, copy_side_files, open_model
+from loram.model.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
+from loram.model.checkpoint import HEAD, Checkpoint, copy_side_files, open_model
 from loram.model.device import pick_device
-from loram.model.full import open_full
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
-from loram.model.pruned import load_tokenizer
+from loram.model.pruned import load_tokenizer, open_full
 from loram.model.resize import widen
 
 _DEV_LENGTH = 1024
@@ -34,7 +37,8 @@ def recover(
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
-    adapter has its geometry. Only what is asked for beyond that reads weights (see `loram.correct`), tensor by tensor.
+    adapter has its geometry. Only what is asked for beyond that reads weights (see `loram.correct`), tensor by tensor;
+    and a DoRA adapter does: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
 
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
@@ -42,7 +46,7 @@ def recover(
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
         correct: take out what alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
         dev_data: development rows, to choose a multiplier of the update on (see `loram.data`).
-        base: the full model for these two, where it is not at the name that the plan has.
+        base: the full model for these three, where it is not at the name that the plan has.
         pruned: the folder the adapter was trained on, for `correct`, where it is not at the name the adapter has.
         device: for `dev_data`: `cpu`, `cuda`, ...; the first GPU where there is one.
 
@@ -64,12 +68,16 @@ def recover(
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
     _check_origin(source, trained, plan, manifest)
     trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
+    if trained.dora and (correct or dev_data is not None):
+        raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
     settings: dict[str, Any] = {"correct": correct}
     full = open_full(plan, base) if correct or dev_data is not None else None
     if correct and full is not None:
         in_4bit = manifest is not None and bool(manifest.settings.get("load_in_4bit"))
         trained = correct_adapter(trained, plan, full, _trained_on(trained, manifest, pruned), in_4bit=in_4bit)
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
+    if trained.dora:
+        tensors |= _magnitudes(trained, plan, open_full(plan, base))
     config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
     recovered = dataclasses.replace(trained, config=config, tensors=tensors)
     if dev_data is not None and full is not None:
@@ -104,6 +112,37 @@ def _trained_on(adapter: Adapter, manifest: Manifest | None, pruned: str | Path 
     if found.quantized:
         raise UserError(f"{found.name}: is in 4 bits; name the folder that it was made from with --pruned")
     return found
+
+
+def _magnitudes(adapter: Adapter, plan: PruningPlan, full: Checkpoint) -> dict[str, Tensor]:
+    """DoRA's magnitudes for the full model: m = ‖W‖ of every row, times what training made of the row's length.
+
+    A row that was kept has the length ‖W^P‖ in the pruned model and the magnitude m^P, so m = m^P ‖W‖ / ‖W^P‖: a pruned
+    o_proj or down_proj has lost columns, and an aligned model has other weights. A row that was pruned keeps ‖W‖.
+    """
+    path = adapter.folder / ROW_LENGTHS_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing, and a DoRA adapter cannot be recovered without the lengths of the rows that it was "
+            "trained on; `loram train --method dora` leaves them there"
+        )
+    if full.quantized:
+        raise UserError(f"{full.name}: in 4 bits; a DoRA adapter is recovered with the full model in 16 or 32 bits")
+    pruned: Mapping[str, Tensor] = load_file(path)
+    found = {}
+    for module, magnitude in adapter.magnitudes.items():
+        name = f"base_model.model.{module}.lora_magnitude_vector"
+        if module not in pruned or pruned[module].shape != magnitude.shape:
+            raise UserError(f"{path}: has no row lengths of {module}, or another model's")
+        grown = widen(name, magnitude / pruned[module] - 1, plan) + 1
+        found[name] = (grown * _row_lengths(full, f"{module}.weight")).to(magnitude.dtype)
+    return found
+
+
+def _row_lengths(full: Checkpoint, name: str) -> Tensor:
+    """‖W‖ of every row of a weight: (out_features,) float32."""
+    blocks = full.blocks(full.head if name == HEAD else name)
+    return torch.cat([torch.linalg.vector_norm(block.float(), dim=1) for _, block in blocks])
 
 
 def _check_origin(source: Path, adapter: Adapter, plan: PruningPlan, manifest: Manifest | None) -> None:

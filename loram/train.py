@@ -1,4 +1,4 @@
-"""The train stage: a LoRA adapter on a pruned (or plain) model, by transformers' Trainer, PEFT and parts of TRL."""
+"""The train stage: a pruned (or plain) model by one of the methods, by transformers' Trainer, PEFT and parts of TRL."""
 
 import contextlib
 import dataclasses
@@ -6,11 +6,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from loram.anchors import Course, anchored
@@ -21,12 +25,14 @@ from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.liger import use_liger_
 from loram.loss import use_chunked_loss_
-from loram.model.adapter import Adapter, save_adapter
+from loram.methods.adapters import row_lengths, specialise_
+from loram.methods.table import METHODS
+from loram.methods.weights import extract, lisa_callback, unfreeze_, write_model
+from loram.model.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import allocate_, compute_dtype, pick_device
-from loram.model.full import open_full
 from loram.model.plan import find_plan
-from loram.model.pruned import load_model, load_tokenizer
+from loram.model.pruned import load_model, load_tokenizer, open_full
 from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
 from loram.progress import training_progress
 
@@ -46,6 +52,8 @@ def train(
     load_in_4bit: bool = False,
     offload_embedding: bool = False,
     lora_dtype: str = "float32",
+    lisa: Mapping[str, Any] | None = None,
+    lora_sp: Mapping[str, Any] | None = None,
     anchor_steps: int | None = None,
     base: str | Path | None = None,
     seed: int = 42,
@@ -53,7 +61,9 @@ def train(
     fresh: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Train a LoRA adapter on a pruned folder, or on any supported full model.
+    """Train an adapter on a pruned folder, or on any supported full model; or weights themselves (`lisa`, `full`).
+
+    What those change in a pruned model is extracted as an adapter in the end; of a full one they make a full one.
 
     Checkpoints go to `OUT-checkpoints`. The same call after an interruption goes on from the newest whole one and ends
     with the same bytes as an undisturbed run on that machine. The folder is removed in the end, unless `trainer` sets
@@ -61,19 +71,22 @@ def train(
 
     Args:
         model: pruned folder, or hub id, folder or GGUF file of a full model.
-        out: the adapter folder to make: PEFT's files, the tokenizer with its chat template, and the plan if any.
+        out: the adapter folder to make: PEFT's files, the tokenizer with its chat template, and the plan if any. With
+            `lisa` or `full` on a full model, an ordinary model folder.
         data: the training rows (see `loram.data`).
-        method: `lora`.
-        lora: options of PEFT's `LoraConfig` under their own names, over `LORA_DEFAULTS`.
+        method: a key of `loram.methods.table.METHODS`: lora, rslora, dora, lora-fa, lora-sp, lisa or full.
+        lora: options of PEFT's `LoraConfig` under their own names, over `LORA_DEFAULTS`; of `lisa` and `full` only r.
         trainer: options of TRL's `SFTConfig` under their own names, over `TRAINER_DEFAULTS`.
         load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 with double quantisation
             (QLoRA, arXiv 2305.14314); so does a folder that `quantize` made, without being asked.
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: `float32`, or `bfloat16`, which halves the adapter, its gradients and its optimiser's state.
+        lisa: options of that method: `loram.methods.table.LisaOptions`.
+        lora_sp: options of method lora-sp: `loram.methods.table.LoraSpOptions`.
         anchor_steps: every so many steps send the rows of the next ones through the full model, streamed from disk,
             and train on its course (see `loram.anchors`); for pruned folders.
         base: the full model for that, where it is not at the name that the plan has.
-        seed: of initialisation, data order and dropout.
+        seed: of initialisation, data order, dropout and LISA's draws.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted training.
         callbacks: transformers' own, called as the training goes.
@@ -97,6 +110,8 @@ def train(
         load_in_4bit=load_in_4bit or checkpoint.quantized,
         offload_embedding=offload_embedding,
         lora_dtype=lora_dtype,
+        lisa=lisa,
+        lora_sp=lora_sp,
         anchor_steps=anchor_steps,
     )
     options = check_options(options)
@@ -118,15 +133,20 @@ def train(
         settings={**settings, "device": chosen.type},
         limit=options.trainer["save_total_limit"],
     )
-    with publish(out, kind="adapter", made_from=made_from, settings=settings) as staging:
+    kind = "model" if METHODS[method].weights and not checkpoint.pruned else "adapter"
+    with publish(out, kind=kind, made_from=made_from, settings=settings) as staging:
         with checkpoints.open(fresh=fresh):
-            history, adapter = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
-        save_adapter(staging, {**adapter.config, "base_model_name_or_path": checkpoint.name}, adapter.tensors)
-        tokenizer.save_pretrained(staging)
-        log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
+            trained = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
+            if kind == "model":
+                write_model(staging, Checkpoint(trained.folder), checkpoint)
+                found: dict[str, Any] = {}
+            else:
+                found = _write_adapter(staging, trained, checkpoint, options)
+                tokenizer.save_pretrained(staging)
+        settings.update(found)
+        lines = [*trained.log, *([found] if found else [])]
+        log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in lines)
         (staging / LOG_NAME).write_text(log, encoding="utf-8")
-        if plan := find_plan(checkpoint.folder):
-            plan.save(staging)
     if "save_strategy" not in (trainer or {}):
         checkpoints.remove()
     return out
@@ -158,6 +178,21 @@ def _rows_digest(rows: Any) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """What a training leaves.
+
+    Args:
+        folder: the trained adapter or model, as transformers and PEFT save it.
+        log: the losses on the way.
+        lengths: of DoRA: those of the rows of the frozen weights.
+    """
+
+    folder: Path
+    log: list[dict[str, Any]]
+    lengths: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def _fit(
     checkpoint: Checkpoint,
     rows: Any,
@@ -167,20 +202,30 @@ def _fit(
     checkpoints: Checkpoints,
     callbacks: Sequence[TrainerCallback],
     course: Course | None,
-) -> tuple[list[dict[str, Any]], Adapter]:
-    """Train; returns the log history and the adapter."""
+) -> _Trained:
+    """Train, or go on with it."""
     from transformers import PrinterCallback, ProgressCallback, set_seed
 
     newest = checkpoints.newest()
+    finished = None
     if newest is not None:
         logger.info("going on from %s in %s", newest.name, newest.parent)
-        if (finished := _finished(newest)) is not None:
+        finished = _finished(newest)
+        if finished is not None and options.method != "dora":
             return finished
     adapter, arguments = build_configs(options, device, checkpoints.staging)
     set_seed(arguments.seed)
-    model = _adapted(checkpoint, adapter, options, device)
+    if METHODS[options.method].weights:
+        model, own = _thawed(checkpoint, options, arguments.seed)
+    else:
+        model, own = _adapted(checkpoint, adapter, options, device), []
+    lengths = row_lengths(model) if options.method == "dora" else {}
+    if finished is not None:
+        return dataclasses.replace(finished, lengths=lengths)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    use_chunked_loss_(base)
     if arguments.use_liger_kernel:
-        use_liger_(model.get_base_model(), arguments.liger_kernel_config)
+        use_liger_(base, arguments.liger_kernel_config)
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours
     allocate_(device, lean=options.load_in_4bit or checkpoints_activations(arguments))
     rows, collator = _batching(rows, arguments, tokenizer)
@@ -190,16 +235,16 @@ def _fit(
     )
     for callback in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results
         runner.remove_callback(callback)
-    for callback in (training_progress(), *callbacks):
+    for callback in (training_progress(), *own, *callbacks):
         runner.add_callback(callback)
     runner.train(resume_from_checkpoint=newest and str(newest))
-    trained = checkpoints.staging / "adapter"
-    model.save_pretrained(trained, save_embedding_layers=False)
-    return lasting(runner.state.log_history, "loss"), Adapter.load(trained)
+    folder = checkpoints.staging / "trained"
+    runner.save_model(str(folder))
+    return _Trained(folder=folder, log=lasting(runner.state.log_history, "loss"), lengths=lengths)
 
 
 def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device: torch.device) -> Any:
-    """The model, frozen, with the adapter that will be trained on it, and with a loss worked out by chunks."""
+    """The model, frozen, with the adapter that will be trained on it."""
     from peft import get_peft_model
 
     dtype = compute_dtype(device)
@@ -213,11 +258,34 @@ def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device
         adapted = get_peft_model(model, adapter)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise as_user_error(error) from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
+    specialise_(adapted, options.method, options.lora_sp)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:
             parameter.data = parameter.data.to(getattr(torch, options.lora_dtype))
-    use_chunked_loss_(model)
     return adapted
+
+
+def _thawed(checkpoint: Checkpoint, options: TrainOptions, seed: int) -> tuple[Any, list[TrainerCallback]]:
+    """(the model in float32, which a GPU computes with in 16 bits, with what will be trained of it; callbacks)."""
+    model = load_model(checkpoint, dtype=torch.float32)
+    layers = unfreeze_(model, pruned=checkpoint.pruned, around=not options.lisa or options.lisa["train_embeddings"])
+    return model, [lisa_callback(layers, options.lisa, seed)] if options.lisa else []
+
+
+def _write_adapter(out: Path, trained: _Trained, checkpoint: Checkpoint, options: TrainOptions) -> dict[str, float]:
+    """Write what was trained as a stock PEFT adapter, with the plan; returns what else is to be said of it."""
+    found = {}
+    if METHODS[options.method].weights:
+        config, tensors, found["kept_share"] = extract(Checkpoint(trained.folder), checkpoint, options.lora["r"])
+    else:
+        adapter = Adapter.load(trained.folder)
+        config, tensors = adapter.config, adapter.tensors
+    save_adapter(out, {**config, "base_model_name_or_path": checkpoint.name}, tensors)
+    if plan := find_plan(checkpoint.folder):
+        plan.save(out)
+        if trained.lengths:
+            save_file(dict(trained.lengths), out / ROW_LENGTHS_NAME, {"format": "pt"})
+    return found
 
 
 def _batching(rows: Any, arguments: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -249,21 +317,26 @@ class _Trainer(Trainer):  # type: ignore[misc]
             self._offloading = get_act_offloading_ctx_manager(self.model)
 
     def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
-        """As transformers does, but an adapter in 16 bits stays so: PEFT makes it 32 when it reads one."""
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        """As transformers does, but an adapter in 16 bits stays so, and what is frozen of it.
+
+        PEFT makes it 32 bits when it reads one, and lets all of it train.
+        """
+        before = {name: (parameter.dtype, parameter.requires_grad) for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(*args, **options)
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtypes[name])
+            dtype, trained = before[name]
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(trained)
 
     def training_step(self, *args: Any, **options: Any) -> Any:
         with self._offloading:
             return super().training_step(*args, **options)
 
 
-def _finished(checkpoint: Path) -> tuple[list[dict[str, Any]], Adapter] | None:
+def _finished(checkpoint: Path) -> _Trained | None:
     """The outcome of a training that was stopped after its last step: transformers would take one step more."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] < state["max_steps"]:
         return None
-    return lasting(state["log_history"], "loss"), Adapter.load(checkpoint)
+    return _Trained(folder=checkpoint, log=lasting(state["log_history"], "loss"))

@@ -15,6 +15,8 @@ FLOORS = {
     "loram.artifacts": 1,
     "loram.model": 2,
     "loram.align.spec": 1,
+    "loram.methods.table": 1,
+    "loram.methods": 3,
     "loram.data": 3,
     "loram.likelihood": 3,
     "loram.correct": 3,

@@ -31,8 +31,10 @@ from loram.estimate.settings import LINEARS, Settings, make_settings
 from loram.estimate.shapes import Model
 from loram.estimate.size import parse_size, show_size
 from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes
+from loram.estimate.weights import trained as trained_parameters
 from loram.loss import CHUNK_TOKENS as CHUNK_OF_THE_LOSS
 from loram.loss import chunked_cross_entropy, use_chunked_loss_
+from loram.methods.adapters import specialise_
 from loram.model.checkpoint import open_model
 from loram.model.nf4 import load_4bit, nbytes
 from loram.options import LORA_DEFAULTS, TRAINER_DEFAULTS, TrainOptions, build_configs, check_options
@@ -52,9 +54,13 @@ def tiny(family: str, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def adapted(model: Any, r: int = 4, targets: tuple[str, ...] = LINEARS) -> Any:
-    config = LoraConfig(r=r, lora_dropout=0.05, target_modules=list(targets), task_type="CAUSAL_LM")
-    return get_peft_model(model, config).train()
+def adapted(
+    model: Any, r: int = 4, targets: tuple[str, ...] = LINEARS, *, method: str = "lora", dropout: float = 0.05
+) -> Any:
+    config = LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
+    found = get_peft_model(model, config).train()
+    specialise_(found, method, {"share": 0.5})
+    return found
 
 
 def sizes_of(model: Any) -> Model:
@@ -105,14 +111,18 @@ def test_an_offloaded_embedding_is_in_host_memory() -> None:
     assert on_device.weights - offloaded.weights == 32000 * 8192 // 2
 
 
+@pytest.mark.parametrize("method", ["lora", "lora-fa", "lora-sp"])
 @pytest.mark.parametrize("targets", [(*LINEARS, "lm_head"), ("q_proj", "down_proj")], ids=str)
-def test_adapter_and_adamw_are_as_large_as_the_real_ones(targets: tuple[str, ...]) -> None:
+def test_adapter_and_adamw_are_as_large_as_the_real_ones(targets: tuple[str, ...], method: str) -> None:
     model = tiny("qwen3")
-    wrapped = adapted(model, r=16, targets=targets)
+    wrapped = adapted(model, r=16, targets=targets, method=method)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     sizes = sizes_of(model)
-    settings = make_settings(device="cpu", lora_r=16, lora_target_modules=targets)
-    assert sorted(factors(sizes, settings)) == sorted(parameter.numel() for parameter in trained)
+    settings = make_settings(device="cpu", lora_r=16, lora_target_modules=targets, method=method)
+    expected = sorted(parameters for parameters in trained_parameters(sizes, settings) if parameters)
+    assert expected == sorted(parameter.numel() for parameter in trained)
+    held = sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
+    assert sum(factors(sizes, settings)) == held
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -184,6 +194,20 @@ def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     assert total == sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss
 
 
+@pytest.mark.parametrize(("method", "dropout"), [("lora-fa", 0.0), ("lora-fa", 0.1), ("lora-sp", 0.05)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_activations_of_a_method_are_autograds_own(family: str, method: str, dropout: float) -> None:
+    model = tiny(family)
+    layers, total = saved_bytes(adapted(model, method=method, dropout=dropout), 2, 12)
+    sizes = sizes_of(model)
+    options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12, "lora_dropout": dropout}
+    settings = make_settings(device="cpu", method=method, **options)
+    expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
+    assert layers[1:] == expected[1:]
+    read_by_the_loss = 2 * 11 * SIZES["hidden_size"] * 4  # not yet saved here
+    assert total == sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss
+
+
 @pytest.mark.parametrize("targets", [("q_proj",), ("up_proj", "down_proj"), ("k_proj", "o_proj", "gate_proj")], ids=str)
 def test_saved_activations_depend_on_the_targets(targets: tuple[str, ...]) -> None:
     model = tiny("llama")
@@ -247,7 +271,8 @@ class Live(TorchDispatchMode):  # type: ignore[misc]
 def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
     """Bytes of all tensors at the peak of a training's steps."""
     use_chunked_loss_(model)
-    wrapped = adapted(model, settings.lora_r, settings.lora_target_modules)
+    chosen = {"method": settings.method, "dropout": settings.lora_dropout}
+    wrapped = adapted(model, settings.lora_r, settings.lora_target_modules, **chosen)
     if settings.gradient_checkpointing:
         wrapped.gradient_checkpointing_enable({"use_reentrant": False})
     live = Live()
@@ -276,6 +301,9 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
         {"load_in_4bit": True},
         {"load_in_4bit": True, "gradient_checkpointing": True},
         {"lora_r": 32, "max_length": 64, "gradient_accumulation_steps": 2},
+        {"method": "lora-fa", "lora_r": 32},
+        {"method": "lora-fa", "load_in_4bit": True},
+        {"method": "lora-sp", "lora_r": 32},
     ],
     ids=str,
 )

@@ -25,9 +25,8 @@ from loram.data_spec import DataSpec
 from loram.errors import UserError
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import allocate_, compute_dtype, fits, pick_device
-from loram.model.full import open_full
 from loram.model.plan import PruningPlan
-from loram.model.pruned import load_model, load_tokenizer
+from loram.model.pruned import load_model, load_tokenizer, open_full
 from loram.options import checkpoints_activations
 from loram.progress import track, training_progress
 

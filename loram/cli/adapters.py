@@ -16,10 +16,12 @@ from loram.cli.options import (
     Fresh,
     Json,
     LoraR,
+    LoraSpShare,
     LoraTargets,
     MaxLength,
     MaxSamples,
     MaxSteps,
+    Method,
     Model,
     Out,
     ReportTo,
@@ -38,7 +40,7 @@ def train(
     dataset_config: Config = None,
     dataset_split: Split = None,
     column: Column = None,
-    method: Annotated[str, typer.Option(help="lora.")] = "lora",
+    method: Method = "lora",
     max_samples: MaxSamples = None,
     lora_r: LoraR = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Scale: alpha / r (default 16).")] = None,
@@ -65,6 +67,18 @@ def train(
     base: Annotated[
         str | None, typer.Option(help="The full model for that, if not where the plan says.", show_default=False)
     ] = None,
+    lisa_layers: Annotated[int | None, typer.Option(help="LISA: layers that train at a time (default 2).")] = None,
+    lisa_interval_steps: Annotated[
+        int | None, typer.Option(help="LISA: steps after which others are drawn (default 20).")
+    ] = None,
+    lisa_train_embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--lisa-train-embeddings/--no-lisa-train-embeddings",
+            help="LISA on a full model: embedding and lm_head train throughout (default: yes).",
+        ),
+    ] = None,
+    lora_sp_share: LoraSpShare = None,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
     ] = None,
@@ -75,7 +89,7 @@ def train(
     device: Device = None,
     fresh: Fresh = False,
 ) -> None:
-    """Train a LoRA adapter on MODEL, a pruned folder or a full model."""
+    """Train an adapter on MODEL, a pruned folder or a full model; with lisa or full, weights themselves."""
     lora_flags = {
         "r": lora_r,
         "lora_alpha": lora_alpha,
@@ -91,6 +105,11 @@ def train(
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "max_length": max_length,
         "report_to": report_to,
+    }
+    lisa_flags = {
+        "active_layers": lisa_layers,
+        "interval_steps": lisa_interval_steps,
+        "train_embeddings": lisa_train_embeddings,
     }
     data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
 
@@ -108,11 +127,13 @@ def train(
         lora_dtype=lora_dtype,
         anchor_steps=anchor_steps,
         base=base,
+        lisa=given(lisa_flags) or None,
+        lora_sp=given({"share": lora_sp_share}) or None,
         seed=seed,
         device=device,
         fresh=fresh,
     )
-    typer.echo(f"{out}: adapter written")
+    typer.echo(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
 
 
 def recover(

@@ -7,6 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from loram.errors import UserError, first_problem
+from loram.methods.table import METHODS
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)]
@@ -39,6 +40,8 @@ LoraR = Annotated[int | None, typer.Option(help="Rank (default 8).")]
 LoraTargets = Annotated[
     list[str] | None, typer.Option(help="Repeatable (default: all seven linears of a layer; lm_head if asked).")
 ]
+LoraSpShare = Annotated[float | None, typer.Option(help="LoRA-SP: share of the adapter that trains (default 0.5).")]
+Method = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 

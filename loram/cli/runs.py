@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from loram.cli.options import Accumulation, BatchSize, Fresh, Json, KeepFirst, KeepLast, LoraR, LoraTargets, MaxLength
+from loram.cli.options import (
+    Accumulation,
+    BatchSize,
+    Fresh,
+    Json,
+    KeepFirst,
+    KeepLast,
+    LoraR,
+    LoraSpShare,
+    LoraTargets,
+    MaxLength,
+    Method,
+)
 
 
 def run(
@@ -69,9 +81,14 @@ def estimate(
     offload_embedding: Annotated[
         bool, typer.Option("--offload-embedding", help="With that, the embedding in host memory.")
     ] = False,
+    method: Method = "lora",
     lora_r: LoraR = None,
     lora_target_modules: LoraTargets = None,
     lora_dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (default float32).")] = None,
+    lora_dropout: Annotated[
+        float | None, typer.Option(help="Of lora-fa (default 0); others are taken to have it.")
+    ] = None,
+    lora_sp_share: LoraSpShare = None,
     max_length: MaxLength = None,
     per_device_train_batch_size: BatchSize = None,
     gradient_accumulation_steps: Accumulation = None,
@@ -101,9 +118,12 @@ def estimate(
         "keep_first": keep_first,
         "keep_last": keep_last,
         "offload_embedding": offload_embedding,
+        "method": method,
         "lora_r": lora_r,
         "lora_target_modules": lora_target_modules or None,
         "lora_dtype": lora_dtype,
+        "lora_dropout": lora_dropout,
+        "lora_sp_share": lora_sp_share,
         "max_length": max_length,
         "per_device_train_batch_size": per_device_train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,

@@ -1,7 +1,7 @@
 """Bytes that autograd keeps between forward and backward, term by term as transformers and PEFT compute.
 
-Every term is a tensor; `tests/test_estimate.py` holds the sums against what autograd saves. Rows are taken to have no
-padding, and adapters to have dropout.
+Every term is a tensor; `tests/test_planner.py` holds the sums against what autograd saves. Rows are taken to have no
+padding, and adapters to have dropout; of LoRA-FA it is asked, since its mask is all that is kept of an input.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,10 @@ class Sizes:
     @classmethod
     def of(cls, settings: Settings) -> "Sizes":
         """Those of a training."""
+        masked = settings.lora_dropout > 0 or settings.method != "lora-fa"
         if settings.device == "cuda":
-            return cls(value=2, mask=1, adapted=2)
-        return cls(value=4, mask=settings.lora_bytes, adapted=settings.lora_bytes)
+            return cls(value=2, mask=1 if masked else 0, adapted=2)
+        return cls(value=4, mask=settings.lora_bytes if masked else 0, adapted=settings.lora_bytes)
 
 
 def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: bool = False) -> int:
@@ -68,8 +69,9 @@ def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
 
 
 def _by_adapter(layer: Layer, name: str, settings: Settings, size: Sizes) -> int:
-    """A token's bytes for one adapted linear: dropout's mask, what lora_A reads, what lora_B reads."""
-    return layer.linears[name][1] * (size.mask + size.adapted) + settings.lora_r * size.adapted
+    """A token's bytes for one adapted linear: dropout's mask, what lora_A reads if it trains, what lora_B reads."""
+    kept = size.adapted if settings.trained_ranks[0] else 0
+    return layer.linears[name][1] * (size.mask + kept) + settings.lora_r * size.adapted
 
 
 def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> int:

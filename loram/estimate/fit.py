@@ -106,14 +106,17 @@ def recipe_lines(found: Estimate, given: Mapping[str, Any]) -> str:
         lines += [f"  {key}: {getattr(found, key)}" for key in ("keep_first", "keep_last")]
     else:
         lines.append("# no pruning: train the full model with `loram train`")
-    train = [
+    train = [f"  method: {settings.method}"] if "method" in wanted else []
+    train += [
         f"  {key}: {_yaml(getattr(settings, key))}"
         for key in ("load_in_4bit", "offload_embedding")
         if getattr(settings, key)
     ]
     if "lora_dtype" in wanted:
         train.append(f"  lora_dtype: {settings.lora_dtype}")
-    train += _section("lora", settings, {"lora_r": "r", "lora_target_modules": "target_modules"}, wanted)
+    train += _section("lora_sp", settings, {"lora_sp_share": "share"}, wanted)
+    lora = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_dropout": "lora_dropout"}
+    train += _section("lora", settings, lora, wanted)
     train += _section("trainer", settings, {key: key for key in _TRAINER}, wanted | {*_TRAINER[:2]})
     return "\n".join([*lines, "train:", *train])
 

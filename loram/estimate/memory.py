@@ -17,7 +17,7 @@ from loram.estimate.activations import (
 )
 from loram.estimate.settings import OPTIMIZERS, Settings
 from loram.estimate.shapes import Layer, Model
-from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes
+from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes, trained
 
 CONTEXT = 1 << 29  # of CUDA and its libraries on a GPU; it depends on driver and card and cannot be counted
 _FLOAT32 = 4
@@ -30,7 +30,7 @@ class TrainingMemory(BaseModel):
         moment: which one that is.
         weights: the frozen model.
         constants: what NF4 weights need beside their 4 bits.
-        adapter, gradients, optimizer: of what is trained. Gradients are those there are at that moment.
+        adapter: all of it. gradients, optimizer: of what trains; gradients are those there are at that moment.
         activations: kept from forward for backward.
         recomputation: one checkpointed layer's activations while it is worked out again, and gradients inside a layer.
         logits: of a chunk of tokens, with softmax and gradient.
@@ -75,11 +75,11 @@ class _Moment(BaseModel):
 
 def training_memory(model: Model, settings: Settings) -> TrainingMemory:
     """Peak memory of training an adapter on a model."""
-    frozen, trained = frozen_bytes(model, settings), sum(factors(model, settings))
+    frozen = frozen_bytes(model, settings)
     held = {
         "weights": frozen.weights,
         "constants": frozen.constants,
-        "adapter": trained * settings.lora_bytes,
+        "adapter": sum(factors(model, settings)) * settings.lora_bytes,
         "optimizer": optimizer_bytes(model, settings),
         "context": CONTEXT if settings.device == "cuda" else 0,
     }
@@ -129,7 +129,7 @@ def _gradients(model: Model, settings: Settings) -> list[int]:
 
     They are there from the start when several micro-batches are accumulated.
     """
-    sizes = [settings.lora_bytes * parameters for parameters in factors(model, settings)]
+    sizes = [settings.lora_bytes * parameters for parameters in trained(model, settings)]
     per_layer = 2 * sum(1 for name in model.layers[0].linears if name.split(".")[1] in settings.lora_target_modules)
     layers = len(model.layers)
     if settings.gradient_accumulation_steps > 1:

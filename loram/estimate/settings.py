@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from loram.errors import UserError, first_problem
+from loram.methods.table import METHODS, LoraSpOptions, frozen_ranks, method_of
 from loram.model.architecture import LINEARS
 
 # optim -> (bytes of state a trained parameter, or None for those of its dtype; whether the GPU's driver may page it)
@@ -14,6 +15,8 @@ OPTIMIZERS: dict[str, tuple[int, bool]] = {
     "adamw_8bit": (2, False),
     "paged_adamw_8bit": (2, True),
 }
+PLANNED = ("lora", "rslora", "lora-fa", "lora-sp")  # the methods whose memory is known here
+_DROPOUT = 0.05  # of LoRA: loram.options.LORA_DEFAULTS
 
 
 class Settings(BaseModel):
@@ -24,7 +27,10 @@ class Settings(BaseModel):
     device: Literal["cuda", "cpu"] = "cuda"
     load_in_4bit: bool = False
     offload_embedding: bool = False
+    method: str = "lora"
     lora_r: PositiveInt = 8
+    lora_dropout: float = Field(ge=0, lt=1)
+    lora_sp_share: float = LoraSpOptions().share
     lora_target_modules: tuple[str, ...] = LINEARS
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: PositiveInt = 512
@@ -42,12 +48,27 @@ class Settings(BaseModel):
             raise ValueError(f"should be some of {', '.join(known)}")
         return value
 
+    @field_validator("method")
+    @classmethod
+    def _planned_method(cls, value: str) -> str:
+        if value in METHODS and value not in PLANNED:
+            raise ValueError(f"the memory of {value!r} cannot be estimated; that of {', '.join(PLANNED)} can")
+        return value
+
     @field_validator("optim")
     @classmethod
     def _known_optimizer(cls, value: str) -> str:
         if value not in OPTIMIZERS:
             raise ValueError(f"{value!r} cannot be estimated; known are {', '.join(OPTIMIZERS)}")
         return value
+
+    @property
+    def trained_ranks(self) -> tuple[int, int]:
+        """How many of the ranks train in lora_A, and in lora_B."""
+        if self.method == "lora-fa":
+            return 0, self.lora_r
+        frozen = frozen_ranks(self.lora_r, self.lora_sp_share) if self.method == "lora-sp" else 0
+        return self.lora_r - frozen, self.lora_r - frozen
 
     @property
     def tokens(self) -> int:
@@ -76,7 +97,9 @@ def make_settings(**given: Any) -> Settings:
     chosen = {key: value for key, value in given.items() if value is not None}
     on_gpu = chosen.get("device", "cuda") == "cuda"
     frugal = on_gpu and bool(chosen.get("load_in_4bit"))
+    method = method_of(chosen.get("method", "lora"))
     defaults = {
+        "lora_dropout": method.defaults.get("lora_dropout", _DROPOUT),
         "optim": "paged_adamw_8bit" if frugal else "adamw_torch_fused",
         "gradient_checkpointing": on_gpu,
         "activation_offloading": frugal,
@@ -91,4 +114,8 @@ def make_settings(**given: Any) -> Settings:
         raise UserError(f"optim {settings.optim!r} pages a GPU's memory; on a cpu take adamw_8bit")
     if settings.offload_embedding and not settings.load_in_4bit:
         raise UserError("offload_embedding leaves the embedding of a model in 4 bits in host memory; add load_in_4bit")
+    if settings.method != "lora-sp" and "lora_sp_share" in chosen:
+        raise UserError(f"lora_sp_share is an option of method lora-sp, and the method is {settings.method}")
+    if settings.method == "lora-sp":
+        frozen_ranks(settings.lora_r, settings.lora_sp_share)
     return settings

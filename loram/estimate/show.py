@@ -105,7 +105,7 @@ def _setting(found: Estimate) -> str:
     chosen = found.settings
     ways = [
         "4-bit weights" if chosen.load_in_4bit else f"{8 * chosen.compute_bytes}-bit weights",
-        f"LoRA of rank {chosen.lora_r} ({found.adapter_parameters:,} parameters in {chosen.lora_dtype})",
+        f"{chosen.method} of rank {chosen.lora_r} ({found.adapter_parameters:,} parameters in {chosen.lora_dtype})",
         f"{chosen.per_device_train_batch_size} x {chosen.max_length} tokens",
         chosen.optim,
     ]

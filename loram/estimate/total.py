@@ -10,7 +10,7 @@ from loram.estimate.memory import TrainingMemory, training_memory
 from loram.estimate.settings import Settings, make_settings
 from loram.estimate.shapes import Model, read_config
 from loram.estimate.stages import Stage, stages
-from loram.estimate.weights import adapted, factors, frozen_bytes
+from loram.estimate.weights import adapted, frozen_bytes, trained
 
 
 class Arithmetic(BaseModel):
@@ -73,9 +73,12 @@ def estimate(
     keep_last: int = 2,
     load_in_4bit: bool = False,
     offload_embedding: bool = False,
+    method: str | None = None,
     lora_r: int | None = None,
     lora_target_modules: Sequence[str] | None = None,
     lora_dtype: str | None = None,
+    lora_dropout: float | None = None,
+    lora_sp_share: float | None = None,
     max_length: int | None = None,
     per_device_train_batch_size: int | None = None,
     gradient_accumulation_steps: int | None = None,
@@ -91,7 +94,10 @@ def estimate(
         ratio, keep_first, keep_last: as for `prune`; without a ratio the full model is trained.
         load_in_4bit: frozen weights in NF4 with double quantisation, embedding and lm_head too.
         offload_embedding: with that, the embedding in 16 bits in host memory.
+        method: lora, rslora, lora-fa or lora-sp.
         lora_r, lora_target_modules, lora_dtype: of the adapter; by default 8, the seven linears, float32.
+        lora_dropout: of the method lora-fa, which is 0 by default; others are taken to have one.
+        lora_sp_share: of that method: how much of the adapter trains (0.5).
         max_length: tokens of the longest row (512).
         per_device_train_batch_size: rows of a micro-batch (4).
         gradient_accumulation_steps: micro-batches of a step (1).
@@ -109,9 +115,12 @@ def estimate(
     settings = make_settings(
         load_in_4bit=load_in_4bit,
         offload_embedding=offload_embedding,
+        method=method,
         lora_r=lora_r,
         lora_target_modules=None if lora_target_modules is None else tuple(lora_target_modules),
         lora_dtype=lora_dtype,
+        lora_dropout=lora_dropout,
+        lora_sp_share=lora_sp_share,
         max_length=max_length,
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -143,7 +152,7 @@ def estimate_with(
         parameter_reduction=full.parameters / model.parameters,
         pruned_layers=len(model.narrowed),
         units=dict(model.units or {space.name: full.geometry.units(space) for space in full.architecture.spaces}),
-        adapter_parameters=sum(factors(model, settings)),
+        adapter_parameters=sum(trained(model, settings)),
         settings=settings,
         weight_bytes=weights,
         counted_reduction=full.parameters * 16 / (model.parameters * (4 if settings.load_in_4bit else 16)),
@@ -155,7 +164,7 @@ def estimate_with(
 
 
 def _flops(model: Model, settings: Settings) -> int:
-    """Of one token: 2 a weight forward and 2 backward, 2 more where forward is done again, 2 for an adapter's gradient.
+    """Of one token: 2 a weight forward and 2 backward, 2 more where forward is done again, 2 if it trains.
 
     lm_head's logits are always worked out again in backward; a lookup in the embedding costs nothing.
     """
@@ -163,7 +172,8 @@ def _flops(model: Model, settings: Settings) -> int:
     layers, head = sum(layer.weights for layer in model.layers), model.vocabulary
     on_head = settings.lora_r * sum(_head(model)) if "lm_head" in settings.lora_target_modules else 0
     in_layers = sum(settings.lora_r * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
-    return (4 + again) * layers + 6 * head + (6 + again) * in_layers + 8 * on_head
+    gradients = 2 * sum(trained(model, settings))
+    return (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients
 
 
 def _head(model: Model) -> tuple[int, int]:

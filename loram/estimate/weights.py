@@ -67,18 +67,26 @@ def adapted(model: Model, settings: Settings) -> Iterator[tuple[int, int]]:
 
 
 def factors(model: Model, settings: Settings) -> Iterator[int]:
-    """Parameters of every trained tensor: lora_A and lora_B of each adapted linear."""
+    """Parameters of every tensor of the adapter: lora_A and lora_B of each adapted linear."""
     for rows, columns in adapted(model, settings):
         yield settings.lora_r * columns
         yield settings.lora_r * rows
 
 
+def trained(model: Model, settings: Settings) -> Iterator[int]:
+    """Of each of these, how many parameters train."""
+    in_a, in_b = settings.trained_ranks
+    for rows, columns in adapted(model, settings):
+        yield in_a * columns
+        yield in_b * rows
+
+
 def optimizer_bytes(model: Model, settings: Settings) -> int:
     """Bytes of AdamW's two moments, in the adapter's dtype or in 8 bits; small tensors are never in 8 bits."""
     if not OPTIMIZERS[settings.optim][0]:
-        return 2 * settings.lora_bytes * sum(factors(model, settings))
+        return 2 * settings.lora_bytes * sum(trained(model, settings))
     total, any_8bit = 0, False
-    for parameters in factors(model, settings):
+    for parameters in trained(model, settings):
         if parameters < _SMALLEST_8BIT:
             total += 2 * 4 * parameters
         else:

@@ -26,8 +26,10 @@ from loram.model.tensorfile import TensorFile
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+ROW_LENGTHS_NAME = "row_lengths.safetensors"  # beside a DoRA adapter: those of the pruned weights it was trained on
 _PICKLED_NAME = "adapter_model.bin"
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+_MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector$")
 
 
 class _Options(BaseModel):
@@ -57,7 +59,8 @@ class Adapter:
     Args:
         folder: where it was read from.
         config: adapter_config.json.
-        tensors: adapter_model.safetensors; `lora_A` is (r, in_features), `lora_B` (out_features, r).
+        tensors: adapter_model.safetensors; `lora_A` is (r, in_features), `lora_B` (out_features, r), and of DoRA
+            `lora_magnitude_vector` (out_features,).
     """
 
     folder: Path
@@ -86,14 +89,12 @@ class Adapter:
 
     def _check(self) -> None:
         kind, where = self.config.get("peft_type"), self.folder / WEIGHTS_NAME
-        if kind != "LORA" or self._options.use_dora:
-            raise UserError(
-                f"{self.folder}: a {'DoRA' if kind == 'LORA' else kind} adapter; only plain LoRA is supported"
-            )
+        if kind != "LORA":
+            raise UserError(f"{self.folder}: a {kind} adapter; only LoRA and DoRA are supported")
         if self._options.fan_in_fan_out:
             raise UserError(f"{self.folder}: fan_in_fan_out adapters are for Conv1D models, which we do not support")
         for name, tensor in self.tensors.items():
-            if _FACTOR.match(name) is None:
+            if _FACTOR.match(name) is None and not (self.dora and _MAGNITUDE.match(name)):
                 raise UserError(
                     f"{where}: {name} is not a LoRA factor (base_model.model.MODULE.lora_A.weight or lora_B)"
                 )
@@ -109,8 +110,17 @@ class Adapter:
                         f"{where}: {module}.lora_{factor} has shape {tuple(tensor.shape)}, "
                         f"but {CONFIG_NAME} says rank {rank}"
                     )
+            if self.dora:
+                self._check_magnitude(module, factors["B"].shape[0])
         if not self.modules:
             raise UserError(f"{where}: holds no LoRA factors")
+
+    def _check_magnitude(self, module: str, rows: int) -> None:
+        where, found = self.folder / WEIGHTS_NAME, self.magnitudes.get(module)
+        if found is None:
+            raise UserError(f"{where}: {module} lacks lora_magnitude_vector, though {CONFIG_NAME} says use_dora")
+        if found.shape != (rows,):
+            raise UserError(f"{where}: {module}.lora_magnitude_vector has shape {tuple(found.shape)}, not ({rows},)")
 
     @cached_property
     def _options(self) -> _Options:
@@ -127,6 +137,16 @@ class Adapter:
             if match := _FACTOR.match(name):
                 found.setdefault(match["module"], {})[match["factor"]] = tensor
         return found
+
+    @property
+    def dora(self) -> bool:
+        """Whether it is a DoRA adapter: one with the length of every row of the adapted weights."""
+        return bool(self._options.use_dora)
+
+    @cached_property
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Of DoRA: module path in the base model -> the lengths that the rows of its weight get."""
+        return {match["module"]: tensor for name, tensor in self.tensors.items() if (match := _MAGNITUDE.match(name))}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,6 +178,18 @@ class Adapter:
         """The update scaling·B·A of a module's weight, or of its rows `start` to `stop`: float32."""
         factors = self.modules[module]
         return self.scaling(module) * (factors["B"][start:stop].float() @ factors["A"].float())
+
+    def updated(self, module: str, rows: Tensor, start: int = 0) -> Tensor:
+        """What the adapter makes of a module's weight, or of its rows from `start` on: float32, on the rows' device.
+
+        W + scaling·B·A; with DoRA every row of that brought to its magnitude (arXiv 2402.09353, equation 5).
+        """
+        stop = start + len(rows)
+        found = self.delta(module, start, stop).to(rows.device).add_(rows)
+        if self.dora:
+            lengths = torch.linalg.vector_norm(found, dim=1)
+            found *= (self.magnitudes[module][start:stop].to(lengths) / lengths)[:, None]
+        return found
 
     def targets(self, modules: Iterable[str]) -> list[str]:
         """Those of a model's linear modules that adapter_config.json targets, by PEFT's own matching.

@@ -17,6 +17,7 @@ _PARTS = {
     "bias": (0, None),
     "lora_A.weight": (None, 1),
     "lora_B.weight": (0, None),
+    "lora_magnitude_vector": (0, None),
 }
 
 

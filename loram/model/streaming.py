@@ -282,13 +282,20 @@ class Stream:
         return {name: self.checkpoint.tensor(f"model.layers.{index}.{name}") for name in names}
 
     def _adapt_(self, index: int) -> list[Any]:
-        """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32."""
+        """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32.
+
+        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use.
+        """
         self._factors.clear()
         handles = []
         for linear in CUTS:
             module = f"model.layers.{index}.{linear}"
             factors = None if self.adapter is None else self.adapter.modules.get(module)
             if self.adapter is None or factors is None:
+                continue
+            if self.adapter.dora:
+                weight = self._layers[index].get_submodule(linear).weight
+                weight.data = self.adapter.updated(module, weight.data).to(weight)
                 continue
             a, b = (factors[part].detach().to(self.device, torch.float32) for part in "AB")
             self._factors |= {f"base_model.model.{module}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
@@ -370,7 +377,7 @@ class Stream:
         for start in track(range(0, head.shape[0], rows), "Vocabulary"):
             weight = head[start : start + rows].to(self.device, self.dtype)
             if self.adapter is not None and "lm_head" in self.adapter.modules:
-                weight = weight + self.adapter.delta("lm_head", start, start + rows).to(weight)
+                weight = self.adapter.updated("lm_head", weight, start).to(weight)
             for number in range(len(self.batches)):
                 logits = (finals[number].to(self.device) @ weight.T).float()
                 visit(number, start, cap * (logits / cap).tanh() if cap else logits, weight)

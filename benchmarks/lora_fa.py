@@ -1,0 +1,122 @@
+"""What LoRA-FA keeps of activations, beside LoRA at equal settings.
+
+Takes a random LLaMA in float32 and, each configuration in a process of its own, two training steps: bytes that autograd
+keeps between forward and backward, each storage once and weights not counted; and the growth of resident memory in the
+steps, with freed blocks handed back as in trainings that asked for less memory. Beside them what the planner says.
+
+    python benchmarks/lora_fa.py --shape 160m --tokens 512 --rows 2
+
+Prints a table and writes lora_fa.json beside this script. A second call does only what is missing there.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from random_models import SHAPES, config_of
+
+RESULTS = Path(__file__).with_suffix(".json")
+RANK = 8
+# name -> (method, dropout)
+CONFIGURATIONS: dict[str, tuple[str, float]] = {
+    "LoRA, dropout 0.05": ("lora", 0.05),
+    "LoRA, no dropout": ("lora", 0.0),
+    "LoRA-FA, dropout 0.05": ("lora-fa", 0.05),
+    "LoRA-FA, no dropout": ("lora-fa", 0.0),
+}
+
+
+def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> dict[str, int]:
+    """Two steps in this process: `kept` by autograd, `peak` growth of resident memory."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from loram.loss import use_chunked_loss_
+    from loram.methods.adapters import specialise_
+    from loram.model.architecture import LINEARS
+    from loram.model.device import peak_rss, reset_peak_rss, return_freed_memory_, rss
+
+    return_freed_memory_()
+    torch.manual_seed(0)
+    config = {key: value for key, value in config_of(shape).items() if key not in ("dtype", "architectures")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    use_chunked_loss_(model)
+    options = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, options).train()
+    specialise_(adapted, method, None)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
+    ids = torch.randint(0, config["vocab_size"], (rows, tokens))
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*adapted.parameters(), *adapted.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    reset_peak_rss()
+    before = rss()
+    for step in range(2):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep if step else lambda tensor: tensor, lambda tensor: tensor)
+        with hooks:
+            loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"kept": sum(kept.values()), "peak": peak_rss() - before}
+
+
+def predict(shape: str, rows: int, tokens: int, method: str, dropout: float) -> int:
+    """Bytes of activations by the planner, which takes LoRA to have dropout."""
+    from loram.estimate import estimate
+
+    found = estimate(
+        config_of(shape),
+        device="cpu",
+        method=method,
+        lora_r=RANK,
+        lora_dropout=dropout,
+        max_length=tokens,
+        per_device_train_batch_size=rows,
+    )
+    return found.training.activations
+
+
+def show(settings: dict[str, int], rows: dict[str, dict[str, int]]) -> None:
+    """Print the table."""
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    print(f"{'':<24}{'kept for backward':>20}{'planned':>12}{'peak of a step':>18}")
+    for name, row in rows.items():
+        kept, planned, peak = (f"{row[key] / 1e6:,.0f} MB" for key in ("kept", "planned", "peak"))
+        print(f"{name:<24}{kept:>20}{planned:>12}{peak:>18}")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(**json.loads(sys.argv[2]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="160m", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=512, help="of a row")
+    parser.add_argument("--rows", type=int, default=2, help="of a batch")
+    given = parser.parse_args()
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = results.setdefault(f"{given.shape}, {given.rows} x {given.tokens} tokens, r {RANK}", {})
+    for name, (method, dropout) in CONFIGURATIONS.items():
+        setting = {**vars(given), "method": method, "dropout": dropout}
+        if name not in found:
+            command = [sys.executable, __file__, "--measure", json.dumps(setting)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+        found[name]["planned"] = predict(**setting)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    show({"rows": given.rows, "tokens": given.tokens, "rank": RANK}, found)
+
+
+if __name__ == "__main__":
+    main()
