@@ -31,6 +31,7 @@ BATCH_TOKENS = 2048
 _SLICE_BYTES = 1 << 26
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
+Editor = Callable[["ResidentLayer"], None]
 OnGradient = Callable[[str, Tensor, Tensor], None]
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -111,8 +112,10 @@ class Stream:
         self.checkpoint, self.batches, self.adapter = checkpoint, batches, adapter
         self.device, self.dtype = device, dtype
         return_freed_memory_()
-        self.model: Any = empty_model(checkpoint, dtype)
+        self.model: Any = empty_model(checkpoint, dtype, dense=True)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # a tied one once
+        if checkpoint.sparse:
+            self.parameters = checkpoint.parameters  # those that are kept
         self._layers = self.model.model.layers
         self._scratch = Scratch(hidden_bytes, scratch)
         self._arguments: dict[tuple[int, ...], dict[int, dict[str, Any]]] = {}
@@ -124,7 +127,9 @@ class Stream:
         """How many tokens are in the loss."""
         return sum(len(batch.targets) for batch in self.batches)
 
-    def forward(self, observe: Observer | None = None, keep_from: int | None = None) -> Iterator[ResidentLayer]:
+    def forward(
+        self, observe: Observer | None = None, keep_from: int | None = None, edit: Editor | None = None
+    ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, yielding each layer when they have passed it.
 
         Args:
@@ -132,18 +137,29 @@ class Stream:
                 (rows, width, in_features), its outputs (rows, width, out_features) and where these are text and not
                 padding (rows, width).
             keep_from: keep the inputs of this layer and those above, for `backward`.
+            edit: called with each layer once it has been observed; may change its weights in place, since the next
+                layer sees what comes out of a second pass.
         """
         current = self._embed()
         for layer in self._resident(range(len(self._layers)), "Layers, forward"):
             keep = keep_from is not None and layer.index >= keep_from
             outputs = self._room() if keep else current
-            for number, batch in enumerate(self.batches):
-                with torch.no_grad(), self._observed(layer.index, batch, observe):
-                    outputs[number] = self._call(layer.index, batch, current[number])
+            if edit is not None:
+                self._pass(layer.index, current, None, observe)
+                edit(layer)
+            self._pass(layer.index, current, outputs, None if edit else observe)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
+
+    def _pass(self, index: int, inputs: Activations, outputs: Activations | None, observe: Observer | None) -> None:
+        """Send all micro-batches through one layer."""
+        for number, batch in enumerate(self.batches):
+            with torch.no_grad(), self._observed(index, batch, observe):
+                hidden = self._call(index, batch, inputs[number])
+            if outputs is not None:
+                outputs[number] = hidden
 
     def backward(self, down_to: int, on_gradient: OnGradient) -> Iterator[ResidentLayer]:
         """Walk down from the loss, the mean over all wanted tokens, yielding each layer when its gradients are done.
