@@ -9,6 +9,7 @@ from loram.model.adapter import Adapter
 from loram.model.batches import Batch, make_batches
 from loram.model.checkpoint import Checkpoint
 from loram.model.device import compute_dtype
+from loram.model.masked import mask_updates_
 from loram.model.pruned import load_model
 from loram.model.streaming import BATCH_TOKENS, Stream
 from loram.progress import track
@@ -33,6 +34,7 @@ def loaded_loss(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter.folder))
+        mask_updates_(model, adapter.masks)
         parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
     total, count = model_loss(model.to(device).eval(), input_ids, labels)
     return total, count, parameters

@@ -13,6 +13,8 @@ from loram.progress import track
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """Add an adapter's update scaling·B·A to a model's weights and write the result as a plain model folder.
 
+    Of an adapter that was trained with `mask_update` on a sparse model, the update is masked as it was then.
+
     Sums are in float32 and stored in the base's dtype. Where lm_head is tied to the embedding and the adapter updates
     it, the merged model has its own lm_head (`tie_word_embeddings` false), since the embedding must stay as it was.
 
@@ -30,6 +32,10 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     out = Path(out)
     check_output(out, base, adapter)
     checkpoint = open_model(base)
+    if checkpoint.sparse:
+        raise UserError(
+            f"{checkpoint.name}: is sparse, and an update would fill it; merge into the full model it was made from"
+        )
     update = load_for(checkpoint, Path(adapter))
     sources = {name: name for name in checkpoint.names()}
     untied = checkpoint.tied and "lm_head" in update.modules

@@ -6,9 +6,9 @@ _LORA, _TRAINER = "train.lora", "train.trainer"
 # What TRL and we call the same, so that it is also found where it was written on another level of the recipe.
 _SAME = {
     "": "model_name_or_path base_model_name_or_path output_dir dataset eval_dataset seed device",
-    "prune": "ratio criterion calibration calibration_samples calibration_length keep_first keep_last "
+    "prune": "ratio criterion pattern calibration calibration_samples calibration_length keep_first keep_last "
     "bias_compensation",
-    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype",
+    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype mask_update",
     "evaluate": "full_lora stream",
     _LORA: "r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern init_lora_weights",
     _TRAINER: "per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps "

@@ -64,6 +64,8 @@ class TrainOptions:
         load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 (QLoRA, arXiv 2305.14314).
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: of the adapter, its gradients and its optimiser's state: one of `LORA_DTYPES`.
+        mask_update: on a sparse model, keep the update zero where the model has no weight (arXiv 2502.13533, section
+            3.1); it can then be merged, but not recovered.
     """
 
     method: str = "lora"
@@ -72,6 +74,7 @@ class TrainOptions:
     load_in_4bit: bool = False
     offload_embedding: bool = False
     lora_dtype: str = "float32"
+    mask_update: bool = False
 
 
 def check_options(given: TrainOptions) -> TrainOptions:
@@ -86,7 +89,12 @@ def check_options(given: TrainOptions) -> TrainOptions:
         raise UserError(f"lora_dtype {given.lora_dtype!r} is not known; known are {', '.join(LORA_DTYPES)}")
     if given.offload_embedding and not given.load_in_4bit:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
-    lora = {**LORA_DEFAULTS, "task_type": "CAUSAL_LM", **given.lora}
+    undropped = {"lora_dropout": 0.0} if given.mask_update else {}
+    lora = {**LORA_DEFAULTS, **undropped, "task_type": "CAUSAL_LM", **given.lora}
+    if given.mask_update and lora["lora_dropout"]:
+        raise UserError(
+            "mask_update: needs lora_dropout 0: what is masked is the update itself, which no dropout comes before"
+        )
     trainer = {**TRAINER_DEFAULTS, **given.trainer}
     _check_names(lora, trainer)
     _check_lora(lora)

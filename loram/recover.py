@@ -14,7 +14,7 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
-    adapter has its geometry.
+    adapter has its geometry. Of a sparse model, whose shapes are the full model's, all is copied.
 
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
@@ -37,6 +37,11 @@ def recover(adapter: str | Path, out: str | Path) -> Path:
         raise UserError(f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model?")
     if manifest is not None and manifest.kind == "recovered":
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
+    if trained.masks:
+        raise UserError(
+            f"{source}: was trained with mask_update, and a masked update is not of rank r, so no adapter of that rank "
+            "equals it; `loram merge BASE ADAPTER OUT` adds it to the full model exactly"
+        )
     _check_origin(source, trained, plan, manifest)
     trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}

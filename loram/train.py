@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from loram.artifacts import check_output, publish
 from loram.checkpoints import Checkpoints, guarded, lasting
 from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
+from loram.errors import UserError
 from loram.liger import use_liger_
 from loram.loss import use_chunked_loss_
 from loram.model.adapter import Adapter, save_adapter
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import allocate_, compute_dtype, pick_device
-from loram.model.plan import find_plan
+from loram.model.masked import mask_updates_
+from loram.model.plan import MASKS_NAME, find_plan
 from loram.model.pruned import load_model, load_tokenizer
 from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
 from loram.progress import training_progress
@@ -43,6 +46,7 @@ def train(
     load_in_4bit: bool = False,
     offload_embedding: bool = False,
     lora_dtype: str = "float32",
+    mask_update: bool = False,
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
@@ -65,6 +69,8 @@ def train(
             (QLoRA, arXiv 2305.14314); so does a folder that `quantize` made, without being asked.
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: `float32`, or `bfloat16`, which halves the adapter, its gradients and its optimiser's state.
+        mask_update: on a sparse pruned model, keep the update zero wherever the model has no weight, as LoRAM does
+            (arXiv 2502.13533, section 3.1); the adapter folder then has the masks, and is merged, not recovered.
         seed: of initialisation, data order and dropout.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted training.
@@ -89,8 +95,10 @@ def train(
         load_in_4bit=load_in_4bit or checkpoint.quantized,
         offload_embedding=offload_embedding,
         lora_dtype=lora_dtype,
+        mask_update=mask_update,
     )
     options = check_options(options)
+    _check_sparse(checkpoint, options)
     chosen = pick_device(device)
     tokenizer = load_tokenizer(checkpoint)
     tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)
@@ -117,9 +125,20 @@ def train(
         (staging / LOG_NAME).write_text(log, encoding="utf-8")
         if plan := find_plan(checkpoint.folder):
             plan.save(staging)
+            if mask_update:  # says that the update is masked, and by what
+                shutil.copyfile(checkpoint.folder / MASKS_NAME, staging / MASKS_NAME)
     if "save_strategy" not in (trainer or {}):
         checkpoints.remove()
     return out
+
+
+def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
+    """Refuse what goes only with sparse models, or not with them."""
+    if options.mask_update and not checkpoint.sparse:
+        raise UserError(f"mask_update: {checkpoint.name} is not sparse: it has no weight that the mask would remove")
+    initial = options.lora.get("init_lora_weights", True)
+    if checkpoint.sparse and initial not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(f"lora: init_lora_weights {initial!r} takes weights apart, which a sparse model has not whole")
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, str]:
@@ -195,6 +214,8 @@ def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, options.lora_dtype))
+    if options.mask_update:
+        mask_updates_(adapted)
     use_chunked_loss_(model)
     return adapted
 

@@ -58,6 +58,10 @@ def train(
     offload_embedding: Annotated[
         bool, typer.Option("--offload-embedding", help="With it: leave the embedding in 16 bits in host memory.")
     ] = False,
+    mask_update: Annotated[
+        bool,
+        typer.Option("--mask-update", help="On a sparse model: no update where it has no weight; merge, not recover."),
+    ] = False,
     lora_dtype: Annotated[str, typer.Option(help="Of adapter, gradients, optimiser: float32 or bfloat16.")] = "float32",
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Any option of PEFT's LoraConfig: use_rslora=true. Repeatable.")
@@ -100,6 +104,7 @@ def train(
         load_in_4bit=load_in_4bit,
         offload_embedding=offload_embedding,
         lora_dtype=lora_dtype,
+        mask_update=mask_update,
         seed=seed,
         device=device,
         fresh=fresh,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loram.errors import UserError
-from loram.model.adapter import Adapter, add_update_
+from loram.model.adapter import Adapter, add_delta_, add_update_
 from loram.model.architecture import CUTS
 from loram.model.batches import Batch
 from loram.model.checkpoint import EMBEDDING, Checkpoint
@@ -286,9 +286,12 @@ class Stream:
             factors = None if self.adapter is None else self.adapter.modules.get(f"model.layers.{index}.{linear}")
             if self.adapter is None or factors is None:
                 continue
+            name, module = f"model.layers.{index}.{linear}", self._layers[index].get_submodule(linear)
+            if name in self.adapter.masks:
+                handles.append(add_delta_(module, self.adapter.delta(name).to(self.device)))
+                continue
             a, b = (factors[part].to(self.device, torch.float32) for part in "AB")
-            scaling = self.adapter.scaling(f"model.layers.{index}.{linear}")
-            handles.append(add_update_(self._layers[index].get_submodule(linear), a, b, scaling))
+            handles.append(add_update_(module, a, b, self.adapter.scaling(name)))
         return handles
 
     @contextlib.contextmanager

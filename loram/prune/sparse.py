@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loram.artifacts import file_sha256, library_versions, publish
 from loram.errors import UserError
-from loram.model.architecture import CUTS, architecture_of
+from loram.model.architecture import CUTS, Geometry, architecture_of
 from loram.model.batches import make_batches
 from loram.model.checkpoint import Checkpoint, ShardedWriter, copy_side_files
 from loram.model.modeling_loram import pack
@@ -60,20 +60,9 @@ def prune_sparse(
     The masks are a file of their own, which the index of the weights names: it is part of the model, and can travel
     without it.
     """
-    blank = PruningPlan(
-        model_type=architecture_of(checkpoint.config).model_type,
-        base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
-        geometry=checkpoint.geometry,
-        criterion=settings.criterion,
-        ratio=settings.ratio,
-        pattern=settings.pattern,
-        masks="",
-        seed=seed,
-        keep_first=settings.keep_first,
-        keep_last=settings.keep_last,
-        versions=library_versions(),
-        layers={},
-    )
+    base = BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint)
+    model_type = architecture_of(checkpoint.config).model_type
+    blank = sparse_plan(checkpoint.geometry, model_type, base, settings, seed=seed, masks="")
     specs, masks = _sparse_specs(checkpoint, blank)
     made_from = {"base": checkpoint.fingerprint}
     with publish(out, kind="pruned", made_from=made_from) as staging:
@@ -99,6 +88,26 @@ def prune_sparse(
         write_config(checkpoint.folder, plan, staging)
         plan.save(staging)
     return plan
+
+
+def sparse_plan(
+    geometry: Geometry, model_type: str, base: BaseReference, settings: PruneSettings, *, seed: int, masks: str
+) -> PruningPlan:
+    """The plan of a sparse model; `masks` is the SHA-256 of its masks, or empty while there are none."""
+    return PruningPlan(
+        model_type=model_type,
+        base=base,
+        geometry=geometry,
+        criterion=settings.criterion,
+        ratio=settings.ratio,
+        pattern=settings.pattern,
+        masks=masks,
+        seed=seed,
+        keep_first=settings.keep_first,
+        keep_last=settings.keep_last,
+        versions=library_versions(),
+        layers={},
+    )
 
 
 def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
