@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import loram
 from loram import cli
+from loram.dry_run import dry_run
+from loram.estimate import estimate
 from loram.estimate.settings import make_settings
 from loram.estimate.shapes import Model
 from loram.estimate.weights import frozen_bytes
@@ -336,6 +338,24 @@ def test_a_run(mask_update: bool, tiny_llama: Path, rows_file: Path, tmp_path: P
     assert report.row("pruned").parameters == loram.PruningPlan.load(tmp_path / "run" / "pruned").parameters()[1]
     assert (tmp_path / "run" / final).is_dir()
     assert run(chosen).rows == report.rows  # nothing is done again
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "unstructured"])
+def test_a_dry_run_counts_what_stays(pattern: str, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    ratio = {"ratio": 0.3} if pattern == "unstructured" else {}
+    plan = loram.prune(tiny_llama, tmp_path / "out", pattern=pattern, criterion="random", **ratio)
+    values = recipe(tiny_llama, rows_file, tmp_path / "run").model_dump()
+    values["prune"] = {"pattern": pattern, **ratio}
+    found = dry_run(Recipe.model_validate(values))
+    assert (found.parameters, found.pruned_parameters) == plan.parameters()
+    assert found.calibration is not None
+    training = found.training["pruned"]
+    assert training.parameters == plan.parameters()[1]
+    assert training.memory is not None
+    full = estimate(tiny_llama, device="cpu").training
+    assert training.memory.weights < full.weights
+    values["train"]["mask_update"] = True
+    assert "mask_update" in dry_run(Recipe.model_validate(values)).training["pruned"].problem
 
 
 def test_a_recipe_that_masks_what_is_not_sparse_is_refused(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
