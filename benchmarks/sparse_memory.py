@@ -63,8 +63,7 @@ def rows(given: argparse.Namespace) -> dict[str, Any]:
     for in_4bit in (False, True):
         for folder in (dense, sparse):
             options = {**OPTIONS, "load_in_4bit": in_4bit}
-            pattern = {"pattern": PATTERN} if folder is sparse else {}
-            predicted = estimate(base, **pattern, **options)
+            predicted = estimate(base, pattern=PATTERN if folder is sparse else "structured", **options)
             name = f"{folder.name}, {'NF4' if in_4bit else '32 bits'}"
             found[name] = {
                 "stored_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),

@@ -313,6 +313,23 @@ def test_a_sparse_linear_is_the_dense_one_forward_and_backward(bias: bool) -> No
     torch.autograd.gradcheck(sparse.double(), torch.randn(2, 16, dtype=torch.float64, requires_grad=True))
 
 
+def test_a_sparse_linear_under_autocast() -> None:
+    """As on a GPU in training: weights and inputs in 32 bits, the product in 16."""
+    sparse, full = sparse_linear()
+    x = torch.randn(3, 5, 16)
+    gradients = []
+    for module in (sparse, full):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = module(leaf)
+        output.sum().backward()
+        gradients.append((output, leaf.grad, module.weight.grad))
+    (output, by_x, by_values), (expected, expected_by_x, by_weight) = gradients
+    assert relative(output.float(), expected.float()) < 1e-2
+    assert relative(by_x, expected_by_x) < 1e-2
+    assert relative(by_values, by_weight[unpack(sparse.mask)]) < 1e-2
+
+
 def shapes_saved_by(linear: torch.nn.Module) -> list[tuple[int, ...]]:
     saved: list[tuple[int, ...]] = []
 

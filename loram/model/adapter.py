@@ -168,6 +168,14 @@ class Adapter:
             return masked_delta(a, b[start:stop], mask[start:stop], self.scaling(module))
         return self.scaling(module) * (b[start:stop] @ a)
 
+    def add_to_(self, linear: nn.Module, module: str, device: torch.device) -> Any:
+        """Let a linear add a module's update, as `add_update_` does; a masked one is made once, as a whole."""
+        if module in self.masks:
+            delta = self.delta(module).to(device)
+            return linear.register_forward_hook(lambda _, args, output: output + args[0] @ delta.to(args[0]).T)
+        a, b = (self.modules[module][factor].to(device, torch.float32) for factor in "AB")
+        return add_update_(linear, a, b, self.scaling(module))
+
     def targets(self, modules: Iterable[str]) -> list[str]:
         """Those of a model's linear modules that adapter_config.json targets, by PEFT's own matching.
 
@@ -230,11 +238,6 @@ def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Any:
         return (output + (args[0].to(a.dtype) @ a.T @ b.T) * scaling).to(output.dtype)
 
     return linear.register_forward_hook(add)
-
-
-def add_delta_(linear: nn.Module, delta: Tensor) -> Any:
-    """As `add_update_`, of an update that is there as a whole."""
-    return linear.register_forward_hook(lambda _, args, output: output + args[0] @ delta.to(args[0]).T)
 
 
 def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loram.errors import UserError
-from loram.model.adapter import Adapter, add_delta_, add_update_
+from loram.model.adapter import Adapter
 from loram.model.architecture import CUTS
 from loram.model.batches import Batch
 from loram.model.checkpoint import EMBEDDING, Checkpoint
@@ -280,19 +280,12 @@ class Stream:
         return {name: self.checkpoint.tensor(f"model.layers.{index}.{name}") for name in names}
 
     def _adapt_(self, index: int) -> list[Any]:
-        """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32."""
-        handles = []
-        for linear in CUTS:
-            factors = None if self.adapter is None else self.adapter.modules.get(f"model.layers.{index}.{linear}")
-            if self.adapter is None or factors is None:
-                continue
-            name, module = f"model.layers.{index}.{linear}", self._layers[index].get_submodule(linear)
-            if name in self.adapter.masks:
-                handles.append(add_delta_(module, self.adapter.delta(name).to(self.device)))
-                continue
-            a, b = (factors[part].to(self.device, torch.float32) for part in "AB")
-            handles.append(add_update_(module, a, b, self.adapter.scaling(name)))
-        return handles
+        """Let the layer's linears add their adapter's update."""
+        if self.adapter is None:
+            return []
+        modules = {f"model.layers.{index}.{linear}": self._layers[index].get_submodule(linear) for linear in CUTS}
+        adapted = self.adapter.modules.keys() & modules.keys()
+        return [self.adapter.add_to_(modules[name], name, self.device) for name in adapted]
 
     @contextlib.contextmanager
     def _observed(self, index: int, batch: Batch, observe: Observer | None) -> Iterator[None]:

@@ -77,11 +77,9 @@ def check_counts(settings: PruneSettings, geometry: Geometry, model_type: str) -
     Raises:
         UserError: no layer or unit would be left, or the pattern does not divide a linear's inputs.
     """
-    prunable_layers(geometry, settings.keep_first, settings.keep_last)
     architecture = ARCHITECTURES[model_type]
-    if settings.sparse:
-        for linear in architecture.linears:
-            kept_values(*geometry.linear_shape(linear), settings.pattern, settings.ratio)
-        return
-    for space in architecture.spaces:
+    for linear in architecture.linears if settings.sparse else ():
+        kept_values(*geometry.linear_shape(linear), settings.pattern, settings.ratio)
+    for space in () if settings.sparse else architecture.spaces:
         kept_units(space, geometry.units(space), settings.ratio)
+    prunable_layers(geometry, settings.keep_first, settings.keep_last)
