@@ -170,7 +170,7 @@ def _seal(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[
     for path in track(sorted(folder.rglob("*")), "Checksums"):
         if path.is_file():
             path.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
-            files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=_sha256(path))
+            files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
             sync(path)
     manifest = Manifest(kind=kind, made_from=made_from, settings=settings, versions=library_versions(), files=files)
     path = folder / MANIFEST_NAME
@@ -185,7 +185,8 @@ def _umask() -> int:
     return mask
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -202,7 +203,7 @@ def sync(path: Path) -> None:
 @functools.cache
 def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
     """A file's SHA-256, worked out once a process for as long as the file stays as it is."""
-    return _sha256(path)
+    return file_sha256(path)
 
 
 def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES) -> Manifest | None:

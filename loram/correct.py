@@ -46,9 +46,10 @@ def correct_adapter(
         name = f"{module}.weight"
         full = base.tensor(base.head if module == "lm_head" else name)
         trained = pruned.tensor(pruned.head if module == "lm_head" else name)
+        kept = trained != 0 if pruned.sparse and module != "lm_head" else torch.ones_like(trained, dtype=torch.bool)
         if in_4bit:
-            trained = as_4bit(trained)
-        change = narrow(name, full, plan).float() - trained.float()
+            trained = trained.masked_scatter(kept, as_4bit(trained[kept]))
+        change = (narrow(name, full, plan).float() - trained.float()) * kept
         factors = adapter.modules[module]
         a, b = corrected(factors["A"], factors["B"], change, adapter.scaling(module))
         for part, factor in (("A", a), ("B", b)):

@@ -34,7 +34,7 @@ from loram.options import TrainOptions, as_user_error, build_configs, check_opti
 from loram.pipeline import check
 from loram.prune.choose import choose
 from loram.prune.counts import prunable_layers
-from loram.prune.criteria import NEEDS_TEXT
+from loram.prune.sparse import sparse_plan
 from loram.prune.stage import load_calibration
 from loram.recipe import PruneSection, Recipe
 
@@ -176,8 +176,11 @@ def _trained(
         geometry=plan.geometry,
         config={**checkpoint.config, "model_type": plan.model_type},
     )
-    narrowed = range(min(plan.layers), max(plan.layers) + 1)
-    pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
+    if plan.sparse:
+        pruned = dataclasses.replace(sizes, sparse=plan.kept_values(), narrowed=plan.sparse_layers)
+    else:
+        narrowed = range(min(plan.layers), max(plan.layers) + 1)
+        pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
     yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned
     if recipe.evaluate.full_lora:
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
@@ -185,7 +188,7 @@ def _trained(
 
 
 def _calibration(section: PruneSection | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
-    if section is None or not (section.criterion in NEEDS_TEXT or section.bias_compensation):
+    if section is None or not section.settled().reads_text:
         return None
     found = load_calibration(
         checkpoint, tokenizer, section.calibration, section.calibration_samples, section.calibration_length
@@ -193,15 +196,18 @@ def _calibration(section: PruneSection | None, checkpoint: Checkpoint, tokenizer
     return _count(found, all_in_loss=True)
 
 
-def _shape_of_plan(checkpoint: Checkpoint, cut: PruneSection, seed: int) -> PruningPlan:
-    """A plan that keeps as many units as the run's will; which ones needs the weights."""
-    architecture, geometry = architecture_of(checkpoint.config), checkpoint.geometry
+def _shape_of_plan(checkpoint: Checkpoint, section: PruneSection, seed: int) -> PruningPlan:
+    """A plan that keeps as many units or weights as the run's will; which ones needs the weights."""
+    architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, section.settled()
+    base = BaseReference(name=checkpoint.name, fingerprint="")
+    if cut.sparse:
+        return sparse_plan(geometry, architecture.model_type, base, cut, seed=seed, masks="")
     blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
     return choose(
         dict.fromkeys(prunable_layers(geometry, cut.keep_first, cut.keep_last), blank),
         geometry=geometry,
         model_type=architecture.model_type,
-        base=BaseReference(name=checkpoint.name, fingerprint=""),
+        base=base,
         criterion=cut.criterion,
         ratio=cut.ratio,
         bias_compensation=cut.bias_compensation,
@@ -256,6 +262,8 @@ def _settings(
     chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int
 ) -> Settings | UserError:
     """What the planner needs to know of a training, or why it can say nothing of such a one."""
+    if chosen.mask_update:
+        return UserError("mask_update makes updates in full, which the planner does not count")
     try:
         return make_settings(
             device=device.type,

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from loram.model.adapter import Adapter, add_update_
+from loram.model.adapter import Adapter
 from loram.model.batches import Batch, make_batches
 from loram.model.checkpoint import Checkpoint
 from loram.model.device import compute_dtype, fits
+from loram.model.masked import mask_updates_
 from loram.model.pruned import load_model
 from loram.model.streaming import BATCH_TOKENS, Stream
 from loram.progress import track
@@ -33,6 +34,7 @@ def loaded_loss(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter.folder))
+        mask_updates_(model, adapter.masks)
         parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
     total, count = model_loss(model.to(device).eval(), input_ids, labels)
     return total, count, parameters
@@ -57,10 +59,7 @@ def adapted_losses(
     model = _load(checkpoint, device)[0].to(device).eval()
     losses = []
     for adapter in adapters:
-        handles = []
-        for module, factors in adapter.modules.items():
-            a, b = (factors[part].to(device, torch.float32) for part in "AB")
-            handles.append(add_update_(model.get_submodule(module), a, b, adapter.scaling(module)))
+        handles = [adapter.add_to_(model.get_submodule(name), name, device)[0] for name in adapter.modules]
         total, count = model_loss(model, input_ids, labels)
         losses.append(total / count)
         for handle in handles:

@@ -13,9 +13,9 @@ from loram.progress import track
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """Add an adapter's update scaling·B·A to a model's weights and write the result as a plain model folder.
 
-    With DoRA every row is then brought to its magnitude. Sums are in float32 and stored in the base's dtype. Where
-    lm_head is tied to the embedding and the adapter updates it, the merged model has its own lm_head
-    (`tie_word_embeddings` false), since the embedding must stay as it was.
+    With DoRA every row is then brought to its magnitude; with `mask_update`, the update is masked as it was in training.
+    Sums are in float32 and stored in the base's dtype. Where lm_head is tied to the embedding and the adapter updates
+    it, the merged model has its own lm_head (`tie_word_embeddings` false), since the embedding must stay as it was.
 
     Args:
         base: hub id, folder or GGUF file of the model the adapter is for; a pruned folder with an adapter of it works.
@@ -31,6 +31,10 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     out = Path(out)
     check_output(out, base, adapter)
     checkpoint = open_model(base)
+    if checkpoint.sparse:
+        raise UserError(
+            f"{checkpoint.name}: is sparse, and an update would fill it; merge into the full model it was made from"
+        )
     update = load_for(checkpoint, Path(adapter))
     sources = {name: name for name in checkpoint.names()}
     untied = checkpoint.tied and "lm_head" in update.modules

@@ -6,9 +6,9 @@ _LORA, _TRAINER = "train.lora", "train.trainer"
 # What TRL and we call the same, so that it is also found where it was written on another level of the recipe.
 _SAME = {
     "": "model_name_or_path base_model_name_or_path output_dir dataset eval_dataset seed device",
-    "prune": "ratio criterion calibration calibration_samples calibration_length keep_first keep_last "
+    "prune": "ratio criterion pattern calibration calibration_samples calibration_length keep_first keep_last "
     "bias_compensation",
-    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype lisa lora_sp",
+    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype mask_update anchor_steps lisa lora_sp",
     "train.lisa": "active_layers interval_steps train_embeddings",
     "train.lora_sp": "share",
     "evaluate": "full_lora stream",

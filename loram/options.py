@@ -67,6 +67,8 @@ class TrainOptions:
         lora_dtype: of the adapter, its gradients and its optimiser's state: one of `LORA_DTYPES`.
         anchor_steps: train on the full model's course, measured every so many steps (see `loram.anchors`).
         lisa, lora_sp: options of the methods of these names; None with any other.
+        mask_update: on a sparse model, keep the update zero where the model has no weight (arXiv 2502.13533, section
+            3.1); it can then be merged, but not recovered.
     """
 
     method: str = "lora"
@@ -78,6 +80,7 @@ class TrainOptions:
     anchor_steps: int | None = None
     lisa: Mapping[str, Any] | None = None
     lora_sp: Mapping[str, Any] | None = None
+    mask_update: bool = False
 
 
 def check_options(given: TrainOptions) -> TrainOptions:
@@ -91,8 +94,11 @@ def check_options(given: TrainOptions) -> TrainOptions:
         raise UserError(f"lora_dtype {given.lora_dtype!r} is not known; known are {', '.join(LORA_DTYPES)}")
     if given.offload_embedding and not given.load_in_4bit:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
-    lora = {**LORA_DEFAULTS, **method.defaults, "task_type": "CAUSAL_LM", **given.lora}
+    undropped = {"lora_dropout": 0.0} if given.mask_update else {}
+    lora = {**LORA_DEFAULTS, **method.defaults, **undropped, "task_type": "CAUSAL_LM", **given.lora}
     trainer = {**TRAINER_DEFAULTS, **method.trainer, **given.trainer}
+    if given.mask_update:
+        _check_masked(given, lora)
     _check_names(lora, trainer)
     _check_lora(lora)
     _check_method(given, method)
@@ -109,6 +115,18 @@ def check_options(given: TrainOptions) -> TrainOptions:
     if given.anchor_steps is not None:
         trainer = _anchored(given.anchor_steps, given.method, trainer)
     return dataclasses.replace(given, lora=lora, trainer=trainer, **own)
+
+
+def _check_masked(given: TrainOptions, lora: Mapping[str, Any]) -> None:
+    """Refuse what does not go together with a masked update."""
+    if lora["lora_dropout"]:
+        raise UserError(
+            "mask_update: needs lora_dropout 0: what is masked is the update itself, which no dropout comes before"
+        )
+    if given.method not in ("lora", "rslora"):
+        raise UserError(f"mask_update: is for methods lora and rslora, and the method is {given.method}")
+    if given.anchor_steps is not None:
+        raise UserError("mask_update: a masked update cannot be recovered, which anchor_steps does; drop one of them")
 
 
 def _check_method(given: TrainOptions, method: Method) -> None:

@@ -21,6 +21,7 @@ from loram.data import load_rows
 from loram.data_spec import DataSpec
 from loram.errors import UserError, first_problem
 from loram.evaluate import Report, evaluate
+from loram.merge import merge
 from loram.methods.table import METHODS
 from loram.model.architecture import architecture_of
 from loram.model.checkpoint import Checkpoint, open_model
@@ -29,8 +30,7 @@ from loram.model.plan import PruningPlan
 from loram.model.pruned import open_full
 from loram.model.teacher import TeacherCache
 from loram.options import TrainOptions, check_options
-from loram.prune.counts import kept_units, prunable_layers
-from loram.prune.criteria import CRITERIA
+from loram.prune.settings import check_counts
 from loram.prune.stage import check_weights, prune
 from loram.recipe import PruneSection, Recipe, file_digest
 from loram.recover import recover
@@ -133,7 +133,7 @@ class _Run:
 def _start_over(out: Path) -> None:
     """Remove what a run has left in its output folder, and nothing else."""
     teachers = [path.name for path in out.glob("teacher-[0-9]*") if not path.name.endswith("-parts")]
-    for name in ("pruned", "aligned", "adapter", "recovered", "full_lora", *teachers):
+    for name in ("pruned", "aligned", "adapter", "recovered", "merged", "full_lora", *teachers):
         for path in (out / name, out / f"{name}-checkpoints", out / f"{name}-parts"):
             shutil.rmtree(path, ignore_errors=True)
     for name in (STATE_NAME, REPORT_NAME):
@@ -154,6 +154,8 @@ def check(recipe: Recipe) -> None:
             f"prune: missing, and {checkpoint.name} is a full model; add the section, or name a pruned folder"
         )
     check_options(TrainOptions(**recipe.train.model_dump()))
+    if recipe.train.mask_update and not (checkpoint.sparse if recipe.prune is None else recipe.prune.settled().sparse):
+        raise UserError("train.mask_update: is for sparse models; set prune.pattern to 4:8, or leave it out")
     specs = [recipe.dataset, *recipe.eval_dataset.values(), recipe.recover.dev_dataset]
     if recipe.align is not None:
         check_align_options(recipe.align.trainer)
@@ -171,19 +173,19 @@ def check(recipe: Recipe) -> None:
 def _check_pruning(checkpoint: Checkpoint, section: PruneSection) -> None:
     architecture = architecture_of(checkpoint.config, checkpoint.name)
     check_weights(checkpoint, architecture)
-    if section.criterion not in CRITERIA:
-        raise UserError(f"prune.criterion {section.criterion!r} is not known; known are {', '.join(CRITERIA)}")
-    prunable_layers(checkpoint.geometry, section.keep_first, section.keep_last)
-    for space in architecture.spaces:
-        kept_units(space, checkpoint.geometry.units(space), section.ratio)
+    try:
+        check_counts(section.settled(), checkpoint.geometry, architecture.model_type)
+    except UserError as error:
+        raise UserError(f"prune.{error}") from error
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
     """Prune, align, train, recover, evaluate and compare: of these what the recipe has.
 
-    Leaves `pruned/`, `aligned/`, `adapter/`, `recovered/` and, if asked, `full_lora/` under `output_dir`, each complete
-    by itself, and `report.json`. A second run with the same recipe does only what is missing, and goes on with a
-    training that was interrupted. `fresh` removes what an earlier run left there and starts over.
+    Leaves `pruned/`, `aligned/`, `adapter/`, `recovered/` (`merged/` of masked updates) and, if asked, `full_lora/`
+    under `output_dir`, each complete by itself, and `report.json`. A second run with the same recipe does only what is
+    missing, and goes on with a training that was interrupted. `fresh` removes what an earlier run left there and starts
+    over.
 
     Raises:
         UserError: the recipe cannot be run, or what is in `output_dir` was made with another one.
@@ -252,7 +254,8 @@ def _shrink(state: _Run, recipe: Recipe) -> _Small:
 
 def _prune(state: _Run, recipe: Recipe, section: PruneSection) -> _Small:
     folder = recipe.output_dir / "pruned"
-    pruning = {**_common(recipe), **section.model_dump(mode="json"), "calibration": _data(section.calibration)}
+    told = {**section.model_dump(mode="json"), "calibration": _data(section.calibration)}
+    pruning = {**_common(recipe), **told, **dataclasses.asdict(section.settled())}
 
     def action() -> None:
         prune(recipe.model_name_or_path, folder, seed=recipe.seed, device=recipe.device, **dict(section))
@@ -336,11 +339,16 @@ def _adapt(state: _Run, recipe: Recipe, small: _Small, dataset: DataSpec) -> tup
     def fit(model: str | Path, folder: str, **changed: Any) -> None:
         train(model, out / folder, data=dataset, seed=recipe.seed, device=recipe.device, **{**options, **changed})
 
+    final = _final(recipe)
+
     def widen() -> None:
+        if final == "merged":
+            merge(base, out / "adapter", out / final)
+            return
         chosen = recipe.recover
         recover(
             out / "adapter",
-            out / "recovered",
+            out / final,
             correct=chosen.correct,
             dev_data=chosen.dev_dataset,
             base=base,
@@ -354,7 +362,7 @@ def _adapt(state: _Run, recipe: Recipe, small: _Small, dataset: DataSpec) -> tup
         f"{small.name} + adapter": state.stage(
             "adapter", {**training, **small.settings}, lambda: fit(small.folder, "adapter", base=base)
         ),
-        "recovered": state.stage("recovered", {"training": training, **small.settings, **recovering}, widen),
+        final: state.stage(final, {"training": training, **small.settings, **recovering}, widen),
     }
     if recipe.evaluate.full_lora:
         made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora", anchor_steps=None))
@@ -372,8 +380,15 @@ def _compared(recipe: Recipe, small: _Small) -> dict[str, tuple[str | Path, Path
         models["full LoRA"] = (made, None) if METHODS[recipe.train.method].weights else (base, made)
     models |= {name: (folder, None) for name, folder in small.folders.items()}
     if recipe.dataset is not None:
-        models |= {f"{small.name} + adapter": (small.folder, out / "adapter"), "recovered": (base, out / "recovered")}
+        models[f"{small.name} + adapter"] = (small.folder, out / "adapter")
+        final = _final(recipe)
+        models[final] = (out / final, None) if final == "merged" else (base, out / final)
     return models
+
+
+def _final(recipe: Recipe) -> str:
+    """What the full model gets of the adapter: masked updates can only be merged."""
+    return "merged" if recipe.train.mask_update else "recovered"
 
 
 def _common(recipe: Recipe) -> dict[str, Any]:

@@ -35,6 +35,11 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
     checkpoint = open_model(model)
     if checkpoint.quantized:
         raise UserError(f"{checkpoint.name}: is quantised already")
+    if checkpoint.sparse:
+        raise UserError(
+            f"{checkpoint.name}: transformers' 4-bit format knows no sparse weights; `loram train --load-in-4bit` "
+            "quantises them when it loads the folder"
+        )
     linears = [
         name
         for name in checkpoint.names()

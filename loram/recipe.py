@@ -13,7 +13,9 @@ from loram.align.spec import AlignSpec
 from loram.data_spec import DataSpec
 from loram.errors import UserError
 from loram.methods.table import LisaOptions, LoraSpOptions
+from loram.model.sparsity import STRUCTURED
 from loram.names import in_recipe
+from loram.prune.settings import PruneSettings, prune_settings
 
 
 class _Section(BaseModel):
@@ -23,16 +25,23 @@ class _Section(BaseModel):
 class PruneSection(_Section):
     """Options of `loram.prune`."""
 
-    ratio: float = Field(gt=0, lt=1)
-    criterion: str = "taylor"
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    criterion: str | None = None
+    pattern: str = STRUCTURED
     calibration: DataSpec | None = None
     calibration_samples: PositiveInt = 10
     calibration_length: PositiveInt = 128
-    keep_first: int = Field(default=4, ge=0)
-    keep_last: int = Field(default=2, ge=0)
+    keep_first: int | None = Field(default=None, ge=0)
+    keep_last: int | None = Field(default=None, ge=0)
     bias_compensation: bool = False
 
     _spec = field_validator("calibration", mode="before")(lambda value: _as_spec(value))
+    _text = field_validator("pattern", mode="before")(lambda value: _as_pattern(value))
+
+    def settled(self) -> PruneSettings:
+        """What `prune` makes of it."""
+        names = ("pattern", "ratio", "criterion", "keep_first", "keep_last", "bias_compensation")
+        return prune_settings(**{name: getattr(self, name) for name in names})
 
 
 class TeachSection(_Section):
@@ -49,6 +58,7 @@ class TrainSection(_Section):
     method: str = "lora"
     load_in_4bit: bool = False
     offload_embedding: bool = False
+    mask_update: bool = False
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     anchor_steps: PositiveInt | None = None
     lisa: LisaOptions | None = None
@@ -134,6 +144,11 @@ class Recipe(_Section):
 
 def _as_spec(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
+
+
+def _as_pattern(value: Any) -> Any:
+    """4:8 without quotes is a number to YAML: 4 times 60 and 8."""
+    return f"{value // 60}:{value % 60}" if type(value) is int else value
 
 
 class _Loader(yaml.SafeLoader):

@@ -37,8 +37,9 @@ def recover(
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
-    adapter has its geometry. Only what is asked for beyond that reads weights (see `loram.correct`), tensor by tensor;
-    and a DoRA adapter does: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
+    adapter has its geometry. Of a sparse model, whose shapes are the full model's, all is copied. Weights are read,
+    tensor by tensor, only for what is asked for beyond that (see `loram.correct`), and for a DoRA adapter: its magnitudes
+    are lengths of rows, and a full row is longer than a pruned one.
 
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
@@ -66,6 +67,11 @@ def recover(
         raise UserError(f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model?")
     if manifest is not None and manifest.kind == "recovered":
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
+    if trained.masks:
+        raise UserError(
+            f"{source}: was trained with mask_update, and a masked update is not of rank r, so no adapter of that rank "
+            "equals it; `loram merge BASE ADAPTER OUT` adds it to the full model exactly"
+        )
     _check_origin(source, trained, plan, manifest)
     trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
     if trained.dora and (correct or dev_data is not None):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+FINAL = ("recovered", "merged")  # rows of which a run has one: the full model with what was trained
+
 
 class Cost(BaseModel):
     """What something took: wall-clock seconds, and peak resident memory of the process in bytes."""
@@ -40,7 +42,7 @@ class Row(BaseModel):
     """One model of the comparison.
 
     Args:
-        name: base, full LoRA, pruned, aligned, pruned (or aligned) + adapter, recovered.
+        name: base, full LoRA, pruned, aligned, pruned (or aligned) + adapter, recovered (or merged).
         parameters: of the model as evaluated, adapter included.
         perplexity, tokens, evaluated_on: by evaluation data set.
         trained_on: rows of the training data; None where nothing was trained.
@@ -88,12 +90,16 @@ def kept_gain(rows: Mapping[str, Row]) -> dict[str, float] | None:
     """
     if "full LoRA" not in rows:
         return None
-    base, full, recovered = (rows[name].perplexity for name in ("base", "full LoRA", "recovered"))
+    base, full, recovered = (rows[name].perplexity for name in ("base", "full LoRA", _final(rows)))
     return {
         name: math.log(base[name] / recovered[name]) / math.log(base[name] / full[name])
         for name in base
         if full[name] < base[name]
     }
+
+
+def _final(rows: Mapping[str, Row]) -> str:
+    return next(name for name in FINAL if name in rows)
 
 
 def table(report: RunReport) -> Table:
@@ -122,15 +128,16 @@ def _cells(cost: Cost | None) -> tuple[str, str]:
 def summary(report: RunReport) -> str:
     """What the run shows, in a sentence a data set; it says so when nothing was gained or rows were cut or skipped."""
     lines = []
-    if not any(row.name == "recovered" for row in report.rows):
+    if not any(row.name in FINAL for row in report.rows):
         small = next(row.name for row in reversed(report.rows) if row.name in ("aligned", "pruned"))
         return f"Nothing was trained: the recipe has no dataset. Train on {report.recipe['output_dir']}/{small}."
-    base, recovered = report.row("base").perplexity, report.row("recovered").perplexity
+    final = _final({row.name: row for row in report.rows})
+    base, recovered = report.row("base").perplexity, report.row(final).perplexity
     for name in base:
         change = 100 * (1 - recovered[name] / base[name])
         verb = "lowers" if change > 0 else "does not lower"
         line = (
-            f"{name}: the recovered adapter {verb} the full model's perplexity, "
+            f"{name}: the {final} adapter {verb} the full model's perplexity, "
             f"{base[name]:.3f} -> {recovered[name]:.3f} ({-change:+.1f}%)"
         )
         if report.kept_gain and name in report.kept_gain:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,8 @@ from loram.methods.weights import extract, lisa_callback, unfreeze_, write_model
 from loram.model.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.device import allocate_, compute_dtype, pick_device
-from loram.model.plan import find_plan
+from loram.model.masked import mask_updates_
+from loram.model.plan import MASKS_NAME, find_plan
 from loram.model.pruned import load_model, load_tokenizer, open_full
 from loram.options import TrainOptions, as_user_error, build_configs, check_options, checkpoints_activations
 from loram.progress import training_progress
@@ -52,6 +54,7 @@ def train(
     load_in_4bit: bool = False,
     offload_embedding: bool = False,
     lora_dtype: str = "float32",
+    mask_update: bool = False,
     lisa: Mapping[str, Any] | None = None,
     lora_sp: Mapping[str, Any] | None = None,
     anchor_steps: int | None = None,
@@ -81,6 +84,8 @@ def train(
             (QLoRA, arXiv 2305.14314); so does a folder that `quantize` made, without being asked.
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: `float32`, or `bfloat16`, which halves the adapter, its gradients and its optimiser's state.
+        mask_update: on a sparse pruned model, keep the update zero wherever the model has no weight, as LoRAM does
+            (arXiv 2502.13533, section 3.1); the adapter folder then has the masks, and is merged, not recovered.
         lisa: options of that method: `loram.methods.table.LisaOptions`.
         lora_sp: options of method lora-sp: `loram.methods.table.LoraSpOptions`.
         anchor_steps: every so many steps send the rows of the next ones through the full model, streamed from disk,
@@ -113,8 +118,10 @@ def train(
         lisa=lisa,
         lora_sp=lora_sp,
         anchor_steps=anchor_steps,
+        mask_update=mask_update,
     )
     options = check_options(options)
+    _check_sparse(checkpoint, options)
     chosen = pick_device(device)
     course = None if anchor_steps is None else _course(checkpoint, anchor_steps, base, chosen, out.parent)
     tokenizer = load_tokenizer(checkpoint)
@@ -159,6 +166,20 @@ def _course(checkpoint: Checkpoint, steps: int, base: str | Path | None, device:
     scratch.mkdir(parents=True, exist_ok=True)
     full = open_full(plan, base)
     return Course(base=full, plan=plan, steps=steps, device=device, dtype=compute_dtype(device), scratch=scratch)
+
+
+def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
+    """Refuse what goes only with sparse models, or not with them."""
+    if options.mask_update and not checkpoint.sparse:
+        raise UserError(f"mask_update: {checkpoint.name} is not sparse: it has no weight that the mask would remove")
+    if checkpoint.sparse and METHODS[options.method].weights:
+        raise UserError(
+            f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
+            "take an adapter's method, or the full model"
+        )
+    initial = options.lora.get("init_lora_weights", True)
+    if checkpoint.sparse and initial not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(f"lora: init_lora_weights {initial!r} takes weights apart, which a sparse model has not whole")
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, str]:
@@ -262,6 +283,8 @@ def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device
     for name, parameter in adapted.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(getattr(torch, options.lora_dtype))
+    if options.mask_update:
+        mask_updates_(adapted)
     return adapted
 
 
@@ -283,6 +306,8 @@ def _write_adapter(out: Path, trained: _Trained, checkpoint: Checkpoint, options
     save_adapter(out, {**config, "base_model_name_or_path": checkpoint.name}, tensors)
     if plan := find_plan(checkpoint.folder):
         plan.save(out)
+        if options.mask_update:  # says that the update is masked, and by what
+            shutil.copyfile(checkpoint.folder / MASKS_NAME, out / MASKS_NAME)
         if trained.lengths:
             save_file(dict(trained.lengths), out / ROW_LENGTHS_NAME, {"format": "pt"})
     return found

@@ -1,10 +1,12 @@
 """The real SmolLM2-135M-Instruct, from its GGUF package: laws 2 and 3, and a short run that improves the full model."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,15 @@ from transformers import AutoModelForCausalLM
 import loram
 from loram import cli
 from loram.model.architecture import CUTS
+from loram.model.batches import make_batches
 from loram.model.checkpoint import Checkpoint
 from loram.model.gguf import convert_gguf
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_tokenizer
+from loram.model.streaming import BATCH_TOKENS, Stream
 from loram.prune.score import score
+from loram.prune.settings import prune_settings
+from loram.prune.sparse import SparseLayer, sparse_layers
 from loram.prune.stage import load_calibration
 
 pytestmark = pytest.mark.e2e
@@ -159,3 +165,34 @@ def test_quickstart_in_short_improves_the_full_model(
         base, adapter=root / "run" / "recovered", data=rows / "test.jsonl", max_samples=16, stream=True
     )
     assert streamed.perplexity == pytest.approx(perplexity["recovered"], rel=1e-5)
+
+
+def last_weights(layers: Iterable[SparseLayer]) -> dict[str, torch.Tensor]:
+    *_, last = ({name: tensor.clone() for name, tensor in layer.tensors.items()} for layer in layers)
+    return last
+
+
+def test_sparsegpt_distorts_a_real_layer_least(base: Path) -> None:
+    """Outputs of its third layer on real text: less than Wanda does, and Wanda less than magnitude."""
+    checkpoint, prefix = Checkpoint(base), "model.layers.2"
+    names = [f"{prefix}.{linear}.weight" for linear in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+    tokens = load_calibration(checkpoint, load_tokenizer(checkpoint), None, 10, 128)
+    samples = [list(ids) for ids in tokens.rows["input_ids"]]
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def observe(name: str, inputs: torch.Tensor, outputs: torch.Tensor, real: torch.Tensor) -> None:
+        if name in names:
+            found[name].append(inputs[real])
+
+    batches = make_batches(samples, max_tokens=BATCH_TOKENS)
+    stream = Stream(checkpoint, batches, device=torch.device("cpu"), dtype=torch.float32)
+    with contextlib.closing(stream.forward(observe)) as layers:
+        next(layer for layer in layers if layer.index == 2)
+    errors: dict[str, list[float]] = {}
+    for criterion in ("sparsegpt", "wanda", "magnitude"):
+        settings = prune_settings(pattern="4:8", criterion=criterion, keep_first=2, keep_last=27)
+        pruned = last_weights(sparse_layers(checkpoint, settings, samples=samples))
+        changes = {name: pruned[name].float() - checkpoint.tensor(name).float() for name in names}
+        errors[criterion] = [(torch.cat(found[name]) @ changes[name].T).square().sum().item() for name in names]
+    for sparsegpt_error, wanda_error, magnitude_error in zip(*errors.values(), strict=True):
+        assert sparsegpt_error < wanda_error < magnitude_error

@@ -39,7 +39,7 @@ def train(out, kill_at=None):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return function(*args, **options)
             return call
-        for place, name in ((artifacts, "sync"), (artifacts, "_sha256"), (pathlib.Path, "rename"), (torch, "save"),
+        for place, name in ((artifacts, "sync"), (artifacts, "file_sha256"), (pathlib.Path, "rename"), (torch, "save"),
                             (pathlib.Path, "write_text"), (shutil, "rmtree"), (adapter, "save_file")):
             setattr(place, name, deadly(getattr(place, name)))
         loram.train(model, out, data=rows, trainer=OPTIONS, lora={"r": 2})

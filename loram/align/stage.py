@@ -25,7 +25,7 @@ from loram.data_spec import DataSpec
 from loram.errors import UserError
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint, ShardedWriter, copy_side_files, open_model
 from loram.model.device import allocate_, compute_dtype, fits, pick_device
-from loram.model.plan import PruningPlan
+from loram.model.plan import MASKS_NAME, PruningPlan
 from loram.model.pruned import load_model, load_tokenizer, open_full
 from loram.options import checkpoints_activations
 from loram.progress import track, training_progress
@@ -299,9 +299,10 @@ def _judge(job: _Job, checkpoints: Checkpoints) -> Judge | None:
 
 def _write(student: Checkpoint, trained: Path | None, out: Path, *, frozen: Collection[str]) -> None:
     """The student's folder with the weights of a checkpoint, in the student's dtypes, a block of rows at a time."""
-    source = None if trained is None else Checkpoint(trained)
-    specs = {name: student.spec(name) for name in student.names()}
-    with ShardedWriter(out, specs) as writer:
+    source, student = None if trained is None else Checkpoint(trained).stored, student.stored
+    masks = {name: file for name, file in student.index.items() if file == MASKS_NAME}  # as they were
+    specs = {name: student.spec(name) for name in student.names() if name not in masks}
+    with ShardedWriter(out, specs, beside=masks) as writer:
         for name in track(list(specs), "Writing"):
             if source is None or name in frozen:
                 writer.copy(name, student)

@@ -60,6 +60,10 @@ def train(
     offload_embedding: Annotated[
         bool, typer.Option("--offload-embedding", help="With it: leave the embedding in 16 bits in host memory.")
     ] = False,
+    mask_update: Annotated[
+        bool,
+        typer.Option("--mask-update", help="On a sparse model: no update where it has no weight; merge, not recover."),
+    ] = False,
     lora_dtype: Annotated[str, typer.Option(help="Of adapter, gradients, optimiser: float32 or bfloat16.")] = "float32",
     anchor_steps: Annotated[
         int | None, typer.Option(help="Stay on the full model's course, measured every so many steps.")
@@ -129,6 +133,7 @@ def train(
         base=base,
         lisa=given(lisa_flags) or None,
         lora_sp=given({"share": lora_sp_share}) or None,
+        mask_update=mask_update,
         seed=seed,
         device=device,
         fresh=fresh,

@@ -21,6 +21,7 @@ from loram.cli.options import (
     MaxSteps,
     Model,
     Out,
+    Pattern,
     Ratio,
     ReportTo,
     Seed,
@@ -35,27 +36,34 @@ from loram.cli.options import (
 def prune(
     model: Model,
     out: Out,
-    ratio: Ratio,
+    ratio: Ratio = None,
     criterion: Annotated[
-        str, typer.Option(help="taylor, activation, wanda, flap, magnitude, magnitude_l2 or random.")
-    ] = "taylor",
+        str | None,
+        typer.Option(
+            help="taylor (default), activation, wanda, flap, magnitude, magnitude_l2, random; of sparse patterns "
+            "sparsegpt (default), wanda, magnitude, random."
+        ),
+    ] = None,
+    pattern: Pattern = "structured",
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Data set for taylor, activation, wanda, flap (default: built-in passages).", show_default=False
+            help="Data set for criteria that read text: taylor, activation, wanda, flap, sparsegpt (default: built-in "
+            "passages).",
+            show_default=False,
         ),
     ] = None,
     calibration_samples: Annotated[int, typer.Option(help="How many of its rows.")] = 10,
     calibration_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 128,
-    keep_first: KeepFirst = 4,
-    keep_last: KeepLast = 2,
+    keep_first: KeepFirst = None,
+    keep_last: KeepLast = None,
     bias_compensation: Annotated[
         bool, typer.Option("--bias-compensation", help="Biases that add what removed inputs add on average (FLAP).")
     ] = False,
     seed: Seed = 42,
     device: Device = None,
 ) -> None:
-    """Remove key-value groups and MLP channels: MODEL -> a smaller model folder with loram_plan.json."""
+    """Remove key-value groups and MLP channels, or single weights: MODEL -> a smaller folder with loram_plan.json."""
     from loram.prune.stage import prune as stage
 
     plan = stage(
@@ -63,6 +71,7 @@ def prune(
         out,
         ratio=ratio,
         criterion=criterion,
+        pattern=pattern,
         calibration=calibration,
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,

@@ -24,9 +24,13 @@ Column = Annotated[
     typer.Option("--column", help="Name a column: prompt=question. Of messages, prompt, completion, text. Repeatable."),
 ]
 MaxSamples = Annotated[int | None, typer.Option(help="Only the first so many rows.")]
-Ratio = Annotated[float, typer.Option(help="Share of heads and channels to remove.", show_default=False)]
-KeepFirst = Annotated[int, typer.Option(help="First layers to leave whole.")]
-KeepLast = Annotated[int, typer.Option(help="Last layers to leave whole.")]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share of heads and channels, or of weights, to remove; n:m implies it.", show_default=False),
+]
+Pattern = Annotated[str, typer.Option(help="structured; or sparse: 4:8, 2:4 (n of every m are kept), unstructured.")]
+KeepFirst = Annotated[int | None, typer.Option(help="First layers to leave whole (default 4; of sparse patterns 0).")]
+KeepLast = Annotated[int | None, typer.Option(help="Last layers to leave whole (default 2; of sparse patterns 0).")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with what was interrupted.")]

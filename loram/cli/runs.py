@@ -19,6 +19,7 @@ from loram.cli.options import (
     LoraTargets,
     MaxLength,
     Method,
+    Pattern,
 )
 
 
@@ -67,11 +68,12 @@ def estimate(
     ratio: Annotated[
         float | None, typer.Option(help="Share of heads and channels to remove (default: none).", show_default=False)
     ] = None,
+    pattern: Pattern = "structured",
     memory: Annotated[
         str | None, typer.Option(help="Find the least ratio that trains in this: 12GiB, 24GB.", show_default=False)
     ] = None,
-    keep_first: KeepFirst = 4,
-    keep_last: KeepLast = 2,
+    keep_first: KeepFirst = None,
+    keep_last: KeepLast = None,
     load_in_4bit: Annotated[
         bool | None,
         typer.Option(
@@ -115,6 +117,7 @@ def estimate(
     from loram.estimate.show import command
 
     options: dict[str, Any] = {
+        "pattern": pattern,
         "keep_first": keep_first,
         "keep_last": keep_last,
         "offload_embedding": offload_embedding,

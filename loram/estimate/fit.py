@@ -38,8 +38,8 @@ def fit(
     memory: int,
     *,
     load_in_4bit: bool | None = None,
-    keep_first: int = 4,
-    keep_last: int = 2,
+    keep_first: int | None = None,
+    keep_last: int | None = None,
     **options: Any,
 ) -> Fit:
     """The least ratio of `GRID` with which training fits.

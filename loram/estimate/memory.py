@@ -18,6 +18,7 @@ from loram.estimate.activations import (
 from loram.estimate.settings import OPTIMIZERS, Settings
 from loram.estimate.shapes import Layer, Model
 from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes, trained
+from loram.model.architecture import Linear
 
 CONTEXT = 1 << 29  # of CUDA and its libraries on a GPU; it depends on driver and card and cannot be counted
 _FLOAT32 = 4
@@ -34,7 +35,7 @@ class TrainingMemory(BaseModel):
         activations: kept from forward for backward.
         recomputation: one checkpointed layer's activations while it is worked out again, and gradients inside a layer.
         logits: of a chunk of tokens, with softmax and gradient.
-        scratch: the largest 4-bit weight in use, dequantised.
+        scratch: the largest 4-bit or sparse weight in use, in full.
         context: of CUDA; a rule of thumb.
         pageable: the part of `optimizer` that may go to host memory when the GPU is short.
         host: in host memory beside all that: an offloaded embedding and offloaded activations.
@@ -109,7 +110,7 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
             gradients=gradients[index],
             activations=kept[index] + around,
             recomputation=again + _inside(model, layer, settings),
-            scratch=_dequantised(max(map(prod, layer.linears.values())), settings),
+            scratch=max(_unpacked(layer, linear, settings) for linear in layer.linears),
         )
     yield _Moment(name="the optimiser's step", gradients=gradients[0])
 
@@ -172,6 +173,13 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
 def _dequantised(parameters: int, settings: Settings) -> int:
     """One 4-bit weight in full precision, with its constants in float32."""
     return parameters * settings.compute_bytes + parameters // 16 if settings.load_in_4bit else 0
+
+
+def _unpacked(layer: Layer, linear: Linear, settings: Settings) -> int:
+    """One weight of a layer in full, where it is kept in 4 bits or sparse: then with a byte a place of its mask."""
+    places = prod(layer.linears[linear])
+    dense = places * (settings.compute_bytes + 1) if layer.mask_bytes else 0
+    return dense + _dequantised(layer.values[linear], settings)
 
 
 def _casts(model: Model, settings: Settings) -> int:

@@ -1,7 +1,7 @@
 """A full or pruned model as sizes alone: what its decoder layers hold, and how their attention is computed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 from loram.model.architecture import Architecture, Geometry, Linear, architecture_of
 from loram.model.files import read_json
+from loram.model.sparsity import STRUCTURED, kept_values
 from loram.prune.counts import kept_units, prunable_layers
 
 # transformers' default where config.json leaves sliding_window out
@@ -29,6 +30,7 @@ class Layer:
 
     Args:
         linears: (out_features, in_features) by name.
+        values: how many weights are stored of each: all, or those that a sparse one keeps.
         biases: how many values all its biases have together.
         heads, kv_heads, head_dim: of its attention.
         norms: how many norms of the hidden size.
@@ -38,6 +40,7 @@ class Layer:
     """
 
     linears: Mapping[Linear, tuple[int, int]]
+    values: Mapping[Linear, int]
     biases: int
     heads: int
     kv_heads: int
@@ -49,13 +52,18 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """Parameters of its linears, without biases."""
+        """What its linears compute with, without biases; of sparse ones the zeros too."""
         return sum(map(prod, self.linears.values()))
 
     @property
+    def mask_bytes(self) -> int:
+        """Bytes of the masks of sparse linears: a bit a place."""
+        return self.weights // 8 if self.weights != sum(self.values.values()) else 0
+
+    @property
     def parameters(self) -> int:
-        """All its parameters."""
-        return self.weights + self.biases + self.norm_values
+        """All its parameters; of sparse linears those that stay."""
+        return sum(self.values.values()) + self.biases + self.norm_values
 
     @property
     def queries(self) -> int:
@@ -81,28 +89,43 @@ class Model:
         architecture, geometry: of the full model.
         config: content of its config.json.
         units: what a narrowed layer keeps of each space; None for the full model.
-        narrowed: which layers are narrowed.
+        sparse: how many values a sparse layer keeps of each linear; None where none is sparse.
+        narrowed: which layers are narrowed, or sparse.
     """
 
     architecture: Architecture
     geometry: Geometry
     config: Mapping[str, Any]
     units: Mapping[str, int] | None = None
+    sparse: Mapping[Linear, int] | None = None
     narrowed: range = range(0)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: str, ratio: float | None, keep_first: int, keep_last: int) -> "Model":
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        where: str,
+        ratio: float | None,
+        keep_first: int,
+        keep_last: int,
+        pattern: str = STRUCTURED,
+    ) -> "Model":
         """The model that pruning at `ratio` makes of a config.json's; the full one where that is None.
 
         Raises:
             UserError: the config is not of a supported family, or a setting is out of range.
         """
         architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
+        full = cls(architecture=architecture, geometry=geometry, config=config)
         if ratio is None:
-            return cls(architecture=architecture, geometry=geometry, config=config)
-        units = {space.name: kept_units(space, geometry.units(space), ratio) for space in architecture.spaces}
+            return full
         narrowed = prunable_layers(geometry, keep_first, keep_last)
-        return cls(architecture=architecture, geometry=geometry, config=config, units=units, narrowed=narrowed)
+        if pattern != STRUCTURED:
+            shapes = {linear: geometry.linear_shape(linear) for linear in architecture.linears}
+            kept = {name: kept_values(*shape, pattern, ratio) for name, shape in shapes.items()}
+            return replace(full, sparse=kept, narrowed=narrowed)
+        units = {space.name: kept_units(space, geometry.units(space), ratio) for space in architecture.spaces}
+        return replace(full, units=units, narrowed=narrowed)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -110,12 +133,13 @@ class Model:
         return tuple(self._layer(index) for index in range(self.geometry.num_hidden_layers))
 
     def _layer(self, index: int) -> Layer:
-        units = self.units if index in self.narrowed else None
+        units, sparse = (self.units, self.sparse) if index in self.narrowed else (None, None)
         shapes = {name: self.geometry.linear_shape(name, units) for name in self.architecture.linears}
         head_dim, hidden = self.geometry.head_dim, self.geometry.hidden_size
         norms, head_norms = len(self.architecture.norms), len(self.architecture.head_norms)
         return Layer(
             linears=shapes,
+            values={name: prod(shape) for name, shape in shapes.items()} if sparse is None else sparse,
             biases=sum(shapes[name][0] for name in self.geometry.biases),
             heads=shapes["self_attn.q_proj"][0] // head_dim,
             kv_heads=shapes["self_attn.k_proj"][0] // head_dim,

@@ -14,6 +14,7 @@ from loram.estimate.fit import fit
 from loram.estimate.memory import TrainingMemory
 from loram.estimate.size import parse_size, show_size
 from loram.estimate.total import Estimate, estimate
+from loram.model.sparsity import STRUCTURED
 
 _ITEMS = {
     "weights": "frozen model",
@@ -48,7 +49,10 @@ def command(
         return found.model_dump_json() if as_json else text(found)
     if ratio is not None:
         raise UserError("--ratio, --memory: give one of the two; --memory finds a ratio")
-    fitting = fit(model, parse_size(memory), load_in_4bit=load_in_4bit, **options)
+    if options["pattern"] != STRUCTURED:
+        raise UserError("--pattern, --memory: give one of the two; --memory looks for structured pruning")
+    structured = {key: value for key, value in options.items() if key != "pattern"}
+    fitting = fit(model, parse_size(memory), load_in_4bit=load_in_4bit, **structured)
     if as_json:
         return fitting.model_dump_json()
     return (
@@ -94,6 +98,12 @@ def _parts(found: Estimate) -> Iterator[Table | Text]:
 def _heading(found: Estimate) -> str:
     if found.ratio is None:
         return f"{found.parameters:,} parameters, not pruned"
+    if found.pattern != STRUCTURED:
+        return (
+            f"{found.parameters:,} -> {found.pruned_parameters:,} parameters ({found.parameter_reduction:.2f}x fewer)\n"
+            f"{found.pruned_layers} layers are sparse, {found.pattern} at ratio {found.ratio:.4g}: the weights that "
+            "stay are stored, and a bit for every place"
+        )
     kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in found.units.items())
     return (
         f"{found.parameters:,} -> {found.pruned_parameters:,} parameters ({found.parameter_reduction:.2f}x fewer) "

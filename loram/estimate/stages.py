@@ -59,8 +59,11 @@ def stages(full: Model, model: Model, settings: Settings, training: TrainingMemo
 
 def _prune(full: Model, model: Model) -> list[Stage]:
     stored, disk = _layer(full, _file_bytes(full)), model.parameters * _file_bytes(full)
+    disk += sum(layer.mask_bytes for layer in model.layers)
     layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(map(prod, full.layers[0].linears.values()))
     stream = IMPORTS + _HIDDEN + layer + stored + _working(full)
+    if model.sparse is not None:
+        return _prune_sparse(full, disk, stored, stream)
     return [
         Stage(
             name="prune (magnitude, random)",
@@ -80,6 +83,23 @@ def _prune(full: Model, model: Model) -> list[Stage]:
             memory=max(stream + 2 * largest, _head(full)),
             holds="the same and a weight's gradient",
         ),
+    ]
+
+
+def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stage]:
+    """SparseGPT holds a Hessian for each of four inputs of a layer, and works with three more of the largest."""
+    layer = full.layers[0]
+    inputs = [full.geometry.hidden_size] * 2 + [layer.queries, layer.channels]
+    hessians = _FLOAT32 * (sum(width**2 for width in inputs) + 3 * max(inputs) ** 2)
+    return [
+        Stage(
+            name="prune (magnitude, random)",
+            disk=disk,
+            memory=IMPORTS + 4 * stored,
+            holds="a decoder layer, the next one being read, what is written, importances",
+        ),
+        Stage(name="prune (wanda)", disk=disk, memory=stream, holds="a layer in float32, the next one being read"),
+        Stage(name="prune (sparsegpt)", disk=disk, memory=stream + hessians, holds="the same and Hessians of inputs"),
     ]
 
 

@@ -11,6 +11,8 @@ from loram.estimate.settings import Settings, make_settings
 from loram.estimate.shapes import Model, read_config
 from loram.estimate.stages import Stage, stages
 from loram.estimate.weights import adapted, frozen_bytes, trained
+from loram.model.sparsity import STRUCTURED
+from loram.prune.settings import prune_settings
 
 
 class Arithmetic(BaseModel):
@@ -30,9 +32,9 @@ class Estimate(BaseModel):
     """What pruning saves and what training takes.
 
     Args:
-        ratio: of pruning; None where the full model is trained.
+        ratio, pattern: of pruning; the ratio is None where the full model is trained.
         parameters, pruned_parameters: exact, embeddings and norms included; `parameter_reduction` is their ratio.
-        pruned_layers: how many layers are narrowed.
+        pruned_layers: how many layers are narrowed, or sparse.
         units: what one of them keeps of each space.
         adapter_parameters: how many are trained.
         settings: how training was taken to be.
@@ -48,6 +50,7 @@ class Estimate(BaseModel):
 
     model_type: str
     ratio: float | None
+    pattern: str
     keep_first: int
     keep_last: int
     parameters: int
@@ -69,8 +72,9 @@ def estimate(
     config: str | Path | Mapping[str, Any],
     *,
     ratio: float | None = None,
-    keep_first: int = 4,
-    keep_last: int = 2,
+    pattern: str = STRUCTURED,
+    keep_first: int | None = None,
+    keep_last: int | None = None,
     load_in_4bit: bool = False,
     offload_embedding: bool = False,
     method: str | None = None,
@@ -91,7 +95,7 @@ def estimate(
 
     Args:
         config: a config.json, a folder that has one, a hub id, or the parsed content.
-        ratio, keep_first, keep_last: as for `prune`; without a ratio the full model is trained.
+        ratio, pattern, keep_first, keep_last: as for `prune`; without a ratio or n:m the full model is trained.
         load_in_4bit: frozen weights in NF4 with double quantisation, embedding and lm_head too.
         offload_embedding: with that, the embedding in 16 bits in host memory.
         method: lora, rslora, lora-fa or lora-sp.
@@ -130,23 +134,38 @@ def estimate(
         device=device,
     )
     values, where = read_config(config)
-    return estimate_with(values, where, settings, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
+    return estimate_with(
+        values, where, settings, ratio=ratio, pattern=pattern, keep_first=keep_first, keep_last=keep_last
+    )
 
 
 def estimate_with(
-    config: Mapping[str, Any], where: str, settings: Settings, *, ratio: float | None, keep_first: int, keep_last: int
+    config: Mapping[str, Any],
+    where: str,
+    settings: Settings,
+    *,
+    ratio: float | None,
+    pattern: str = STRUCTURED,
+    keep_first: int | None,
+    keep_last: int | None,
 ) -> Estimate:
     """As `estimate`, of a config.json's content and checked settings."""
+    pruned = ratio is not None or pattern != STRUCTURED
+    pruning = prune_settings(
+        ratio=ratio if pruned else 0.5, pattern=pattern, keep_first=keep_first, keep_last=keep_last
+    )
     full = Model.of(config, where, None, 0, 0)
-    model = Model.of(config, where, ratio, keep_first, keep_last)
+    ratio = pruning.ratio if pruned else None
+    model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pattern)
     weights = frozen_bytes(model, settings).total
     memory = training_memory(model, settings)
     flops, full_flops = _flops(model, settings), _flops(full, settings)
     return Estimate(
         model_type=full.architecture.model_type,
         ratio=ratio,
-        keep_first=keep_first,
-        keep_last=keep_last,
+        pattern=pattern,
+        keep_first=pruning.keep_first,
+        keep_last=pruning.keep_last,
         parameters=full.parameters,
         pruned_parameters=model.parameters,
         parameter_reduction=full.parameters / model.parameters,

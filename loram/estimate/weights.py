@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
 from loram.estimate.settings import OPTIMIZERS, Settings
 from loram.estimate.shapes import Model
@@ -16,7 +16,8 @@ _CODES = 2 * 4 * 256  # of both moments, once an optimiser
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
-    """Bytes of a frozen model: `weights` themselves, their `constants` in NF4, and what waits in `host` memory."""
+    """Bytes of a frozen model: `weights` themselves, with the masks of sparse ones, their `constants` in NF4, and what
+    waits in `host` memory."""
 
     weights: int
     constants: int
@@ -41,16 +42,17 @@ def nf4_bytes(parameters: int) -> tuple[int, int]:
 def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
     """Bytes of the frozen weights; a tied lm_head is the embedding, in 4 bits too."""
     geometry, size = model.geometry, settings.compute_bytes
+    masks = sum(layer.mask_bytes for layer in model.layers)
     if not settings.load_in_4bit:
-        return WeightBytes(weights=model.parameters * size, constants=0, host=0)
-    quantised = [prod(shape) for layer in model.layers for shape in layer.linears.values()]
+        return WeightBytes(weights=model.parameters * size + masks, constants=0, host=0)
+    quantised = [count for layer in model.layers for count in layer.values.values()]
     tables = 1 if settings.offload_embedding or geometry.tie_word_embeddings else 2
     quantised += [model.vocabulary] * tables
     kept = sum(layer.biases + layer.norm_values for layer in model.layers) + geometry.hidden_size
     found = [nf4_bytes(parameters) for parameters in quantised]
     host = model.vocabulary * 2 if settings.offload_embedding else 0  # as in the file, which is usually in 16 bits
     return WeightBytes(
-        weights=sum(values for values, _ in found) + kept * size,
+        weights=sum(values for values, _ in found) + kept * size + masks,
         constants=sum(constants for _, constants in found),
         host=host,
     )

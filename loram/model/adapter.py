@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loram.artifacts import find_manifest
+from loram.artifacts import file_sha256, find_manifest
 from loram.errors import UserError, first_problem
 from loram.model.architecture import architecture_of
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from loram.model.files import read_json
-from loram.model.plan import find_plan
+from loram.model.masked import masked_delta
+from loram.model.plan import MASKS_NAME, find_plan
 from loram.model.tensorfile import TensorFile
 
 CONFIG_NAME = "adapter_config.json"
@@ -61,11 +62,14 @@ class Adapter:
         config: adapter_config.json.
         tensors: adapter_model.safetensors; `lora_A` is (r, in_features), `lora_B` (out_features, r), and of DoRA
             `lora_magnitude_vector` (out_features,).
+        masks: module path -> mask of its update, (out_features, in_features / 8) uint8, where it was trained with
+            `mask_update`: `loram_masks.safetensors` beside it says so.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "Adapter":
@@ -83,7 +87,11 @@ class Adapter:
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name} here, so this is not a LoRA adapter folder")
         config, file = read_json(folder / CONFIG_NAME), TensorFile(folder / WEIGHTS_NAME)
-        adapter = cls(folder=folder, config=config, tensors={name: file.read(name) for name in file.specs})
+        tensors, masks = {name: file.read(name) for name in file.specs}, {}
+        if (folder / MASKS_NAME).is_file():
+            bits = TensorFile(folder / MASKS_NAME)
+            masks = {name.removesuffix(".mask"): bits.read(name) for name in bits.specs}
+        adapter = cls(folder=folder, config=config, tensors=tensors, masks=masks)
         adapter._check()
         return adapter
 
@@ -175,9 +183,24 @@ class Adapter:
         return default
 
     def delta(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """The update scaling·B·A of a module's weight, or of its rows `start` to `stop`: float32."""
-        factors = self.modules[module]
-        return self.scaling(module) * (factors["B"][start:stop].float() @ factors["A"].float())
+        """The update scaling·B·A of a module's weight, masked if it is, or of its rows `start` to `stop`: float32."""
+        a, b = (self.modules[module][factor].float() for factor in "AB")
+        if (mask := self.masks.get(module)) is not None:
+            return masked_delta(a, b[start:stop], mask[start:stop], self.scaling(module))
+        return self.scaling(module) * (b[start:stop] @ a)
+
+    def add_to_(self, linear: nn.Module, module: str, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
+        """Let a linear add a module's update, as `add_update_` does; a masked one is made once, as a whole.
+
+        Returns:
+            The hook's handle, and the factors that it multiplies by, on the device, by PEFT's names.
+        """
+        if module in self.masks:
+            delta = self.delta(module).to(device)
+            return linear.register_forward_hook(lambda _, args, output: output + args[0] @ delta.to(args[0]).T), {}
+        a, b = (self.modules[module][factor].detach().to(device, torch.float32) for factor in "AB")
+        names = {f"base_model.model.{module}.lora_{part}.weight": factor for part, factor in (("A", a), ("B", b))}
+        return add_update_(linear, a, b, self.scaling(module)), names
 
     def updated(self, module: str, rows: Tensor, start: int = 0) -> Tensor:
         """What the adapter makes of a module's weight, or of its rows from `start` on: float32, on the rows' device.
@@ -296,6 +319,8 @@ def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:
         raise UserError(f"{folder}: was trained on another pruned model than {name} (their plans differ)")
     if checkpoint.pruned and manifest is not None and manifest.kind == "recovered":
         raise UserError(f"{folder}: this adapter is recovered; use it on the full model, not on {name}")
+    if adapter.masks and plan is not None and file_sha256(folder / MASKS_NAME) != plan.masks:
+        raise UserError(f"{folder / MASKS_NAME}: not the masks of the plan beside it; copy the adapter's folder again")
     made_for, expected = adapter.config.get("base_model_name_or_path"), made_from.get("base")
     if checkpoint.pruned:
         expected = made_from.get("pruned", expected)
@@ -306,7 +331,7 @@ def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:
             f"{folder}: was made for {made_for}, and the weights of {name} are others "
             f"(fingerprint {checkpoint.fingerprint[:12]} instead of {expected[:12]})"
         )
-    if not checkpoint.pruned and "pruned" in made_from:
+    if not checkpoint.pruned and "pruned" in made_from and not adapter.masks:
         raise UserError(f"{folder}: this adapter was trained on a pruned model: run `loram recover` on it first")
 
 

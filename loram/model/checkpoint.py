@@ -19,7 +19,8 @@ from loram.artifacts import find_manifest
 from loram.errors import UserError
 from loram.model.architecture import Geometry
 from loram.model.files import read_json, refuse_pointer
-from loram.model.tensorfile import TensorFile, TensorFileWriter, TensorSpec
+from loram.model.modeling_loram import dense, unpack
+from loram.model.tensorfile import BLOCK_BYTES, TensorFile, TensorFileWriter, TensorSpec
 
 SHARD_BYTES = 4 << 30
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -39,23 +40,28 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
     "loram_plan.json",
+    "loram_masks.safetensors",
     "modeling_loram.py",
 )
+_MASK = ".mask"
 
 
 class Checkpoint:
     """A folder with config.json and safetensors, read one tensor at a time.
 
+    The weights of a sparse folder are shown as the dense ones that they stand for, made when they are asked for.
+
     Args:
         folder: the folder.
         name: what the user calls the model: its hub id or absolute path.
+        stored: show a sparse folder's tensors as they are stored: values and masks.
 
     Raises:
         UserError: the folder is no model, its weights are in a format we do not read, a shard is missing, broken or
             outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None, *, stored: bool = False) -> None:
         self.folder = folder
         self.name = name or str(folder.absolute())
         self._files: dict[str, TensorFile] = {}
@@ -64,6 +70,9 @@ class Checkpoint:
         for path in (folder / "config.json", *_side_files(folder)):
             refuse_pointer(path)
         self.index = self._read_index()
+        masks = {name for name in self.index if name.endswith(_MASK)}
+        self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # of a weight
+        self.sparse, self._stored = bool(masks), stored
         find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
@@ -137,9 +146,15 @@ class Checkpoint:
         """Whether lm_head shares the embedding's weight."""
         return HEAD not in self.index or bool(self.config.get("tie_word_embeddings"))
 
+    @property
+    def stored(self) -> "Checkpoint":
+        """The same folder with a sparse one's tensors as they are stored."""
+        return Checkpoint(self.folder, self.name, stored=True)
+
     def names(self) -> list[str]:
         """Names of all tensors, sorted as a person counts: layer 2 before layer 10."""
-        return sorted(self.index, key=_natural)
+        hidden = set() if self._stored else set(self._masks.values())
+        return sorted(self.index.keys() - hidden, key=_natural)
 
     def constants(self, name: str) -> list[str]:
         """Names of the tensors that belong to a quantised weight: its scales and codes."""
@@ -159,7 +174,15 @@ class Checkpoint:
         """
         if name not in self.index:
             raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
-        return self._open(self.index[name]).specs[name]
+        found = self._open(self.index[name]).specs[name]
+        if (mask := self._mask_of(name)) is None:
+            return found
+        rows, columns = self.spec(mask).shape
+        return TensorSpec(dtype=found.dtype, shape=(rows, 8 * columns))
+
+    def _mask_of(self, name: str) -> str | None:
+        """Name of a weight's mask, where the weight is shown dense."""
+        return None if self._stored else self._masks.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the header alone."""
@@ -172,8 +195,11 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many values all tensors have together, a tied lm_head's not counted again."""
-        return sum(math.prod(self.shape(name)) for name in self.index if not (name == HEAD and self.tied))
+        """How many values all tensors have together, a tied lm_head's not counted again; of sparse ones those kept."""
+        files = {name: self._open(shard) for name, shard in self.index.items() if name not in self._masks.values()}
+        return sum(
+            math.prod(file.specs[name].shape) for name, file in files.items() if not (name == HEAD and self.tied)
+        )
 
     @property
     def head(self) -> str:
@@ -187,12 +213,22 @@ class Checkpoint:
             UserError: the model has no such tensor.
         """
         self.spec(name)
-        return self._open(self.index[name]).read(name, start, stop)
+        file = self._open(self.index[name])
+        if (mask := self._mask_of(name)) is None:
+            return file.read(name, start, stop)
+        bits = unpack(self.tensor(mask))
+        first, last = int(bits[:start].sum()), int(bits[:stop].sum())  # places of the rows' values among all
+        if int(bits.sum()) != math.prod(file.specs[name].shape):
+            raise UserError(f"{self.folder}: {name} and {mask} do not fit together; make the folder again")
+        return dense(file.read(name, first, last), self.tensor(mask, start, stop))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of a tensor, some 64 MB at a time."""
-        self.spec(name)
-        return self._open(self.index[name]).blocks(name)
+        spec = self.spec(name)
+        if self._mask_of(name) is None:
+            return self._open(self.index[name]).blocks(name)
+        rows = max(1, BLOCK_BYTES // spec.row_bytes)
+        return ((row, self.tensor(name, row, row + rows)) for row in range(0, spec.shape[0], rows))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -205,7 +241,7 @@ class Checkpoint:
         if (manifest := find_manifest(self.folder)) is not None and manifest.kind == "quantized":
             return manifest.made_from["original"]
         digest = hashlib.sha256()
-        for name in sorted(self.index):
+        for name in sorted(self.names()):
             if name == HEAD and self.tied:
                 continue
             spec = self.spec(name)
@@ -282,10 +318,17 @@ class ShardedWriter:
         folder: where; it must exist.
         specs: name -> dtype and shape of everything that will be written, in the order of the shards.
         shard_bytes: a shard holds no more than this (but a single tensor may).
+        beside: tensors that are in other files of the folder, name -> file; the index names them too.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.specs = folder, specs
+    def __init__(
+        self,
+        folder: Path,
+        specs: Mapping[str, TensorSpec],
+        shard_bytes: int = SHARD_BYTES,
+        beside: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.specs, self._beside = folder, specs, beside or {}
         shards: list[dict[str, TensorSpec]] = [{}]
         room = shard_bytes
         for name, spec in specs.items():
@@ -298,7 +341,12 @@ class ShardedWriter:
         self._files: dict[str, TensorFileWriter] = {}
         self._weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards):
-            file = _WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            # transformers reads no index beside a file of the plain name
+            file = (
+                _WEIGHTS
+                if len(shards) == 1 and not self._beside
+                else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            )
             writer = self._stack.enter_context(TensorFileWriter(folder / file, shard))
             self._files.update(dict.fromkeys(shard, writer))
             self._weight_map.update(dict.fromkeys(shard, file))
@@ -317,9 +365,9 @@ class ShardedWriter:
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
-        if exception[0] is None and len(set(self._weight_map.values())) > 1:
+        if exception[0] is None and (self._beside or len(set(self._weight_map.values())) > 1):
             total = sum(spec.nbytes for spec in self.specs.values())
-            index = {"metadata": {"total_size": total}, "weight_map": self._weight_map}
+            index = {"metadata": {"total_size": total}, "weight_map": {**self._weight_map, **self._beside}}
             (self.folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,20 +1,25 @@
-"""Structurally pruned causal language models: the code that travels inside every pruned folder.
+"""Pruned causal language models: the code that travels inside every pruned folder.
 
 This file is self-contained (it needs torch and transformers, not loram), because a pruned folder carries a copy of
 it: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then works in any tool. `import loram`
 registers the same classes, so that no remote code is needed there.
 
-A pruned model is an ordinary model of its family in which some layers have fewer key-value groups (each with its
-query heads) and fewer MLP channels. `config.per_layer_config` says how many; transformers' own modelling code builds
-the layers, and here only the linears of the changed layers are replaced by smaller ones. Attention infers the number
-of heads from the weights' shapes, and removing whole groups keeps the ratio of query to key-value heads.
+A structurally pruned model is an ordinary model of its family in which some layers have fewer key-value groups (each
+with its query heads) and fewer MLP channels. `config.per_layer_config` says how many; transformers' own modelling code
+builds the layers, and here only the linears of the changed layers are replaced by smaller ones. Attention infers the
+number of heads from the weights' shapes, and removing whole groups keeps the ratio of query to key-value heads.
+
+A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and a bit for
+each place (`SparseLinear`). `config.sparsity` says in which layers and how many.
 """
 
 import importlib
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 # model_type -> (transformers module, prefix of its class names)
 FAMILIES = {
@@ -50,15 +55,95 @@ def resize_layer_(layer: nn.Module, config: Any) -> None:
     mlp.down_proj = _resized(mlp.down_proj, hidden, config.intermediate_size, config.bias_compensation)
 
 
+def pack(kept: Tensor) -> Tensor:
+    """Eight places a byte: (rows, columns) bool -> (rows, columns / 8) uint8; the inverse of `unpack`.
+
+    Bit j of byte i is column 8 * i + j. Columns are a multiple of 8.
+    """
+    bits = kept.unflatten(1, (-1, 8)).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return bits.sum(-1, dtype=torch.uint8)
+
+
+def unpack(mask: Tensor) -> Tensor:
+    """The bits of a mask: (rows, columns / 8) uint8 -> (rows, columns) bool; the inverse of `pack`."""
+    bits = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask[..., None] & bits).ne(0).flatten(1)
+
+
+def dense(values: Tensor, mask: Tensor) -> Tensor:
+    """The weight that `values` (row by row, those at the mask's bits) stand for: (rows, columns), zero elsewhere."""
+    kept = unpack(mask)
+    return torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
+
+
+class _SparseProduct(torch.autograd.Function):  # type: ignore[misc]
+    """x W^T with W made from its values when it is needed, forward and backward; nothing dense is kept between them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, linear: "SparseLinear") -> Tensor:
+        ctx.linear = linear
+        ctx.save_for_backward(*([x] if ctx.needs_input_grad[1] else []))
+        return functional.linear(x, dense(linear.values(), linear.mask))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,), linear = gradients, ctx.linear
+        by_x = by_values = None
+        if ctx.needs_input_grad[0]:
+            by_x = gradient @ dense(linear.values(), linear.mask).to(gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            (x,) = ctx.saved_tensors
+            by_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
+            by_values = by_weight[unpack(linear.mask)].to(linear.weight.dtype)
+        return by_x, by_values, None
+
+
+class SparseLinear(nn.Linear):  # type: ignore[misc]
+    """A linear that holds only those of its weights that are not zero; to PEFT an nn.Linear, which it only calls.
+
+    Args:
+        like: the linear whose place it takes: sizes, bias, dtype and device.
+        count: how many weights there are.
+
+    `weight` is (count,), the weights in order of rows; `mask` is (out_features, in_features / 8) uint8, a bit a place.
+    Weights can be trained: only those that are there get a gradient.
+    """
+
+    def __init__(self, like: nn.Linear, count: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = like.in_features, like.out_features
+        place = like.weight.device
+        self.weight = nn.Parameter(torch.zeros(count, dtype=like.weight.dtype, device=place))
+        self.register_parameter("bias", like.bias)
+        empty = torch.zeros(self.out_features, self.in_features // 8, dtype=torch.uint8, device=place)
+        self.register_buffer("mask", empty)
+
+    def values(self) -> Tensor:
+        """The weights, (count,), in the dtype to compute with."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias."""
+        product = _SparseProduct.apply(x, self.weight, self)
+        return product if self.bias is None else product + self.bias
+
+
+def sparsify_layer_(layer: nn.Module, counts: dict[str, int]) -> None:
+    """Replace linears of a decoder layer, by path, with sparse ones of so many values, in place."""
+    for path, count in counts.items():
+        layer.set_submodule(path, SparseLinear(layer.get_submodule(path), count))
+
+
 def _pruned_config_class(base: Any, name: str) -> Any:
     def validate_architecture(self: Any) -> None:
         """The widths of single layers need not divide `hidden_size`: nothing to check here."""
 
     body = {
         "__module__": __name__,
-        "__doc__": f"{base.__name__} of a structurally pruned model; `per_layer_config` holds the narrower layers.",
-        "__annotations__": {"bias_compensation": bool},
+        "__doc__": f"{base.__name__} of a pruned model: narrow layers by `per_layer_config`, sparse by `sparsity`.",
+        "__annotations__": {"bias_compensation": bool, "sparsity": dict | None},
         "bias_compensation": False,  # whether o_proj and down_proj of narrower layers have a bias
+        "sparsity": None,  # {"layers": [first, one past the last], "values": {path of a linear: how many it holds}}
         "model_type": f"loram_{base.model_type}",
         "validate_architecture": validate_architecture,
     }
@@ -77,11 +162,13 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
             config.per_layer_config = widths
         for index in map(int, widths):
             resize_layer_(self.model.layers[index], config.per_layer_config[index])
+        for index in range(*config.sparsity["layers"]) if config.sparsity else ():
+            sparsify_layer_(self.model.layers[index], config.sparsity["values"])
 
     body = {
         "__module__": __name__,
         "__qualname__": name,
-        "__doc__": f"{base.__name__} whose layers may differ in width, as `config.per_layer_config` says.",
+        "__doc__": f"{base.__name__} whose layers may differ in width or be sparse, as `config` says.",
         "__init__": __init__,
         "config_class": config_class,
         "__annotations__": {"config": config_class},

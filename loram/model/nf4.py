@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from loram.errors import UserError
 from loram.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from loram.model.device import return_freed_memory_
+from loram.model.modeling_loram import SparseLinear
 from loram.model.pruned import empty_model
 from loram.model.tensorfile import TensorSpec
 from loram.progress import track
@@ -31,7 +32,8 @@ def load_4bit(
 ) -> PreTrainedModel:
     """Load a full or pruned model with every linear, lm_head and the embedding in NF4; norms and biases in `dtype`.
 
-    The largest tensors are quantised first, while there is most room. A tied lm_head shares the embedding's 4 bits.
+    Of sparse linears the values that stay are in NF4, in blocks of their own order; masks are as they are. The largest
+    tensors are quantised first, while there is most room. A tied lm_head shares the embedding's 4 bits.
 
     Args:
         checkpoint: a folder in 16 or 32 bits, or one that `write_4bit` made.
@@ -47,8 +49,10 @@ def load_4bit(
     """
     _check_method(checkpoint)
     return_freed_memory_()  # else packed weights settle in the room that 16-bit ones leave, and it never is free again
+    checkpoint = checkpoint.stored
     model: Any = empty_model(checkpoint, dtype)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected |= {name: tuple(mask.shape) for name, mask in model.named_buffers() if name.endswith(".mask")}
     names = [name for name in checkpoint.names() if name in expected]
     if missing := sorted(expected.keys() - set(names)):
         raise UserError(f"{checkpoint.folder}: no tensor {missing[0]}, which config.json's model has")
@@ -58,6 +62,8 @@ def load_4bit(
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, _empty_linear(module, dtype))
+        elif isinstance(module, SparseLinear):
+            model.set_submodule(name, SparseLinear4bit(module, len(module.weight)))
     for name in track(sorted(names, key=lambda name: -checkpoint.spec(name).nbytes), "Loading in 4 bits"):
         shape = expected[name]
         if name == EMBEDDING:
@@ -66,6 +72,10 @@ def load_4bit(
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Linear4bit) and name.endswith(".weight"):
             _put_weight_(module, _read_4bit(checkpoint, name, shape, device, dtype))
+        elif isinstance(module, SparseLinear) and name.endswith(".weight"):
+            module.weight = _read_4bit(checkpoint, name, shape, device, dtype)
+        elif name.endswith(".mask"):
+            module.mask = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device)
         else:
             tensor = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device, dtype)
             setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
@@ -135,6 +145,15 @@ def _constants(state: QuantState | None) -> list[Tensor]:
     if state is None:
         return []
     return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+
+
+class SparseLinear4bit(SparseLinear):
+    """A sparse linear whose values are in NF4."""
+
+    def values(self) -> Tensor:
+        """The values, dequantised to the dtype that the model computes in."""
+        found: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return found
 
 
 class _Lookup(nn.Module):  # type: ignore[misc]

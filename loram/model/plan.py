@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from loram.errors import UserError, first_problem
 from loram.model.architecture import ARCHITECTURES, Architecture, Cut, Geometry, Space
+from loram.model.sparsity import STRUCTURED, kept_values, n_of_m
 
-PLAN_NAME = "loram_plan.json"
+PLAN_NAME, MASKS_NAME = "loram_plan.json", "loram_masks.safetensors"
 
 
 class BaseReference(BaseModel):
@@ -27,7 +29,7 @@ class BaseReference(BaseModel):
 
 
 class PruningPlan(BaseModel):
-    """What every layer keeps: sorted indices of units a space, for the layers that are narrowed.
+    """What every layer keeps: sorted indices of units a space where layers are narrowed, masks where they are sparse.
 
     Args:
         model_type: family of the full model.
@@ -35,6 +37,9 @@ class PruningPlan(BaseModel):
         geometry: its sizes, so that recovery never reads its weights.
         layers: layer -> space name -> kept unit indices, sorted. A layer or space not named keeps everything.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
+        pattern: `structured`, or that of sparse layers: `unstructured`, or n:m, which keeps n of every m weights.
+        masks: of a sparse plan, the SHA-256 of `loram_masks.safetensors`: `model.layers.3.mlp.up_proj.mask` is
+            (out_features, in_features / 8) uint8, bit j of byte i for column 8 * i + j, 1 where the weight stays.
         bias_compensation: whether the pruned layers' o_proj and down_proj have a bias for what they lost.
         versions: of the libraries that made it.
 
@@ -53,6 +58,8 @@ class PruningPlan(BaseModel):
     seed: int
     keep_first: int = Field(ge=0)
     keep_last: int = Field(ge=0)
+    pattern: str = STRUCTURED
+    masks: str | None = None
     versions: dict[str, str]
     layers: dict[int, dict[str, tuple[int, ...]]]
 
@@ -77,6 +84,33 @@ class PruningPlan(BaseModel):
                 if kept[0] < 0 or kept[-1] >= sizes[name]:
                     raise ValueError(f"layer {layer} {name}: kept indices must lie in 0..{sizes[name] - 1}")
         return self
+
+    @model_validator(mode="after")
+    def _narrow_or_sparse(self) -> "PruningPlan":
+        n_of_m(self.pattern)
+        if self.sparse != (self.masks is not None) or (self.sparse and (self.layers or self.bias_compensation)):
+            raise ValueError(f"pattern {self.pattern}: sparse plans have masks and nothing narrowed, others no masks")
+        return self
+
+    @property
+    def sparse(self) -> bool:
+        """Whether weights were zeroed one by one, so that all shapes are the full model's."""
+        return self.pattern != STRUCTURED
+
+    @property
+    def sparse_layers(self) -> range:
+        """The layers whose linears are sparse."""
+        return range(self.keep_first, self.geometry.num_hidden_layers - self.keep_last) if self.sparse else range(0)
+
+    def kept_values(self) -> dict[str, int]:
+        """How many weights a sparse layer keeps of each linear, by the linear's path in the layer."""
+        shapes = {linear: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
+        return {linear: kept_values(*shape, self.pattern, self.ratio) for linear, shape in shapes.items()}
+
+    def sparsity(self) -> dict[str, Any] | None:
+        """What config.json of a sparse model says about it (see `modeling_loram`); None for other plans."""
+        found = self.sparse_layers
+        return {"layers": [found.start, found.stop], "values": self.kept_values()} if self.sparse else None
 
     @property
     def architecture(self) -> Architecture:
@@ -120,7 +154,7 @@ class PruningPlan(BaseModel):
         return result
 
     def parameters(self) -> tuple[int, int]:
-        """(parameters of the full model, parameters of the pruned model)."""
+        """(parameters of the full model, parameters of the pruned model; of sparse linears the weights that stay)."""
         full = pruned = self.geometry.other_parameters()
         for layer in range(self.geometry.num_hidden_layers):
             full += self.geometry.layer_parameters(self.architecture)
@@ -129,11 +163,15 @@ class PruningPlan(BaseModel):
             consumers = [cut.linear for space in self.architecture.spaces for cut in space.cuts if cut.axis == 1]
             new = [linear for linear in consumers if linear not in self.geometry.biases]
             pruned += len(self.layers) * len(new) * self.geometry.hidden_size
+        if self.sparse:
+            shapes = [self.geometry.linear_shape(linear) for linear in self.architecture.linears]
+            pruned -= len(self.sparse_layers) * (sum(map(math.prod, shapes)) - sum(self.kept_values().values()))
         return full, pruned
 
     def to_json(self) -> str:
         """The plan as JSON: a key a line, a layer a line, keys and layers in a fixed order."""
-        fields: dict[str, Any] = self.model_dump(mode="json")
+        new = set() if self.sparse else {"pattern", "masks"}  # older plans keep their fingerprints
+        fields: dict[str, Any] = self.model_dump(mode="json", exclude=new)
         layers = fields.pop("layers")
         rows = [f"    {json.dumps(key)}: {json.dumps(layers[key], sort_keys=True)}" for key in sorted(layers, key=int)]
         lines = [f"  {json.dumps(key)}: {json.dumps(value, sort_keys=True)}," for key, value in fields.items()]

@@ -66,6 +66,7 @@ def _pruned_config(base: Path, plan: PruningPlan) -> Any:
         },
         per_layer_config=plan.per_layer_config(),
         bias_compensation=plan.bias_compensation,
+        sparsity=plan.sparsity(),
     )
 
 
@@ -122,13 +123,16 @@ def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
     return full
 
 
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, plan: PruningPlan | None = None) -> Any:
+def empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, plan: PruningPlan | None = None, *, dense: bool = False
+) -> Any:
     """A full or pruned model without weights: its parameters are on the meta device, its few buffers are real.
 
     Args:
         checkpoint: the model's folder.
         dtype: of the parameters.
         plan: build what this makes of the full model in `checkpoint`.
+        dense: give a sparse model ordinary linears, for the weights that `checkpoint` shows.
 
     Raises:
         UserError: the family is not supported.
@@ -136,6 +140,8 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, plan: PruningPlan | 
     if not checkpoint.pruned:
         architecture_of(checkpoint.config, checkpoint.name)
     config = AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint.folder, plan)
+    if dense and checkpoint.sparse:
+        config.sparsity = None
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # each parameter was moved to the meta device by itself

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loram.errors import UserError
-from loram.model.adapter import Adapter, add_update_
+from loram.model.adapter import Adapter
 from loram.model.architecture import CUTS
 from loram.model.batches import Batch
 from loram.model.checkpoint import EMBEDDING, Checkpoint
@@ -31,6 +31,7 @@ BATCH_TOKENS = 2048
 _SLICE_BYTES = 1 << 26
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
+Editor = Callable[["ResidentLayer"], None]
 OnGradient = Callable[[str, Tensor, Tensor], None]
 Follower = Callable[[int, int, Tensor, Tensor, dict[str, Any]], None]
 Item = TypeVar("Item")
@@ -112,8 +113,10 @@ class Stream:
         self.checkpoint, self.batches, self.adapter = checkpoint, batches, adapter
         self.device, self.dtype = device, dtype
         return_freed_memory_()
-        self.model: Any = empty_model(checkpoint, dtype)
+        self.model: Any = empty_model(checkpoint, dtype, dense=True)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # a tied one once
+        if checkpoint.sparse:
+            self.parameters = checkpoint.parameters  # those that are kept
         self._layers = self.model.model.layers
         self._scratch = Scratch(hidden_bytes, scratch)
         self._arguments: dict[tuple[int, ...], dict[int, dict[str, Any]]] = {}
@@ -128,8 +131,12 @@ class Stream:
         return sum(len(batch.targets) for batch in self.batches)
 
     def forward(
-        self, observe: Observer | None = None, keep_from: int | None = None, follow: Follower | None = None
-    ) -> Iterator[ResidentLayer]:
+        self,
+        observe: Observer | None = None,
+        keep_from: int | None = None,
+        edit: Editor | None = None,
+        follow: Follower | None = None,
+    ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, yielding each layer when they have passed it.
 
         Args:
@@ -137,6 +144,8 @@ class Stream:
                 (rows, width, in_features), its outputs (rows, width, out_features) and where these are text and not
                 padding (rows, width).
             keep_from: keep the inputs of this layer and those above, for `backward`.
+            edit: called with each layer once it has been observed; may change its weights in place, since the next
+                layer sees what comes out of a second pass.
             follow: called for every layer and micro-batch with their numbers, the layer's inputs and outputs (rows,
                 width, hidden size) on the device, and what else the model's code passes to the layer.
         """
@@ -144,17 +153,32 @@ class Stream:
         for layer in self._resident(range(len(self._layers)), "Layers, forward"):
             keep = keep_from is not None and layer.index >= keep_from
             outputs = self._room() if keep else current
-            for number, batch in enumerate(self.batches):
-                inputs = current[number].to(self.device)
-                with torch.no_grad(), self._observed(layer.index, batch, observe):
-                    result = self._call(layer.index, batch, inputs)
-                if follow is not None:
-                    follow(layer.index, number, inputs, result, self._passed(layer.index, batch))
-                outputs[number] = result
+            if edit is not None:
+                self._pass(layer.index, current, None, observe)
+                edit(layer)
+            self._pass(layer.index, current, outputs, None if edit else observe, follow)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
+
+    def _pass(
+        self,
+        index: int,
+        inputs: Activations,
+        outputs: Activations | None,
+        observe: Observer | None,
+        follow: Follower | None = None,
+    ) -> None:
+        """Send all micro-batches through one layer."""
+        for number, batch in enumerate(self.batches):
+            before = inputs[number].to(self.device)
+            with torch.no_grad(), self._observed(index, batch, observe):
+                after = self._call(index, batch, before)
+            if follow is not None:
+                follow(index, number, before, after, self._passed(index, batch))
+            if outputs is not None:
+                outputs[number] = after
 
     def backward(
         self, down_to: int, on_gradient: OnGradient, *, of: Literal["weights", "factors"] = "weights"
@@ -289,17 +313,15 @@ class Stream:
         self._factors.clear()
         handles = []
         for linear in CUTS:
-            module = f"model.layers.{index}.{linear}"
-            factors = None if self.adapter is None else self.adapter.modules.get(module)
-            if self.adapter is None or factors is None:
+            name, module = f"model.layers.{index}.{linear}", self._layers[index].get_submodule(linear)
+            if self.adapter is None or name not in self.adapter.modules:
                 continue
             if self.adapter.dora:
-                weight = self._layers[index].get_submodule(linear).weight
-                weight.data = self.adapter.updated(module, weight.data).to(weight)
+                module.weight.data = self.adapter.updated(name, module.weight.data).to(module.weight)
                 continue
-            a, b = (factors[part].detach().to(self.device, torch.float32) for part in "AB")
-            self._factors |= {f"base_model.model.{module}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
-            handles.append(add_update_(self._layers[index].get_submodule(linear), a, b, self.adapter.scaling(module)))
+            handle, factors = self.adapter.add_to_(module, name, self.device)
+            self._factors |= factors
+            handles.append(handle)
         return handles
 
     @contextlib.contextmanager

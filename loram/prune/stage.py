@@ -1,4 +1,4 @@
-"""The prune stage: base checkpoint -> plan -> pruned folder."""
+"""The prune stage: base checkpoint -> plan -> pruned folder. What is here removes units; `sparse.py` zeroes weights."""
 
 import dataclasses
 import functools
@@ -19,12 +19,14 @@ from loram.model.device import pick_device
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.pruned import load_tokenizer, write_config
 from loram.model.resize import narrow
+from loram.model.sparsity import STRUCTURED
 from loram.model.tensorfile import TensorSpec
 from loram.progress import track
 from loram.prune.choose import choose
-from loram.prune.counts import kept_units, prunable_layers
-from loram.prune.criteria import CRITERIA, NEEDS_TEXT
+from loram.prune.counts import prunable_layers
 from loram.prune.score import ScoredLayer, score_layers
+from loram.prune.settings import PruneSettings, check_counts, prune_settings
+from loram.prune.sparse import prune_sparse
 
 BUILTIN_CALIBRATION = Path(__file__).parent / "calibration.jsonl"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,22 +36,24 @@ def prune(
     base: str | Path,
     out: str | Path,
     *,
-    ratio: float,
-    criterion: str = "taylor",
+    ratio: float | None = None,
+    criterion: str | None = None,
+    pattern: str = STRUCTURED,
     calibration: DataSpec | str | Path | None = None,
     calibration_samples: int = 10,
     calibration_length: int = 128,
-    keep_first: int = 4,
-    keep_last: int = 2,
+    keep_first: int | None = None,
+    keep_last: int | None = None,
     bias_compensation: bool = False,
     seed: int = 42,
     device: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> PruningPlan:
-    """Remove whole key-value groups (with their query heads) and MLP channels from a model's middle layers.
+    """Make a model smaller: remove units of its middle layers, or single weights of all its layers.
 
-    Structured pruning of LoRAM (arXiv 2502.13533, section 3.1): in the layers `[keep_first, L - keep_last)`,
-    `floor(I * (1 - ratio))` channels and `ceil(n_kv * (1 - ratio))` groups stay.
+    `structured` (LoRAM, arXiv 2502.13533, section 3.1) removes whole key-value groups, with their query heads, and MLP
+    channels: `floor(I * (1 - ratio))` channels and `ceil(n_kv * (1 - ratio))` groups stay. The sparse patterns keep all
+    shapes and remove single weights of every linear; only those that stay are stored, with a bit for every place.
 
     The model is streamed: one decoder layer is in memory at a time, and what it keeps is written as soon as it is
     scored. The base is read once, and twice where the criterion needs gradients (but for some rows of the embedding
@@ -58,11 +62,13 @@ def prune(
     Args:
         base: hub id, folder or GGUF file of the full model.
         out: the pruned folder to make: an ordinary Hugging Face folder with `loram_plan.json`.
-        ratio: share of the units to remove, between 0 and 1.
-        criterion: a key of `loram.prune.criteria.CRITERIA`.
+        ratio: share of the units, or weights, to remove, between 0 and 1; n:m implies it.
+        criterion: of `loram.prune.settings.STRUCTURED_CRITERIA` (default: taylor) or `SPARSE_CRITERIA` (sparsegpt).
+        pattern: `structured`; `4:8`, `2:4` or any n:m, which keeps n of every m weights; or `unstructured`.
         calibration: data set for criteria that read text; a few built-in passages where none is given.
         calibration_samples: how many of its rows.
         calibration_length: tokens a sample is cut to.
+        keep_first, keep_last: layers to leave whole; by default 4 and 2, and none with sparse patterns.
         bias_compensation: give o_proj and down_proj of narrowed layers a bias that adds what the removed inputs add
             on average over the calibration text (FLAP, arXiv 2312.11983, section 3.3).
         seed: of the random criterion.
@@ -76,32 +82,54 @@ def prune(
         UserError: the model or data cannot be used, a setting is out of range, or `out` exists.
     """
     out = Path(out)
-    if criterion not in CRITERIA:
-        raise UserError(f"criterion {criterion!r} is not known; known are {', '.join(CRITERIA)}")
+    settings = prune_settings(
+        pattern=pattern,
+        ratio=ratio,
+        criterion=criterion,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        bias_compensation=bias_compensation,
+    )
     check_output(out, base)
     checkpoint = open_model(base)
-    geometry, architecture = checkpoint.geometry, architecture_of(checkpoint.config, checkpoint.name)
-    for space in architecture.spaces:
-        kept_units(space, geometry.units(space), ratio)  # a ratio that cannot be is refused before the scoring
-    layers = prunable_layers(geometry, keep_first, keep_last)
+    architecture = architecture_of(checkpoint.config, checkpoint.name)
+    check_counts(settings, checkpoint.geometry, architecture.model_type)
     check_weights(checkpoint, architecture)
 
     samples: list[list[int]] = []
-    if criterion in NEEDS_TEXT or bias_compensation:
+    if settings.reads_text:
         tokenizer = load_tokenizer(checkpoint)
         tokens = load_calibration(checkpoint, tokenizer, calibration, calibration_samples, calibration_length)
         samples = [list(ids) for ids in tokens.rows["input_ids"]]
+    write = prune_sparse if settings.sparse else _prune_structured
+    return write(
+        checkpoint, out, settings, samples=samples, seed=seed, device=pick_device(device), shard_bytes=shard_bytes
+    )
+
+
+def _prune_structured(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: PruneSettings,
+    *,
+    samples: list[list[int]],
+    seed: int,
+    device: torch.device,
+    shard_bytes: int,
+) -> PruningPlan:
+    geometry, architecture = checkpoint.geometry, architecture_of(checkpoint.config)
+    layers, criterion = prunable_layers(geometry, settings.keep_first, settings.keep_last), settings.criterion
     decide = functools.partial(
         choose,
         geometry=geometry,
         model_type=architecture.model_type,
         base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
         criterion=criterion,
-        ratio=ratio,
-        bias_compensation=bias_compensation,
+        ratio=settings.ratio,
+        bias_compensation=settings.bias_compensation,
         seed=seed,
-        keep_first=keep_first,
-        keep_last=keep_last,
+        keep_first=settings.keep_first,
+        keep_last=settings.keep_last,
     )
     # Which units stay is open, but how many is not, so the files can be laid out before any score is known.
     blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
@@ -116,9 +144,9 @@ def prune(
                 [criterion],
                 layers,
                 calibration=samples,
-                gather_inputs=bias_compensation,
+                gather_inputs=settings.bias_compensation,
                 seed=seed,
-                device=pick_device(device),
+                device=device,
                 scratch=staging,
             ):
                 found = {layer.index: layer.scores[criterion]} if layer.scores else {}

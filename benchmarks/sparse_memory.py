@@ -1,0 +1,93 @@
+"""What training on sparse weights takes where only the weights that stay are stored, beside the same weights dense.
+
+Makes a LLaMA of random weights, prunes it at 4:8, writes the pruned weights a second time as a plain dense folder, and
+trains two steps on each, in 32 bits and in NF4, every time in a process of its own. Peak is the growth of resident
+memory from just before the model is loaded; beside it stands what `loram estimate` predicts.
+
+    python benchmarks/sparse_memory.py --output-dir runs/sparse
+
+Prints a table and writes sparse_memory.json beside this script.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from planner import in_process
+from random_models import SHAPES, config_of, make_model
+
+import loram
+from loram.artifacts import publish
+from loram.estimate import estimate
+from loram.model.checkpoint import Checkpoint, ShardedWriter
+
+RESULTS = Path(__file__).with_suffix(".json")
+PATTERN = "4:8"
+SHAPES["300m"] = (1024, 2816, 24, 16, 16, 8000)
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "per_device_train_batch_size": 1,
+    "max_length": 128,
+    "gradient_checkpointing": True,
+}
+
+
+def written_dense(sparse: Path, base: Path, out: Path) -> Path:
+    """The weights that a sparse folder stands for, as a plain folder of the full model's family."""
+    checkpoint = Checkpoint(sparse)
+    with publish(out, kind="base", made_from={}) as staging:
+        for path in base.iterdir():
+            if path.suffix not in (".safetensors",) and "manifest" not in path.name and "index" not in path.name:
+                (staging / path.name).write_bytes(path.read_bytes())
+        with ShardedWriter(staging, {name: checkpoint.spec(name) for name in checkpoint.names()}) as writer:
+            for name in checkpoint.names():
+                writer.copy(name, checkpoint)
+    return out
+
+
+def rows(given: argparse.Namespace) -> dict[str, Any]:
+    """Every way to train, and what it took."""
+    root = Path(given.output_dir)
+    base, sparse, dense = root / "base", root / "sparse", root / "dense"
+    if not base.exists():
+        make_model(base, config_of(given.shape))
+    if not sparse.exists():
+        loram.prune(base, sparse, pattern=PATTERN, criterion="magnitude")
+    if not dense.exists():
+        written_dense(sparse, base, dense)
+    text = root / "text.txt"
+    text.write_text("".join(chr(97 + number * number % 26) for number in range(2048)), encoding="utf-8")
+    given.dataset = str(text)
+    found = {}
+    for in_4bit in (False, True):
+        for folder in (dense, sparse):
+            options = {**OPTIONS, "load_in_4bit": in_4bit}
+            predicted = estimate(base, pattern=PATTERN if folder is sparse else "structured", **options)
+            name = f"{folder.name}, {'NF4' if in_4bit else '32 bits'}"
+            found[name] = {
+                "stored_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+                "weight_bytes": predicted.weight_bytes,
+                "predicted": predicted.training.total,
+                **in_process(given, str(folder), name, options),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--shape", default="300m", choices=SHAPES)
+    given = parser.parse_args()
+    found = {"shape": given.shape, "pattern": PATTERN, **OPTIONS, "rows": rows(given)}
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{'weights':<18}{'on disk':>12}{'in memory':>12}{'predicted':>12}{'measured':>12}{'seconds':>9}")
+    for name, row in found["rows"].items():
+        sizes = "".join(
+            f"{row[key] / 1e6:>9,.0f} MB" for key in ("stored_bytes", "weight_bytes", "predicted", "measured")
+        )
+        print(f"{name:<18}{sizes}{row['seconds']:>9.0f}")
+
+
+if __name__ == "__main__":
+    main()
