@@ -13,7 +13,7 @@ from loram.progress import track
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """Add an adapter's update scaling·B·A to a model's weights and write the result as a plain model folder.
 
-    With DoRA every row is then brought to its magnitude; with `mask_update`, the update is masked as it was in training.
+    With DoRA every row is then brought to its magnitude; with `mask_update`, the update is masked as in training.
     Sums are in float32 and stored in the base's dtype. Where lm_head is tied to the embedding and the adapter updates
     it, the merged model has its own lm_head (`tie_word_embeddings` false), since the embedding must stay as it was.
 

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loram.align.spec import AlignSpec
 from loram.data_spec import DataSpec
@@ -76,6 +85,27 @@ class RecoverSection(_Section):
     _spec = field_validator("dev_dataset", mode="before")(lambda value: _as_spec(value))
 
 
+class PolishSection(_Section):
+    """Options of `loram.polish`: a few steps of the recovered adapter on the full model, streamed; by default on the
+    training data."""
+
+    dataset: DataSpec | None = None
+    max_steps: PositiveInt = 8
+    per_device_train_batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 5e-4
+    max_length: PositiveInt = 512
+
+    _spec = field_validator("dataset", mode="before")(lambda value: _as_spec(value))
+
+
+class Variant(_Section):
+    """One row of a comparison: what it changes in the recipe, section by section and key by key."""
+
+    base: Literal["full", "pruned"] = "pruned"  # what is trained on
+    prune: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
 class EvaluateSection(_Section):
     """Options of `loram.evaluate`; `full_lora` also trains LoRA on the full model, to compare with; `stream`ed
     evaluations never load the model."""
@@ -100,8 +130,9 @@ class Recipe(_Section):
         eval_dataset: held-out rows, likewise; or a mapping of names to data sets.
         seed: of pruning, initialisation, data order.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
-        prune, teach, align: their stages' options; a stage without a section is left out.
+        prune, teach, align, polish: their stages' options; a stage without a section is left out.
         train, recover, evaluate: their stages' options.
+        compare: what `loram compare` puts side by side, by name; `loram run` passes it over.
     """
 
     model_name_or_path: str
@@ -116,7 +147,9 @@ class Recipe(_Section):
     align: AlignSpec | None = None
     train: TrainSection = Field(default_factory=TrainSection)
     recover: RecoverSection = Field(default_factory=RecoverSection)
+    polish: PolishSection | None = None
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    compare: dict[str, Variant] = Field(default_factory=dict)
 
     _spec = field_validator("dataset", mode="before")(lambda value: _as_spec(value))
 
@@ -137,6 +170,8 @@ class Recipe(_Section):
             raise ValueError("prune, align, dataset: at least one is needed, else there is nothing to do")
         if self.prune is not None and self.base_model_name_or_path is not None:
             raise ValueError("base_model_name_or_path: with `prune`, model_name_or_path is the full model; drop it")
+        if self.polish is not None and (self.dataset is None or self.train.mask_update):
+            raise ValueError("polish: needs a `dataset`, and an adapter that is recovered, so no mask_update")
         if self.teach is not None and (self.align is None or not self.align.dataset or self.align.objective == "clm"):
             raise ValueError("teach: needs an `align` section with a dataset, and an objective that asks the teacher")
         return self

@@ -38,8 +38,8 @@ def recover(
 
     Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
     adapter has its geometry. Of a sparse model, whose shapes are the full model's, all is copied. Weights are read,
-    tensor by tensor, only for what is asked for beyond that (see `loram.correct`), and for a DoRA adapter: its magnitudes
-    are lengths of rows, and a full row is longer than a pruned one.
+    tensor by tensor, only for what is asked for beyond that (see `loram.correct`), and for DoRA: its magnitudes are
+    lengths of rows, and a full row is longer than a pruned one.
 
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-FINAL = ("recovered", "merged")  # rows of which a run has one: the full model with what was trained
+FINAL = ("polished", "recovered", "merged")  # the full model with what was trained; the first that a run has counts
 
 
 class Cost(BaseModel):

@@ -11,7 +11,7 @@ import typer
 
 from loram.cli.adapters import evaluate, merge, polish, recover, train
 from loram.cli.models import align, convert, prune, quantize, teach
-from loram.cli.runs import doctor, estimate, run, verify
+from loram.cli.runs import compare, doctor, estimate, run, verify
 from loram.errors import UserError
 from loram.names import on_the_line
 
@@ -33,6 +33,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {  # in the order of a run
     "eval": evaluate,
     "merge": merge,
     "run": run,
+    "compare": compare,
     "quantize": quantize,
     "teach": teach,
     "convert": convert,

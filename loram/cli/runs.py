@@ -50,8 +50,8 @@ def run(
             show(found, console)
         return
 
-    from loram.pipeline import REPORT_NAME
     from loram.pipeline import run as pipeline
+    from loram.record import REPORT_NAME
     from loram.report import summary, table
 
     report = pipeline(loaded, fresh=fresh)
@@ -61,6 +61,30 @@ def run(
     console.print(table(report))
     console.print(summary(report), highlight=False)
     console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)
+
+
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with a `compare` section.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value over the recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train by several methods, on the full and the pruned model, and put them in one table."""
+    from loram.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+
+    from rich.console import Console
+
+    from loram.compare import TABLE_NAME, table
+    from loram.compare import compare as stage
+
+    rows = stage(loaded)
+    if as_json:
+        typer.echo(json.dumps({"rows": [row.model_dump() for row in rows]}))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(rows))
+    console.print(f"Table and plot: {loaded.output_dir / TABLE_NAME}", highlight=False, soft_wrap=True)
 
 
 def estimate(
