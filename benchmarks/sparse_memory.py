@@ -1,8 +1,9 @@
 """What training on sparse weights takes where only the weights that stay are stored, beside the same weights dense.
 
 Makes a LLaMA of random weights, prunes it at 4:8, writes the pruned weights a second time as a plain dense folder, and
-trains two steps on each, in 32 bits and in NF4, every time in a process of its own. Peak is the growth of resident
-memory from just before the model is loaded; beside it stands what `loram estimate` predicts.
+trains two steps on each, in 32 bits and in NF4, every time in a process of its own. Figures are the growth of resident
+memory from just before the model is loaded, at its peak while it is loaded and while it is trained; beside the latter
+stands what `loram estimate` predicts.
 
     python benchmarks/sparse_memory.py --output-dir runs/sparse
 
@@ -10,27 +11,72 @@ Prints a table and writes sparse_memory.json beside this script.
 """
 
 import argparse
+import gc
+import importlib
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from planner import in_process
+from planner import stage_options
 from random_models import SHAPES, config_of, make_model
+from transformers import TrainerCallback
 
 import loram
 from loram.artifacts import publish
 from loram.estimate import estimate
+from loram.model import device
 from loram.model.checkpoint import Checkpoint, ShardedWriter
 
 RESULTS = Path(__file__).with_suffix(".json")
 PATTERN = "4:8"
-SHAPES["300m"] = (1024, 2816, 24, 16, 16, 8000)
+SHAPES["170m"] = (1024, 2816, 12, 16, 16, 8000)
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "per_device_train_batch_size": 1,
     "max_length": 128,
     "gradient_checkpointing": True,
 }
+
+
+class Peaks(TrainerCallback):  # type: ignore[misc]
+    """Peak memory until training begins, and from then on."""
+
+    loading = training = 0
+
+    def on_train_begin(self, *args: Any, **rest: Any) -> None:
+        """The model is loaded."""
+        gc.collect()
+        self.loading = device.peak_rss()
+        device.reset_peak_rss()
+
+    def on_train_end(self, *args: Any, **rest: Any) -> None:
+        """The last step is done."""
+        self.training = device.peak_rss()
+
+
+def measure(model: str, dataset: str, options: dict[str, Any]) -> dict[str, int]:
+    """Train in this process, once at hardly any size first: what libraries set up when first used is not counted."""
+    for module in ("peft", "trl", "trl.trainer.sft_trainer", "bitsandbytes", "bitsandbytes.optim"):
+        importlib.import_module(module)
+    out = Path(model).with_name("adapter")
+    for chosen in ({**options, "max_length": 16}, options):
+        shutil.rmtree(out, ignore_errors=True)
+        gc.collect()
+        device.reset_peak_rss()
+        before, peaks = device.rss(), Peaks()
+        loram.train(model, out, data=dataset, device="cpu", callbacks=[peaks], **stage_options(chosen))
+    return {"loading": peaks.loading - before, "measured": peaks.training - before}
+
+
+def in_process(folder: Path, dataset: Path, options: dict[str, Any]) -> dict[str, int]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--measure", str(folder), str(dataset), json.dumps(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def written_dense(sparse: Path, base: Path, out: Path) -> Path:
@@ -58,7 +104,6 @@ def rows(given: argparse.Namespace) -> dict[str, Any]:
         written_dense(sparse, base, dense)
     text = root / "text.txt"
     text.write_text("".join(chr(97 + number * number % 26) for number in range(2048)), encoding="utf-8")
-    given.dataset = str(text)
     found = {}
     for in_4bit in (False, True):
         for folder in (dense, sparse):
@@ -69,24 +114,26 @@ def rows(given: argparse.Namespace) -> dict[str, Any]:
                 "stored_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
                 "weight_bytes": predicted.weight_bytes,
                 "predicted": predicted.training.total,
-                **in_process(given, str(folder), name, options),
+                **in_process(folder, text, options),
             }
     return found
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        model, dataset, options = sys.argv[2:]
+        print(json.dumps(measure(model, dataset, json.loads(options))))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--shape", default="300m", choices=SHAPES)
+    parser.add_argument("--shape", default="170m", choices=SHAPES)
     given = parser.parse_args()
     found = {"shape": given.shape, "pattern": PATTERN, **OPTIONS, "rows": rows(given)}
     RESULTS.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{'weights':<18}{'on disk':>12}{'in memory':>12}{'predicted':>12}{'measured':>12}{'seconds':>9}")
+    print(f"{'weights':<18}{'on disk':>12}{'in memory':>12}{'predicted':>12}{'measured':>12}{'loading':>12}")
     for name, row in found["rows"].items():
-        sizes = "".join(
-            f"{row[key] / 1e6:>9,.0f} MB" for key in ("stored_bytes", "weight_bytes", "predicted", "measured")
-        )
-        print(f"{name:<18}{sizes}{row['seconds']:>9.0f}")
+        keys = ("stored_bytes", "weight_bytes", "predicted", "measured", "loading")
+        print(f"{name:<18}" + "".join(f"{row[key] / 1e6:>9,.0f} MB" for key in keys))
 
 
 if __name__ == "__main__":

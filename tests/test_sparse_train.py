@@ -304,11 +304,15 @@ def test_estimated_bytes_are_those_of_the_model(
 
 def test_alignment_trains_the_values(sparse: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     trainer = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
-    loram.align(sparse, tmp_path / "aligned", data=[rows_file], trainer=trainer, probe=False)
-    aligned, before = Checkpoint(tmp_path / "aligned"), Checkpoint(sparse)
+    probe = {"probe_steps": 1, "eval_steps": 2}
+    loram.align(sparse, tmp_path / "aligned", data=[rows_file], trainer={**trainer, "max_steps": 4}, **probe)
+    log = [json.loads(line) for line in (tmp_path / "aligned" / "align_log.jsonl").read_text().splitlines()]
+    assert any("recovered_loss" in entry for entry in log)
+    loram.align(sparse, tmp_path / "last", data=[rows_file], trainer=trainer, probe=False)
+    aligned, before = Checkpoint(tmp_path / "last"), Checkpoint(sparse)
     assert aligned.sparse
     assert aligned.parameters == before.parameters
-    assert (tmp_path / "aligned" / MASKS_NAME).read_bytes() == (sparse / MASKS_NAME).read_bytes()
+    assert (tmp_path / "last" / MASKS_NAME).read_bytes() == (sparse / MASKS_NAME).read_bytes()
     for module, kept in masks_of(sparse).items():
         tensor = aligned.tensor(f"{module}.weight")
         assert not tensor[~kept].any()

@@ -1,1 +1,1 @@
-"""Structured pruning: score the units of a model, choose which to keep, write the smaller checkpoint."""
+"""Pruning: score units or weights of a model, choose which to keep, write the smaller checkpoint."""

@@ -117,6 +117,7 @@ def _prune_structured(
     device: torch.device,
     shard_bytes: int,
 ) -> PruningPlan:
+    """Score units and write what stays of a layer while it is in memory; arguments as for `prune`, checked."""
     geometry, architecture = checkpoint.geometry, architecture_of(checkpoint.config)
     layers, criterion = prunable_layers(geometry, settings.keep_first, settings.keep_last), settings.criterion
     decide = functools.partial(
