@@ -124,7 +124,7 @@ def train(
         settings={**settings, "device": chosen.type},
         limit=options.trainer["save_total_limit"],
     )
-    kind = "model" if METHODS[method].weights and not checkpoint.pruned else "adapter"
+    kind = "model" if METHODS[method].weights and find_plan(checkpoint.folder) is None else "adapter"
     with publish(out, kind=kind, made_from=made_from, settings=settings) as staging:
         with checkpoints.open(fresh=fresh):
             trained = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks)
@@ -134,7 +134,7 @@ def train(
             else:
                 found = _write_adapter(staging, trained, checkpoint, options)
                 tokenizer.save_pretrained(staging)
-        settings.update(found)
+        settings.update(found)  # the manifest is written when this block ends
         lines = [*trained.log, *([found] if found else [])]
         log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in lines)
         (staging / LOG_NAME).write_text(log, encoding="utf-8")
@@ -248,7 +248,8 @@ def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device
 def _thawed(checkpoint: Checkpoint, options: TrainOptions, seed: int) -> tuple[Any, list[TrainerCallback]]:
     """(the model in float32, which a GPU computes with in 16 bits, with what will be trained of it; callbacks)."""
     model = load_model(checkpoint, dtype=torch.float32)
-    layers = unfreeze_(model, pruned=checkpoint.pruned, around=not options.lisa or options.lisa["train_embeddings"])
+    pruned = find_plan(checkpoint.folder) is not None
+    layers = unfreeze_(model, pruned=pruned, around=not options.lisa or options.lisa["train_embeddings"])
     return model, [lisa_callback(layers, options.lisa, seed)] if options.lisa else []
 
 

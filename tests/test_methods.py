@@ -22,7 +22,7 @@ from loram.estimate.settings import PLANNED
 from loram.estimate.size import show_size
 from loram.methods.adapters import row_lengths, specialise_
 from loram.methods.lisa import Lisa
-from loram.methods.table import METHODS
+from loram.methods.table import METHODS, frozen_ranks
 from loram.model.adapter import ROW_LENGTHS_NAME, Adapter
 from loram.model.checkpoint import Checkpoint
 from loram.model.plan import BaseReference, PruningPlan
@@ -68,6 +68,7 @@ def test_a_recipe_runs_with_any_method(
             "eval_dataset": str(rows_file),
             "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1},
             "train": {"method": method, "trainer": STEPS},
+            "evaluate": {"full_lora": method in WEIGHTS},
             "device": "cpu",
         }
     )
@@ -76,6 +77,8 @@ def test_a_recipe_runs_with_any_method(
     assert losses[-1] < losses[0]
     assert rows["pruned + adapter"].perplexity["eval"] < rows["pruned"].perplexity["eval"]
     assert rows["recovered"].perplexity["eval"] != rows["base"].perplexity["eval"]
+    if method in WEIGHTS:  # a model of its own
+        assert rows["full LoRA"].perplexity["eval"] < rows["base"].perplexity["eval"]
     config = json.loads((tmp_path / "run" / "recovered" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     plain = PeftModel.from_pretrained(
@@ -223,6 +226,13 @@ def test_lora_sp_trains_exactly_the_share(
     for factors in adapter.modules.values():
         assert factors["A"].shape[0] == r  # a plain adapter of that rank
         assert (factors["A"].norm(dim=1) * factors["B"].norm(dim=0) > 0).all()
+
+
+def test_the_share_that_an_error_names_can_be_had() -> None:
+    with pytest.raises(loram.UserError, match=r"0\.7 of a rank 3 adapter .* the nearest is 0\.666667"):
+        frozen_ranks(3, 0.7)
+    assert frozen_ranks(3, 0.666667) == 1
+    assert [frozen_ranks(8, share) for share in (0.5, 0.625, 1.0)] == [4, 3, 0]
 
 
 def test_lora_sp_begins_as_the_model_itself() -> None:

@@ -485,6 +485,11 @@ def test_sizes() -> None:
         ({"device": "cpu", "activation_offloading": True}, "activation_offloading"),
         ({"device": "cpu", "optim": "paged_adamw_8bit"}, "adamw_8bit"),
         ({"offload_embedding": True}, "add load_in_4bit"),
+        ({"method": "lora-f"}, "known are lora, rslora"),
+        ({"method": "lisa"}, "'lisa' cannot be estimated; that of lora, rslora, lora-fa, lora-sp can"),
+        ({"method": "lora-sp", "lora_r": 5}, "the nearest is 0.6"),
+        ({"lora_sp_share": 0.5}, "an option of method lora-sp, and the method is lora"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
     ],
     ids=str,
 )
