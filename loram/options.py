@@ -118,11 +118,6 @@ def _check_method(given: TrainOptions, method: Method) -> None:
         raise UserError("lora_dtype: DoRA's magnitudes need float32; leave it out")
     if not method.weights:
         return
-    if other := sorted(given.lora.keys() - {"r"}):
-        raise UserError(
-            f"lora: {other[0]} means nothing to method {given.method}, which trains the weights themselves; "
-            "of a pruned model's, r is the rank of the update that is extracted in the end"
-        )
     if given.lora_dtype != "float32":
         raise UserError(f"lora_dtype: method {given.method} trains the weights themselves, in float32; leave it out")
     if given.load_in_4bit:

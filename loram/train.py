@@ -71,7 +71,8 @@ def train(
             `lisa` or `full` on a full model, an ordinary model folder.
         data: the training rows (see `loram.data`).
         method: a key of `loram.methods.table.METHODS`: lora, rslora, dora, lora-fa, lora-sp, lisa or full.
-        lora: options of PEFT's `LoraConfig` under their own names, over `LORA_DEFAULTS`; of `lisa` and `full` only r.
+        lora: options of PEFT's `LoraConfig` under their own names, over `LORA_DEFAULTS`; `lisa` and `full` use only
+            r, the rank of what is extracted, and say so of the others.
         trainer: options of TRL's `SFTConfig` under their own names, over `TRAINER_DEFAULTS`.
         load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 with double quantisation
             (QLoRA, arXiv 2305.14314); so does a folder that `quantize` made, without being asked.
@@ -107,6 +108,8 @@ def train(
         lora_sp=lora_sp,
     )
     options = check_options(options)
+    if METHODS[method].weights and (unused := sorted((lora or {}).keys() - {"r"})):
+        logger.warning("method %s has no use for lora.%s: it trains the weights themselves", method, unused[0])
     chosen = pick_device(device)
     tokenizer = load_tokenizer(checkpoint)
     tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)

@@ -27,7 +27,7 @@ from loram.model.adapter import ROW_LENGTHS_NAME, Adapter
 from loram.model.checkpoint import Checkpoint
 from loram.model.plan import BaseReference, PruningPlan
 from loram.pipeline import run
-from loram.recipe import Recipe
+from loram.recipe import Recipe, load_recipe
 
 TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50]])
 STEPS: dict[str, Any] = {"max_steps": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
@@ -56,23 +56,26 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_recipe_runs_with_any_method(
-    method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+def test_the_quickstart_runs_with_any_method(
+    method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Prune, train, recover, evaluate: only the word changes. The loss falls, in training and on the rows."""
-    recipe = Recipe.model_validate(
-        {
-            "model_name_or_path": str(tiny_models["qwen2"]),
-            "output_dir": tmp_path / "run",
-            "dataset": str(rows_file),
-            "eval_dataset": str(rows_file),
-            "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1},
-            "train": {"method": method, "trainer": STEPS},
-            "evaluate": {"full_lora": method in WEIGHTS},
-            "device": "cpu",
-        }
-    )
-    rows = {row.name: row for row in run(recipe).rows}
+    tiny = {
+        "model_name_or_path": tiny_models["qwen2"],
+        "output_dir": tmp_path / "run",
+        "dataset": rows_file,
+        "eval_dataset": rows_file,
+        "device": "cpu",
+        "prune": "{ratio: 0.5, criterion: magnitude, keep_first: 1, keep_last: 1}",
+        "train.trainer.learning_rate": 1e-2,
+        "train.trainer.max_steps": 8,
+        "train.trainer.logging_steps": 1,
+        "evaluate.full_lora": str(method in WEIGHTS).lower(),
+    }
+    overrides = [f"{key}={value}" for key, value in {**tiny, "train.method": method}.items()]
+    quickstart = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    rows = {row.name: row for row in run(load_recipe(quickstart, overrides)).rows}
+    assert ("has no use for lora.lora_alpha" in caplog.text) == (method in WEIGHTS)
     losses = [entry["loss"] for entry in log(tmp_path / "run" / "adapter") if "loss" in entry]
     assert losses[-1] < losses[0]
     assert rows["pruned + adapter"].perplexity["eval"] < rows["pruned"].perplexity["eval"]
@@ -483,7 +486,6 @@ def test_adapters_train_on_weights_in_4_bits(
         ("lisaa", {}, "known are lora, rslora, dora, lora-fa, lora-sp, lisa, full"),
         ("lisa", {"load_in_4bit": True}, "weights in 4 bits cannot be trained; take lora"),
         ("full", {"load_in_4bit": True}, "weights in 4 bits cannot be trained; take lora"),
-        ("full", {"lora": {"lora_alpha": 16}}, "lora_alpha means nothing to method full"),
         ("full", {"lora_dtype": "bfloat16"}, "in float32; leave it out"),
         ("dora", {"lora_dtype": "bfloat16"}, "magnitudes need float32"),
         ("dora", {"lora": {"use_dora": False}}, "use_dora is True with method dora"),
