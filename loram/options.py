@@ -134,15 +134,12 @@ def _check_method(given: TrainOptions, method: Method) -> None:
     for key, value in method.lora.items():
         if given.lora.get(key, value) != value:
             raise UserError(f"lora: {key} is {value} with method {given.method}; leave it out")
+    if given.lora.get("use_dora") and given.method != "dora":
+        raise UserError(f"lora: use_dora cannot be used with method {given.method}; take method dora")
     if given.method == "dora" and given.lora_dtype != "float32":
         raise UserError("lora_dtype: DoRA's magnitudes need float32; leave it out")
     if not method.weights:
         return
-    if other := sorted(given.lora.keys() - {"r"}):
-        raise UserError(
-            f"lora: {other[0]} means nothing to method {given.method}, which trains the weights themselves; "
-            "of a pruned model's, r is the rank of the update that is extracted in the end"
-        )
     if given.lora_dtype != "float32":
         raise UserError(f"lora_dtype: method {given.method} trains the weights themselves, in float32; leave it out")
     if given.load_in_4bit:
@@ -220,8 +217,6 @@ def check_names(given: Iterable[str], known: Sequence[str], section: str, librar
 
 def _check_lora(lora: Mapping[str, Any]) -> None:
     """Refuse adapters that could not be recovered."""
-    if lora.get("use_dora"):
-        raise UserError("lora: use_dora cannot be used; the method of that name is asked for with method dora")
     if beyond := sorted(key for key in _BEYOND_LORA if lora.get(key)):
         raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
     if lora.get("bias", "none") != "none":

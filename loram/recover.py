@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from loram.artifacts import Manifest, check_output, find_manifest, publish
@@ -20,6 +19,7 @@ from loram.model.device import pick_device
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 from loram.model.pruned import load_tokenizer, open_full
 from loram.model.resize import widen
+from loram.model.tensorfile import TensorFile
 
 _DEV_LENGTH = 1024
 
@@ -134,13 +134,12 @@ def _magnitudes(adapter: Adapter, plan: PruningPlan, full: Checkpoint) -> dict[s
         )
     if full.quantized:
         raise UserError(f"{full.name}: in 4 bits; a DoRA adapter is recovered with the full model in 16 or 32 bits")
-    pruned: Mapping[str, Tensor] = load_file(path)
-    found = {}
+    pruned, found = TensorFile(path), {}
     for module, magnitude in adapter.magnitudes.items():
         name = f"base_model.model.{module}.lora_magnitude_vector"
-        if module not in pruned or pruned[module].shape != magnitude.shape:
+        if module not in pruned.specs or pruned.specs[module].shape != tuple(magnitude.shape):
             raise UserError(f"{path}: has no row lengths of {module}, or another model's")
-        grown = widen(name, magnitude / pruned[module] - 1, plan) + 1
+        grown = widen(name, magnitude / pruned.read(module) - 1, plan) + 1
         found[name] = (grown * _row_lengths(full, f"{module}.weight")).to(magnitude.dtype)
     return found
 

@@ -78,7 +78,8 @@ def train(
             `lisa` or `full` on a full model, an ordinary model folder.
         data: the training rows (see `loram.data`).
         method: a key of `loram.methods.table.METHODS`: lora, rslora, dora, lora-fa, lora-sp, lisa or full.
-        lora: options of PEFT's `LoraConfig` under their own names, over `LORA_DEFAULTS`; of `lisa` and `full` only r.
+        lora: options of PEFT's `LoraConfig` under their own names, over `LORA_DEFAULTS`; `lisa` and `full` use only
+            r, the rank of what is extracted, and say so of the others.
         trainer: options of TRL's `SFTConfig` under their own names, over `TRAINER_DEFAULTS`.
         load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 with double quantisation
             (QLoRA, arXiv 2305.14314); so does a folder that `quantize` made, without being asked.
@@ -122,6 +123,8 @@ def train(
     )
     options = check_options(options)
     _check_sparse(checkpoint, options)
+    if METHODS[method].weights and (unused := sorted((lora or {}).keys() - {"r"})):
+        logger.warning("method %s has no use for lora.%s: it trains the weights themselves", method, unused[0])
     chosen = pick_device(device)
     course = None if anchor_steps is None else _course(checkpoint, anchor_steps, base, chosen, out.parent)
     tokenizer = load_tokenizer(checkpoint)
@@ -140,7 +143,7 @@ def train(
         settings={**settings, "device": chosen.type},
         limit=options.trainer["save_total_limit"],
     )
-    kind = "model" if METHODS[method].weights and not checkpoint.pruned else "adapter"
+    kind = "model" if METHODS[method].weights and find_plan(checkpoint.folder) is None else "adapter"
     with publish(out, kind=kind, made_from=made_from, settings=settings) as staging:
         with checkpoints.open(fresh=fresh):
             trained = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
@@ -150,7 +153,7 @@ def train(
             else:
                 found = _write_adapter(staging, trained, checkpoint, options)
                 tokenizer.save_pretrained(staging)
-        settings.update(found)
+        settings.update(found)  # the manifest is written when this block ends
         lines = [*trained.log, *([found] if found else [])]
         log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in lines)
         (staging / LOG_NAME).write_text(log, encoding="utf-8")
@@ -291,7 +294,8 @@ def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device
 def _thawed(checkpoint: Checkpoint, options: TrainOptions, seed: int) -> tuple[Any, list[TrainerCallback]]:
     """(the model in float32, which a GPU computes with in 16 bits, with what will be trained of it; callbacks)."""
     model = load_model(checkpoint, dtype=torch.float32)
-    layers = unfreeze_(model, pruned=checkpoint.pruned, around=not options.lisa or options.lisa["train_embeddings"])
+    pruned = find_plan(checkpoint.folder) is not None
+    layers = unfreeze_(model, pruned=pruned, around=not options.lisa or options.lisa["train_embeddings"])
     return model, [lisa_callback(layers, options.lisa, seed)] if options.lisa else []
 
 

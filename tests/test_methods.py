@@ -22,12 +22,12 @@ from loram.estimate.settings import PLANNED
 from loram.estimate.size import show_size
 from loram.methods.adapters import row_lengths, specialise_
 from loram.methods.lisa import Lisa
-from loram.methods.table import METHODS
+from loram.methods.table import METHODS, frozen_ranks
 from loram.model.adapter import ROW_LENGTHS_NAME, Adapter
 from loram.model.checkpoint import Checkpoint
 from loram.model.plan import BaseReference, PruningPlan
 from loram.pipeline import run
-from loram.recipe import Recipe
+from loram.recipe import Recipe, load_recipe
 
 TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50]])
 STEPS: dict[str, Any] = {"max_steps": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
@@ -56,26 +56,32 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_recipe_runs_with_any_method(
-    method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+def test_the_quickstart_runs_with_any_method(
+    method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Prune, train, recover, evaluate: only the word changes. The loss falls, in training and on the rows."""
-    recipe = Recipe.model_validate(
-        {
-            "model_name_or_path": str(tiny_models["qwen2"]),
-            "output_dir": tmp_path / "run",
-            "dataset": str(rows_file),
-            "eval_dataset": str(rows_file),
-            "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1},
-            "train": {"method": method, "trainer": STEPS},
-            "device": "cpu",
-        }
-    )
-    rows = {row.name: row for row in run(recipe).rows}
+    tiny = {
+        "model_name_or_path": tiny_models["qwen2"],
+        "output_dir": tmp_path / "run",
+        "dataset": rows_file,
+        "eval_dataset": rows_file,
+        "device": "cpu",
+        "prune": "{ratio: 0.5, criterion: magnitude, keep_first: 1, keep_last: 1}",
+        "train.trainer.learning_rate": 1e-2,
+        "train.trainer.max_steps": 8,
+        "train.trainer.logging_steps": 1,
+        "evaluate.full_lora": str(method in WEIGHTS).lower(),
+    }
+    overrides = [f"{key}={value}" for key, value in {**tiny, "train.method": method}.items()]
+    quickstart = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    rows = {row.name: row for row in run(load_recipe(quickstart, overrides)).rows}
+    assert ("has no use for lora.lora_alpha" in caplog.text) == (method in WEIGHTS)
     losses = [entry["loss"] for entry in log(tmp_path / "run" / "adapter") if "loss" in entry]
     assert losses[-1] < losses[0]
     assert rows["pruned + adapter"].perplexity["eval"] < rows["pruned"].perplexity["eval"]
     assert rows["recovered"].perplexity["eval"] != rows["base"].perplexity["eval"]
+    if method in WEIGHTS:  # a model of its own
+        assert rows["full LoRA"].perplexity["eval"] < rows["base"].perplexity["eval"]
     config = json.loads((tmp_path / "run" / "recovered" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     plain = PeftModel.from_pretrained(
@@ -88,11 +94,18 @@ class Stopped(BaseException):
     """What a test throws into a training."""
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["pruned", "full"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "whole", "optim"),
+    [
+        *((method, False, "adamw_torch_fused") for method in METHODS),
+        *((method, True, "adamw_torch_fused") for method in WEIGHTS),
+        ("lisa", True, "adamw_8bit"),
+    ],
+)
 def test_resumed_is_the_same_as_undisturbed(
     method: str,
     whole: bool,
+    optim: str,
     tiny_models: dict[str, Path],
     pruned_models: dict[str, Path],
     rows_file: Path,
@@ -100,10 +113,9 @@ def test_resumed_is_the_same_as_undisturbed(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if whole and method not in WEIGHTS:
-        pytest.skip("an adapter is the same on a full model")
+    options = {"trainer": {"optim": optim}}
     model = (tiny_models if whole else pruned_models)["qwen3"]
-    expected = contents(train(model, tmp_path / "a", rows_file, method))
+    expected = contents(train(model, tmp_path / "a", rows_file, method, **options))
     count, step = itertools.count(1), Trainer.training_step
 
     def training_step(self: Trainer, *args: Any, **options: Any) -> Any:
@@ -113,10 +125,10 @@ def test_resumed_is_the_same_as_undisturbed(
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
     with pytest.raises(Stopped):
-        train(model, tmp_path / "b", rows_file, method)
+        train(model, tmp_path / "b", rows_file, method, **options)
     monkeypatch.undo()
     with caplog.at_level(logging.INFO, "loram"):
-        train(model, tmp_path / "b", rows_file, method)
+        train(model, tmp_path / "b", rows_file, method, **options)
     assert "going on from checkpoint-6" in caplog.text
     assert contents(tmp_path / "b") == expected
 
@@ -223,6 +235,13 @@ def test_lora_sp_trains_exactly_the_share(
     for factors in adapter.modules.values():
         assert factors["A"].shape[0] == r  # a plain adapter of that rank
         assert (factors["A"].norm(dim=1) * factors["B"].norm(dim=0) > 0).all()
+
+
+def test_the_share_that_an_error_names_can_be_had() -> None:
+    with pytest.raises(loram.UserError, match=r"0\.7 of a rank 3 adapter .* the nearest is 0\.666667"):
+        frozen_ranks(3, 0.7)
+    assert frozen_ranks(3, 0.666667) == 1
+    assert [frozen_ranks(8, share) for share in (0.5, 0.625, 1.0)] == [4, 3, 0]
 
 
 def test_lora_sp_begins_as_the_model_itself() -> None:
@@ -450,7 +469,7 @@ def test_dora_needs_the_full_model_and_where_it_began(
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", [method for method in ADAPTERS if method != "rslora"])
 def test_adapters_train_on_weights_in_4_bits(
     method: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -467,12 +486,11 @@ def test_adapters_train_on_weights_in_4_bits(
         ("lisaa", {}, "known are lora, rslora, dora, lora-fa, lora-sp, lisa, full"),
         ("lisa", {"load_in_4bit": True}, "weights in 4 bits cannot be trained; take lora"),
         ("full", {"load_in_4bit": True}, "weights in 4 bits cannot be trained; take lora"),
-        ("full", {"lora": {"lora_alpha": 16}}, "lora_alpha means nothing to method full"),
         ("full", {"lora_dtype": "bfloat16"}, "in float32; leave it out"),
         ("dora", {"lora_dtype": "bfloat16"}, "magnitudes need float32"),
         ("dora", {"lora": {"use_dora": False}}, "use_dora is True with method dora"),
         ("rslora", {"lora": {"use_rslora": False}}, "use_rslora is True with method rslora"),
-        ("lora", {"lora": {"use_dora": True}}, "asked for with method dora"),
+        ("lora", {"lora": {"use_dora": True}}, "use_dora cannot be used with method lora; take method dora"),
         ("lora", {"lisa": {"active_layers": 2}}, "options of method lisa, and the method is lora"),
         ("lisa", {"lora_sp": {"share": 0.5}}, "options of method lora-sp, and the method is lisa"),
         ("lisa", {"lisa": {"layers": 2}}, "layers: Extra inputs"),
@@ -506,7 +524,7 @@ def test_flags_of_the_methods(
     assert settings["lora_sp"] is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "rslora"])
 def test_a_dry_run_knows_what_trains(
     method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:

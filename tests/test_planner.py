@@ -194,7 +194,7 @@ def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     assert total == sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss
 
 
-@pytest.mark.parametrize(("method", "dropout"), [("lora-fa", 0.0), ("lora-fa", 0.1), ("lora-sp", 0.05)])
+@pytest.mark.parametrize(("method", "dropout"), [("lora", 0.0), ("lora-fa", 0.0), ("lora-fa", 0.1), ("lora-sp", 0.05)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_activations_of_a_method_are_autograds_own(family: str, method: str, dropout: float) -> None:
     model = tiny(family)
@@ -209,12 +209,12 @@ def test_saved_activations_of_a_method_are_autograds_own(family: str, method: st
 
 
 @pytest.mark.parametrize("targets", [("q_proj",), ("up_proj", "down_proj"), ("k_proj", "o_proj", "gate_proj")], ids=str)
-def test_saved_activations_depend_on_the_targets(targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_saved_activations_depend_on_the_targets(targets: tuple[str, ...], dropout: float) -> None:
     model = tiny("llama")
-    layers, _ = saved_bytes(adapted(model, r=3, targets=targets), 3, 10)
-    settings = make_settings(
-        device="cpu", lora_r=3, lora_target_modules=targets, per_device_train_batch_size=3, max_length=10
-    )
+    layers, _ = saved_bytes(adapted(model, r=3, targets=targets, dropout=dropout), 3, 10)
+    options = {"lora_r": 3, "lora_dropout": dropout, "per_device_train_batch_size": 3, "max_length": 10}
+    settings = make_settings(device="cpu", lora_target_modules=targets, **options)
     # the first with anything to train below it, and with the rotary tables saved already
     assert layers[2:] == [saved_by_layer(sizes_of(model), layer, settings) for layer in sizes_of(model).layers[2:]]
 
@@ -301,6 +301,7 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
         {"load_in_4bit": True},
         {"load_in_4bit": True, "gradient_checkpointing": True},
         {"lora_r": 32, "max_length": 64, "gradient_accumulation_steps": 2},
+        {"lora_dropout": 0.0},
         {"method": "lora-fa", "lora_r": 32},
         {"method": "lora-fa", "load_in_4bit": True},
         {"method": "lora-sp", "lora_r": 32},
@@ -484,6 +485,11 @@ def test_sizes() -> None:
         ({"device": "cpu", "activation_offloading": True}, "activation_offloading"),
         ({"device": "cpu", "optim": "paged_adamw_8bit"}, "adamw_8bit"),
         ({"offload_embedding": True}, "add load_in_4bit"),
+        ({"method": "lora-f"}, "known are lora, rslora"),
+        ({"method": "lisa"}, "'lisa' cannot be estimated; that of lora, rslora, lora-fa, lora-sp can"),
+        ({"method": "lora-sp", "lora_r": 5}, "the nearest is 0.6"),
+        ({"lora_sp_share": 0.5}, "an option of method lora-sp, and the method is lora"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
     ],
     ids=str,
 )

@@ -44,6 +44,7 @@ LoraR = Annotated[int | None, typer.Option(help="Rank (default 8).")]
 LoraTargets = Annotated[
     list[str] | None, typer.Option(help="Repeatable (default: all seven linears of a layer; lm_head if asked).")
 ]
+LoraDropout = Annotated[float | None, typer.Option(help="Default 0.05; with dora and lora-fa 0.")]
 LoraSpShare = Annotated[float | None, typer.Option(help="LoRA-SP: share of the adapter that trains (default 0.5).")]
 Method = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]

@@ -14,6 +14,7 @@ from loram.cli.options import (
     Json,
     KeepFirst,
     KeepLast,
+    LoraDropout,
     LoraR,
     LoraSpShare,
     LoraTargets,
@@ -111,9 +112,7 @@ def estimate(
     lora_r: LoraR = None,
     lora_target_modules: LoraTargets = None,
     lora_dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (default float32).")] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option(help="Of lora-fa (default 0); others are taken to have it.")
-    ] = None,
+    lora_dropout: LoraDropout = None,
     lora_sp_share: LoraSpShare = None,
     max_length: MaxLength = None,
     per_device_train_batch_size: BatchSize = None,

@@ -1,9 +1,10 @@
 """Bytes that autograd keeps between forward and backward, term by term as transformers and PEFT compute.
 
 Every term is a tensor; `tests/test_planner.py` holds the sums against what autograd saves. Rows are taken to have no
-padding, and adapters to have dropout; of LoRA-FA it is asked, since its mask is all that is kept of an input.
+padding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loram.estimate.settings import Settings
@@ -11,6 +12,13 @@ from loram.estimate.shapes import Layer, Model
 
 CHUNK_TOKENS = 512  # of the loss: `loram.loss.CHUNK_TOKENS`
 _FLOAT32 = 4
+# linear -> what it reads
+_READS = {
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer"),
+    "self_attn.o_proj": "attention",
+    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "mlp"),
+    "mlp.down_proj": "channels",
+}
 _OFFLOAD_STASH = 5  # tensors that TRL's offloading leaves on the device at a time
 
 
@@ -20,7 +28,7 @@ class Sizes:
 
     Args:
         value: of what the model computes with.
-        mask: of dropout's mask.
+        mask: of dropout's mask, if there is dropout.
         adapted: of what an adapter reads and of its rank-wide middle. On a GPU autocast brings both to 16 bits.
     """
 
@@ -31,10 +39,9 @@ class Sizes:
     @classmethod
     def of(cls, settings: Settings) -> "Sizes":
         """Those of a training."""
-        masked = settings.lora_dropout > 0 or settings.method != "lora-fa"
         if settings.device == "cuda":
-            return cls(value=2, mask=1 if masked else 0, adapted=2)
-        return cls(value=4, mask=settings.lora_bytes if masked else 0, adapted=settings.lora_bytes)
+            return cls(value=2, mask=1 if settings.lora_dropout else 0, adapted=2)
+        return cls(value=4, mask=settings.lora_bytes if settings.lora_dropout else 0, adapted=settings.lora_bytes)
 
 
 def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: bool = False) -> int:
@@ -49,12 +56,12 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     size, hidden, tokens = Sizes.of(settings), model.geometry.hidden_size, settings.tokens
     targets = [name for name in layer.linears if name.split(".")[1] in settings.lora_target_modules]
     per_token = layer.norms * (hidden + 1) * _FLOAT32  # the input and 1 / its length
-    per_token += sum(_by_adapter(layer, name, settings, size) for name in targets)
+    per_token += _by_adapters(model, layer, targets, settings, size)
     per_token += 3 * layer.channels * size.value  # gate, act(gate), up
     if layer.head_norms:
         per_token += (layer.queries + layer.heads + layer.keys + layer.kv_heads) * _FLOAT32
     if first:
-        readers = [name for name in targets if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+        readers = [name for name in targets if _READS[name] == "layer"]
         per_token -= (hidden + 1) * _FLOAT32 + len(readers) * hidden * size.mask
     return tokens * per_token + _attention(model, layer, settings, size) + _norm_weights(model, layer, first)
 
@@ -64,14 +71,26 @@ def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
     size = Sizes.of(settings)
     targets = [name for name in layer.linears if name[:4] == "mlp." and name[4:] in settings.lora_target_modules]
     norms = (layer.norms - 1) * (model.geometry.hidden_size + 1) * _FLOAT32  # all but the one before attention
-    adapters = sum(_by_adapter(layer, name, settings, size) for name in targets)
+    adapters = _by_adapters(model, layer, targets, settings, size)
     return settings.tokens * (norms + adapters + 3 * layer.channels * size.value)
 
 
-def _by_adapter(layer: Layer, name: str, settings: Settings, size: Sizes) -> int:
-    """A token's bytes for one adapted linear: dropout's mask, what lora_A reads if it trains, what lora_B reads."""
-    kept = size.adapted if settings.trained_ranks[0] else 0
-    return layer.linears[name][1] * (size.mask + kept) + settings.lora_r * size.adapted
+def _by_adapters(model: Model, layer: Layer, targets: Sequence[str], settings: Settings, size: Sizes) -> int:
+    """A token's bytes for adapted linears: dropout's mask, what lora_A reads if it trains, what lora_B reads.
+
+    With dropout, or cast to the adapter's dtype, what lora_A reads is a tensor of its own for every linear. Else it is
+    the linear's input: one for q, k and v, one for gate and up, down's, and o's, which attention has kept already.
+    """
+    inputs = [layer.linears[name][1] for name in targets]
+    kept = sum(inputs) * size.mask + len(targets) * settings.lora_r * size.adapted
+    if not settings.trained_ranks[0]:
+        return kept
+    if settings.lora_dropout or settings.lora_bytes != settings.compute_bytes:
+        return kept + sum(inputs) * size.adapted
+    shared = {_READS[name]: layer.linears[name][1] for name in targets}
+    if model.architecture.model_type != "gemma2":  # which computes attention by itself and keeps less of it
+        shared.pop("attention", None)
+    return kept + sum(shared.values()) * size.adapted
 
 
 def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> int:

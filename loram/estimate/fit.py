@@ -106,7 +106,7 @@ def recipe_lines(found: Estimate, given: Mapping[str, Any]) -> str:
         lines += [f"  {key}: {getattr(found, key)}" for key in ("keep_first", "keep_last")]
     else:
         lines.append("# no pruning: train the full model with `loram train`")
-    train = [f"  method: {settings.method}"] if "method" in wanted else []
+    train = [f"  method: {settings.method}"] if settings.method != "lora" else []
     train += [
         f"  {key}: {_yaml(getattr(settings, key))}"
         for key in ("load_in_4bit", "offload_embedding")

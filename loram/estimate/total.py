@@ -99,8 +99,8 @@ def estimate(
         load_in_4bit: frozen weights in NF4 with double quantisation, embedding and lm_head too.
         offload_embedding: with that, the embedding in 16 bits in host memory.
         method: lora, rslora, lora-fa or lora-sp.
-        lora_r, lora_target_modules, lora_dtype: of the adapter; by default 8, the seven linears, float32.
-        lora_dropout: of the method lora-fa, which is 0 by default; others are taken to have one.
+        lora_r, lora_target_modules, lora_dtype, lora_dropout: of the adapter; by default 8, the seven linears, float32
+            and 0.05, with lora-fa 0.
         lora_sp_share: of that method: how much of the adapter trains (0.5).
         max_length: tokens of the longest row (512).
         per_device_train_batch_size: rows of a micro-batch (4).

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -40,6 +39,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "dora": Method(
             summary="both factors, and the length of every row of the adapted weight (arXiv 2402.09353)",
             lora={"use_dora": True},
+            defaults={"lora_dropout": 0.0},  # with one, PEFT computes the base's output a second time
         ),
         "lora-fa": Method(
             summary="lora_B; lora_A stays as drawn, so no input is kept for it (arXiv 2308.03303)",
@@ -120,10 +120,9 @@ def frozen_ranks(r: int, share: float) -> int:
 
     Example: of r 8, a share of 0.5 freezes four, 0.75 two.
     """
-    frozen = r * (1 - Fraction(str(share)))
-    if frozen.denominator == 1:
-        return int(frozen)
-    nearest = min(range(r // 2 + 1), key=lambda k: abs(k - frozen))
+    nearest = min(range(r // 2 + 1), key=lambda k: abs((r - k) / r - share))
+    if abs((r - nearest) / r - share) < 1e-6:  # two thirds have no end as a decimal
+        return nearest
     raise UserError(
         f"lora_sp.share: {share} of a rank {r} adapter cannot be had exactly; the nearest is {(r - nearest) / r:g}"
     )
