@@ -238,7 +238,7 @@ def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
 
     try:
         # other initialisations compute with the weights
-        config = dataclasses.replace(adapter, init_lora_weights=True)
+        config = dataclasses.replace(adapter, init_lora_weights=True, eva_config=None)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise as_user_error(error) from error

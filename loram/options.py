@@ -50,6 +50,7 @@ _OURS = {
     "pad_token",
 }
 _OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the model's weights as they are
 LORA_DTYPES = ("float32", "bfloat16")
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 
@@ -221,6 +222,11 @@ def _check_lora(lora: Mapping[str, Any]) -> None:
         raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
     if lora.get("bias", "none") != "none":
         raise UserError("lora: bias should be none: trained biases could not be recovered for the full model")
+    if (initial := lora.get("init_lora_weights", True)) not in INITIALISATIONS:
+        raise UserError(
+            f"lora: init_lora_weights {initial!r} changes the model's own weights, which the full model has not; "
+            f"take one of {', '.join(map(str, INITIALISATIONS))}"
+        )
     targets = lora["target_modules"]
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets:
         raise UserError(f"lora: target_modules should be a list of module names, but is {targets!r}")
@@ -260,9 +266,17 @@ def build_configs(chosen: TrainOptions, device: torch.device, output_dir: Path |
     if str(options.get("optim", "")).endswith("8bit") and not on_gpu and "paged" in options["optim"]:
         raise UserError(f"trainer: optim {options['optim']!r} pages a GPU's memory; without one take adamw_8bit")
     try:
-        return LoraConfig(**chosen.lora), SFTConfig(**options)
+        return LoraConfig(**_from_data(chosen.lora)), SFTConfig(**options)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise as_user_error(error) from error
+
+
+def _from_data(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """LoraConfig's options, with EVA's own where it is asked for: PEFT warns where they are left to it."""
+    from peft import EvaConfig
+
+    eva = lora.get("init_lora_weights") == "eva" and "eva_config" not in lora
+    return {**lora, **({"eva_config": EvaConfig()} if eva else {})}
 
 
 def as_user_error(error: Exception, stage: str = "train") -> UserError:

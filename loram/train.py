@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
 from loram.liger import use_liger_
 from loram.loss import use_chunked_loss_
-from loram.methods.adapters import row_lengths, specialise_
+from loram.methods.adapters import draw_from_data_, row_lengths, specialise_
 from loram.methods.table import METHODS
 from loram.methods.weights import extract, lisa_callback, unfreeze_, write_model
 from loram.model.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter
@@ -41,6 +42,7 @@ from loram.progress import training_progress
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "training_log.jsonl"
+_EVA_BATCHES = 16
 
 
 def train(
@@ -180,9 +182,6 @@ def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
             f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
             "take an adapter's method, or the full model"
         )
-    initial = options.lora.get("init_lora_weights", True)
-    if checkpoint.sparse and initial not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(f"lora: init_lora_weights {initial!r} takes weights apart, which a sparse model has not whole")
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, str]:
@@ -239,10 +238,13 @@ def _fit(
             return finished
     adapter, arguments = build_configs(options, device, checkpoints.staging)
     set_seed(arguments.seed)
+    rows, collator = _batching(rows, arguments, tokenizer)
     if METHODS[options.method].weights:
         model, own = _thawed(checkpoint, options, arguments.seed)
     else:
-        model, own = _adapted(checkpoint, adapter, options, device), []
+        size = arguments.per_device_train_batch_size
+        first = (rows.select(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size))
+        model, own = _adapted(checkpoint, adapter, options, device, (collator(list(part)) for part in first)), []
     lengths = row_lengths(model) if options.method == "dora" else {}
     if finished is not None:
         return dataclasses.replace(finished, lengths=lengths)
@@ -252,7 +254,6 @@ def _fit(
         use_liger_(base, arguments.liger_kernel_config)
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours
     allocate_(device, lean=options.load_in_4bit or checkpoints_activations(arguments))
-    rows, collator = _batching(rows, arguments, tokenizer)
     kind = _Trainer if course is None else anchored(_Trainer, course)
     runner = guarded(kind, checkpoints)(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator
@@ -267,8 +268,10 @@ def _fit(
     return _Trained(folder=folder, log=lasting(runner.state.log_history, "loss"), lengths=lengths)
 
 
-def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device: torch.device) -> Any:
-    """The model, frozen, with the adapter that will be trained on it."""
+def _adapted(
+    checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device: torch.device, batches: Iterator[Any]
+) -> Any:
+    """The model, frozen, with the adapter that will be trained on it; `batches` are for initialisations from data."""
     from peft import get_peft_model
 
     dtype = compute_dtype(device)
@@ -278,10 +281,13 @@ def _adapted(checkpoint: Checkpoint, adapter: Any, options: TrainOptions, device
         model = load_4bit(checkpoint, device=device, dtype=dtype, offload_embedding=options.offload_embedding)
     else:
         model = load_model(checkpoint, dtype=dtype)
+    from_data = options.lora.get("init_lora_weights") == "eva"
     try:
-        adapted = get_peft_model(model, adapter)
+        adapted = get_peft_model(model, adapter, low_cpu_mem_usage=from_data)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise as_user_error(error) from error
+    if from_data:
+        draw_from_data_(adapted, list(itertools.islice(batches, _EVA_BATCHES)))
     specialise_(adapted, options.method, options.lora_sp)
     for name, parameter in adapted.named_parameters():
         if ".lora_" in name:

@@ -558,3 +558,28 @@ def test_a_dry_run_knows_what_trains(
             assert "cannot be estimated" in found[name].problem
         if method == "full" and name == "full":
             assert show_size(16 * loram.estimate(model).parameters) in found[name].problem
+
+
+def test_eva_begins_with_the_directions_of_the_inputs(
+    tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    trained = {}
+    for initial in (True, "eva"):
+        out, lora = tmp_path / str(initial), {"r": 2, "init_lora_weights": initial}
+        loram.train(pruned_models["llama"], out, data=rows_file, lora=lora, trainer={"max_steps": 1})
+        trained[initial] = Adapter.load(out)
+    assert sum(factors["A"].shape[0] for factors in trained["eva"].modules.values()) <= 2 * len(trained[True].modules)
+    a = trained["eva"].modules["model.layers.0.mlp.up_proj"]["A"]
+    torch.testing.assert_close(a @ a.T, torch.eye(len(a)), rtol=0, atol=0.02)  # orthonormal, but for one small step
+    loram.recover(tmp_path / "eva", tmp_path / "recovered")
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "recovered")
+    found = stock.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight
+    assert torch.equal(found, Adapter.load(tmp_path / "recovered").modules["model.layers.0.mlp.up_proj"]["A"])
+
+
+@pytest.mark.parametrize("initial", ["pissa", "olora", "corda", "loftq"])
+def test_initialisations_that_change_the_model_are_refused(
+    initial: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(loram.UserError, match="changes the model's own weights"):
+        loram.train(pruned_models["llama"], tmp_path / "out", data=rows_file, lora={"init_lora_weights": initial})

@@ -246,7 +246,7 @@ def test_what_does_not_go_with_masked_updates_is_refused(
         loram.train(sparse, out, data=rows_file, mask_update=True, lora={"lora_dropout": 0.1})
     with pytest.raises(loram.UserError, match="is not sparse"):
         loram.train(tiny_llama, out, data=rows_file, mask_update=True)
-    with pytest.raises(loram.UserError, match="'pissa' takes weights apart"):
+    with pytest.raises(loram.UserError, match="'pissa' changes the model's own weights"):
         loram.train(sparse, out, data=rows_file, lora={"init_lora_weights": "pissa"})
     with pytest.raises(loram.UserError, match="an update would fill it"):
         loram.merge(sparse, masked, out)

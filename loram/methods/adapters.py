@@ -1,7 +1,7 @@
 """Adapters that train in part: LoRA-FA and LoRA-SP, on top of PEFT's own; and what DoRA begins with."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,21 @@ def specialise_(adapted: nn.Module, method: str, options: Mapping[str, Any] | No
         elif method == "lora-sp":
             assert options is not None
             split_(module.lora_A, module.lora_B, options["share"])
+
+
+def draw_from_data_(adapted: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Begin lora_A in the directions that a linear's inputs vary most in, with more ranks where they explain more (EVA,
+    arXiv 2410.07170), as PEFT does it.
+
+    Args:
+        adapted: the model, with `init_lora_weights` "eva".
+        batches: what its inputs are gathered on.
+    """
+    from peft import initialize_lora_eva_weights
+
+    device = next(adapted.parameters()).device
+    given = [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]
+    initialize_lora_eva_weights(adapted.eval(), given, show_progress_bar=False)
 
 
 def split_(factors_a: nn.ModuleDict, factors_b: nn.ModuleDict, share: float) -> None:
