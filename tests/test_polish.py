@@ -1,6 +1,7 @@
 """Polishing: the gradients are the whole model's, the result is stock PEFT, and an interruption changes nothing."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from loram.loss import use_chunked_loss_
 from loram.model.adapter import load_for
 from loram.model.checkpoint import open_model
 from loram.model.pruned import load_model
+from loram.pipeline import run
 from loram.polish import PolishOptions, polish
+from loram.recipe import Recipe
 
 IDS = [[5, 9, 40, 7, 77, 30, 8], [6, 3, 12], [90, 91, 4, 4, 17]]
 ROWS = (IDS, [[-100, -100, *IDS[0][2:]], *IDS[1:]])
@@ -103,3 +106,24 @@ def test_what_cannot_be_polished_is_refused(
     with pytest.raises(UserError, match="max_steps is 0"):
         PolishOptions(max_steps=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_polishes_what_was_recovered(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "model_name_or_path": str(tiny_llama),
+        "output_dir": tmp_path / "run",
+        "dataset": str(rows_file),
+        "eval_dataset": {"path": str(rows_file), "max_samples": 8},
+        "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1},
+        "train": {"anchor_steps": 1, "trainer": {"max_steps": 2}},
+        "polish": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
+        "evaluate": {"full_lora": True},
+    }
+    report = run(Recipe.model_validate(values))
+    found = {row.name: row.perplexity["eval"] for row in report.rows}
+    assert found["polished"] < found["recovered"]
+    assert report.kept_gain is not None
+    gain = math.log(found["base"] / found["polished"]) / math.log(found["base"] / found["full LoRA"])
+    assert report.kept_gain["eval"] == pytest.approx(gain)
+    with pytest.raises(UserError, match="polish"):
+        run(Recipe.model_validate({**values, "polish": {"max_steps": 3}}))  # was made with other settings
