@@ -80,30 +80,37 @@ def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
 
 
 def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
-    """What two cores can do."""
+    """What two cores can do, the rows that say most first: stop it when time is up."""
     first, often, once = seeds[0], {"anchor_steps": max(1, steps // 4)}, {"anchor_steps": steps}
-    for seed in seeds:
-        for train in ({}, once, often):
-            yield Job(train=train, seed=seed)
-        yield Job(ratio=0.75, train=often, seed=seed)
+    yield Job(seed=first)
+    yield Job(train=once, seed=first)
+    yield Job(train=often, seed=first)
+    yield Job(ratio=0.75, train=often, seed=first)
+    for seed in seeds[1:]:
+        yield Job(seed=seed)
+        yield Job(train=often, seed=seed)
     yield Job(train=often, recovery="polished", seed=first)
     yield Job(base="full", train={"trainer": {"max_steps": POLISH_STEPS}}, seed=first)
+    yield Job(alignment="distill 25", seed=first)
+    yield Job(alignment="distill 25", recovery="corrected", seed=first)
+    for train in ({}, often):
+        yield Job(train=train, recovery="scaled", seed=first)
+    for seed in seeds[1:]:
+        yield Job(ratio=0.75, train=often, seed=seed)
+    yield Job(alignment="clm 25", seed=first)
     yield Job(ratio=0.75, seed=first)
-    for seed in seeds:
+    yield Job(recovery="none", seed=first)
+    for seed in seeds[1:]:
         for alignment in ("distill 25", "clm 25"):
             yield Job(alignment=alignment, seed=seed)
     yield Job(alignment="distill 25", train=often, seed=first)
-    for recovery in ("scaled", "none"):
-        yield Job(recovery=recovery, seed=first)
-    yield Job(train=often, recovery="scaled", seed=first)
-    yield Job(alignment="distill 25", recovery="corrected", seed=first)
     for ratio in (0.65, 0.85):
         yield Job(ratio=ratio, train=often, seed=first)
+    for criterion in CRITERIA[1:]:
+        yield Job(criterion=criterion, train=often, seed=first)
     yield Job(base="full", nf4=True, seed=first)
     yield Job(nf4=True, train=often, seed=first)
     yield Job(nf4=True, train=often, recovery="corrected", seed=first)
-    for criterion in CRITERIA[1:]:
-        yield Job(criterion=criterion, train=often, seed=first)
     yield Job(train={**often, "lora": {"use_rslora": True}}, seed=first)
     yield Job(train={**often, "lora": {"init_lora_weights": "eva"}}, seed=first)
 
@@ -328,6 +335,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("kept gain of the full model with the recovered adapter, % (a dot a seed)")
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -352,16 +360,20 @@ def main() -> None:
     for job in jobs(given.grid, given.seeds, given.steps):
         rows.append({"name": job.name, "job": asdict(job), **bench.run(job)})
         print(json.dumps({**rows[-1], "job": job.seed}), flush=True)
-        options = {key: value for key, value in vars(given).items() if not isinstance(value, Path)}
-        result = {
-            "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
-            "options": options,
-            "rows": with_gain(rows),
-        }
-        given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(given, with_gain(rows))
+    print(markdown(rows))
+
+
+def write(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """What is known so far: numbers, table, plot."""
+    result = {
+        "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "options": {key: value for key, value in vars(given).items() if not isinstance(value, Path)},
+        "rows": rows,
+    }
+    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     given.json.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
     plot(rows, given.json.with_suffix(".png"))
-    print(markdown(rows))
 
 
 if __name__ == "__main__":

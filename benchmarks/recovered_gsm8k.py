@@ -36,12 +36,13 @@ def recipe(model: Path, data: Path, out: Path, seed: int, ratio: float, steps: i
             },
             "prune": {"ratio": ratio},
             "train": {
+                "anchor_steps": 0,
                 "trainer": {
                     "max_steps": steps,
                     "per_device_train_batch_size": 8,
                     "learning_rate": 1e-3,
                     "logging_steps": 5,
-                }
+                },
             },
             "evaluate": {"full_lora": True},
         }

@@ -51,6 +51,7 @@ _OURS = {
 }
 _OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the model's weights as they are
+ANCHOR_STEPS = 16  # of recipes that prune, where the full model is at hand
 LORA_DTYPES = ("float32", "bfloat16")
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 
@@ -66,7 +67,8 @@ class TrainOptions:
         load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 (QLoRA, arXiv 2305.14314).
         offload_embedding: with that, leave the embedding in 16 bits in host memory.
         lora_dtype: of the adapter, its gradients and its optimiser's state: one of `LORA_DTYPES`.
-        anchor_steps: train on the full model's course, measured every so many steps (see `loram.anchors`).
+        anchor_steps: train on the full model's course, measured every so many steps (see `loram.anchors`); None or 0
+            does not.
         lisa, lora_sp: options of the methods of these names; None with any other.
         mask_update: on a sparse model, keep the update zero where the model has no weight (arXiv 2502.13533, section
             3.1); it can then be merged, but not recovered.
@@ -113,8 +115,8 @@ def check_options(given: TrainOptions) -> TrainOptions:
         raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
     if trainer["max_length"] is None:
         raise UserError("trainer: max_length should be a number of tokens")
-    if given.anchor_steps is not None:
-        trainer = _anchored(given.anchor_steps, given.method, trainer)
+    if given.anchor_steps:
+        trainer = _anchored(given, trainer)
     return dataclasses.replace(given, lora=lora, trainer=trainer, **own)
 
 
@@ -126,8 +128,6 @@ def _check_masked(given: TrainOptions, lora: Mapping[str, Any]) -> None:
         )
     if given.method not in ("lora", "rslora"):
         raise UserError(f"mask_update: is for methods lora and rslora, and the method is {given.method}")
-    if given.anchor_steps is not None:
-        raise UserError("mask_update: a masked update cannot be recovered, which anchor_steps does; drop one of them")
 
 
 def _check_method(given: TrainOptions, method: Method) -> None:
@@ -172,15 +172,26 @@ def _check_sparse(lora: Mapping[str, Any], share: float) -> None:
     frozen_ranks(lora["r"], share)
 
 
-def _anchored(steps: int, method: str, trainer: dict[str, Any]) -> dict[str, Any]:
-    """Options of a training that is measured every so many steps: a checkpoint is where the next measurement is."""
-    if steps < 1:
-        raise UserError(f"anchor_steps {steps}: should be at least 1")
-    if method == "dora" or method_of(method).weights:
-        raise UserError(f"anchor_steps: measures with the adapter recovered, which method {method} cannot be meanwhile")
+def why_not_anchored(given: TrainOptions) -> str | None:
+    """What keeps a training of a pruned model from staying on the full model's course, if anything does."""
+    if given.method == "dora" or method_of(given.method).weights:
+        return f"measures with the adapter recovered, which method {given.method} cannot be meanwhile"
+    if given.mask_update:
+        return "measures with the adapter recovered, which a masked update cannot be; drop mask_update"
     for key in ("packing", "padding_free"):
-        if trainer.get(key):
-            raise UserError(f"trainer: {key} puts rows together, and anchor_steps measures each by itself; drop one")
+        if given.trainer.get(key):
+            return f"measures each row by itself, and {key} puts rows together; drop one"
+    return None
+
+
+def _anchored(given: TrainOptions, trainer: dict[str, Any]) -> dict[str, Any]:
+    """Options of a training that is measured every so many steps: a checkpoint is where the next measurement is."""
+    steps = given.anchor_steps
+    assert steps is not None
+    if steps < 0:
+        raise UserError(f"anchor_steps {steps}: should be at least 1, or 0 for none")
+    if problem := why_not_anchored(given):
+        raise UserError(f"anchor_steps: {problem}")
     if isinstance(saved := trainer["save_steps"], int) and saved % steps:
         trainer = {**trainer, "save_steps": -(-saved // steps) * steps}
     return trainer

@@ -69,7 +69,7 @@ class TrainSection(_Section):
     offload_embedding: bool = False
     mask_update: bool = False
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
-    anchor_steps: PositiveInt | None = None
+    anchor_steps: int | None = Field(default=None, ge=0)
     lisa: LisaOptions | None = None
     lora_sp: LoraSpOptions | None = None
     lora: dict[str, Any] = Field(default_factory=dict)

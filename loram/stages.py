@@ -18,6 +18,7 @@ from loram.merge import merge
 from loram.methods.table import METHODS
 from loram.model.checkpoint import open_model
 from loram.model.plan import PruningPlan
+from loram.options import ANCHOR_STEPS, TrainOptions, why_not_anchored
 from loram.polish import PolishOptions, polish
 from loram.prune.stage import prune
 from loram.recipe import PolishSection, PruneSection, Recipe, file_digest
@@ -155,10 +156,9 @@ def adapt(
         What was made in all, and the trained adapters, by the rows of the report.
     """
     out, base = recipe.output_dir, base_of(recipe, small.plan)
-    training = {**_common(recipe), **recipe.train.model_dump(mode="json"), "dataset": _data(dataset)}
+    options = {**recipe.train.model_dump(), "anchor_steps": anchor_steps(recipe)}
+    training = {**_common(recipe), **options, "dataset": _data(dataset)}
     recovering = {"correct": recipe.recover.correct, "dev_dataset": _data(recipe.recover.dev_dataset)}
-
-    options = recipe.train.model_dump()
 
     def fit(model: str | Path, folder: str, **changed: Any) -> None:
         given = {**options, "callbacks": callbacks, **changed}
@@ -192,9 +192,17 @@ def adapt(
     if recipe.polish is not None:
         made["polished"] = _polish(state, recipe, base, recipe.polish.dataset or dataset, recipe.polish)
     if recipe.evaluate.full_lora:
-        made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora", anchor_steps=None))
+        made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora", anchor_steps=0))
         adapters["full LoRA"] = out / "full_lora"
     return made, adapters
+
+
+def anchor_steps(recipe: Recipe) -> int:
+    """As the recipe says; where it does not, the default if it prunes, so that the full model is at hand."""
+    if (chosen := recipe.train.anchor_steps) is not None:
+        return chosen
+    possible = recipe.prune is not None and why_not_anchored(TrainOptions(**recipe.train.model_dump())) is None
+    return ANCHOR_STEPS if possible else 0
 
 
 def _polish(state: Record, recipe: Recipe, base: str, dataset: DataSpec, section: PolishSection) -> Done:

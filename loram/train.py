@@ -92,7 +92,7 @@ def train(
         lisa: options of that method: `loram.methods.table.LisaOptions`.
         lora_sp: options of method lora-sp: `loram.methods.table.LoraSpOptions`.
         anchor_steps: every so many steps send the rows of the next ones through the full model, streamed from disk,
-            and train on its course (see `loram.anchors`); for pruned folders.
+            and train on its course (see `loram.anchors`); for pruned folders. None or 0: never.
         base: the full model for that, where it is not at the name that the plan has.
         seed: of initialisation, data order, dropout and LISA's draws.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
@@ -128,7 +128,7 @@ def train(
     if METHODS[method].weights and (unused := sorted((lora or {}).keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", method, unused[0])
     chosen = pick_device(device)
-    course = None if anchor_steps is None else _course(checkpoint, anchor_steps, base, chosen, out.parent)
+    course = _course(checkpoint, anchor_steps, base, chosen, out.parent) if anchor_steps else None
     tokenizer = load_tokenizer(checkpoint)
     tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)
     settings = {

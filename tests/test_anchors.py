@@ -16,6 +16,9 @@ from loram.loss import use_chunked_loss_
 from loram.model.checkpoint import open_model
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model, load_pruned
+from loram.options import ANCHOR_STEPS
+from loram.recipe import Recipe
+from loram.stages import anchor_steps
 
 ROWS = [[5, 9, 40, 7, 77, 30, 8], [6, 3, 12], [90, 91, 4, 4, 17]]
 
@@ -130,7 +133,7 @@ def test_what_cannot_be_anchored_is_refused(
     with pytest.raises(UserError, match="full model is on its own course"):
         loram.train(tiny_llama, tmp_path / "out", data=rows_file, anchor_steps=2)
     for trainer in ({"packing": True}, {"padding_free": True}):
-        with pytest.raises(UserError, match="anchor_steps measures each by itself"):
+        with pytest.raises(UserError, match="anchor_steps: measures each row by itself"):
             loram.train(pruned_models["llama"], tmp_path / "out", data=rows_file, anchor_steps=2, trainer=trainer)
     with pytest.raises(UserError, match="--base"):
         loram.train(
@@ -160,3 +163,22 @@ def test_resumed_is_the_same_as_undisturbed(
         with pytest.raises(Stopped):
             train(tmp_path / "stopped" / "adapter")
     assert train(tmp_path / "stopped" / "adapter") == wanted
+
+
+def test_a_recipe_that_prunes_is_anchored_by_default(tiny_llama: Path, pruned_models: dict[str, Path]) -> None:
+    def steps(train: dict[str, Any], prunes: bool = True) -> int:
+        values: dict[str, Any] = {
+            "model_name_or_path": str(tiny_llama if prunes else pruned_models["llama"]),
+            "output_dir": "out",
+            "dataset": "rows.jsonl",
+            "eval_dataset": "rows.jsonl",
+            "train": train,
+        }
+        return anchor_steps(Recipe.model_validate(values | ({"prune": {"ratio": 0.5}} if prunes else {})))
+
+    assert steps({}) == steps({"method": "lora-fa"}) == ANCHOR_STEPS
+    assert steps({"anchor_steps": 3}) == 3
+    assert steps({"anchor_steps": 0}) == 0
+    assert steps({"method": "dora"}) == steps({"method": "full"}) == steps({"trainer": {"packing": True}}) == 0
+    assert steps({}, prunes=False) == 0
+    assert steps({"anchor_steps": 3}, prunes=False) == 3
