@@ -155,7 +155,7 @@ def test_quickstart_in_short_improves_the_full_model(
     report = json.loads(capfd.readouterr().out)
     perplexity = {row["name"]: row["perplexity"]["eval"] for row in report["rows"]}
     assert perplexity["recovered"] < 0.93 * perplexity["base"]
-    assert perplexity["pruned + adapter"] < 0.5 * perplexity["pruned"]
+    assert perplexity["pruned"] > 2 * perplexity["base"]  # so there was something to stay on course against
 
     shutil.rmtree(root / "merged", ignore_errors=True)
     loram.merge(base, root / "run" / "recovered", root / "merged")
