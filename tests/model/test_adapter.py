@@ -155,7 +155,7 @@ def test_all_linear_as_a_word_leaves_lm_head_out(on_base: Any, tiny_llama: Path)
         ({"target_modules": "("}, r"adapter_config\.json: "),
         ({"target_modules": ".*", "layers_to_transform": [1]}, r"adapter_config\.json: .*layers_to_transform"),
         ({"layers_to_transform": [1]}, r"which adapter_config\.json does not target"),
-        ({"use_dora": True}, "a DoRA adapter"),
+        ({"use_dora": True}, "lacks lora_magnitude_vector"),
         ({"peft_type": "IA3"}, "a IA3 adapter"),
     ],
     ids=str,

@@ -156,7 +156,7 @@ def test_any_prefix(prefix: str) -> None:
         (narrow, "down_proj.weight", torch.ones(6)),  # a vector has no columns
         (widen, "down_proj.lora_A.weight", torch.ones(2, 4)),
         (narrow, "up_proj.bias", torch.ones(())),
-        (narrow, "up_proj.lora_magnitude_vector", torch.ones(6)),
+        (narrow, "up_proj.lora_embedding_A", torch.ones(6)),
         (narrow, "up_proj.lora_A.default.weight", torch.ones(2, 5)),
     ],
 )
