@@ -18,8 +18,7 @@ from loram.errors import UserError, first_problem
 from loram.pipeline import check
 from loram.recipe import Recipe, Variant
 from loram.record import Record
-from loram.report import FINAL
-from loram.stages import adapt, base_of, evaluation, final_of, shrink, tune
+from loram.stages import adapt, base_of, evaluation, judged, shrink, tune
 
 logger = logging.getLogger(__name__)
 
@@ -148,17 +147,14 @@ def _measured(recipe: Recipe, name: str, on: str) -> Measured:
     state, meter = Record(recipe), _Meter(recipe.output_dir / _METER)
     before = 0.0
     if on == "full":
-        done, judged = tune(state, recipe, recipe.dataset, [meter])
+        done, model = tune(state, recipe, recipe.dataset, [meter])
     else:
         small = shrink(state, recipe)
         made, _ = adapt(state, recipe, small, recipe.dataset, [meter])
-        done, out = made[f"{small.name} + adapter"], recipe.output_dir
-        last = next(name for name in FINAL if name in made)
-        assert last == final_of(recipe) or recipe.polish is not None
-        base = base_of(recipe, small.plan)
-        judged = (out / last, None) if last == "merged" else (base, out / last)
+        done = made[f"{small.name} + adapter"]
+        *_, model = judged(recipe, base_of(recipe, small.plan)).values()
         before = sum(part.cost.seconds for part in small.made.values() if part.cost is not None)
-    found = {dataset: evaluation(state, recipe, name, dataset, *judged) for dataset in recipe.eval_dataset}
+    found = {dataset: evaluation(state, recipe, name, dataset, *model) for dataset in recipe.eval_dataset}
     read = json.loads((recipe.output_dir / _METER).read_text(encoding="utf-8"))
     resident = 0 if done.cost is None else done.cost.peak_rss
     return Measured(

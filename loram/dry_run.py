@@ -20,7 +20,7 @@ from loram.estimate.settings import Settings, make_settings
 from loram.estimate.shapes import Model
 from loram.estimate.show import memory_table
 from loram.estimate.size import show_size
-from loram.evaluate import load_scored
+from loram.likelihood import load_scored
 from loram.methods.adapters import specialise_
 from loram.methods.table import METHODS
 from loram.methods.weights import unfreeze_

@@ -1,6 +1,5 @@
 """The evaluate stage: token-weighted perplexity of a model, with or without an adapter."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.data import Tokens, load_tokens
 from loram.data_spec import DataSpec, as_spec
-from loram.likelihood import loaded_loss, streamed_loss
+from loram.likelihood import load_scored, loaded_loss, streamed_loss
 from loram.model.adapter import load_for
-from loram.model.checkpoint import Checkpoint, open_model
+from loram.model.checkpoint import open_model
 from loram.model.device import pick_device
 from loram.model.pruned import load_tokenizer
 
@@ -89,17 +87,3 @@ def evaluate(
         adapter=None if adapter is None else str(adapter),
         dataset=spec.path,
     )
-
-
-def load_scored(
-    spec: DataSpec, checkpoint: Checkpoint, tokenizer: Any, max_samples: int | None, max_length: int
-) -> Tokens:
-    """The tokens that `evaluate` scores.
-
-    Raises:
-        UserError: as `loram.data.load_tokens`.
-    """
-    limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
-    spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
-    tokens = load_tokens(spec, tokenizer, max_length, vocabulary=checkpoint.vocabulary)
-    return dataclasses.replace(tokens, rows=tokens.rows.select(range(min([len(tokens.rows), *limits]))))

@@ -1,10 +1,13 @@
 """How likely a model finds rows of tokens: in memory, or streamed from disk one decoder layer at a time."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from loram.data import Tokens, load_tokens
+from loram.data_spec import DataSpec
 from loram.model.adapter import Adapter
 from loram.model.batches import Batch, make_batches
 from loram.model.checkpoint import Checkpoint
@@ -15,6 +18,20 @@ from loram.model.streaming import BATCH_TOKENS, Stream
 from loram.progress import track
 
 _LOGITS_BYTES = 1 << 28
+
+
+def load_scored(
+    spec: DataSpec, checkpoint: Checkpoint, tokenizer: Any, max_samples: int | None, max_length: int
+) -> Tokens:
+    """The tokens of a data set that are scored: no more rows (of a long text, pieces) than either limit says.
+
+    Raises:
+        UserError: as `loram.data.load_tokens`.
+    """
+    limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
+    spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
+    tokens = load_tokens(spec, tokenizer, max_length, vocabulary=checkpoint.vocabulary)
+    return dataclasses.replace(tokens, rows=tokens.rows.select(range(min([len(tokens.rows), *limits]))))
 
 
 def loaded_loss(

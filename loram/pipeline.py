@@ -17,7 +17,7 @@ from loram.prune.stage import check_weights
 from loram.recipe import PruneSection, Recipe
 from loram.record import Done, Record, start_over
 from loram.report import RunReport
-from loram.stages import Small, adapt, base_of, evaluation, final_of, row_of, shrink, trained_on
+from loram.stages import Small, adapt, base_of, evaluation, judged, row_of, shrink, trained_on
 
 
 def check(recipe: Recipe) -> None:
@@ -101,8 +101,5 @@ def _compared(recipe: Recipe, small: Small) -> dict[str, tuple[str | Path, Path 
     models |= {name: (folder, None) for name, folder in small.folders.items()}
     if recipe.dataset is not None:
         models[f"{small.name} + adapter"] = (small.folder, out / "adapter")
-        final = final_of(recipe)
-        models[final] = (out / final, None) if final == "merged" else (base, out / final)
-    if recipe.polish is not None:
-        models["polished"] = (base, out / "polished")
+        models |= judged(recipe, base)
     return models

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from loram.artifacts import Manifest, check_output, find_manifest, publish
 from loram.correct import best_multiplier, correct_adapter
-from loram.data import load_tokens
 from loram.data_spec import DataSpec, as_spec
 from loram.errors import UserError
+from loram.likelihood import load_scored
 from loram.model.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
 from loram.model.checkpoint import HEAD, Checkpoint, copy_side_files, open_model
 from loram.model.device import pick_device
@@ -88,8 +88,7 @@ def recover(
     recovered = dataclasses.replace(trained, config=config, tensors=tensors)
     if dev_data is not None and full is not None:
         spec = as_spec(dev_data)
-        rows = load_tokens(spec, load_tokenizer(full), spec.max_length or _DEV_LENGTH, vocabulary=full.vocabulary).rows
-        rows = rows.select(range(min(len(rows), spec.max_samples or len(rows))))
+        rows = load_scored(spec, full, load_tokenizer(full), None, _DEV_LENGTH).rows
         best, losses = best_multiplier(full, recovered, (rows["input_ids"][:], rows["labels"][:]), pick_device(device))
         recovered = scaled(recovered, best)
         settings |= {"dev_data": spec.model_dump(mode="json"), "multiplier": best, "dev_losses": losses}

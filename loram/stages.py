@@ -241,6 +241,15 @@ def final_of(recipe: Recipe) -> str:
     return "merged" if recipe.train.mask_update else "recovered"
 
 
+def judged(recipe: Recipe, base: str) -> dict[str, tuple[str | Path, Path | None]]:
+    """The full model with what was trained, by the rows of the report: (model, adapter). The last one counts."""
+    out, final = recipe.output_dir, final_of(recipe)
+    found: dict[str, tuple[str | Path, Path | None]] = {
+        final: (out / final, None) if final == "merged" else (base, out / final)
+    }
+    return found if recipe.polish is None else {**found, "polished": (base, out / "polished")}
+
+
 def _common(recipe: Recipe) -> dict[str, Any]:
     model = open_model(recipe.model_name_or_path)
     return {"base": model.fingerprint, "seed": recipe.seed, "device": recipe.device}

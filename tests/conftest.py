@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,15 @@ def make_model(folder: Path, model_type: str, tokenizer: Any, seed: int = 0, **c
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def elsewhere(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python where loram is never imported."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules")}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, stdin=subprocess.DEVNULL
+    )
 
 
 def random_adapter(model: Any, folder: Path, **options: Any) -> Path:

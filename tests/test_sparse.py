@@ -1,10 +1,7 @@
 """Sparse pruning: exactly as sparse as asked, SparseGPT as its paper has it, and folders that hold only what stays."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, relative
+from conftest import FAMILIES, elsewhere, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -264,14 +261,7 @@ print(json.dumps(result))
 
 def test_plain_transformers_and_peft_take_the_folder(sparse_models: dict[str, Path], tmp_path: Path) -> None:
     folders = [sparse_models[family] for family in ("llama", "gemma3_text")]
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *map(str, folders)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        check=False,
-    )
+    done = elsewhere(REMOTE, *map(str, folders), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for folder, found in json.loads(done.stdout).items():
         with torch.inference_mode():

@@ -1,16 +1,13 @@
 """Training on tiny models: every family, lm_head, options passed through, and adapters of other trainers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, elsewhere
 from safetensors.torch import load_file
 
 import loram
@@ -168,9 +165,7 @@ def test_an_adapter_that_plain_trl_trained_recovers(
     pruned_models: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     """Any trainer will do: TRL alone trains on the pruned folder, and the plan copied beside the adapter widens it."""
-    command = [sys.executable, "-c", PLAIN_TRL, str(pruned_models["qwen3"]), str(rows_file), str(tmp_path / "adapter")]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    done = elsewhere(PLAIN_TRL, *map(str, (pruned_models["qwen3"], rows_file, tmp_path / "adapter")), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shutil.copy(pruned_models["qwen3"] / "loram_plan.json", tmp_path / "adapter")
     loram.recover(tmp_path / "adapter", tmp_path / "recovered")

@@ -1,14 +1,11 @@
 """A pruned folder loads everywhere it should, and fails loudly where it cannot."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, elsewhere
 from transformers import AutoModelForCausalLM
 
 import loram
@@ -16,15 +13,6 @@ from loram.model.checkpoint import Checkpoint
 from loram.model.pruned import load_model
 
 TOKENS = torch.arange(3, 15)[None]
-
-
-def elsewhere(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python where loram is never imported."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules")}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, stdin=subprocess.DEVNULL
-    )
 
 
 REMOTE = """

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, relative
+from conftest import FAMILIES, elsewhere, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -200,14 +199,7 @@ def test_a_compensated_folder_loads_where_loram_is_not_imported(
     families = ("llama", "mistral", "gemma3_text")
     for family in families:
         compensated(tiny_models[family], tmp_path / family, rows_file)
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *(str(tmp_path / family) for family in families)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        check=False,
-    )
+    done = elsewhere(REMOTE, *(str(tmp_path / family) for family in families), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for family, found in zip(families, done.stdout.split(), strict=True):
         with torch.inference_mode():
