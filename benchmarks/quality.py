@@ -31,7 +31,6 @@ from loram.artifacts import find_manifest
 TASK, TEXT = "gsm8k", "wikitext2"
 CRITERIA = ("taylor", "magnitude", "activation", "wanda", "flap", "random")
 RATIOS = (0.5, 0.65, 0.75, 0.85)
-POLISH_STEPS = 4
 STAGES = ("prune", "align", "train", "recover", "polish")
 
 
@@ -43,8 +42,9 @@ class Job:
         base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), or not at all (`untuned`).
         ratio, criterion: of pruning.
         alignment: `none`, or objective and steps: `distill 50`.
-        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished` (`POLISH_STEPS`
-            streamed steps on the full model more), or `none`: the pruned model with its adapter is judged.
+        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished N` (N more steps,
+            on the streamed full model), or `none`: the pruned model with its adapter is judged.
+        steps: of training, where not as many as given for all.
         train: options of the train stage beyond the common ones.
         seed: of pruning, alignment and training.
     """
@@ -55,6 +55,7 @@ class Job:
     alignment: str = "none"
     recovery: str = "plain"
     nf4: bool = False
+    steps: int | None = None
     train: dict[str, Any] = field(default_factory=dict)
     seed: int = 42
 
@@ -63,12 +64,20 @@ class Job:
         """What it is, but for the seed."""
         if self.base == "untuned":
             return "untuned"
-        extra = "".join(f" {key}={value}" for key, value in sorted(self.train.items()))
+        extra = "".join(f", {key} {value}" for key, value in sorted(self.train.items()))
+        extra += f", {self.steps} steps" if self.steps else ""
         if self.base == "full":
             return ("QLoRA" if self.nf4 else "LoRA") + f" on the full model{extra}"
         recovery = {"plain": "", "none": ", no recovery"}.get(self.recovery, f", {self.recovery}")
         quantised = ", NF4" if self.nf4 else ""
         return f"p={self.ratio} {self.criterion}, align {self.alignment}{quantised}{extra}{recovery}"
+
+    @property
+    def tag(self) -> str:
+        """What distinguishes its adapter among those of the same model."""
+        options = [f"{key}-{value}" for key, value in sorted(self.train.items())]
+        parts = [*(["nf4"] if self.nf4 else []), *([f"{self.steps}steps"] if self.steps else []), *options]
+        return "-".join([*parts, f"s{self.seed}"]).translate(str.maketrans(" {}':,/", "_" * 7))
 
 
 def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
@@ -82,28 +91,27 @@ def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
 def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """What two cores can do, the rows that say most first: stop it when time is up."""
     first, often, once = seeds[0], {"anchor_steps": max(1, steps // 4)}, {"anchor_steps": steps}
-    yield Job(seed=first)
-    yield Job(train=once, seed=first)
-    yield Job(train=often, seed=first)
-    yield Job(ratio=0.75, train=often, seed=first)
-    for seed in seeds[1:]:
-        yield Job(seed=seed)
-        yield Job(train=often, seed=seed)
-    yield Job(train=often, recovery="polished", seed=first)
-    yield Job(base="full", train={"trainer": {"max_steps": POLISH_STEPS}}, seed=first)
-    yield Job(alignment="distill 25", seed=first)
-    yield Job(alignment="distill 25", recovery="corrected", seed=first)
+    polishing = 2 * steps // 5
     for train in ({}, often):
-        yield Job(train=train, recovery="scaled", seed=first)
-    for seed in seeds[1:]:
-        yield Job(ratio=0.75, train=often, seed=seed)
-    yield Job(alignment="clm 25", seed=first)
+        yield from (Job(train=train, seed=seed) for seed in seeds)
+    for alignment in ("distill 25", "clm 25"):
+        yield from (Job(alignment=alignment, seed=seed) for seed in seeds)
+    yield Job(train=once, seed=first)
+    yield from (Job(ratio=0.75, train=often, seed=seed) for seed in seeds)
+    for ratio in (0.5, 0.75):
+        for seed in seeds:  # as many steps in all as the other rows
+            recovery = f"polished {polishing}"
+            yield Job(ratio=ratio, train=often, steps=steps - polishing, recovery=recovery, seed=seed)
+    yield Job(base="full", steps=polishing, seed=first)
+    yield Job(train=often, recovery="polished 4", seed=first)
+    yield Job(base="full", steps=4, seed=first)
+    for train in ({}, often):
+        yield from (Job(train=train, recovery="scaled", seed=seed) for seed in seeds)
+    yield from (Job(alignment="distill 25", recovery="corrected", seed=seed) for seed in seeds)
+    yield from (Job(alignment="distill 25", train=often, seed=seed) for seed in seeds)
     yield Job(ratio=0.75, seed=first)
     yield Job(recovery="none", seed=first)
-    for seed in seeds[1:]:
-        for alignment in ("distill 25", "clm 25"):
-            yield Job(alignment=alignment, seed=seed)
-    yield Job(alignment="distill 25", train=often, seed=first)
+    yield Job(alignment="distill 100", seed=first)
     for ratio in (0.65, 0.85):
         yield Job(ratio=ratio, train=often, seed=first)
     for criterion in CRITERIA[1:]:
@@ -126,7 +134,7 @@ def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
                 yield Job(
                     ratio=ratio, criterion=criterion, alignment=alignment, recovery=recovery, train=train, seed=seed
                 )
-        for alignment, recovery in product(alignments, ("none", "scaled", "polished")):
+        for alignment, recovery in product(alignments, ("none", "scaled", "polished 8")):
             yield Job(alignment=alignment, recovery=recovery, seed=seed)
 
 
@@ -137,7 +145,12 @@ class Bench:
         self.given, self.out = given, Path(given.output_dir)
         self.out.mkdir(parents=True, exist_ok=True)
         self.clock = self.out / "seconds.json"
-        self.seconds: dict[str, float] = json.loads(self.clock.read_text()) if self.clock.is_file() else {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of every folder; read anew each time, since two processes may share the work."""
+        found: dict[str, float] = json.loads(self.clock.read_text()) if self.clock.is_file() else {}
+        return found
 
     def data(self, name: str, **options: Any) -> dict[str, Any]:
         """A data set of the given folder."""
@@ -150,8 +163,8 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)  # whole, but of unknown cost
             started = time.monotonic()
             action(folder)
-            self.seconds[name] = time.monotonic() - started
-            self.clock.write_text(json.dumps(self.seconds, indent=2) + "\n")
+            seconds = {**self.seconds, name: time.monotonic() - started}
+            self.clock.write_text(json.dumps(seconds, indent=2) + "\n")
         return folder
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -159,12 +172,12 @@ class Bench:
         model, stages = self.given.model, {}
         adapter = None
         if job.base == "full":
-            tag = f"{'qlora' if job.nf4 else 'lora'}{_tag(job.train)}-s{job.seed}"
+            tag = f"lora-{job.tag}"
             adapter = self.made(tag, lambda out: self.train(job, model, out))
             stages["train"] = self.seconds[tag]
         if job.base == "pruned":
             small, stages = self.small(job)
-            tag = f"{small.name}-adapter{'-nf4' if job.nf4 else ''}{_tag(job.train)}-s{job.seed}"
+            tag = f"{small.name}-adapter-{job.tag}"
             trained = self.made(tag, lambda out: self.train(job, small, out))
             stages["train"] = self.seconds[tag]
             if job.recovery == "none":
@@ -172,11 +185,13 @@ class Bench:
             options: dict[str, Any] = {"correct": job.recovery == "corrected"}
             if job.recovery == "scaled":
                 options["dev_data"] = self.data("gsm8k_train.jsonl", max_samples=self.given.dev_samples)
-            kind = "plain" if job.recovery == "polished" else job.recovery
+            polishing = job.recovery.startswith("polished")
+            kind = "plain" if polishing else job.recovery
             adapter = recovered = self.made(f"{tag}-{kind}", lambda out: loram.recover(trained, out, **options))
             stages["recover"] = self.seconds[adapter.name]
-            if job.recovery == "polished":
-                adapter = self.made(f"{tag}-polished", lambda out: self.polish(job, recovered, out))
+            if polishing:
+                steps = int(job.recovery.split()[1])
+                adapter = self.made(f"{tag}-polished{steps}", lambda out: self.polish(job, steps, recovered, out))
                 stages["polish"] = self.seconds[adapter.name]
         return {**self.judge(model, adapter), "seconds": stages}
 
@@ -211,11 +226,10 @@ class Bench:
         options = dict(job.train)
         lora = {"lora_dropout": 0.0, **options.pop("lora", {})}
         trainer = {
-            "max_steps": self.given.steps,
+            "max_steps": job.steps or self.given.steps,
             "per_device_train_batch_size": self.given.batch,
             "learning_rate": self.given.learning_rate,
             "logging_steps": 5,
-            **options.pop("trainer", {}),
         }
         loram.train(
             model,
@@ -228,10 +242,10 @@ class Bench:
             **options,
         )
 
-    def polish(self, job: Job, adapter: Path, out: Path) -> None:
+    def polish(self, job: Job, steps: int, adapter: Path, out: Path) -> None:
         """A few exact steps on the full model."""
         options = loram.PolishOptions(
-            max_steps=POLISH_STEPS,
+            max_steps=steps,
             per_device_train_batch_size=self.given.batch,
             learning_rate=self.given.learning_rate / 2,
         )
@@ -258,12 +272,6 @@ class Bench:
             path.write_text(json.dumps(found) + "\n")
         result: dict[str, float] = json.loads(path.read_text())
         return result
-
-
-def _tag(train: dict[str, Any]) -> str:
-    return "".join(f"-{key}-{value}" for key, value in sorted(train.items())).translate(
-        str.maketrans(" {}':,/", "_" * 7)
-    )
 
 
 def with_gain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
