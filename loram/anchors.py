@@ -4,14 +4,15 @@ A pruned layer maps the full model's hidden states to something else than the fu
 pruned model learns to make up for that first, which is of no use to the full model, and learns its task from hidden
 states that the full model never sees. Here the difference is measured on the very rows that the next steps train on, in
 one pass over the full model, streamed from disk, and added to the layers' outputs as a constant: with the adapter as it
-was then, the pruned model predicts exactly what the full model with the recovered adapter does. Only the backward pass
-is the pruned model's.
+was then, the pruned model predicts exactly what the full model with the recovered adapter does. The backward pass is
+the pruned model's, unless what its layers leave out of the gradient is measured likewise, on the way back.
 """
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from loram.model.adapter import Adapter
-from loram.model.batches import make_batches
+from loram.model.batches import IGNORED, Batch, make_batches
 from loram.model.checkpoint import Checkpoint
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
@@ -38,6 +39,7 @@ class Course:
         base: the full model, read from disk.
         plan: what the pruned model keeps of it.
         steps: how many optimiser steps are trained on one measurement.
+        gradients: measure what is left out of the gradients, too, which takes a backward pass over the full model.
         device, dtype: that the full model's layers compute on and in.
         scratch: folder for what is measured, beyond 256 MB (default: the system's temporary folder).
     """
@@ -45,90 +47,187 @@ class Course:
     base: Checkpoint
     plan: PruningPlan
     steps: int
+    gradients: bool = True
     device: torch.device
     dtype: torch.dtype
     scratch: Path | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What was measured on some rows: part by part, row by row, (tokens, hidden size) each.
+
+    Args:
+        outputs: what outputs leave out.
+        gradients: what the gradients by inputs leave out, of the summed loss; None if that was not measured.
+        rows: how many.
+    """
+
+    outputs: Activations
+    gradients: Activations | None
+    rows: int
+
+    def put(self, kind: Activations, part: int, batch: Batch, values: Tensor) -> None:
+        """Keep the values (rows, width, hidden size) of a micro-batch."""
+        for place, row in enumerate(batch.rows):
+            kept = part * self.rows + row
+            kind[kept] = values[place, : kind.shapes[kept][0]]
+
+    def padded(self, kind: Activations, part: int, rows: Sequence[int], like: Tensor) -> Tensor:
+        """That of some rows, zero where `like` (rows, width, hidden size) is padding; in its dtype, on its device."""
+        found = torch.zeros(like.shape, dtype=kind.dtype)
+        for place, row in enumerate(rows):
+            values = kind[part * self.rows + row]
+            found[place, : len(values)] = values
+        return found.to(like)
+
+    def close(self) -> None:
+        for kind in (self.outputs, self.gradients):
+            if kind is not None:
+                kind.close()
+
+
 class Anchors:
-    """What the layers of a pruned model leave out of the full model's hidden states, on the rows of the next steps.
+    """What attention and MLP of a pruned model's layers leave out of the full model's, on the rows of the next steps.
 
     Args:
         course: of which full model.
-        model: PEFT's model of the pruned one. Its decoder layers get hooks.
+        model: PEFT's model of the pruned one. Attention and MLP of its layers get hooks.
     """
 
     def __init__(self, course: Course, model: Any) -> None:
         self.course, self.model = course, model
-        self.layers: Any = model.get_base_model().model.layers
-        self._missing: Activations | None = None  # layer by layer, row by row
-        self._rows = 0
-        self._used: tuple[list[int], int] | None = None  # (rows, width) of the batch that is being trained on
-        for index, layer in enumerate(self.layers):
-            layer.register_forward_hook(self._adding(index))
+        self._parts = _parts(model.get_base_model())
+        self._measured: _Measured | None = None
+        self._used: tuple[list[int], float | Tensor] | None = None  # rows of the batch that is trained on, and weight
+        for number, part in enumerate(self._parts):
+            part.register_forward_pre_hook(partial(self._add_gradients, number), with_kwargs=True)
+            part.register_forward_hook(partial(self._add_outputs, number))
 
     def measure_(self, batches: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
-        """Send the rows of some batches through the full model with the adapter as it is, and each layer's inputs
-        through the pruned layer too.
+        """Send the rows of some batches through the full model with the adapter as it is, and what attention and MLP
+        read there through the pruned ones, too.
 
         Args:
-            batches: `input_ids` and `attention_mask`, (rows, width), padded on the right.
+            batches: `input_ids`, `attention_mask` and `labels`, (rows, width), padded on the right.
 
         Returns:
             The numbers of each batch's rows, for `use_`.
         """
-        if self._missing is not None:
-            self._missing.close()
-        rows = [
-            ids[mask.bool()].tolist()
-            for batch in batches
-            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ]
-        course, hidden = self.course, self.model.get_base_model().config.hidden_size
-        room = Scratch(HIDDEN_BYTES, course.scratch)
-        missing = room.room([(len(row), hidden) for _ in self.layers for row in rows], course.dtype)
+        if self._measured is not None:
+            self._measured.close()
+        rows, labels = (
+            [
+                values[mask.bool()].tolist()
+                for batch in batches
+                for values, mask in zip(batch[column], batch["attention_mask"], strict=True)
+            ]
+            for column in ("input_ids", "labels")
+        )
+        course, self._used = self.course, None
         stream = Stream(
             course.base,
-            make_batches(rows, max_tokens=BATCH_TOKENS),
+            make_batches(rows, labels, max_tokens=BATCH_TOKENS),
             device=course.device,
             dtype=course.dtype,
             adapter=recovered(self.model, course.plan),
             scratch=course.scratch,
         )
-
-        def follow(layer: int, number: int, inputs: Tensor, outputs: Tensor, arguments: dict[str, Any]) -> None:
-            with torch.no_grad():
-                left_out = outputs - _states(self.layers[layer](inputs, **arguments))
-            for place, row in enumerate(stream.batches[number].rows):
-                missing[layer * len(rows) + row] = left_out[place, : len(rows[row])]
-
-        training, self._used = self.model.training, None
+        room = partial(self._room, [len(row) for row in rows])
+        self._measured = _Measured(outputs=room(), gradients=room() if course.gradients else None, rows=len(rows))
+        training = self.model.training
         self.model.eval()
-        for _ in stream.forward(follow=follow):
-            pass
+        if course.gradients:
+            deque(stream.forward(keep_from=0), maxlen=0)
+        for number, part in enumerate(_parts(stream.model)):
+            part.register_forward_hook(self._measuring(number, stream, self._measured), with_kwargs=True)
+        deque(stream.backward(0, None) if course.gradients else stream.forward(), maxlen=0)
         self.model.train(training)
-        self._missing, self._rows = missing, len(rows)
         ends = iter(range(len(rows)))
         return [[next(ends) for _ in batch["input_ids"]] for batch in batches]
 
-    def use_(self, rows: list[int], width: int) -> None:
-        """Add what these rows lack in the forward passes to come, to batches padded to `width`."""
-        self._used = rows, width
+    def _room(self, lengths: list[int]) -> Activations:
+        hidden = self.model.get_base_model().config.hidden_size
+        shapes = [(length, hidden) for _ in self._parts for length in lengths]
+        return Scratch(HIDDEN_BYTES, self.course.scratch).room(shapes, self.course.dtype)
 
-    def _adding(self, layer: int) -> Any:
-        def add(_: nn.Module, args: Any, output: Any) -> Any:
-            if self._used is None:
-                return output
-            assert self._missing is not None
-            (rows, width), states = self._used, _states(output)
-            missing = torch.zeros(len(rows), width, states.shape[-1], dtype=self._missing.dtype)
-            for place, row in enumerate(rows):
-                found = self._missing[layer * self._rows + row]
-                missing[place, : len(found)] = found
-            states = states + missing.to(states)
-            return (states, *output[1:]) if isinstance(output, tuple) else states
+    def _measuring(self, number: int, stream: Stream, measured: _Measured) -> Any:
+        """What a part of the full model does when a micro-batch passes: have the pruned one do the same."""
+        batches, own = iter(stream.batches), self._parts[number]
 
-        return add
+        def measure(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            batch, x, y = next(batches), _inputs(args, kwargs), _states(output)
+            inputs = x.detach().requires_grad_(measured.gradients is not None)
+            with torch.set_grad_enabled(inputs.requires_grad):
+                given, named = _with(inputs, args, kwargs)
+                found = _states(own(*given, **named))
+            measured.put(measured.outputs, number, batch, (y - found).detach())
+            if measured.gradients is None:
+                return
+            above: list[Tensor] = []
+            y.register_hook(above.append)
+
+            def on_the_way_back(gradient: Tensor) -> None:
+                (of_own,) = torch.autograd.grad(found, inputs, above.pop())
+                assert measured.gradients is not None
+                measured.put(measured.gradients, number, batch, (gradient - of_own) * stream.predicted)
+
+            x.register_hook(on_the_way_back)
+
+        return measure
+
+    def use_(self, rows: list[int], weight: float | Tensor = 1.0) -> None:
+        """Add what these rows lack in the passes to come.
+
+        Args:
+            rows: of the batch, as `measure_` numbered them.
+            weight: of a token's loss in the loss whose gradient is taken: one over the tokens that it is a mean of.
+        """
+        self._used = rows, weight
+
+    def _add_outputs(self, number: int, _: nn.Module, args: Any, output: Any) -> Any:
+        if self._used is None:
+            return output
+        assert self._measured is not None
+        states = _states(output)
+        states = states + self._measured.padded(self._measured.outputs, number, self._used[0], states)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def _add_gradients(self, number: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._used is None or self._measured is None or self._measured.gradients is None:
+            return None
+        (rows, weight), states = self._used, _inputs(args, kwargs)
+        lacking = partial(self._measured.padded, self._measured.gradients, number, rows)
+        return _with(_WithGradient.apply(states, lambda like: weight * lacking(like)), args, kwargs)
+
+
+def _parts(model: Any) -> list[nn.Module]:
+    """Attention and MLP of layer after layer."""
+    return [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def _with(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a part, but for its inputs."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+class _WithGradient(torch.autograd.Function):  # type: ignore[misc]
+    """The identity, whose gradient has something added: `lacking(gradient)`, read when the gradient comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, lacking: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.lacking = lacking
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient + ctx.lacking(gradient), None
 
 
 def _states(output: Any) -> Tensor:
@@ -171,9 +270,10 @@ def anchored(kind: type, course: Course) -> type:
             for batch, rows in zip(batches, self._anchors.measure_(batches), strict=True):
                 self._ahead.append({**batch, "anchor_rows": rows})
 
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             rows = inputs.pop("anchor_rows")
-            self._anchors.use_(rows, inputs["input_ids"].shape[1])
-            return super().training_step(model, inputs, *args, **options)
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum() * self.args.gradient_accumulation_steps
+            self._anchors.use_(rows, 1 / (tokens if num_items_in_batch is None else num_items_in_batch))
+            return super().training_step(model, inputs, num_items_in_batch)
 
     return Anchored

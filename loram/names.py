@@ -8,7 +8,8 @@ _SAME = {
     "": "model_name_or_path base_model_name_or_path output_dir dataset eval_dataset seed device",
     "prune": "ratio criterion pattern calibration calibration_samples calibration_length keep_first keep_last "
     "bias_compensation",
-    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype mask_update anchor_steps lisa lora_sp",
+    "train": "method lora trainer load_in_4bit offload_embedding lora_dtype mask_update anchor_steps "
+    "anchor_gradients lisa lora_sp",
     "train.lisa": "active_layers interval_steps train_embeddings",
     "train.lora_sp": "share",
     "evaluate": "full_lora stream",

@@ -69,6 +69,7 @@ class TrainOptions:
         lora_dtype: of the adapter, its gradients and its optimiser's state: one of `LORA_DTYPES`.
         anchor_steps: train on the full model's course, measured every so many steps (see `loram.anchors`); None or 0
             does not.
+        anchor_gradients: with that, measure what is left out of gradients, too.
         lisa, lora_sp: options of the methods of these names; None with any other.
         mask_update: on a sparse model, keep the update zero where the model has no weight (arXiv 2502.13533, section
             3.1); it can then be merged, but not recovered.
@@ -81,6 +82,7 @@ class TrainOptions:
     offload_embedding: bool = False
     lora_dtype: str = "float32"
     anchor_steps: int | None = None
+    anchor_gradients: bool = True
     lisa: Mapping[str, Any] | None = None
     lora_sp: Mapping[str, Any] | None = None
     mask_update: bool = False

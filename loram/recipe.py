@@ -70,6 +70,7 @@ class TrainSection(_Section):
     mask_update: bool = False
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     anchor_steps: int | None = Field(default=None, ge=0)
+    anchor_gradients: bool = True
     lisa: LisaOptions | None = None
     lora_sp: LoraSpOptions | None = None
     lora: dict[str, Any] = Field(default_factory=dict)

@@ -60,6 +60,7 @@ def train(
     lisa: Mapping[str, Any] | None = None,
     lora_sp: Mapping[str, Any] | None = None,
     anchor_steps: int | None = None,
+    anchor_gradients: bool = True,
     base: str | Path | None = None,
     seed: int = 42,
     device: str | None = None,
@@ -93,6 +94,7 @@ def train(
         lora_sp: options of method lora-sp: `loram.methods.table.LoraSpOptions`.
         anchor_steps: every so many steps send the rows of the next ones through the full model, streamed from disk,
             and train on its course (see `loram.anchors`); for pruned folders. None or 0: never.
+        anchor_gradients: with that, send them back through it, too, for what the pruned layers leave out of gradients.
         base: the full model for that, where it is not at the name that the plan has.
         seed: of initialisation, data order, dropout and LISA's draws.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
@@ -121,6 +123,7 @@ def train(
         lisa=lisa,
         lora_sp=lora_sp,
         anchor_steps=anchor_steps,
+        anchor_gradients=anchor_gradients,
         mask_update=mask_update,
     )
     options = check_options(options)
@@ -128,7 +131,7 @@ def train(
     if METHODS[method].weights and (unused := sorted((lora or {}).keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", method, unused[0])
     chosen = pick_device(device)
-    course = _course(checkpoint, anchor_steps, base, chosen, out.parent) if anchor_steps else None
+    course = _course(checkpoint, options, base, chosen, out.parent) if anchor_steps else None
     tokenizer = load_tokenizer(checkpoint)
     tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)
     settings = {
@@ -164,13 +167,23 @@ def train(
     return out
 
 
-def _course(checkpoint: Checkpoint, steps: int, base: str | Path | None, device: torch.device, scratch: Path) -> Course:
+def _course(
+    checkpoint: Checkpoint, options: TrainOptions, base: str | Path | None, device: torch.device, scratch: Path
+) -> Course:
     plan = find_plan(checkpoint.folder)
     if plan is None:
         raise UserError(f"{checkpoint.name}: a full model is on its own course; anchor_steps is for pruned ones")
     scratch.mkdir(parents=True, exist_ok=True)
-    full = open_full(plan, base)
-    return Course(base=full, plan=plan, steps=steps, device=device, dtype=compute_dtype(device), scratch=scratch)
+    assert options.anchor_steps
+    return Course(
+        base=open_full(plan, base),
+        plan=plan,
+        steps=options.anchor_steps,
+        gradients=options.anchor_gradients,
+        device=device,
+        dtype=compute_dtype(device),
+        scratch=scratch,
+    )
 
 
 def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:

@@ -16,6 +16,7 @@ from loram.loss import use_chunked_loss_
 from loram.model.checkpoint import open_model
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model, load_pruned
+from loram.model.resize import narrow
 from loram.options import ANCHOR_STEPS
 from loram.recipe import Recipe
 from loram.stages import anchor_steps
@@ -36,10 +37,19 @@ def adapted(model: Any, *, random: bool = False) -> Any:
     return get_peft_model(model, options)
 
 
-def course(folder: Path) -> Course:
+def course(folder: Path, **options: Any) -> Course:
     plan = PruningPlan.load(folder)
     cpu = torch.device("cpu")
-    return Course(base=open_model(plan.base.name), plan=plan, steps=1, device=cpu, dtype=torch.float32)
+    return Course(base=open_model(plan.base.name), plan=plan, steps=1, device=cpu, dtype=torch.float32, **options)
+
+
+def recovered(small: Any, folder: Path, tmp_path: Path) -> Any:
+    """The full model with the adapter of the pruned one in `folder`."""
+    small.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    PruningPlan.load(folder).save(tmp_path / "adapter")
+    loram.recover(tmp_path / "adapter", tmp_path / "recovered")
+    full: Any = load_model(open_model(PruningPlan.load(folder).base.name))
+    return PeftModel.from_pretrained(full, tmp_path / "recovered", is_trainable=True).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,20 +60,47 @@ def test_anchored_is_the_full_model_with_the_recovered_adapter(
 ) -> None:
     folder = pruned_models[family]
     small = adapted(load_pruned(folder), random=random)
-    small.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    PruningPlan.load(folder).save(tmp_path / "adapter")
-    loram.recover(tmp_path / "adapter", tmp_path / "recovered")
-    full: Any = load_model(open_model(PruningPlan.load(folder).base.name))
-    full = PeftModel.from_pretrained(full, tmp_path / "recovered").eval()
+    full = recovered(small, folder, tmp_path)
     anchors, given = Anchors(course(folder), small), [batch(ROWS[:2]), batch(ROWS[2:])]
     for model in (small, full):
         use_chunked_loss_(model.get_base_model())
     alone = [small(**part).loss for part in given]
     for part, rows, before in zip(given, anchors.measure_(given), alone, strict=True):
-        anchors.use_(rows, part["input_ids"].shape[1])
+        anchors.use_(rows)
         expected = full(**part).loss
         torch.testing.assert_close(small(**part).loss, expected, rtol=1e-5, atol=1e-5)
         assert (before - expected).abs() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_anchored_gradients_are_the_full_models(
+    checkpointing: bool, family: str, pruned_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Those of the factors, where the pruned ones have them."""
+    folder = pruned_models[family]
+    small = adapted(load_pruned(folder), random=True)
+    full = recovered(small, folder, tmp_path)
+    if checkpointing:
+        small.get_base_model().activation_checkpointing_enable()
+        small.enable_input_require_grads()
+        small.train()
+    plan, given = PruningPlan.load(folder), [batch(ROWS[:2]), batch(ROWS[2:])]
+    anchors = Anchors(course(folder, gradients=True), small)
+    for model in (small, full):
+        use_chunked_loss_(model.get_base_model())
+    for part, rows in zip(given, anchors.measure_(given), strict=True):
+        count = 5
+        anchors.use_(rows, 1 / count)
+        for model in (small, full):
+            model.zero_grad()
+            model(**part, num_items_in_batch=count).loss.backward()
+        expected = dict(full.named_parameters())
+        for name, parameter in small.named_parameters():
+            if parameter.grad is None:
+                continue
+            wanted = narrow(name.replace(".default", ""), expected[name].grad, plan)
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
 def nothing_lost(folder: Path, tokenizer: Any) -> Path:
@@ -90,15 +127,15 @@ def test_where_nothing_is_left_out_anchors_change_nothing(tokenizer: Any, rows_f
     base = nothing_lost(tmp_path / "base", tokenizer)
     loram.prune(base, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
     trainer = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
-    found = {}
-    for steps in (None, 1, 2, 100):
-        out = tmp_path / f"adapter-{steps}"
+    found: dict[int, Any] = {}
+    for options in ({}, {"anchor_steps": 1}, {"anchor_steps": 2, "anchor_gradients": False}, {"anchor_steps": 100}):
+        out = tmp_path / f"adapter-{len(found)}"
         lora = {"r": 2, "lora_dropout": 0.0}
-        loram.train(tmp_path / "pruned", out, data=rows_file, lora=lora, trainer=trainer, anchor_steps=steps)
-        found[steps] = loram.model.adapter.Adapter.load(out)
-    for steps in (1, 2, 100):
-        for name, tensor in found[None].tensors.items():
-            torch.testing.assert_close(found[steps].tensors[name], tensor, rtol=1e-3, atol=1e-4)
+        loram.train(tmp_path / "pruned", out, data=rows_file, lora=lora, trainer=trainer, **options)
+        found[len(found)] = loram.model.adapter.Adapter.load(out)
+    for number in (1, 2, 3):
+        for name, tensor in found[0].tensors.items():
+            torch.testing.assert_close(found[number].tensors[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_4_bits_are_made_up_for_too(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ def train(
     anchor_steps: Annotated[
         int | None, typer.Option(help="Stay on the full model's course, measured every so many steps.")
     ] = None,
+    anchor_gradients: Annotated[
+        bool,
+        typer.Option(
+            "--anchor-gradients/--no-anchor-gradients", help="With it: on the way back, too; slower, and nearer to it."
+        ),
+    ] = True,
     base: Annotated[
         str | None, typer.Option(help="The full model for that, if not where the plan says.", show_default=False)
     ] = None,
@@ -131,6 +137,7 @@ def train(
         offload_embedding=offload_embedding,
         lora_dtype=lora_dtype,
         anchor_steps=anchor_steps,
+        anchor_gradients=anchor_gradients,
         base=base,
         lisa=given(lisa_flags) or None,
         lora_sp=given({"share": lora_sp_share}) or None,

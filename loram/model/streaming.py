@@ -33,7 +33,6 @@ _SLICE_BYTES = 1 << 26
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
 OnGradient = Callable[[str, Tensor, Tensor], None]
-Follower = Callable[[int, int, Tensor, Tensor, dict[str, Any]], None]
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
@@ -135,7 +134,6 @@ class Stream:
         observe: Observer | None = None,
         keep_from: int | None = None,
         edit: Editor | None = None,
-        follow: Follower | None = None,
     ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, yielding each layer when they have passed it.
 
@@ -146,8 +144,6 @@ class Stream:
             keep_from: keep the inputs of this layer and those above, for `backward`.
             edit: called with each layer once it has been observed; may change its weights in place, since the next
                 layer sees what comes out of a second pass.
-            follow: called for every layer and micro-batch with their numbers, the layer's inputs and outputs (rows,
-                width, hidden size) on the device, and what else the model's code passes to the layer.
         """
         current = self._embed()
         for layer in self._resident(range(len(self._layers)), "Layers, forward"):
@@ -156,32 +152,23 @@ class Stream:
             if edit is not None:
                 self._pass(layer.index, current, None, observe)
                 edit(layer)
-            self._pass(layer.index, current, outputs, None if edit else observe, follow)
+            self._pass(layer.index, current, outputs, None if edit else observe)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
 
-    def _pass(
-        self,
-        index: int,
-        inputs: Activations,
-        outputs: Activations | None,
-        observe: Observer | None,
-        follow: Follower | None = None,
-    ) -> None:
+    def _pass(self, index: int, inputs: Activations, outputs: Activations | None, observe: Observer | None) -> None:
         """Send all micro-batches through one layer."""
         for number, batch in enumerate(self.batches):
             before = inputs[number].to(self.device)
             with torch.no_grad(), self._observed(index, batch, observe):
                 after = self._call(index, batch, before)
-            if follow is not None:
-                follow(index, number, before, after, self._passed(index, batch))
             if outputs is not None:
                 outputs[number] = after
 
     def backward(
-        self, down_to: int, on_gradient: OnGradient, *, of: Literal["weights", "factors"] = "weights"
+        self, down_to: int, on_gradient: OnGradient | None, *, of: Literal["weights", "factors"] = "weights"
     ) -> Iterator[ResidentLayer]:
         """Walk down from the loss, the mean over all wanted tokens, yielding each layer when its gradients are done.
 
@@ -191,7 +178,7 @@ class Stream:
         Args:
             down_to: the last layer to visit; `forward` must have kept inputs from here on.
             on_gradient: called once for every weight with its full name, the weight and its gradient, of one shape;
-                the gradient's memory is free again after the call.
+                the gradient's memory is free again after the call. None: differentiate by the layers' inputs alone.
             of: what to differentiate by; factors go by PEFT's names.
         """
         gradients = self._head_gradient()
@@ -200,7 +187,8 @@ class Stream:
             with self._differentiated(layer, on_gradient, of) as state:
                 for number, batch in enumerate(self.batches):
                     state["last"] = number == len(self.batches) - 1
-                    x = inputs[number].to(self.device).detach().requires_grad_(layer.index > down_to)
+                    x = inputs[number].to(self.device).detach()
+                    x.requires_grad_(layer.index > down_to or on_gradient is None)
                     with torch.enable_grad():
                         y = self._call(layer.index, batch, x)
                     y.backward(gradients[number].to(self.device))
@@ -279,12 +267,9 @@ class Stream:
         return hidden
 
     def _call(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        output: Tensor = self._layers[index](hidden.to(self.device), **self._passed(index, batch))
+        arguments = self._arguments[tuple(batch.ids.shape)][index]  # what the model's own code passes, too
+        output: Tensor = self._layers[index](hidden.to(self.device), **arguments)
         return output
-
-    def _passed(self, index: int, batch: Batch) -> dict[str, Any]:
-        """What the model's own code passes to a layer beside hidden states."""
-        return self._arguments[tuple(batch.ids.shape)][index]
 
     def _resident(self, indices: Sequence[int], description: str) -> Iterator[ResidentLayer]:
         """Layers with their weights and adapter in place, one at a time, the next one read meanwhile."""
@@ -346,10 +331,13 @@ class Stream:
 
     @contextlib.contextmanager
     def _differentiated(
-        self, layer: ResidentLayer, on_gradient: OnGradient, of: Literal["weights", "factors"]
+        self, layer: ResidentLayer, on_gradient: OnGradient | None, of: Literal["weights", "factors"]
     ) -> Iterator[dict[str, bool]]:
         """Collect gradients; each is handed over, and freed, when the last batch is through."""
         state = {"last": False}
+        if on_gradient is None:
+            yield state
+            return
 
         def done(weight: Tensor, name: str) -> None:
             if state["last"]:
