@@ -40,7 +40,7 @@ class Job:
 
     Args:
         base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), or not at all (`untuned`).
-        ratio, criterion: of pruning.
+        ratio, criterion, prune: of pruning; the last are options beyond the defaults.
         alignment: `none`, or objective and steps: `distill 50`.
         recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished N` (N more steps,
             on the streamed full model), or `none`: the pruned model with its adapter is judged.
@@ -56,6 +56,7 @@ class Job:
     recovery: str = "plain"
     nf4: bool = False
     steps: int | None = None
+    prune: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     seed: int = 42
 
@@ -64,7 +65,7 @@ class Job:
         """What it is, but for the seed."""
         if self.base == "untuned":
             return "untuned"
-        extra = "".join(f", {key} {value}" for key, value in sorted(self.train.items()))
+        extra = "".join(f", {key} {value}" for key, value in sorted({**self.train, **self.prune}.items()))
         extra += f", {self.steps} steps" if self.steps else ""
         if self.base == "full":
             return ("QLoRA" if self.nf4 else "LoRA") + f" on the full model{extra}"
@@ -89,44 +90,41 @@ def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
 
 
 def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
-    """What two cores can do, the rows that say most first: stop it when time is up."""
-    first, often, once = seeds[0], {"anchor_steps": max(1, steps // 4)}, {"anchor_steps": steps}
+    """What two cores can do in some hours, the rows that say most first: stop it when time is up."""
+    first, often = seeds[0], {"anchor_steps": max(1, steps // 4)}
     polishing = 2 * steps // 5
     for train in ({}, often):
         yield from (Job(train=train, seed=seed) for seed in seeds)
+    yield from (Job(ratio=0.75, train=often, seed=seed) for seed in seeds)
     for alignment in ("distill 25", "clm 25"):
         yield from (Job(alignment=alignment, seed=seed) for seed in seeds)
-    yield Job(train=once, seed=first)
-    yield from (Job(ratio=0.75, train=often, seed=seed) for seed in seeds)
-    for ratio in (0.5, 0.75):
-        for seed in seeds:  # as many steps in all as the other rows
-            recovery = f"polished {polishing}"
-            yield Job(ratio=ratio, train=often, steps=steps - polishing, recovery=recovery, seed=seed)
-    yield Job(base="full", steps=polishing, seed=first)
-    yield Job(train=often, recovery="polished 4", seed=first)
-    yield Job(base="full", steps=4, seed=first)
-    for train in ({}, often):
-        yield from (Job(train=train, recovery="scaled", seed=seed) for seed in seeds)
     yield from (Job(alignment="distill 25", recovery="corrected", seed=seed) for seed in seeds)
-    yield from (Job(alignment="distill 25", train=often, seed=seed) for seed in seeds)
-    yield Job(ratio=0.75, seed=first)
+    yield Job(train={**often, "anchor_gradients": False}, seed=first)
+    yield Job(train={"anchor_steps": steps}, seed=first)
+    for ratio in (0.5, 0.75):  # as many steps in all as the other rows
+        yield Job(ratio=ratio, train=often, steps=steps - polishing, recovery=f"polished {polishing}", seed=first)
+    yield Job(base="full", steps=polishing, seed=first)
+    yield from (Job(recovery="scaled", seed=seed) for seed in seeds)
+    yield Job(train=often, recovery="scaled", seed=first)
     yield Job(recovery="none", seed=first)
-    yield Job(alignment="distill 100", seed=first)
-    for ratio in (0.65, 0.85):
-        yield Job(ratio=ratio, train=often, seed=first)
-    for criterion in CRITERIA[1:]:
-        yield Job(criterion=criterion, train=often, seed=first)
+    yield from (Job(ratio=ratio, seed=first) for ratio in RATIOS[1:])
+    yield from (Job(criterion=criterion, seed=first) for criterion in CRITERIA[1:])
+    for lora in ({"use_rslora": True}, {"init_lora_weights": "eva"}, {"lora_alpha": 32}, {"r": 32, "lora_alpha": 64}):
+        yield Job(train={"lora": lora}, seed=first)
+    yield Job(prune={"keep_first": 8, "keep_last": 6}, seed=first)
+    yield Job(alignment="distill 25", train=often, seed=first)
     yield Job(base="full", nf4=True, seed=first)
+    yield Job(nf4=True, seed=first)
+    yield Job(nf4=True, recovery="corrected", seed=first)
     yield Job(nf4=True, train=often, seed=first)
-    yield Job(nf4=True, train=often, recovery="corrected", seed=first)
-    yield Job(train={**often, "lora": {"use_rslora": True}}, seed=first)
-    yield Job(train={**often, "lora": {"init_lora_weights": "eva"}}, seed=first)
+    yield Job(ratio=0.85, train=often, seed=first)
+    yield Job(alignment="distill 100", seed=first)
 
 
 def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """All of it."""
     alignments = ("none", "clm 100", "distill 100", "distill 400")
-    anchors: tuple[dict[str, Any], ...] = ({}, {"anchor_steps": steps}, {"anchor_steps": max(1, steps // 8)})
+    anchors: tuple[dict[str, Any], ...] = ({}, {"anchor_steps": max(1, steps // 8)})
     for seed in seeds:
         yield Job(base="full", nf4=True, seed=seed)
         for ratio, criterion, alignment, train in product(RATIOS, CRITERIA, alignments, anchors):
@@ -197,15 +195,14 @@ class Bench:
 
     def small(self, job: Job) -> tuple[Path, dict[str, float]]:
         """The folder to train on, and the seconds of its stages."""
-        tag = f"p{job.ratio}-{job.criterion}" + (f"-s{job.seed}" if job.criterion == "random" else "")
-        pruned = self.made(
-            tag,
-            lambda out: loram.prune(self.given.model, out, ratio=job.ratio, criterion=job.criterion, seed=job.seed),
-        )
+        tag = f"p{job.ratio}-{job.criterion}" + "".join(f"-{key}-{value}" for key, value in sorted(job.prune.items()))
+        tag += f"-s{job.seed}" if job.criterion == "random" else ""
+        options = {"ratio": job.ratio, "criterion": job.criterion, "seed": job.seed, **job.prune}
+        pruned = self.made(tag, lambda out: loram.prune(self.given.model, out, **options))
         if job.alignment == "none":
             return pruned, {"prune": self.seconds[tag]}
         objective, steps = job.alignment.split()
-        options = {
+        trainer = {
             "max_steps": int(steps),
             "per_device_train_batch_size": self.given.batch,
             "max_length": 256,
@@ -216,7 +213,7 @@ class Bench:
         aligned = self.made(
             name,
             lambda out: loram.align(
-                pruned, out, data=text, objective=objective, probe=False, trainer=options, seed=job.seed
+                pruned, out, data=text, objective=objective, probe=False, trainer=trainer, seed=job.seed
             ),
         )
         return aligned, {"prune": self.seconds[tag], "align": self.seconds[name]}
