@@ -53,38 +53,45 @@ class Course:
     scratch: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """What was measured on some rows: part by part, row by row, (tokens, hidden size) each.
+    """What was measured on some rows, part by part: of outputs, and of the gradients by inputs of the summed loss.
 
     Args:
-        outputs: what outputs leave out.
-        gradients: what the gradients by inputs leave out, of the summed loss; None if that was not measured.
-        rows: how many.
+        lengths: tokens of every row.
+        width: hidden size.
+        dtype: of what is kept.
+        folder: for what goes beyond 256 MB.
     """
 
-    outputs: Activations
-    gradients: Activations | None
-    rows: int
+    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, folder: Path | None) -> None:
+        self._shapes, self._dtype = [(length, width) for length in lengths], dtype
+        self._scratch = Scratch(HIDDEN_BYTES, folder)
+        self._kept: dict[tuple[str, int], Activations] = {}
 
-    def put(self, kind: Activations, part: int, batch: Batch, values: Tensor) -> None:
+    def put(self, kind: str, part: int, batch: Batch, values: Tensor) -> None:
         """Keep the values (rows, width, hidden size) of a micro-batch."""
+        if (kind, part) not in self._kept:
+            self._kept[kind, part] = self._scratch.room(self._shapes, self._dtype)
         for place, row in enumerate(batch.rows):
-            kept = part * self.rows + row
-            kind[kept] = values[place, : kind.shapes[kept][0]]
+            self._kept[kind, part][row] = values[place, : self._shapes[row][0]]
 
-    def padded(self, kind: Activations, part: int, rows: Sequence[int], like: Tensor) -> Tensor:
+    def has(self, kind: str, part: int) -> bool:
+        """Whether there is anything of a part."""
+        return (kind, part) in self._kept
+
+    def padded(self, kind: str, part: int, rows: Sequence[int], like: Tensor) -> Tensor:
         """That of some rows, zero where `like` (rows, width, hidden size) is padding; in its dtype, on its device."""
-        found = torch.zeros(like.shape, dtype=kind.dtype)
+        found = torch.zeros(like.shape, dtype=self._dtype)
         for place, row in enumerate(rows):
-            values = kind[part * self.rows + row]
+            values = self._kept[kind, part][row]
             found[place, : len(values)] = values
         return found.to(like)
 
     def close(self) -> None:
-        for kind in (self.outputs, self.gradients):
-            if kind is not None:
-                kind.close()
+        """Give the room back."""
+        for room in self._kept.values():
+            room.close()
+        self._kept.clear()
 
 
 class Anchors:
@@ -133,8 +140,8 @@ class Anchors:
             adapter=recovered(self.model, course.plan),
             scratch=course.scratch,
         )
-        room = partial(self._room, [len(row) for row in rows])
-        self._measured = _Measured(outputs=room(), gradients=room() if course.gradients else None, rows=len(rows))
+        width = self.model.get_base_model().config.hidden_size
+        self._measured = _Measured([len(row) for row in rows], width, course.dtype, course.scratch)
         training = self.model.training
         self.model.eval()
         if course.gradients:
@@ -146,31 +153,27 @@ class Anchors:
         ends = iter(range(len(rows)))
         return [[next(ends) for _ in batch["input_ids"]] for batch in batches]
 
-    def _room(self, lengths: list[int]) -> Activations:
-        hidden = self.model.get_base_model().config.hidden_size
-        shapes = [(length, hidden) for _ in self._parts for length in lengths]
-        return Scratch(HIDDEN_BYTES, self.course.scratch).room(shapes, self.course.dtype)
-
     def _measuring(self, number: int, stream: Stream, measured: _Measured) -> Any:
         """What a part of the full model does when a micro-batch passes: have the pruned one do the same."""
-        batches, own = iter(stream.batches), self._parts[number]
+        batches, own, gradients = iter(stream.batches), self._parts[number], self.course.gradients
 
-        def measure(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def measure(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             batch, x, y = next(batches), _inputs(args, kwargs), _states(output)
-            inputs = x.detach().requires_grad_(measured.gradients is not None)
-            with torch.set_grad_enabled(inputs.requires_grad):
+            if _alike(part, own):
+                return
+            inputs = x.detach().requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
                 given, named = _with(inputs, args, kwargs)
                 found = _states(own(*given, **named))
-            measured.put(measured.outputs, number, batch, (y - found).detach())
-            if measured.gradients is None:
+            measured.put("outputs", number, batch, (y - found).detach())
+            if not gradients:
                 return
             above: list[Tensor] = []
             y.register_hook(above.append)
 
             def on_the_way_back(gradient: Tensor) -> None:
                 (of_own,) = torch.autograd.grad(found, inputs, above.pop())
-                assert measured.gradients is not None
-                measured.put(measured.gradients, number, batch, (gradient - of_own) * stream.predicted)
+                measured.put("gradients", number, batch, (gradient - of_own) * stream.predicted)
 
             x.register_hook(on_the_way_back)
 
@@ -186,24 +189,39 @@ class Anchors:
         self._used = rows, weight
 
     def _add_outputs(self, number: int, _: nn.Module, args: Any, output: Any) -> Any:
-        if self._used is None:
+        if self._used is None or self._measured is None or not self._measured.has("outputs", number):
             return output
-        assert self._measured is not None
         states = _states(output)
-        states = states + self._measured.padded(self._measured.outputs, number, self._used[0], states)
+        states = states + self._measured.padded("outputs", number, self._used[0], states)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def _add_gradients(self, number: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._used is None or self._measured is None or self._measured.gradients is None:
+        if self._used is None or self._measured is None or not self._measured.has("gradients", number):
             return None
         (rows, weight), states = self._used, _inputs(args, kwargs)
-        lacking = partial(self._measured.padded, self._measured.gradients, number, rows)
+        lacking = partial(self._measured.padded, "gradients", number, rows)
         return _with(_WithGradient.apply(states, lambda like: weight * lacking(like)), args, kwargs)
 
 
 def _parts(model: Any) -> list[nn.Module]:
     """Attention and MLP of layer after layer."""
     return [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+
+
+def _alike(full: nn.Module, pruned: nn.Module) -> bool:
+    """Whether a part has lost nothing: then it needs no measuring."""
+    frozen = {
+        name.replace(".base_layer", ""): tensor.data
+        for name, tensor in pruned.named_parameters()
+        if ".lora_" not in name
+    }
+    return all(
+        name in frozen
+        and frozen[name].shape == tensor.shape
+        and frozen[name].dtype == tensor.dtype
+        and torch.equal(frozen[name], tensor.data)
+        for name, tensor in full.named_parameters()
+    )
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
