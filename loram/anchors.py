@@ -26,9 +26,11 @@ from loram.model.checkpoint import Checkpoint
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
 from loram.model.scratch import Activations, Scratch
-from loram.model.streaming import BATCH_TOKENS, HIDDEN_BYTES, Stream
+from loram.model.streaming import HIDDEN_BYTES, Stream
 
 logger = logging.getLogger(__name__)
+
+MEASURED_TOKENS = 512  # of a micro-batch: two layers' activations are held of it, beside a training's own weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ class Anchors:
         course, self._used = self.course, None
         stream = Stream(
             course.base,
-            make_batches(rows, labels, max_tokens=BATCH_TOKENS),
+            make_batches(rows, labels, max_tokens=MEASURED_TOKENS),
             device=course.device,
             dtype=course.dtype,
             adapter=recovered(self.model, course.plan),

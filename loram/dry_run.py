@@ -37,6 +37,7 @@ from loram.prune.counts import prunable_layers
 from loram.prune.sparse import sparse_plan
 from loram.prune.stage import load_calibration
 from loram.recipe import PruneSection, Recipe
+from loram.stages import anchor_steps
 
 EXAMPLES = 2
 
@@ -143,7 +144,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     settings: Settings | UserError | None = None
     if to_train is not None:
         longest = max(map(len, to_train.rows["input_ids"]))
-        settings = _settings(training, adapter, arguments, device, longest)
+        settings = _settings(training, adapter, arguments, device, longest, anchor_steps(recipe))
     first = next((found for found in (to_train, *to_align.values()) if found is not None), None)
     return DryRun(
         model=checkpoint.name,
@@ -152,8 +153,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         training={
-            name: _training(model, sizes, adapter, training, settings)
-            for name, model, sizes in _trained(recipe, checkpoint, plan, dtype)
+            name: _training(model, sizes, full, adapter, training, settings)
+            for name, model, sizes, full in _trained(recipe, checkpoint, plan, dtype)
         },
         dataset=None if to_train is None else _count(to_train),
         align={name: _count(tokens) for name, tokens in to_align.items()},
@@ -167,8 +168,9 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 def _trained(
     recipe: Recipe, checkpoint: Checkpoint, plan: PruningPlan, dtype: torch.dtype
-) -> Iterator[tuple[str, Any, Model]]:
-    """The models that get an adapter: name, transformers' model without weights, the planner's sizes."""
+) -> Iterator[tuple[str, Any, Model, Model | None]]:
+    """The models that get an adapter: name, transformers' model without weights, the planner's sizes, and those of the
+    model that it may be anchored on."""
     if recipe.dataset is None:
         return
     sizes = Model(
@@ -181,10 +183,10 @@ def _trained(
     else:
         narrowed = range(min(plan.layers), max(plan.layers) + 1)
         pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
-    yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned
+    yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
     if recipe.evaluate.full_lora:
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
-        yield "full", empty_model(full, dtype), sizes
+        yield "full", empty_model(full, dtype), sizes, None
 
 
 def _calibration(section: PruneSection | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
@@ -218,7 +220,12 @@ def _shape_of_plan(checkpoint: Checkpoint, section: PruneSection, seed: int) -> 
 
 
 def _training(
-    model: Any, sizes: Model, adapter: Any, chosen: TrainOptions, settings: Settings | UserError | None
+    model: Any,
+    sizes: Model,
+    full: Model | None,
+    adapter: Any,
+    chosen: TrainOptions,
+    settings: Settings | UserError | None,
 ) -> Training:
     """Counted on a model without weights, with what the method and PEFT themselves make of it."""
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -229,7 +236,7 @@ def _training(
     trained = _of_adapter(model, adapter, chosen)
     if not isinstance(settings, Settings):
         return Training(parameters=total, adapter_parameters=trained, memory=None, problem=str(settings))
-    return Training(parameters=total, adapter_parameters=trained, memory=training_memory(sizes, settings))
+    return Training(parameters=total, adapter_parameters=trained, memory=training_memory(sizes, settings, full))
 
 
 def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
@@ -259,7 +266,7 @@ def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int,
 
 
 def _settings(
-    chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int
+    chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int, anchors: int
 ) -> Settings | UserError:
     """What the planner needs to know of a training, or why it can say nothing of such a one."""
     if chosen.mask_update:
@@ -281,6 +288,8 @@ def _settings(
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             gradient_checkpointing=checkpoints_activations(arguments),
             activation_offloading=arguments.activation_offloading,
+            anchor_steps=anchors,
+            anchor_gradients=chosen.anchor_gradients,
         )
     except UserError as error:
         return error

@@ -51,7 +51,6 @@ _OURS = {
 }
 _OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the model's weights as they are
-ANCHOR_STEPS = 16  # of recipes that prune, where the full model is at hand
 LORA_DTYPES = ("float32", "bfloat16")
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 

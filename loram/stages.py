@@ -15,10 +15,10 @@ from loram.artifacts import find_manifest
 from loram.data_spec import DataSpec
 from loram.evaluate import evaluate
 from loram.merge import merge
-from loram.methods.table import METHODS
+from loram.methods.table import ANCHOR_STEPS, METHODS
 from loram.model.checkpoint import open_model
 from loram.model.plan import PruningPlan
-from loram.options import ANCHOR_STEPS, TrainOptions, why_not_anchored
+from loram.options import TrainOptions, why_not_anchored
 from loram.polish import PolishOptions, polish
 from loram.prune.stage import prune
 from loram.recipe import PolishSection, PruneSection, Recipe, file_digest

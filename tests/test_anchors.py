@@ -1,5 +1,6 @@
 """Anchored training: with the adapter as it was measured, the pruned model predicts what the full model does."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,21 @@ import pytest
 import torch
 from conftest import FAMILIES, LINEARS, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_planner import Live
 from test_resume import Stopped, contents, stop
 
 import loram
 from loram.anchors import Anchors, Course
 from loram.errors import UserError
+from loram.estimate.memory import training_memory
+from loram.estimate.settings import make_settings
+from loram.estimate.shapes import Model
 from loram.loss import use_chunked_loss_
+from loram.methods.table import ANCHOR_STEPS
 from loram.model.checkpoint import open_model
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model, load_pruned
 from loram.model.resize import narrow
-from loram.options import ANCHOR_STEPS
 from loram.recipe import Recipe
 from loram.stages import anchor_steps
 
@@ -219,3 +224,26 @@ def test_a_recipe_that_prunes_is_anchored_by_default(tiny_llama: Path, pruned_mo
     assert steps({"method": "dora"}) == steps({"method": "full"}) == steps({"trainer": {"packing": True}}) == 0
     assert steps({}, prunes=False) == 0
     assert steps({"anchor_steps": 3}, prunes=False) == 3
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_estimate_covers_a_measurement(gradients: bool, tokenizer: Any, rows_file: Path, tmp_path: Path) -> None:
+    """Of all tensors that are alive meanwhile; it is rounded up."""
+    base = make_model(
+        tmp_path / "base", "llama", tokenizer, hidden_size=128, intermediate_size=340, num_hidden_layers=4
+    )
+    loram.prune(base, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
+    small = adapted(load_pruned(tmp_path / "pruned"))
+    live = Live()
+    for tensor in (*small.parameters(), *small.buffers()):
+        live.add(tensor)
+    anchors = Anchors(course(tmp_path / "pruned", gradients=gradients), small)
+    with live:
+        anchors.measure_([batch([[7] * 200]) for _ in range(8)])
+    full = Model.of(json.loads((base / "config.json").read_text()), "config", None, 1, 1)
+    pruned = Model.of(json.loads((base / "config.json").read_text()), "config", 0.5, 1, 1)
+    options = {"max_length": 200, "per_device_train_batch_size": 1, "anchor_steps": 8, "anchor_gradients": gradients}
+    settings = make_settings(device="cpu", lora_r=3, gradient_checkpointing=True, **options)
+    found = training_memory(pruned, settings, full)
+    assert found.moment == "measuring the full model's course"
+    assert live.peak <= found.total - found.optimizer <= 1.5 * live.peak

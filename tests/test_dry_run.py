@@ -15,6 +15,7 @@ import loram
 from loram import cli
 from loram.dry_run import DataCounts, DryRun, dry_run, show
 from loram.estimate.memory import TrainingMemory
+from loram.methods.table import ANCHOR_STEPS
 from loram.model.tensorfile import TensorFile
 from loram.recipe import Recipe
 
@@ -75,6 +76,7 @@ def test_it_counts_what_the_stages_make(
         lora_r=4,
         lora_target_modules=["q_proj", "down_proj"],
         max_length=counts_of(found).longest,
+        anchor_steps=ANCHOR_STEPS,
         device="cpu",
     )
     if not bias_compensation:  # of which the estimate knows nothing
@@ -98,11 +100,14 @@ def counts_of(found: DryRun) -> DataCounts:
 def test_memory_follows_the_recipe(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     def memory(**train: Any) -> TrainingMemory | None:
         return (
-            dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", train=train, device="cpu"))
+            dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", train={"anchor_steps": 0, **train}, device="cpu"))
             .training["pruned"]
             .memory
         )
 
+    anchored = memory(anchor_steps=100)
+    assert anchored is not None
+    assert anchored.moment == "measuring the full model's course"
     plain, packed = memory(), memory(load_in_4bit=True, trainer={"optim": "adamw_8bit"})
     assert plain is not None
     assert packed is not None

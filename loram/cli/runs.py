@@ -133,6 +133,12 @@ def estimate(
             help="Keep those in host memory (default: on cuda in 4 bits).",
         ),
     ] = None,
+    anchor_steps: Annotated[
+        int | None, typer.Option(help="Of a pruned model: train on the full one's course (with --memory default 8).")
+    ] = None,
+    anchor_gradients: Annotated[
+        bool | None, typer.Option("--anchor-gradients/--no-anchor-gradients", help="On the way back, too (default).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu (default cuda).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -156,6 +162,8 @@ def estimate(
         "optim": optim,
         "gradient_checkpointing": gradient_checkpointing,
         "activation_offloading": activation_offloading,
+        "anchor_steps": anchor_steps,
+        "anchor_gradients": anchor_gradients,
         "device": device,
     }
     typer.echo(command(model, ratio, memory, load_in_4bit, options, as_json=as_json))

@@ -11,6 +11,7 @@ from loram.estimate.settings import Settings, make_settings
 from loram.estimate.shapes import read_config
 from loram.estimate.size import show_size
 from loram.estimate.total import Estimate, estimate_with
+from loram.methods.table import ANCHOR_STEPS
 
 _TRAINER = (
     "max_length",
@@ -45,7 +46,8 @@ def fit(
     """The least ratio of `GRID` with which training fits.
 
     Where `load_in_4bit` is left open, the full model is tried in 16 bits, then in 4; then each ratio in 4 bits: four
-    bits lose less than pruning does, so weights are quantised before any are removed.
+    bits lose less than pruning does, so weights are quantised before any are removed. A pruned model is trained as a
+    recipe that prunes does it: anchored, unless `anchor_steps` is 0.
 
     Args:
         config, keep_first, keep_last, options: as for `estimate`.
@@ -59,11 +61,14 @@ def fit(
     if load_in_4bit is None and options.get("offload_embedding"):
         load_in_4bit = True  # it is of no use in 16 bits
     nearest: Estimate | None = None
+    anchored = options.pop("anchor_steps", None)
     for ratio, in_4bit in _candidates(load_in_4bit):
-        settings = make_settings(load_in_4bit=in_4bit, **options)
+        steps = ANCHOR_STEPS if anchored is None else anchored  # as a recipe that prunes is trained
+        settings = make_settings(load_in_4bit=in_4bit, anchor_steps=0 if ratio is None else steps, **options)
         found = estimate_with(values, where, settings, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
         if found.training.total <= memory:
-            return Fit(memory=memory, estimate=found, recipe=recipe_lines(found, options))
+            given = {**options, "anchor_steps": None if ratio is None else anchored}
+            return Fit(memory=memory, estimate=found, recipe=recipe_lines(found, given))
         if nearest is None or found.training.total < nearest.training.total:
             nearest = found
     assert nearest is not None
@@ -111,6 +116,9 @@ def recipe_lines(found: Estimate, given: Mapping[str, Any]) -> str:
         f"  {key}: {_yaml(getattr(settings, key))}"
         for key in ("load_in_4bit", "offload_embedding")
         if getattr(settings, key)
+    ]
+    train += [
+        f"  {key}: {_yaml(getattr(settings, key))}" for key in ("anchor_steps", "anchor_gradients") if key in wanted
     ]
     if "lora_dtype" in wanted:
         train.append(f"  lora_dtype: {settings.lora_dtype}")

@@ -17,9 +17,11 @@ from loram.estimate.activations import (
 )
 from loram.estimate.settings import OPTIMIZERS, Settings
 from loram.estimate.shapes import Layer, Model
-from loram.estimate.weights import factors, frozen_bytes, optimizer_bytes, trained
+from loram.estimate.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
 from loram.model.architecture import Linear
 
+HIDDEN_BYTES = 1 << 28  # hidden states that streaming keeps in memory: `loram.model.streaming`
+MEASURED_TOKENS = 512  # of a micro-batch that is measured for anchors: `loram.anchors`
 CONTEXT = 1 << 29  # of CUDA and its libraries on a GPU; it depends on driver and card and cannot be counted
 _FLOAT32 = 4
 
@@ -35,7 +37,7 @@ class TrainingMemory(BaseModel):
         activations: kept from forward for backward.
         recomputation: one checkpointed layer's activations while it is worked out again, and gradients inside a layer.
         logits: of a chunk of tokens, with softmax and gradient.
-        scratch: the largest 4-bit or sparse weight in use, in full.
+        scratch: the largest 4-bit or sparse weight in use, in full; while measuring for anchors a full layer, too.
         context: of CUDA; a rule of thumb.
         pageable: the part of `optimizer` that may go to host memory when the GPU is short.
         host: in host memory beside all that: an offloaded embedding and offloaded activations.
@@ -74,8 +76,8 @@ class _Moment(BaseModel):
         return self.gradients + self.activations + self.recomputation + self.logits + self.scratch
 
 
-def training_memory(model: Model, settings: Settings) -> TrainingMemory:
-    """Peak memory of training an adapter on a model."""
+def training_memory(model: Model, settings: Settings, full: Model | None = None) -> TrainingMemory:
+    """Peak memory of training an adapter on a model, anchored on the `full` one if the settings say so."""
     frozen = frozen_bytes(model, settings)
     held = {
         "weights": frozen.weights,
@@ -84,7 +86,10 @@ def training_memory(model: Model, settings: Settings) -> TrainingMemory:
         "optimizer": optimizer_bytes(model, settings),
         "context": CONTEXT if settings.device == "cuda" else 0,
     }
-    most = max(_moments(model, settings), key=lambda moment: moment.total)
+    moments = list(_moments(model, settings))
+    if settings.anchor_steps and full is not None:
+        moments.append(_measuring(full, model, settings))
+    most = max(moments, key=lambda moment: moment.total)
     offloaded = layer_input(model, settings) * model.geometry.num_hidden_layers if settings.activation_offloading else 0
     return TrainingMemory(
         moment=most.name,
@@ -113,6 +118,47 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
             scratch=max(_unpacked(layer, linear, settings) for linear in layer.linears),
         )
     yield _Moment(name="the optimiser's step", gradients=gradients[0])
+
+
+def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
+    """A layer of the full model and the pruned one, which a streamed micro-batch is in; no step is under way.
+
+    The full layer is in the computing dtype and its adapter computes in float32, without dropout. On a CPU the next
+    layer is being read meanwhile, and hidden states, measured ones among them, are in memory up to their budgets.
+    """
+    rows = max(1, MEASURED_TOKENS // settings.max_length)
+    during = settings.model_copy(
+        update={"per_device_train_batch_size": rows, "lora_dropout": 0.0, "gradient_checkpointing": False}
+    )
+    measured = model.layers if settings.load_in_4bit else [model.layers[index] for index in model.narrowed]
+    layer, small = (max(layers, key=lambda layer: layer.parameters) for layers in (full.layers, measured))
+    inputs = sum(columns for _, columns in layer.linears.values())
+    saved = saved_by_layer(full, layer, during) + saved_by_layer(model, small, during)
+    if settings.device == "cuda":
+        saved += during.tokens * inputs * _FLOAT32
+    forward = 3 * during.tokens * layer.channels * settings.compute_bytes
+    weights, states = layer.parameters * settings.compute_bytes, 0
+    if settings.device == "cpu":
+        weights += layer.parameters * file_bytes(full)
+        states = sum(min(HIDDEN_BYTES, count) for count in course_bytes(model, settings))
+    return _Moment(
+        name="measuring the full model's course",
+        activations=states + (saved if settings.anchor_gradients else forward),
+        recomputation=_inside(full, layer, during) + 8 * layer_input(full, during),
+        scratch=weights + max(_unpacked(small, linear, settings) for linear in small.linears),
+    )
+
+
+def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
+    """(hidden states before every layer while a course is measured, what is kept of it): in memory or on disk.
+
+    Attention and MLP each leave something out of outputs and gradients; whole layers in full precision nothing.
+    """
+    states = settings.course_tokens * model.geometry.hidden_size * settings.compute_bytes
+    layers, measured = len(model.layers), len(model.layers if settings.load_in_4bit else model.narrowed)
+    return (layers if settings.anchor_gradients else 1) * states, (
+        4 if settings.anchor_gradients else 2
+    ) * measured * states
 
 
 def _kept(model: Model, settings: Settings) -> list[int]:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from loram.errors import UserError, first_problem
 from loram.methods.table import METHODS, LoraSpOptions, frozen_ranks, method_of
@@ -39,6 +39,8 @@ class Settings(BaseModel):
     optim: str
     gradient_checkpointing: bool
     activation_offloading: bool
+    anchor_steps: NonNegativeInt = 0
+    anchor_gradients: bool = True
 
     @field_validator("lora_target_modules")
     @classmethod
@@ -69,6 +71,11 @@ class Settings(BaseModel):
             return 0, self.lora_r
         frozen = frozen_ranks(self.lora_r, self.lora_sp_share) if self.method == "lora-sp" else 0
         return self.lora_r - frozen, self.lora_r - frozen
+
+    @property
+    def course_tokens(self) -> int:
+        """Tokens whose course is measured at a time."""
+        return self.tokens * self.gradient_accumulation_steps * self.anchor_steps
 
     @property
     def tokens(self) -> int:

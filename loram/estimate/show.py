@@ -25,7 +25,7 @@ _ITEMS = {
     "activations": "kept from forward for backward",
     "recomputation": "inside the layer that is gone through backward",
     "logits": "of 512 tokens at a time, with softmax and gradient",
-    "scratch": "the largest 4-bit weight, dequantised",
+    "scratch": "the largest 4-bit weight, dequantised; while measuring, a layer of the full model",
     "context": "CUDA and its libraries: a rule of thumb",
 }
 
@@ -120,6 +120,7 @@ def _setting(found: Estimate) -> str:
         chosen.optim,
     ]
     ways += ["activation checkpointing"] if chosen.gradient_checkpointing else []
+    ways += [f"anchored every {chosen.anchor_steps} steps"] if chosen.anchor_steps else []
     ways += ["offloaded"] if chosen.activation_offloading else []
     return f"Training on {chosen.device}: {', '.join(ways)}"
 

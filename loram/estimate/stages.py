@@ -8,13 +8,12 @@ from math import prod
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.estimate.memory import TrainingMemory
+from loram.estimate.memory import HIDDEN_BYTES, TrainingMemory, course_bytes
 from loram.estimate.settings import Settings
 from loram.estimate.shapes import Model
-from loram.estimate.weights import factors
+from loram.estimate.weights import factors, file_bytes
 
 IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
-_HIDDEN = 1 << 28  # hidden states in memory: loram.model.streaming.HIDDEN_BYTES
 _BATCH_TOKENS = 2048  # of a micro-batch that is streamed
 _BLOCK = 1 << 26  # of a weight that is copied or merged
 _LOGITS = 1 << 28  # of a batch that is evaluated in memory
@@ -50,7 +49,7 @@ def stages(full: Model, model: Model, settings: Settings, training: TrainingMemo
         found.append(
             Stage(name="recover", disk=wide, memory=IMPORTS + narrow + wide, holds="both adapters, in float32")
         )
-    merged = full.parameters * _file_bytes(full)
+    merged = full.parameters * file_bytes(full)
     found.append(
         Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * _BLOCK, holds="the adapter and some rows")
     )
@@ -58,10 +57,10 @@ def stages(full: Model, model: Model, settings: Settings, training: TrainingMemo
 
 
 def _prune(full: Model, model: Model) -> list[Stage]:
-    stored, disk = _layer(full, _file_bytes(full)), model.parameters * _file_bytes(full)
+    stored, disk = _layer(full, file_bytes(full)), model.parameters * file_bytes(full)
     disk += sum(layer.mask_bytes for layer in model.layers)
     layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(map(prod, full.layers[0].linears.values()))
-    stream = IMPORTS + _HIDDEN + layer + stored + _working(full)
+    stream = IMPORTS + HIDDEN_BYTES + layer + stored + _working(full)
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
     return [
@@ -114,12 +113,15 @@ def _teach(full: Model) -> Stage:
 
 def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
     state = training.adapter + training.optimizer
+    disk = 3 * state + sum(course_bytes(model, settings))
     if settings.device == "cuda":
         host = IMPORTS + training.host + training.pageable + 2 * model.vocabulary * 2
+        if settings.anchor_steps:
+            host += 2 * HIDDEN_BYTES + 2 * _layer(model, 2)
         return Stage(
-            name="train", disk=3 * state, memory=host, holds="what is offloaded, and weights on their way to the GPU"
+            name="train", disk=disk, memory=host, holds="what is offloaded, and weights on their way to the GPU"
         )
-    return Stage(name="train", disk=3 * state, memory=IMPORTS + training.total, holds="all of the table above")
+    return Stage(name="train", disk=disk, memory=IMPORTS + training.total, holds="all of the table above")
 
 
 def _evaluate(full: Model, adapter: int) -> list[Stage]:
@@ -131,13 +133,13 @@ def _evaluate(full: Model, adapter: int) -> list[Stage]:
 
 
 def _streamed(full: Model) -> int:
-    layer, stored = _layer(full, _FLOAT32), _layer(full, _file_bytes(full))
-    return max(IMPORTS + _HIDDEN + layer + stored + _working(full), _head(full))
+    layer, stored = _layer(full, _FLOAT32), _layer(full, file_bytes(full))
+    return max(IMPORTS + HIDDEN_BYTES + layer + stored + _working(full), _head(full))
 
 
 def _head(full: Model) -> int:
     """While lm_head is gone through: it as in the file, a slice of it in float32 and that slice's logits."""
-    return IMPORTS + 2 * _HIDDEN + full.vocabulary * _file_bytes(full) + 4 * _BLOCK
+    return IMPORTS + 2 * HIDDEN_BYTES + full.vocabulary * file_bytes(full) + 4 * _BLOCK
 
 
 def _layer(model: Model, size: int) -> int:
@@ -148,9 +150,3 @@ def _working(full: Model) -> int:
     """Activations of a micro-batch inside a layer, in float32."""
     layer = full.layers[0]
     return _BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)
-
-
-def _file_bytes(model: Model) -> int:
-    """Bytes of a stored weight: as config.json says, else 16 bits."""
-    dtype = model.config.get("dtype", model.config.get("torch_dtype"))
-    return 4 if dtype == "float32" else 2

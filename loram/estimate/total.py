@@ -89,6 +89,8 @@ def estimate(
     optim: str | None = None,
     gradient_checkpointing: bool | None = None,
     activation_offloading: bool | None = None,
+    anchor_steps: int | None = None,
+    anchor_gradients: bool | None = None,
     device: str | None = None,
 ) -> Estimate:
     """Count parameters as LoRAM's tables do (arXiv 2502.13533), and the memory, disk and arithmetic that they take.
@@ -108,6 +110,8 @@ def estimate(
         optim: adamw_torch_fused, adamw_torch, adamw_8bit or paged_adamw_8bit.
         gradient_checkpointing: keep only each layer's input; by default on a GPU.
         activation_offloading: keep those in host memory; by default on a GPU with 4-bit weights.
+        anchor_steps, anchor_gradients: measure the full model's course every so many steps (0: no), gradients too
+            (yes); where a model is pruned.
         device: `cuda` (the default: computes in bfloat16) or `cpu` (in float32).
 
     Raises:
@@ -131,6 +135,8 @@ def estimate(
         optim=optim,
         gradient_checkpointing=gradient_checkpointing,
         activation_offloading=activation_offloading,
+        anchor_steps=anchor_steps if ratio is not None or pattern != STRUCTURED else None,
+        anchor_gradients=anchor_gradients,
         device=device,
     )
     values, where = read_config(config)
@@ -158,7 +164,7 @@ def estimate_with(
     ratio = pruning.ratio if pruned else None
     model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pattern)
     weights = frozen_bytes(model, settings).total
-    memory = training_memory(model, settings)
+    memory = training_memory(model, settings, full)
     flops, full_flops = _flops(model, settings), _flops(full, settings)
     return Estimate(
         model_type=full.architecture.model_type,

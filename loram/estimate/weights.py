@@ -95,3 +95,9 @@ def optimizer_bytes(model: Model, settings: Settings) -> int:
             total += 2 * (parameters + 4 * ceil(parameters / _OPTIMIZER_BLOCK))
             any_8bit = True
     return total + (_CODES if any_8bit else 0)
+
+
+def file_bytes(model: Model) -> int:
+    """Bytes of a stored weight: as config.json says, else 16 bits."""
+    dtype = model.config.get("dtype", model.config.get("torch_dtype"))
+    return 4 if dtype == "float32" else 2

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from loram.errors import UserError
 
+ANCHOR_STEPS = 8  # of recipes that prune, where the full model is at hand
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
