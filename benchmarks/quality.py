@@ -24,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 import loram
 from loram.artifacts import find_manifest
+from loram.model.plan import PruningPlan
+from loram.model.resize import narrow, widen
 
 TASK, TEXT = "gsm8k", "wikitext2"
 CRITERIA = ("taylor", "magnitude", "activation", "wanda", "flap", "random")
@@ -39,7 +42,9 @@ class Job:
     """One row of the table, for one seed.
 
     Args:
-        base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), or not at all (`untuned`).
+        base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), on `full` but only those parts of the
+            factors that pruning keeps (`kept`: what a perfect stand-in for the full model could reach), or not at all
+            (`untuned`).
         ratio, criterion, prune: of pruning; the last are options beyond the defaults.
         alignment: `none`, or objective and steps: `distill 50`.
         recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished N` (N more steps,
@@ -69,6 +74,8 @@ class Job:
         extra += f", {self.steps} steps" if self.steps else ""
         if self.base == "full":
             return ("QLoRA" if self.nf4 else "LoRA") + f" on the full model{extra}"
+        if self.base == "kept":
+            return f"LoRA on the full model, only where p={self.ratio} {self.criterion} keeps it"
         recovery = {"plain": "", "none": ", no recovery"}.get(self.recovery, f", {self.recovery}")
         quantised = ", NF4" if self.nf4 else ""
         return f"p={self.ratio} {self.criterion}, align {self.alignment}{quantised}{extra}{recovery}"
@@ -99,6 +106,7 @@ def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     for alignment in ("distill 25", "clm 25"):
         yield from (Job(alignment=alignment, seed=seed) for seed in seeds)
     yield from (Job(alignment="distill 25", recovery="corrected", seed=seed) for seed in seeds)
+    yield from (Job(base="kept", ratio=ratio, seed=first) for ratio in (0.5, 0.75))
     yield Job(train={**often, "anchor_gradients": False}, seed=first)
     yield Job(train={"anchor_steps": steps}, seed=first)
     for ratio in (0.5, 0.75):  # as many steps in all as the other rows
@@ -134,6 +142,22 @@ def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
                 )
         for alignment, recovery in product(alignments, ("none", "scaled", "polished 8")):
             yield Job(alignment=alignment, recovery=recovery, seed=seed)
+
+
+class OnlyKept(TrainerCallback):  # type: ignore[misc]
+    """Keeps the factors of an adapter on the full model zero wherever a plan prunes."""
+
+    def __init__(self, plan: PruningPlan) -> None:
+        self.plan = plan
+
+    def on_train_begin(self, *args: Any, model: Any, **options: Any) -> None:
+        """Mask the factors as they start, and all gradients."""
+        for name, factor in model.named_parameters():
+            if ".lora_" in name:
+                plain = name.replace(".default", "")
+                mask = widen(plain, torch.ones_like(narrow(plain, factor.data, self.plan)), self.plan)
+                factor.data.mul_(mask)
+                factor.register_hook(mask.mul)
 
 
 class Bench:
@@ -172,6 +196,11 @@ class Bench:
         if job.base == "full":
             tag = f"lora-{job.tag}"
             adapter = self.made(tag, lambda out: self.train(job, model, out))
+            stages["train"] = self.seconds[tag]
+        if job.base == "kept":
+            plan = PruningPlan.load(self.small(job)[0])
+            tag = f"lora-kept-p{job.ratio}-{job.criterion}-{job.tag}"
+            adapter = self.made(tag, lambda out: self.train(job, model, out, callbacks=[OnlyKept(plan)]))
             stages["train"] = self.seconds[tag]
         if job.base == "pruned":
             small, stages = self.small(job)
@@ -218,7 +247,7 @@ class Bench:
         )
         return aligned, {"prune": self.seconds[tag], "align": self.seconds[name]}
 
-    def train(self, job: Job, model: Path, out: Path) -> None:
+    def train(self, job: Job, model: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """The same steps for every row."""
         options = dict(job.train)
         lora = {"lora_dropout": 0.0, **options.pop("lora", {})}
@@ -236,6 +265,7 @@ class Bench:
             trainer=trainer,
             load_in_4bit=job.nf4,
             seed=job.seed,
+            callbacks=callbacks,
             **options,
         )
 
