@@ -40,7 +40,8 @@ class Course:
     Args:
         base: the full model, read from disk.
         plan: what the pruned model keeps of it.
-        steps: how many optimiser steps are trained on one measurement.
+        steps: how many optimiser steps are trained on one measurement, at most: at first 1, 1, 2, 4, ..., since an
+            adapter changes most in its first steps, and what was measured is out of date the sooner.
         gradients: measure what is left out of the gradients, too, which takes a backward pass over the full model.
         device, dtype: that the full model's layers compute on and in.
         scratch: folder for what is measured, beyond 256 MB (default: the system's temporary folder).
@@ -265,7 +266,7 @@ def recovered(model: Any, plan: PruningPlan) -> Adapter:
 
 
 def anchored(kind: type, course: Course) -> type:
-    """A Trainer class that measures every `course.steps` steps and trains on what was measured."""
+    """A Trainer class that measures every `course.steps` steps, at first sooner, and trains on what was measured."""
 
     class Anchored(kind):  # type: ignore[misc]
         """`kind`, anchored."""
@@ -279,7 +280,7 @@ def anchored(kind: type, course: Course) -> type:
             """A step's batches, out of those of the next steps, which are measured together."""
             if not self._ahead:
                 done = self.state.global_step
-                steps = min(course.steps - done % course.steps, self.state.max_steps - done)
+                steps = min(max(1, done), course.steps - done % course.steps, self.state.max_steps - done)
                 self._measure(epoch_iterator, steps * self.args.gradient_accumulation_steps)
             step = [self._ahead.popleft() for _ in range(min(num_batches, len(self._ahead)))]
             return super().get_batch_samples(iter(step), num_batches, *args)
