@@ -159,11 +159,14 @@ class Anchors:
     def _measuring(self, number: int, stream: Stream, measured: _Measured) -> Any:
         """What a part of the full model does when a micro-batch passes: have the pruned one do the same."""
         batches, own, gradients = iter(stream.batches), self._parts[number], self.course.gradients
+        alike: bool | None = None
 
         def measure(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            batch, x, y = next(batches), _inputs(args, kwargs), _states(output)
-            if _alike(part, own):
+            nonlocal alike
+            alike = _alike(part, own) if alike is None else alike
+            if alike:
                 return
+            batch, x, y = next(batches), _inputs(args, kwargs), _states(output)
             inputs = x.detach().requires_grad_(gradients)
             with torch.set_grad_enabled(gradients):
                 given, named = _with(inputs, args, kwargs)
