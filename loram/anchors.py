@@ -296,8 +296,10 @@ def anchored(kind: type, course: Course) -> type:
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             rows = inputs.pop("anchor_rows")
-            tokens = (inputs["labels"][:, 1:] != IGNORED).sum() * self.args.gradient_accumulation_steps
-            self._anchors.use_(rows, 1 / (tokens if num_items_in_batch is None else num_items_in_batch))
+            tokens = num_items_in_batch
+            if tokens is None:
+                tokens = (inputs["labels"][:, 1:] != IGNORED).sum() * self.args.gradient_accumulation_steps
+            self._anchors.use_(rows, 1 / tokens)
             return super().training_step(model, inputs, num_items_in_batch)
 
     return Anchored

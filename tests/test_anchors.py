@@ -12,9 +12,10 @@ from test_planner import Live
 from test_resume import Stopped, contents, stop
 
 import loram
-from loram.anchors import Anchors, Course
+from loram.anchors import MEASURED_TOKENS, Anchors, Course
 from loram.errors import UserError
-from loram.estimate.memory import training_memory
+from loram.estimate.memory import HIDDEN_BYTES, training_memory
+from loram.estimate.memory import MEASURED_TOKENS as ESTIMATED_TOKENS
 from loram.estimate.settings import make_settings
 from loram.estimate.shapes import Model
 from loram.loss import use_chunked_loss_
@@ -23,6 +24,7 @@ from loram.model.checkpoint import open_model
 from loram.model.plan import PruningPlan
 from loram.model.pruned import load_model, load_pruned
 from loram.model.resize import narrow
+from loram.model.streaming import HIDDEN_BYTES as STREAMED_BYTES
 from loram.recipe import Recipe
 from loram.stages import anchor_steps
 
@@ -48,13 +50,17 @@ def course(folder: Path, **options: Any) -> Course:
     return Course(base=open_model(plan.base.name), plan=plan, steps=1, device=cpu, dtype=torch.float32, **options)
 
 
-def recovered(small: Any, folder: Path, tmp_path: Path) -> Any:
-    """The full model with the adapter of the pruned one in `folder`."""
+def both(folder: Path, tmp_path: Path, *, random: bool) -> tuple[Any, Any]:
+    """The pruned model in `folder` with an adapter, and the full one with that adapter recovered."""
+    small = adapted(load_pruned(folder), random=random)
     small.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     PruningPlan.load(folder).save(tmp_path / "adapter")
     loram.recover(tmp_path / "adapter", tmp_path / "recovered")
     full: Any = load_model(open_model(PruningPlan.load(folder).base.name))
-    return PeftModel.from_pretrained(full, tmp_path / "recovered", is_trainable=True).eval()
+    full = PeftModel.from_pretrained(full, tmp_path / "recovered", is_trainable=True).eval()
+    for model in (small, full):
+        use_chunked_loss_(model.get_base_model())
+    return small, full
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,11 +70,8 @@ def test_anchored_is_the_full_model_with_the_recovered_adapter(
     family: str, random: bool, pruned_models: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = pruned_models[family]
-    small = adapted(load_pruned(folder), random=random)
-    full = recovered(small, folder, tmp_path)
+    small, full = both(folder, tmp_path, random=random)
     anchors, given = Anchors(course(folder), small), [batch(ROWS[:2]), batch(ROWS[2:])]
-    for model in (small, full):
-        use_chunked_loss_(model.get_base_model())
     alone = [small(**part).loss for part in given]
     for part, rows, before in zip(given, anchors.measure_(given), alone, strict=True):
         anchors.use_(rows)
@@ -84,16 +87,13 @@ def test_anchored_gradients_are_the_full_models(
 ) -> None:
     """Those of the factors, where the pruned ones have them."""
     folder = pruned_models[family]
-    small = adapted(load_pruned(folder), random=True)
-    full = recovered(small, folder, tmp_path)
+    small, full = both(folder, tmp_path, random=True)
     if checkpointing:
         small.get_base_model().activation_checkpointing_enable()
         small.enable_input_require_grads()
         small.train()
     plan, given = PruningPlan.load(folder), [batch(ROWS[:2]), batch(ROWS[2:])]
     anchors = Anchors(course(folder, gradients=True), small)
-    for model in (small, full):
-        use_chunked_loss_(model.get_base_model())
     for part, rows in zip(given, anchors.measure_(given), strict=True):
         count = 5
         anchors.use_(rows, 1 / count)
@@ -227,7 +227,7 @@ def test_a_recipe_that_prunes_is_anchored_by_default(tiny_llama: Path, pruned_mo
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_the_estimate_covers_a_measurement(gradients: bool, tokenizer: Any, rows_file: Path, tmp_path: Path) -> None:
+def test_the_estimate_covers_a_measurement(gradients: bool, tokenizer: Any, tmp_path: Path) -> None:
     """Of all tensors that are alive meanwhile; it is rounded up."""
     base = make_model(
         tmp_path / "base", "llama", tokenizer, hidden_size=128, intermediate_size=340, num_hidden_layers=4
@@ -240,10 +240,14 @@ def test_the_estimate_covers_a_measurement(gradients: bool, tokenizer: Any, rows
     anchors = Anchors(course(tmp_path / "pruned", gradients=gradients), small)
     with live:
         anchors.measure_([batch([[7] * 200]) for _ in range(8)])
-    full = Model.of(json.loads((base / "config.json").read_text()), "config", None, 1, 1)
-    pruned = Model.of(json.loads((base / "config.json").read_text()), "config", 0.5, 1, 1)
+    config = json.loads((base / "config.json").read_text())
+    full, pruned = (Model.of(config, "config", ratio, 1, 1) for ratio in (None, 0.5))
     options = {"max_length": 200, "per_device_train_batch_size": 1, "anchor_steps": 8, "anchor_gradients": gradients}
     settings = make_settings(device="cpu", lora_r=3, gradient_checkpointing=True, **options)
     found = training_memory(pruned, settings, full)
     assert found.moment == "measuring the full model's course"
     assert live.peak <= found.total - found.optimizer <= 1.5 * live.peak
+
+
+def test_a_measurement_is_as_large_as_estimated() -> None:
+    assert (ESTIMATED_TOKENS, HIDDEN_BYTES) == (MEASURED_TOKENS, STREAMED_BYTES)

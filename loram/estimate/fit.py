@@ -62,8 +62,8 @@ def fit(
         load_in_4bit = True  # it is of no use in 16 bits
     nearest: Estimate | None = None
     anchored = options.pop("anchor_steps", None)
+    steps = ANCHOR_STEPS if anchored is None else anchored  # as a recipe that prunes is trained
     for ratio, in_4bit in _candidates(load_in_4bit):
-        steps = ANCHOR_STEPS if anchored is None else anchored  # as a recipe that prunes is trained
         settings = make_settings(load_in_4bit=in_4bit, anchor_steps=0 if ratio is None else steps, **options)
         found = estimate_with(values, where, settings, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
         if found.training.total <= memory:

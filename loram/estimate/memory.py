@@ -155,10 +155,10 @@ def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
     Attention and MLP each leave something out of outputs and gradients; whole layers in full precision nothing.
     """
     states = settings.course_tokens * model.geometry.hidden_size * settings.compute_bytes
-    layers, measured = len(model.layers), len(model.layers if settings.load_in_4bit else model.narrowed)
-    return (layers if settings.anchor_gradients else 1) * states, (
-        4 if settings.anchor_gradients else 2
-    ) * measured * states
+    measured = len(model.layers if settings.load_in_4bit else model.narrowed)
+    if settings.anchor_gradients:
+        return len(model.layers) * states, 4 * measured * states
+    return states, 2 * measured * states
 
 
 def _kept(model: Model, settings: Settings) -> list[int]:
