@@ -299,6 +299,8 @@ def anchored(kind: type, course: Course) -> type:
             tokens = num_items_in_batch
             if tokens is None:
                 tokens = (inputs["labels"][:, 1:] != IGNORED).sum() * self.args.gradient_accumulation_steps
+            elif self.args.average_tokens_across_devices:  # gradients are averaged over processes, the count is of all
+                tokens = tokens / self.accelerator.num_processes
             self._anchors.use_(rows, 1 / tokens)
             return super().training_step(model, inputs, num_items_in_batch)
 

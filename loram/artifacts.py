@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from loram import processes
 from loram.errors import UserError, first_problem
 from loram.progress import track
 
@@ -103,14 +104,21 @@ def publish(
     Yields a new folder beside `out` to write into. On success the files get a manifest, are synced, and the folder is
     renamed to `out`; on any exception, Ctrl-C included, it is removed and `out` never exists.
 
+    Of several processes that train together the first makes the folder, and the others, which get its path only, leave
+    when it is in place.
+
     Raises:
         UserError: `out` exists already, or another process is writing it.
     """
     out = out.absolute()
+    staging = out.parent / f".{out.name}.partial"
+    if not processes.first():
+        yield staging
+        processes.wait()
+        return
     check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        staging = out.parent / f".{out.name}.partial"
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed process; the lock says nobody is writing it now
         staging.mkdir()
         try:
@@ -118,6 +126,7 @@ def publish(
             put_in_place(staging, out, kind=kind, made_from=made_from, settings=settings or {})
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    processes.wait()
 
 
 def put_in_place(

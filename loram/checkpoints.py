@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from loram import processes
 from loram.artifacts import difference, discard, put_in_place, verify
 from loram.errors import UserError
 from loram.progress import without_library_bars
@@ -64,6 +65,9 @@ class Checkpoints:
         Raises:
             UserError: it is of a training with other settings or data; the first difference is shown.
         """
+        return processes.agreed(self._newest)
+
+    def _newest(self) -> Path | None:
         for path in self._found():
             try:
                 manifest = verify(path)[str(path)]
@@ -81,6 +85,12 @@ class Checkpoints:
 
     def adopt(self, step: int) -> None:
         """Move the checkpoint that the Trainer has just written into place, and drop those beyond the limit."""
+        processes.wait()  # each writes the state of its random numbers
+        if processes.first():
+            self._adopt(step)
+        processes.wait()
+
+    def _adopt(self, step: int) -> None:
         path = self.path(step)
         if path.exists():  # one that was not whole, else training would have gone on from it
             discard(path)
@@ -99,8 +109,10 @@ class Checkpoints:
     @contextlib.contextmanager
     def open(self, *, fresh: bool) -> Iterator[None]:
         """Room for a training's checkpoints, begun anew if `fresh`; in the end only whole ones stay."""
-        for path in self.folder.glob("*" if fresh else ".*"):
-            shutil.rmtree(path)
+        if processes.first():
+            for path in self.folder.glob("*" if fresh else ".*"):
+                shutil.rmtree(path)
+        processes.wait()
         try:
             yield
         except BaseException:
@@ -108,13 +120,15 @@ class Checkpoints:
                 logger.warning("stopped; the same command goes on from %s", kept[0].name)
             raise
         finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            if not self._found():
-                self.remove()
+            if processes.first():
+                shutil.rmtree(self.staging, ignore_errors=True)
+                if not self._found():
+                    self.remove()
 
     def remove(self) -> None:
         """Remove all checkpoints and their folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if processes.first():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def lasting(log: Sequence[Mapping[str, Any]], *kinds: str) -> list[dict[str, Any]]:
@@ -192,4 +206,9 @@ def _culprit(model: nn.Module) -> str:
 
 def _plain(name: str) -> str:
     """A parameter's name as files have it, without what PEFT puts around it."""
-    return name.removeprefix("base_model.model.").replace(".default.", ".").replace(".base_layer.", ".")
+    return (
+        name.removeprefix("module.")
+        .removeprefix("base_model.model.")
+        .replace(".default.", ".")
+        .replace(".base_layer.", ".")
+    )

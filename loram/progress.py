@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from loram import processes
+
 T = TypeVar("T")
 
-console = Console(stderr=True)
+console = Console(stderr=True, quiet=not processes.first())
 _COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),

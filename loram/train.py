@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from loram import processes
 from loram.anchors import Course, anchored
 from loram.artifacts import check_output, publish
 from loram.checkpoints import Checkpoints, guarded, lasting
@@ -128,9 +129,12 @@ def train(
     )
     options = check_options(options)
     _check_sparse(checkpoint, options)
+    if method == "lisa" and processes.count() > 1:
+        raise UserError("method lisa: trains in one process; several would wait for gradients of the layers it freezes")
     if METHODS[method].weights and (unused := sorted((lora or {}).keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", method, unused[0])
     chosen = pick_device(device)
+    processes.join(cpu=chosen.type == "cpu")
     course = _course(checkpoint, options, base, chosen, out.parent) if anchor_steps else None
     tokenizer = load_tokenizer(checkpoint)
     tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)
@@ -140,6 +144,7 @@ def train(
         "rows": len(tokens.rows),
         "rows_truncated": tokens.truncated,
         "rows_skipped": tokens.skipped,
+        "processes": processes.count(),
     }
     made_from = {**_inputs(checkpoint), "rows": _rows_digest(tokens.rows)}
     checkpoints = Checkpoints(
@@ -149,19 +154,10 @@ def train(
         limit=options.trainer["save_total_limit"],
     )
     kind = "model" if METHODS[method].weights and find_plan(checkpoint.folder) is None else "adapter"
-    with publish(out, kind=kind, made_from=made_from, settings=settings) as staging:
-        with checkpoints.open(fresh=fresh):
-            trained = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
-            if kind == "model":
-                write_model(staging, Checkpoint(trained.folder), checkpoint)
-                found: dict[str, Any] = {}
-            else:
-                found = _write_adapter(staging, trained, checkpoint, options)
-                tokenizer.save_pretrained(staging)
-        settings.update(found)  # the manifest is written when this block ends
-        lines = [*trained.log, *([found] if found else [])]
-        log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in lines)
-        (staging / LOG_NAME).write_text(log, encoding="utf-8")
+    with publish(out, kind=kind, made_from=made_from, settings=settings) as staging, checkpoints.open(fresh=fresh):
+        trained = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
+        if processes.first():  # the manifest, with what is found here, is written when this block ends
+            settings.update(_write(staging, trained, checkpoint, tokenizer, options))
     if "save_strategy" not in (trainer or {}):
         checkpoints.remove()
     return out
@@ -316,6 +312,22 @@ def _thawed(checkpoint: Checkpoint, options: TrainOptions, seed: int) -> tuple[A
     pruned = find_plan(checkpoint.folder) is not None
     layers = unfreeze_(model, pruned=pruned, around=not options.lisa or options.lisa["train_embeddings"])
     return model, [lisa_callback(layers, options.lisa, seed)] if options.lisa else []
+
+
+def _write(
+    out: Path, trained: _Trained, checkpoint: Checkpoint, tokenizer: Any, options: TrainOptions
+) -> dict[str, float]:
+    """Write what was trained; returns what else is to be said of it."""
+    found: dict[str, float] = {}
+    if METHODS[options.method].weights and find_plan(checkpoint.folder) is None:
+        write_model(out, Checkpoint(trained.folder), checkpoint)
+    else:
+        found = _write_adapter(out, trained, checkpoint, options)
+        tokenizer.save_pretrained(out)
+    lines = [*trained.log, *([found] if found else [])]
+    log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in lines)
+    (out / LOG_NAME).write_text(log, encoding="utf-8")
+    return found
 
 
 def _write_adapter(out: Path, trained: _Trained, checkpoint: Checkpoint, options: TrainOptions) -> dict[str, float]:

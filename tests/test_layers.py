@@ -11,6 +11,7 @@ FLOORS = {
     "loram.errors": 0,
     "loram.progress": 0,
     "loram.names": 0,
+    "loram.processes": 0,
     "loram.data_spec": 1,
     "loram.artifacts": 1,
     "loram.model": 2,
@@ -82,6 +83,8 @@ def imports() -> list[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "loram":
                 found.append((name, node.module))
+                if node.module == "loram":  # from loram import progress: the module, not what loram re-exports
+                    found[-1:] = [(name, f"loram.{alias.name}") for alias in node.names]
             elif isinstance(node, ast.Import):
                 found.extend((name, alias.name) for alias in node.names if alias.name.split(".")[0] == "loram")
     return found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from loram import processes
 from loram.align.distill import AlignTrainer
 from loram.align.judge import Judge, best_step, stale_probes
 from loram.align.mixture import Rows, cached_rows, collate, draw, read_rows
@@ -116,7 +117,9 @@ def align(
         trainer=dict(trainer or {}),
     )
     check_output(out, pruned)
-    job = _prepare(open_model(pruned), spec, base, seed, pick_device(device))
+    on = pick_device(device)
+    processes.join(cpu=on.type == "cpu")
+    job = _prepare(open_model(pruned), spec, base, seed, on)
     held = f", the probe trains on {len(job.probe[0])} and is judged by {len(job.probe[1])}" if job.probe else ""
     logger.info("aligning on %d rows%s", len(job.train), held)
     checkpoints = Checkpoints(
@@ -125,12 +128,13 @@ def align(
         settings={**job.settings, "device": job.device.type},
         limit=job.options["save_total_limit"],
     )
-    with publish(out, kind="pruned", made_from=job.made_from, settings=job.settings) as staging:
-        with checkpoints.open(fresh=fresh):
-            history, trained = _fit(job, checkpoints)
+    settings, made_from = job.settings, job.made_from
+    with publish(out, kind="pruned", made_from=made_from, settings=settings) as staging, checkpoints.open(fresh=fresh):
+        history, trained = _fit(job, checkpoints)
+        if processes.first():
             _write(job.student, trained, staging, frozen=() if train_embeddings else (EMBEDDING, HEAD))
-        log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
-        (staging / LOG_NAME).write_text(log, encoding="utf-8")
+            log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
+            (staging / LOG_NAME).write_text(log, encoding="utf-8")
     if spec.trainer.get("save_strategy", "no") == "no":
         checkpoints.remove()
     return out
@@ -159,7 +163,7 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """All that decides the outcome but for what it is made from."""
         told = self.spec.model_dump(mode="json", exclude={"trainer"})
-        return {**told, "trainer": dict(self.options), "rows": len(self.train)}
+        return {**told, "trainer": dict(self.options), "rows": len(self.train), "processes": processes.count()}
 
     @cached_property
     def made_from(self) -> dict[str, str]:
@@ -220,8 +224,12 @@ def _sampled(full: Checkpoint, tokenizer: Any, options: Mapping[str, Any], devic
     each = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
     count = steps * each if steps > 0 else SAMPLED_ROWS
     logger.info("no data set given: sampling %d rows from %s", count, full.name)
-    model = load_model(full, dtype=dtype).to(device).eval()
-    return Rows([sample_rows(model, tokenizer, count, options["max_length"], seed)], draw([count], [None], seed))
+
+    def sample() -> Any:
+        model = load_model(full, dtype=dtype).to(device).eval()
+        return sample_rows(model, tokenizer, count, options["max_length"], seed)
+
+    return Rows([processes.agreed(sample)], draw([count], [None], seed))
 
 
 def _fingerprint(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loram import processes
 from loram.cli.adapters import evaluate, merge, polish, recover, train
 from loram.cli.models import align, convert, prune, quantize, teach
 from loram.cli.runs import compare, doctor, estimate, run, verify
@@ -58,7 +59,8 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("loram").setLevel(logging.DEBUG if debug else logging.INFO)
+    usual = logging.INFO if processes.first() else logging.ERROR
+    logging.getLogger("loram").setLevel(logging.DEBUG if debug else usual)
     if not debug:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -80,11 +82,14 @@ def _main(arguments: list[str]) -> int:
         spelled = ["--debug", *(a for a in spelled if a != "--debug")]
     try:
         _check_names(spelled)
+        _check_processes(spelled)
         app(spelled, prog_name="loram", standalone_mode=True)
     except UserError as error:
         return _fail(str(error), 2)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit):
+        if isinstance(stop, SystemExit):  # typer's way to end
+            if not stop.code:
+                processes.leave()
             return int(stop.code or 0)
         return _fail("stopped; nothing half-written was left behind", 130)
     except BrokenPipeError:
@@ -95,6 +100,17 @@ def _main(arguments: list[str]) -> int:
         reason = (str(error).strip() or "no further detail").splitlines()[0]
         return _fail(f"{type(error).__name__}: {reason} (run `loram --debug ...` for the traceback)", 1)
     return 0
+
+
+def _check_processes(arguments: list[str]) -> None:
+    """Refuse a launcher's several processes where they would do the same work, and write the same folder, each.
+
+    Raises:
+        UserError: it is no stage that they can share.
+    """
+    command = next((a for a in arguments if a[:1] != "-"), "")
+    if processes.count() > 1 and command in _COMMANDS.keys() - {"train", "align"}:
+        raise UserError(f"{command}: works in one process; `accelerate launch` and `torchrun` are for train and align")
 
 
 def _check_names(arguments: list[str]) -> None:
@@ -114,5 +130,6 @@ def _check_names(arguments: list[str]) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"loram: error: {' '.join(message.split())}", file=sys.stderr)
+    where = f" in process {processes.number()} of {processes.count()}" if processes.count() > 1 else ""
+    print(f"loram: error{where}: {' '.join(message.split())}", file=sys.stderr)
     return code

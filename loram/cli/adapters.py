@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from loram import processes
 from loram.cli.options import (
     Accumulation,
     BatchSize,
@@ -146,7 +147,8 @@ def train(
         device=device,
         fresh=fresh,
     )
-    typer.echo(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
+    if processes.first():
+        typer.echo(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
 
 
 def recover(

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from loram import processes
 from loram.cli.options import (
     Accumulation,
     BatchSize,
@@ -183,7 +184,8 @@ def align(
         device=device,
         fresh=fresh,
     )
-    typer.echo(f"{out}: aligned model written")
+    if processes.first():
+        typer.echo(f"{out}: aligned model written")
 
 
 def teach(

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from loram import processes
 from loram.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
@@ -20,11 +22,18 @@ _MEMINFO = Path("/proc/meminfo")
 def pick_device(device: str | None = None) -> torch.device:
     """The device to compute on: the one asked for, else the first GPU, else the CPU.
 
+    Of several processes on a machine each gets a GPU of its own.
+
     Raises:
-        UserError: the device asked for is not there.
+        UserError: the device asked for is not there, or is one GPU for several processes.
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if processes.count() > 1 and chosen.type == "cuda":
+            if chosen.index is not None:
+                raise UserError(f"device {device!r}: each of several processes takes a GPU of its own; say cuda")
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(chosen)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
