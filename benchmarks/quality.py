@@ -45,10 +45,10 @@ class Job:
         base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), on `full` but only those parts of the
             factors that pruning keeps (`kept`: what a perfect stand-in for the full model could reach), or not at all
             (`untuned`).
-        ratio, criterion, prune: of pruning; the last are options beyond the defaults.
-        alignment: `none`, or objective and steps: `distill 50`.
-        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished N` (N more steps,
-            on the streamed full model), or `none`: the pruned model with its adapter is judged.
+        ratio, criterion, prune: of pruning; the last are options beyond the defaults, calibration text by file name.
+        alignment: `none`, or objective, steps and, if not the usual one, learning rate: `distill 50 3e-4`.
+        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished N RATE` (N more
+            steps, on the streamed full model), or `none`: the pruned model with its adapter is judged.
         steps: of training, where not as many as given for all.
         train: options of the train stage beyond the common ones.
         seed: of pruning, alignment and training.
@@ -75,7 +75,7 @@ class Job:
         if self.base == "full":
             return ("QLoRA" if self.nf4 else "LoRA") + f" on the full model{extra}"
         if self.base == "kept":
-            return f"LoRA on the full model, only where p={self.ratio} {self.criterion} keeps it"
+            return f"LoRA on the full model, only where p={self.ratio} {self.criterion}{extra} keeps it"
         recovery = {"plain": "", "none": ", no recovery"}.get(self.recovery, f", {self.recovery}")
         quantised = ", NF4" if self.nf4 else ""
         return f"p={self.ratio} {self.criterion}, align {self.alignment}{quantised}{extra}{recovery}"
@@ -99,18 +99,21 @@ def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
 def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """What two cores can do in some hours, the rows that say most first: stop it when time is up."""
     first, often = seeds[0], {"anchor_steps": max(1, steps // 4)}
-    polishing = 2 * steps // 5
+    polishing, task = 2 * steps // 5, {"calibration": "gsm8k_train.jsonl"}
     for train in ({}, often):
         yield from (Job(train=train, seed=seed) for seed in seeds)
     yield from (Job(ratio=0.75, train=often, seed=seed) for seed in seeds)
     for alignment in ("distill 25", "clm 25"):
         yield from (Job(alignment=alignment, seed=seed) for seed in seeds)
     yield from (Job(alignment="distill 25", recovery="corrected", seed=seed) for seed in seeds)
-    yield from (Job(base="kept", ratio=ratio, seed=first) for ratio in (0.5, 0.75))
+    yield from (Job(base="kept", ratio=ratio, prune=prune, seed=first) for prune in ({}, task) for ratio in (0.5, 0.75))
+    for ratio, train in product((0.5, 0.75), ({}, often)):
+        yield Job(ratio=ratio, prune=task, train=train, seed=first)
     yield Job(train={**often, "anchor_gradients": False}, seed=first)
     yield Job(train={"anchor_steps": steps}, seed=first)
-    for ratio in (0.5, 0.75):  # as many steps in all as the other rows
-        yield Job(ratio=ratio, train=often, steps=steps - polishing, recovery=f"polished {polishing}", seed=first)
+    for rate, ratio in product((1e-3, 5e-4), (0.5, 0.75)):  # as many steps in all as the other rows
+        recovery = f"polished {polishing} {rate}"
+        yield Job(ratio=ratio, train=often, steps=steps - polishing, recovery=recovery, seed=first)
     yield Job(base="full", steps=polishing, seed=first)
     yield from (Job(recovery="scaled", seed=seed) for seed in seeds)
     yield Job(train=often, recovery="scaled", seed=first)
@@ -121,6 +124,7 @@ def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
         yield Job(train={"lora": lora}, seed=first)
     yield Job(prune={"keep_first": 8, "keep_last": 6}, seed=first)
     yield Job(alignment="distill 25", train=often, seed=first)
+    yield Job(alignment="distill 25 3e-4", seed=first)
     yield Job(base="full", nf4=True, seed=first)
     yield Job(nf4=True, seed=first)
     yield Job(nf4=True, recovery="corrected", seed=first)
@@ -140,7 +144,7 @@ def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
                 yield Job(
                     ratio=ratio, criterion=criterion, alignment=alignment, recovery=recovery, train=train, seed=seed
                 )
-        for alignment, recovery in product(alignments, ("none", "scaled", "polished 8")):
+        for alignment, recovery in product(alignments, ("none", "scaled", f"polished {2 * steps // 5} 5e-4")):
             yield Job(alignment=alignment, recovery=recovery, seed=seed)
 
 
@@ -198,8 +202,9 @@ class Bench:
             adapter = self.made(tag, lambda out: self.train(job, model, out))
             stages["train"] = self.seconds[tag]
         if job.base == "kept":
-            plan = PruningPlan.load(self.small(job)[0])
-            tag = f"lora-kept-p{job.ratio}-{job.criterion}-{job.tag}"
+            small = self.small(job)[0]
+            plan = PruningPlan.load(small)
+            tag = f"lora-kept-{small.name}-{job.tag}"
             adapter = self.made(tag, lambda out: self.train(job, model, out, callbacks=[OnlyKept(plan)]))
             stages["train"] = self.seconds[tag]
         if job.base == "pruned":
@@ -217,8 +222,8 @@ class Bench:
             adapter = recovered = self.made(f"{tag}-{kind}", lambda out: loram.recover(trained, out, **options))
             stages["recover"] = self.seconds[adapter.name]
             if polishing:
-                steps = int(job.recovery.split()[1])
-                adapter = self.made(f"{tag}-polished{steps}", lambda out: self.polish(job, steps, recovered, out))
+                name = f"{tag}-{job.recovery.replace(' ', '-')}"
+                adapter = self.made(name, lambda out: self.polish(job, recovered, out))
                 stages["polish"] = self.seconds[adapter.name]
         return {**self.judge(model, adapter), "seconds": stages}
 
@@ -227,17 +232,19 @@ class Bench:
         tag = f"p{job.ratio}-{job.criterion}" + "".join(f"-{key}-{value}" for key, value in sorted(job.prune.items()))
         tag += f"-s{job.seed}" if job.criterion == "random" else ""
         options = {"ratio": job.ratio, "criterion": job.criterion, "seed": job.seed, **job.prune}
+        if "calibration" in options:
+            options["calibration"] = self.data(options["calibration"])
         pruned = self.made(tag, lambda out: loram.prune(self.given.model, out, **options))
         if job.alignment == "none":
             return pruned, {"prune": self.seconds[tag]}
-        objective, steps = job.alignment.split()
+        objective, steps, *rate = job.alignment.split()
         trainer = {
             "max_steps": int(steps),
             "per_device_train_batch_size": self.given.batch,
             "max_length": 256,
-            "learning_rate": self.given.align_learning_rate,
+            "learning_rate": float(rate[0]) if rate else self.given.align_learning_rate,
         }
-        name = f"{tag}-{objective}{steps}-s{job.seed}"
+        name = "-".join([tag, f"{objective}{steps}", *rate, f"s{job.seed}"])
         text = self.data("wikitext2_valid.txt", max_samples=self.given.batch * int(steps))
         aligned = self.made(
             name,
@@ -269,12 +276,11 @@ class Bench:
             **options,
         )
 
-    def polish(self, job: Job, steps: int, adapter: Path, out: Path) -> None:
+    def polish(self, job: Job, adapter: Path, out: Path) -> None:
         """A few exact steps on the full model."""
+        _, steps, rate = job.recovery.split()
         options = loram.PolishOptions(
-            max_steps=steps,
-            per_device_train_batch_size=self.given.batch,
-            learning_rate=self.given.learning_rate / 2,
+            max_steps=int(steps), per_device_train_batch_size=self.given.batch, learning_rate=float(rate)
         )
         loram.polish(
             self.given.model,

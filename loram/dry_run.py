@@ -37,7 +37,7 @@ from loram.prune.counts import prunable_layers
 from loram.prune.sparse import sparse_plan
 from loram.prune.stage import load_calibration
 from loram.recipe import PruneSection, Recipe
-from loram.stages import anchor_steps
+from loram.stages import anchor_steps, asked
 
 EXAMPLES = 2
 
@@ -117,7 +117,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: the first thing that would stop the run.
     """
     check(recipe)
-    training = check_options(TrainOptions(**recipe.train.model_dump()))
+    training = check_options(asked(recipe))
     device = pick_device(recipe.device)
     adapter, arguments = build_configs(training, device)
     checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)

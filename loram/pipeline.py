@@ -11,13 +11,13 @@ from loram.model.architecture import architecture_of
 from loram.model.checkpoint import Checkpoint, open_model
 from loram.model.pruned import open_full
 from loram.model.teacher import TeacherCache
-from loram.options import TrainOptions, check_options
+from loram.options import check_options
 from loram.prune.settings import check_counts
 from loram.prune.stage import check_weights
 from loram.recipe import PruneSection, Recipe
 from loram.record import Done, Record, start_over
 from loram.report import RunReport
-from loram.stages import Small, adapt, base_of, evaluation, judged, row_of, shrink, trained_on
+from loram.stages import Small, adapt, asked, base_of, evaluation, judged, row_of, shrink, trained_on
 
 
 def check(recipe: Recipe) -> None:
@@ -33,7 +33,7 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"prune: missing, and {checkpoint.name} is a full model; add the section, or name a pruned folder"
         )
-    check_options(TrainOptions(**recipe.train.model_dump()))
+    check_options(asked(recipe))
     if recipe.train.mask_update and not (checkpoint.sparse if recipe.prune is None else recipe.prune.settled().sparse):
         raise UserError("train.mask_update: is for sparse models; set prune.pattern to 4:8, or leave it out")
     specs = [recipe.dataset, *recipe.eval_dataset.values(), recipe.recover.dev_dataset]

@@ -197,11 +197,16 @@ def adapt(
     return made, adapters
 
 
+def asked(recipe: Recipe) -> TrainOptions:
+    """What the train section says, not checked yet."""
+    return TrainOptions(**recipe.train.model_dump())
+
+
 def anchor_steps(recipe: Recipe) -> int:
     """As the recipe says; where it does not, the default if it prunes, so that the full model is at hand."""
     if (chosen := recipe.train.anchor_steps) is not None:
         return chosen
-    possible = recipe.prune is not None and why_not_anchored(TrainOptions(**recipe.train.model_dump())) is None
+    possible = recipe.prune is not None and why_not_anchored(asked(recipe)) is None
     return ANCHOR_STEPS if possible else 0
 
 

@@ -398,6 +398,24 @@ def test_fewer_operations() -> None:
     assert loram.estimate(LLAMA_70B, ratio=0.85).arithmetic.times_fewer > 4
 
 
+def test_operations_that_measure_the_full_model() -> None:
+    """The full model forward, again and backward, and what was pruned of it forward and backward."""
+    whole, pruned = (loram.estimate(LLAMA_70B, ratio=ratio) for ratio in (None, 0.85))
+    head, ends = 32000 * 8192, 2 * 32000 * 8192
+    weights = whole.parameters - ends - 8192 - 80 * 2 * 8192 + whole.adapter_parameters
+    left_whole = 6 * (whole.parameters - ends - 8192 - 80 * 2 * 8192) // 80
+    narrowed = pruned.pruned_parameters - ends - 8192 - 80 * 2 * 8192 - left_whole
+    anchored = loram.estimate(LLAMA_70B, ratio=0.85, anchor_steps=8).arithmetic
+    forward = loram.estimate(LLAMA_70B, ratio=0.85, anchor_steps=8, anchor_gradients=False).arithmetic
+    assert pruned.arithmetic.measuring_flops_per_token == 0
+    assert anchored.measuring_flops_per_token == 6 * (weights + head) + 4 * narrowed
+    assert forward.measuring_flops_per_token == 2 * weights + 2 * narrowed
+    for found in (anchored, forward):
+        assert found.flops_per_token == pruned.arithmetic.flops_per_token + found.measuring_flops_per_token
+        assert found.times_fewer == found.full_flops_per_token / found.flops_per_token
+    assert anchored.times_fewer < 1
+
+
 @pytest.mark.parametrize("memory", ["12GiB", "24GiB", "40GiB", "300GiB"])
 def test_the_least_ratio_that_fits(memory: str) -> None:
     limit = parse_size(memory)

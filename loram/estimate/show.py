@@ -88,10 +88,12 @@ def _parts(found: Estimate) -> Iterator[Table | Text]:
     )
     yield Text(f"  real     {found.real_reduction:6.2f}x   {show_size(found.weight_bytes)} of weights, all included")
     work = found.arithmetic
-    yield Text(
-        f"\nTraining takes {work.flops_per_token / 1e9:,.2f} GFLOP a token, "
-        f"{work.times_fewer:.2f}x fewer than LoRA on the full model\n"
-    )
+    measuring = work.measuring_flops_per_token
+    among = f" ({measuring / 1e9:,.2f} of them measure the full model)" if measuring else ""
+    times = work.times_fewer
+    compared = f"{times:.2f}x fewer" if times >= 1 else f"{1 / times:.2f}x more"
+    total = work.flops_per_token / 1e9
+    yield Text(f"\nTraining takes {total:,.2f} GFLOP a token{among}, {compared} than LoRA on the full model\n")
     yield _stages(found)
 
 

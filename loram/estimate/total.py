@@ -18,12 +18,17 @@ from loram.prune.settings import prune_settings
 class Arithmetic(BaseModel):
     """Floating point operations of training, a token: see `docs/estimate.md` for the formula.
 
-    `times_fewer` is those of LoRA on the full model with the same settings, divided by these.
+    Args:
+        flops_per_token: all of them.
+        measuring_flops_per_token: those among them that measure the full model's course; 0 where nothing is anchored.
+        full_flops_per_token: of LoRA on the full model with the same settings.
+        times_fewer: the last, divided by the first; below 1 where anchored training takes more.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     flops_per_token: int
+    measuring_flops_per_token: int
     full_flops_per_token: int
     times_fewer: float
 
@@ -165,7 +170,14 @@ def estimate_with(
     model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pattern)
     weights = frozen_bytes(model, settings).total
     memory = training_memory(model, settings, full)
-    flops, full_flops = _flops(model, settings), _flops(full, settings)
+    measuring = _measuring_flops(full, model, settings) if settings.anchor_steps else 0
+    flops, full_flops = _flops(model, settings) + measuring, _flops(full, settings)
+    arithmetic = Arithmetic(
+        flops_per_token=flops,
+        measuring_flops_per_token=measuring,
+        full_flops_per_token=full_flops,
+        times_fewer=full_flops / flops,
+    )
     return Estimate(
         model_type=full.architecture.model_type,
         ratio=ratio,
@@ -183,7 +195,7 @@ def estimate_with(
         counted_reduction=full.parameters * 16 / (model.parameters * (4 if settings.load_in_4bit else 16)),
         real_reduction=full.parameters * 2 / weights,
         training=memory,
-        arithmetic=Arithmetic(flops_per_token=flops, full_flops_per_token=full_flops, times_fewer=full_flops / flops),
+        arithmetic=arithmetic,
         stages=stages(full, model, settings, memory),
     )
 
@@ -199,6 +211,20 @@ def _flops(model: Model, settings: Settings) -> int:
     in_layers = sum(settings.lora_r * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
     gradients = 2 * sum(trained(model, settings))
     return (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients
+
+
+def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
+    """Of one token, once measured for every time that it is trained on.
+
+    The full model goes forward, and with gradients forward again and backward; what was pruned of it goes forward, and
+    with gradients backward.
+    """
+    adapter = settings.lora_r * sum(rows + columns for rows, columns in adapted(full, settings))
+    weights = sum(layer.weights for layer in full.layers) + adapter
+    own = sum(model.layers[index].weights for index in model.narrowed)
+    if not settings.anchor_gradients:
+        return 2 * weights + 2 * own
+    return 6 * weights + 4 * own + 6 * full.vocabulary
 
 
 def _head(model: Model) -> tuple[int, int]:
