@@ -88,12 +88,12 @@ class RecoverSection(_Section):
 
 class PolishSection(_Section):
     """Options of `loram.polish`: a few steps of the recovered adapter on the full model, streamed; by default on the
-    training data."""
+    training data, at the learning rate of training."""
 
     dataset: DataSpec | None = None
     max_steps: PositiveInt = 8
     per_device_train_batch_size: PositiveInt = 16
-    learning_rate: PositiveFloat = 5e-4
+    learning_rate: PositiveFloat | None = None
     max_length: PositiveInt = 512
 
     _spec = field_validator("dataset", mode="before")(lambda value: _as_spec(value))

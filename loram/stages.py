@@ -18,7 +18,7 @@ from loram.merge import merge
 from loram.methods.table import ANCHOR_STEPS, METHODS
 from loram.model.checkpoint import open_model
 from loram.model.plan import PruningPlan
-from loram.options import TrainOptions, why_not_anchored
+from loram.options import TrainOptions, check_options, why_not_anchored
 from loram.polish import PolishOptions, polish
 from loram.prune.stage import prune
 from loram.recipe import PolishSection, PruneSection, Recipe, file_digest
@@ -214,6 +214,8 @@ def _polish(state: Record, recipe: Recipe, base: str, dataset: DataSpec, section
     """Train the recovered adapter a few steps on, on the full model."""
     adapter, folder = recipe.output_dir / "recovered", recipe.output_dir / "polished"
     chosen = section.model_dump(exclude={"dataset"})
+    if section.learning_rate is None:
+        chosen["learning_rate"] = float(check_options(asked(recipe)).trainer["learning_rate"])
     settings = {**_common(recipe), **chosen, "dataset": _data(dataset), "adapter": _fingerprint(adapter)}
 
     def action() -> None:

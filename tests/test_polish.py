@@ -19,7 +19,7 @@ from loram.model.adapter import load_for
 from loram.model.checkpoint import open_model
 from loram.model.pruned import load_model
 from loram.pipeline import run
-from loram.polish import PolishOptions, polish
+from loram.polish import LOG_NAME, PolishOptions, polish
 from loram.recipe import Recipe
 
 IDS = [[5, 9, 40, 7, 77, 30, 8], [6, 3, 12], [90, 91, 4, 4, 17]]
@@ -115,13 +115,15 @@ def test_a_recipe_polishes_what_was_recovered(tiny_llama: Path, rows_file: Path,
         "dataset": str(rows_file),
         "eval_dataset": {"path": str(rows_file), "max_samples": 8},
         "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1},
-        "train": {"anchor_steps": 1, "trainer": {"max_steps": 2}},
-        "polish": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
+        "train": {"anchor_steps": 1, "trainer": {"max_steps": 2, "learning_rate": 1e-2}},
+        "polish": {"max_steps": 2, "per_device_train_batch_size": 4},
         "evaluate": {"full_lora": True},
     }
     report = run(Recipe.model_validate(values))
     found = {row.name: row.perplexity["eval"] for row in report.rows}
     assert found["polished"] < found["recovered"]
+    log = (tmp_path / "run" / "polished" / LOG_NAME).read_text().splitlines()
+    assert json.loads(log[0])["learning_rate"] == 1e-2  # that of training
     assert report.kept_gain is not None
     gain = math.log(found["base"] / found["polished"]) / math.log(found["base"] / found["full LoRA"])
     assert report.kept_gain["eval"] == pytest.approx(gain)
