@@ -98,44 +98,57 @@ def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
 
 def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """What two cores can do in some hours, the rows that say most first: stop it when time is up."""
-    first, often = seeds[0], {"anchor_steps": max(1, steps // 4)}
-    polishing, task = 2 * steps // 5, {"calibration": "gsm8k_train.jsonl"}
-    for train in ({}, often):
-        yield from (Job(train=train, seed=seed) for seed in seeds)
-    yield from (Job(ratio=0.75, train=often, seed=seed) for seed in seeds)
+    first, often, last = seeds[0], {"anchor_steps": max(1, steps // 4)}, 2 * steps // 5
+    polished: dict[str, Any] = {
+        "steps": steps - last,
+        "recovery": f"polished {last} 0.001",
+    }  # as many steps in all as the other rows
+    for ratio, train in product((0.5, 0.75), ({}, often)):
+        yield from (Job(ratio=ratio, train=train, seed=seed) for seed in seeds)
+    yield from (Job(train=often, **polished, seed=seed) for seed in seeds)
+    yield from (Job(ratio=ratio, train=often, **polished, seed=first) for ratio in (0.75, 0.85))
+    yield Job(train=often, steps=steps - last, recovery=f"polished {last} 0.0005", seed=first)
+    yield Job(**polished, seed=first)
+    yield Job(base="full", steps=last, seed=first)
+    yield from (Job(base="kept", ratio=ratio, seed=first) for ratio in (0.5, 0.75))
+    yield Job(train={**often, "anchor_gradients": False}, seed=first)
     for alignment in ("distill 25", "clm 25"):
         yield from (Job(alignment=alignment, seed=seed) for seed in seeds)
     yield from (Job(alignment="distill 25", recovery="corrected", seed=seed) for seed in seeds)
-    yield from (Job(base="kept", ratio=ratio, prune=prune, seed=first) for prune in ({}, task) for ratio in (0.5, 0.75))
-    for ratio, train in product((0.5, 0.75), ({}, often)):
-        yield Job(ratio=ratio, prune=task, train=train, seed=first)
-    yield Job(train={**often, "anchor_gradients": False}, seed=first)
-    yield Job(train={"anchor_steps": steps}, seed=first)
-    for rate, ratio in product((1e-3, 5e-4), (0.5, 0.75)):  # as many steps in all as the other rows
-        recovery = f"polished {polishing} {rate}"
-        yield Job(ratio=ratio, train=often, steps=steps - polishing, recovery=recovery, seed=first)
-    yield Job(base="full", steps=polishing, seed=first)
-    yield from (Job(recovery="scaled", seed=seed) for seed in seeds)
-    yield Job(train=often, recovery="scaled", seed=first)
+    yield from (Job(alignment=alignment, seed=first) for alignment in ("distill 100", "distill 25 3e-4"))
+    yield Job(alignment="distill 25", train=often, seed=first)
+    yield from small_ablations(seeds, often)
+
+
+def small_ablations(seeds: Sequence[int], often: dict[str, Any]) -> Iterator[Job]:
+    """Of the same, what may or may not help, one at a time."""
+    first = seeds[0]
     yield Job(recovery="none", seed=first)
-    yield from (Job(ratio=ratio, seed=first) for ratio in RATIOS[1:])
     yield from (Job(criterion=criterion, seed=first) for criterion in CRITERIA[1:])
+    yield from (Job(criterion=criterion, seed=seed) for criterion in ("flap", "activation") for seed in seeds[1:])
+    yield Job(ratio=0.75, criterion="flap", seed=first)
+    yield from (Job(criterion=name, prune={"bias_compensation": True}, seed=first) for name in ("taylor", "flap"))
+    task = {"calibration": "gsm8k_train.jsonl"}
+    yield from (Job(prune=task, seed=seed) for seed in seeds)
+    much = {"calibration_samples": 64, "calibration_length": 256}
+    for prune in (task, {**task, **much}):
+        yield Job(base="kept", prune=prune, seed=first)
+    yield Job(base="kept", criterion="flap", seed=first)
+    yield Job(prune={"calibration": "wikitext2_valid.txt", **much}, seed=first)
+    yield from (Job(ratio=ratio, seed=first) for ratio in (0.65, 0.85))
+    yield Job(prune={"keep_first": 8, "keep_last": 6}, seed=first)
     for lora in ({"use_rslora": True}, {"init_lora_weights": "eva"}, {"lora_alpha": 32}, {"r": 32, "lora_alpha": 64}):
         yield Job(train={"lora": lora}, seed=first)
-    yield Job(prune={"keep_first": 8, "keep_last": 6}, seed=first)
-    yield Job(alignment="distill 25", train=often, seed=first)
-    yield Job(alignment="distill 25 3e-4", seed=first)
     yield Job(base="full", nf4=True, seed=first)
-    yield Job(nf4=True, seed=first)
-    yield Job(nf4=True, recovery="corrected", seed=first)
+    yield from (Job(nf4=True, recovery=recovery, seed=first) for recovery in ("plain", "corrected"))
     yield Job(nf4=True, train=often, seed=first)
-    yield Job(ratio=0.85, train=often, seed=first)
-    yield Job(alignment="distill 100", seed=first)
+    yield from (Job(recovery="scaled", seed=seed) for seed in seeds)
+    yield Job(train=often, recovery="scaled", seed=first)
 
 
 def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """All of it."""
-    alignments = ("none", "clm 100", "distill 100", "distill 400")
+    alignments, last = ("none", "clm 100", "distill 100", "distill 400"), 2 * steps // 5
     anchors: tuple[dict[str, Any], ...] = ({}, {"anchor_steps": max(1, steps // 8)})
     for seed in seeds:
         yield Job(base="full", nf4=True, seed=seed)
@@ -144,8 +157,11 @@ def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
                 yield Job(
                     ratio=ratio, criterion=criterion, alignment=alignment, recovery=recovery, train=train, seed=seed
                 )
-        for alignment, recovery in product(alignments, ("none", "scaled", f"polished {2 * steps // 5} 5e-4")):
-            yield Job(alignment=alignment, recovery=recovery, seed=seed)
+        yield from (
+            Job(alignment=alignment, recovery=how, seed=seed) for alignment in alignments for how in ("none", "scaled")
+        )
+        for ratio, train in product(RATIOS, anchors):
+            yield Job(ratio=ratio, train=train, steps=steps - last, recovery=f"polished {last} 0.001", seed=seed)
 
 
 class OnlyKept(TrainerCallback):  # type: ignore[misc]
