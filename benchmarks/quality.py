@@ -70,7 +70,8 @@ class Job:
         """What it is, but for the seed."""
         if self.base == "untuned":
             return "untuned"
-        extra = "".join(f", {key} {value}" for key, value in sorted({**self.train, **self.prune}.items()))
+        options = {**self.train, **self.train.get("lora", {}), **self.prune}
+        extra = "".join(f", {key} {value}" for key, value in sorted(options.items()) if key != "lora")
         extra += f", {self.steps} steps" if self.steps else ""
         if self.base == "full":
             return ("QLoRA" if self.nf4 else "LoRA") + f" on the full model{extra}"
@@ -134,11 +135,12 @@ def small_ablations(seeds: Sequence[int], often: dict[str, Any]) -> Iterator[Job
     for prune in (task, {**task, **much}):
         yield Job(base="kept", prune=prune, seed=first)
     yield Job(base="kept", criterion="flap", seed=first)
-    yield Job(prune={"calibration": "wikitext2_valid.txt", **much}, seed=first)
+    yield from (Job(prune={**text, **much}, seed=first) for text in (task, {"calibration": "wikitext2_valid.txt"}))
     yield from (Job(ratio=ratio, seed=first) for ratio in (0.65, 0.85))
     yield Job(prune={"keep_first": 8, "keep_last": 6}, seed=first)
     for lora in ({"use_rslora": True}, {"init_lora_weights": "eva"}, {"lora_alpha": 32}, {"r": 32, "lora_alpha": 64}):
         yield Job(train={"lora": lora}, seed=first)
+    yield Job(base="full", train={"lora": {"use_rslora": True}}, seed=first)
     yield Job(base="full", nf4=True, seed=first)
     yield from (Job(nf4=True, recovery=recovery, seed=first) for recovery in ("plain", "corrected"))
     yield Job(nf4=True, train=often, seed=first)
