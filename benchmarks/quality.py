@@ -135,7 +135,8 @@ def small_ablations(seeds: Sequence[int], often: dict[str, Any]) -> Iterator[Job
     for prune in (task, {**task, **much}):
         yield Job(base="kept", prune=prune, seed=first)
     yield Job(base="kept", criterion="flap", seed=first)
-    yield from (Job(prune={**text, **much}, seed=first) for text in (task, {"calibration": "wikitext2_valid.txt"}))
+    yield from (Job(prune={**task, **much}, seed=seed) for seed in seeds)
+    yield Job(prune={"calibration": "wikitext2_valid.txt", **much}, seed=first)
     yield from (Job(ratio=ratio, seed=first) for ratio in (0.65, 0.85))
     yield Job(prune={"keep_first": 8, "keep_last": 6}, seed=first)
     for lora in ({"use_rslora": True}, {"init_lora_weights": "eva"}, {"lora_alpha": 32}, {"r": 32, "lora_alpha": 64}):

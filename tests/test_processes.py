@@ -40,14 +40,11 @@ def made(pruned_models: dict[str, Path], rows_file: Path, tmp_path_factory: pyte
     return out / "two", out / "one", ended
 
 
-def test_every_folder_is_made_once_and_nothing_else_is_left(
-    made: Made,
-) -> None:
+def test_every_folder_is_made_once_and_nothing_else_is_left(made: Made) -> None:
     two, one, ended = made
     assert sorted(path.name for path in two.iterdir()) == sorted(FOLDERS) == sorted(p.name for p in one.iterdir())
     assert ended.stdout.count("adapter written") == 1
-    for line in ("step 6 of 6", "probe at step 4", "going on from checkpoint-3"):  # the first process alone tells
-        assert ended.stderr.count(line) <= 4, line
+    assert ended.stderr.count("step 6 of 6") == 3  # plain, anchored, resumed: the first process alone tells
     for name in FOLDERS:
         manifest = loram.artifacts.verify(two / name)[str(two / name)]
         assert manifest.settings["processes"] == 2
