@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -386,11 +387,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for name, runs in summary(rows).items()
         if name != "untuned"
     }
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.3 * len(groups)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(12, 1 + 0.3 * len(groups)), layout="constrained")
     for place, (_, gains) in enumerate(groups.items()):
         axes.barh(place, _mean(gains), color="#9ecae1")
         axes.plot(gains, [place] * len(gains), "o", color="#08519c", markersize=4)
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), [textwrap.fill(name, 90) for name in groups], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("kept gain of the full model with the recovered adapter, % (a dot a seed)")
