@@ -290,7 +290,8 @@ def anchored(kind: type, course: Course) -> type:
 
         def _measure(self, epoch_iterator: Iterator[Any], count: int) -> None:
             batches = list(islice(epoch_iterator, count))
-            logger.info("measuring the full model's course on %d batches", len(batches))
+            what = "batch" if len(batches) == 1 else f"{len(batches)} batches"
+            logger.info("measuring the full model's course on the next %s", what)
             for batch, rows in zip(batches, self._anchors.measure_(batches), strict=True):
                 self._ahead.append({**batch, "anchor_rows": rows})
 
