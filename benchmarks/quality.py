@@ -101,10 +101,8 @@ def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
 def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
     """What two cores can do in some hours, the rows that say most first: stop it when time is up."""
     first, often, last = seeds[0], {"anchor_steps": max(1, steps // 4)}, 2 * steps // 5
-    polished: dict[str, Any] = {
-        "steps": steps - last,
-        "recovery": f"polished {last} 0.001",
-    }  # as many steps in all as the other rows
+    # as many steps in all as the other rows
+    polished: dict[str, Any] = {"steps": steps - last, "recovery": f"polished {last} 0.001"}
     for ratio, train in product((0.5, 0.75), ({}, often)):
         yield from (Job(ratio=ratio, train=train, seed=seed) for seed in seeds)
     yield from (Job(train=often, **polished, seed=seed) for seed in seeds)

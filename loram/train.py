@@ -157,7 +157,7 @@ def train(
     with publish(out, kind=kind, made_from=made_from, settings=settings) as staging, checkpoints.open(fresh=fresh):
         trained = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
         if processes.first():  # the manifest, with what is found here, is written when this block ends
-            settings.update(_write(staging, trained, checkpoint, tokenizer, options))
+            settings.update(_write(staging, kind, trained, checkpoint, tokenizer, options))
     if "save_strategy" not in (trainer or {}):
         checkpoints.remove()
     return out
@@ -315,11 +315,11 @@ def _thawed(checkpoint: Checkpoint, options: TrainOptions, seed: int) -> tuple[A
 
 
 def _write(
-    out: Path, trained: _Trained, checkpoint: Checkpoint, tokenizer: Any, options: TrainOptions
+    out: Path, kind: str, trained: _Trained, checkpoint: Checkpoint, tokenizer: Any, options: TrainOptions
 ) -> dict[str, float]:
     """Write what was trained; returns what else is to be said of it."""
     found: dict[str, float] = {}
-    if METHODS[options.method].weights and find_plan(checkpoint.folder) is None:
+    if kind == "model":
         write_model(out, Checkpoint(trained.folder), checkpoint)
     else:
         found = _write_adapter(out, trained, checkpoint, options)

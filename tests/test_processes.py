@@ -58,9 +58,7 @@ def test_adapters_are_those_of_one_process(name: str, made: Made) -> None:
         assert (two[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
 
 
-def test_an_interrupted_training_of_two_goes_on_exactly(
-    made: Made,
-) -> None:
+def test_an_interrupted_training_of_two_goes_on_exactly(made: Made) -> None:
     plain, resumed = (Adapter.load(made[0] / name).tensors for name in ("plain", "resumed"))
     assert all(torch.equal(resumed[key], tensor) for key, tensor in plain.items())
 

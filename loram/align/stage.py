@@ -122,13 +122,13 @@ def align(
     job = _prepare(open_model(pruned), spec, base, seed, on)
     held = f", the probe trains on {len(job.probe[0])} and is judged by {len(job.probe[1])}" if job.probe else ""
     logger.info("aligning on %d rows%s", len(job.train), held)
+    settings, made_from = job.settings, job.made_from
     checkpoints = Checkpoints(
         out.with_name(f"{out.name}-checkpoints"),
-        made_from=job.made_from,
-        settings={**job.settings, "device": job.device.type},
+        made_from=made_from,
+        settings={**settings, "device": job.device.type},
         limit=job.options["save_total_limit"],
     )
-    settings, made_from = job.settings, job.made_from
     with publish(out, kind="pruned", made_from=made_from, settings=settings) as staging, checkpoints.open(fresh=fresh):
         history, trained = _fit(job, checkpoints)
         if processes.first():

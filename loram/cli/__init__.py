@@ -102,13 +102,18 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
+def _subcommand(arguments: list[str]) -> str:
+    """The subcommand on a line, or nothing."""
+    return next((a for a in arguments if a[:1] != "-"), "")
+
+
 def _check_processes(arguments: list[str]) -> None:
     """Refuse a launcher's several processes where they would do the same work, and write the same folder, each.
 
     Raises:
         UserError: it is no stage that they can share.
     """
-    command = next((a for a in arguments if a[:1] != "-"), "")
+    command = _subcommand(arguments)
     if processes.count() > 1 and command in _COMMANDS.keys() - {"train", "align"}:
         raise UserError(f"{command}: works in one process; `accelerate launch` and `torchrun` are for train and align")
 
@@ -119,7 +124,7 @@ def _check_names(arguments: list[str]) -> None:
     Raises:
         UserError: the first such flag.
     """
-    command = getattr(typer.main.get_command(app), "commands", {}).get(next((a for a in arguments if a[:1] != "-"), ""))
+    command = getattr(typer.main.get_command(app), "commands", {}).get(_subcommand(arguments))
     if command is None:
         return
     flags = {flag for parameter in command.params for flag in parameter.opts}
