@@ -35,10 +35,10 @@ def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loram.loss import use_chunked_loss_
-    from loram.methods.adapters import specialise_
+    from loram.compute.device import peak_rss, reset_peak_rss, return_freed_memory_, rss
+    from loram.compute.loss import use_chunked_loss_
     from loram.model.architecture import LINEARS
-    from loram.model.device import peak_rss, reset_peak_rss, return_freed_memory_, rss
+    from loram.training.methods.adapters import specialise_
 
     return_freed_memory_()
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
 
 def predict(shape: str, rows: int, tokens: int, method: str, dropout: float) -> int:
     """Bytes of activations by the planner, which takes LoRA to have dropout."""
-    from loram.estimate import estimate
+    from loram.planner import estimate
 
     found = estimate(
         config_of(shape),

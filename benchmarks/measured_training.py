@@ -14,8 +14,8 @@ import torch
 from transformers import TrainerCallback
 
 import loram
-from loram.model.device import peak_rss, reset_peak_rss, rss
-from loram.model.nf4 import nbytes
+from loram.compute.device import peak_rss, reset_peak_rss, rss
+from loram.compute.nf4 import nbytes
 
 GIB = 1 << 30
 

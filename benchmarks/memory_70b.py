@@ -23,8 +23,8 @@ from random_models import LAYERS, SHAPES, config_of, make_model
 from rich.console import Console
 from rich.table import Table
 
-from loram.estimate import estimate
 from loram.model.architecture import Geometry
+from loram.planner import estimate
 
 # (shape, tokens of a row) -> GiB that the device may give out, the CUDA context included
 CLAIMS = {("70b", 512): 10, ("70b", 2048): 12, ("llama-3.1-70b", 512): 12, ("llama-3.1-70b", 2048): 12}

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from loram.compare import PLOT_NAME, TABLE_NAME, compare, table
-from loram.recipe import load_recipe
+from loram.run.compare import PLOT_NAME, TABLE_NAME, compare, table
+from loram.run.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "compare.yaml"
 

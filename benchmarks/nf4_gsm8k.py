@@ -20,8 +20,8 @@ from recovered_gsm8k import recipe
 from rich.console import Console
 from rich.table import Table
 
-from loram.pipeline import run
-from loram.report import RunReport
+from loram.run.pipeline import run
+from loram.run.report import RunReport
 
 
 def compare(reports: dict[int, tuple[RunReport, RunReport]]) -> Table:

@@ -86,7 +86,7 @@ def measure(model: str, dataset: str, out: str, options: dict[str, Any]) -> dict
 
     for module in ("peft", "trl", "trl.trainer.sft_trainer", "bitsandbytes", "bitsandbytes.optim"):
         importlib.import_module(module)  # its memory is not the training's
-    from loram.model import device
+    from loram.compute import device
 
     stage: Any = importlib.import_module("loram.train")
     fit, found = stage._fit, {}
@@ -116,7 +116,7 @@ def measure(model: str, dataset: str, out: str, options: dict[str, Any]) -> dict
 
 def predict(config: str, options: dict[str, Any]) -> dict[str, Any]:
     """The planner's answer, less CUDA's own memory, which torch does not count."""
-    from loram.estimate import estimate
+    from loram.planner import estimate
 
     memory = estimate(config, **options).training
     return {"predicted": memory.total - memory.context, "moment": memory.moment}

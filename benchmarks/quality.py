@@ -28,7 +28,7 @@ import torch
 from transformers import TrainerCallback
 
 import loram
-from loram.artifacts import find_manifest
+from loram.disk.artifacts import find_manifest
 from loram.model.plan import PruningPlan
 from loram.model.resize import narrow, widen
 

@@ -11,18 +11,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loram.artifacts import publish
+from loram.base.progress import track
+from loram.compute.loading import write_config
+from loram.compute.nf4 import packed_specs, packed_tensors
+from loram.disk.artifacts import publish
+from loram.disk.checkpoint import EMBEDDING
+from loram.disk.tensorfile import TensorSpec
+from loram.disk.writer import ShardedWriter
+from loram.export.quantize import quantization_config
 from loram.model.architecture import ARCHITECTURES, Geometry
-from loram.model.checkpoint import EMBEDDING, ShardedWriter
-from loram.model.nf4 import packed_specs, packed_tensors
+from loram.model.counts import prunable_layers
 from loram.model.plan import BaseReference, PruningPlan
-from loram.model.pruned import write_config
 from loram.model.resize import narrow
-from loram.model.tensorfile import TensorSpec
-from loram.progress import track
-from loram.prune.choose import choose
-from loram.prune.counts import prunable_layers
-from loram.quantize import quantization_config
+from loram.pruning.choose import choose
 
 # (hidden, intermediate, layers, heads, key-value heads, vocabulary)
 SHAPES = {

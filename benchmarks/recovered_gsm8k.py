@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from loram.pipeline import run
-from loram.recipe import Recipe
-from loram.report import RunReport, table
+from loram.run.pipeline import run
+from loram.run.recipe import Recipe
+from loram.run.report import RunReport, table
 
 
 def recipe(model: Path, data: Path, out: Path, seed: int, ratio: float, steps: int, samples: int) -> Recipe:

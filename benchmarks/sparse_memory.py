@@ -25,10 +25,11 @@ from random_models import SHAPES, config_of, make_model
 from transformers import TrainerCallback
 
 import loram
-from loram.artifacts import publish
-from loram.estimate import estimate
-from loram.model import device
-from loram.model.checkpoint import Checkpoint, ShardedWriter
+from loram.compute import device
+from loram.disk.artifacts import publish
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.writer import ShardedWriter
+from loram.planner import estimate
 
 RESULTS = Path(__file__).with_suffix(".json")
 PATTERN = "4:8"

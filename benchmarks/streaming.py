@@ -30,7 +30,7 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) ->
     import torch
     from peft import LoraConfig
 
-    from loram.model.adapter import save_adapter
+    from loram.disk.adapter import save_adapter
     from loram.model.architecture import LINEARS
 
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEARS), task_type="CAUSAL_LM").to_dict()
@@ -107,10 +107,10 @@ def named_compute(model: Path, pruned: Path, layers: int) -> dict[str, float]:
     """Seconds of magnitude pruning that are not input or output: scoring and narrowing, and the manifest's SHA-256."""
     import torch
 
-    from loram.model.checkpoint import Checkpoint
+    from loram.disk.checkpoint import Checkpoint
     from loram.model.plan import PruningPlan
     from loram.model.resize import narrow
-    from loram.prune.score import _Tally
+    from loram.pruning.score import _Tally
 
     checkpoint, plan = Checkpoint(model), PruningPlan.load(pruned)
     layer = min(plan.layers)
@@ -141,9 +141,9 @@ def main() -> None:
         measure(json.loads(given.measure))
         return
 
-    from loram.estimate import estimate
+    from loram.disk.checkpoint import Checkpoint
     from loram.model.architecture import Geometry
-    from loram.model.checkpoint import Checkpoint
+    from loram.planner import estimate
 
     config = config_of(given.shape)
     root = given.output_dir / given.shape

@@ -21,7 +21,7 @@ from random_models import SHAPES, config_of, make_model
 from rich.console import Console
 from rich.table import Table
 
-from loram.estimate import estimate
+from loram.planner import estimate
 
 # name -> (pruned, in 4 bits)
 METHODS = {"LoRA": (False, False), "QLoRA": (False, True), "LoRAM": (True, False), "QLoRAM": (True, True)}

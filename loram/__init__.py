@@ -1,28 +1,51 @@
 """LoRAM: train a LoRA adapter on a pruned model, recover it for the full one (arXiv 2502.13533).
 
-`import loram` also teaches transformers' Auto classes to load pruned folders.
+The names below are loaded when they are first used (PEP 562), so `import loram` takes no time, and the command line
+answers `--help` without torch. As soon as transformers is imported too, its Auto classes know pruned models, so loading
+a pruned folder needs no `trust_remote_code`.
 """
 
-import sys
-from pathlib import Path
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# Importing torch and transformers takes seconds. The command line, which answers `--help` and `estimate` at once,
-# imports what it needs when it needs it; everybody else gets the whole spine here.
-if Path(sys.argv[0]).stem != "loram":
-    from loram.align.stage import align
-    from loram.errors import UserError
-    from loram.estimate import Estimate, estimate
-    from loram.evaluate import Report, evaluate
-    from loram.merge import merge
+from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    from loram.alignment.align import align
+    from loram.alignment.teach import teach
+    from loram.base.errors import UserError
+    from loram.compute.loading import load_pruned
+    from loram.evaluation.evaluate import Report, evaluate
+    from loram.export.merge import merge
+    from loram.export.quantize import quantize
     from loram.model.plan import PruningPlan
-    from loram.model.pruned import load_pruned
     from loram.model.resize import narrow, widen
-    from loram.polish import PolishOptions, polish
-    from loram.prune.stage import prune
-    from loram.quantize import quantize
-    from loram.recover import recover
-    from loram.teach import teach
-    from loram.train import train
+    from loram.planner import Estimate, estimate
+    from loram.pruning.prune import prune
+    from loram.recovery.polish import PolishOptions, polish
+    from loram.recovery.recover import recover
+    from loram.training.train import train
+
+_PLACES = {
+    "Estimate": "planner",
+    "PolishOptions": "recovery.polish",
+    "PruningPlan": "model.plan",
+    "Report": "evaluation.evaluate",
+    "UserError": "base.errors",
+    "align": "alignment.align",
+    "estimate": "planner",
+    "evaluate": "evaluation.evaluate",
+    "load_pruned": "compute.loading",
+    "merge": "export.merge",
+    "narrow": "model.resize",
+    "polish": "recovery.polish",
+    "prune": "pruning.prune",
+    "quantize": "export.quantize",
+    "recover": "recovery.recover",
+    "teach": "alignment.teach",
+    "train": "training.train",
+    "widen": "model.resize",
+}
 
 __all__ = [
     "Estimate",
@@ -44,3 +67,27 @@ __all__ = [
     "train",
     "widen",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value  # so that this function is asked once for each name
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a shell or a notebook."""
+    return sorted({*globals(), *__all__})
+
+
+def _teach_auto_classes(transformers: Any) -> None:
+    """Called with transformers when it is imported, or at once where it is imported already."""
+    from loram.model.modeling_loram import register
+
+    register()
+
+
+register_post_import_hook(_teach_auto_classes, "transformers")

@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM
 
 import loram
 from loram import cli
+from loram.compute.loading import load_tokenizer
+from loram.compute.streaming import BATCH_TOKENS, Stream
+from loram.data.batches import make_batches
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.gguf import convert_gguf
 from loram.model.architecture import CUTS
-from loram.model.batches import make_batches
-from loram.model.checkpoint import Checkpoint
-from loram.model.gguf import convert_gguf
 from loram.model.plan import PruningPlan
-from loram.model.pruned import load_tokenizer
-from loram.model.streaming import BATCH_TOKENS, Stream
-from loram.prune.score import score
-from loram.prune.settings import prune_settings
-from loram.prune.sparse import SparseLayer, sparse_layers
-from loram.prune.stage import load_calibration
+from loram.pruning.prune import load_calibration
+from loram.pruning.score import score
+from loram.pruning.settings import prune_settings
+from loram.pruning.sparse import SparseLayer, sparse_layers
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parent.parent

@@ -14,10 +14,10 @@ from conftest import LINEARS
 from transformers import PreTrainedTokenizerFast
 
 import loram
-from loram.model.adapter import save_adapter
+from loram.disk.adapter import save_adapter
+from loram.disk.tensorfile import TensorSpec
+from loram.disk.writer import ShardedWriter
 from loram.model.architecture import ARCHITECTURES, Geometry
-from loram.model.checkpoint import ShardedWriter
-from loram.model.tensorfile import TensorSpec
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory use from /proc/self/status")
 MB = 1_000_000
@@ -39,8 +39,9 @@ CONFIG: dict[str, Any] = {
 # Imports all that a command needs, does what the command line does, and tells what that took beyond the imports.
 CHILD = """
 import sys
-import datasets, peft, torch, transformers.models.llama.modeling_llama, loram.merge, loram.prune, loram.evaluate
-import loram.train, loram.model.nf4, trl.trainer.sft_trainer
+import datasets, peft, torch, transformers.models.llama.modeling_llama, loram.export.merge, loram.pruning.prune
+import loram.evaluation.evaluate
+import loram.training.train, loram.compute.nf4, trl.trainer.sft_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from loram import cli
 

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from loram import processes
+from loram.base import processes
+from loram.base.errors import UserError
+from loram.base.names import on_the_line
 from loram.cli.adapters import evaluate, merge, polish, recover, train
 from loram.cli.models import align, convert, prune, quantize, teach
 from loram.cli.runs import compare, doctor, estimate, run, verify
-from loram.errors import UserError
-from loram.names import on_the_line
 
 app = typer.Typer(
     no_args_is_help=True,

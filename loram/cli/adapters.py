@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loram import processes
+from loram.base import processes
 from loram.cli.options import (
     Accumulation,
     BatchSize,
@@ -125,7 +125,7 @@ def train(
     }
     data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
 
-    from loram.train import train as stage
+    from loram.training.train import train as stage
 
     stage(
         model,
@@ -175,7 +175,7 @@ def recover(
     """Widen an adapter trained on a pruned model to the full one: a stock PEFT adapter."""
     dev_data = None if dev_dataset is None else data_spec(dev_dataset, None, None, column, max_samples)
 
-    from loram.recover import recover as stage
+    from loram.recovery.recover import recover as stage
 
     stage(adapter, out, correct=correct, dev_data=dev_data, base=base, pruned=pruned, device=device)
     typer.echo(f"{out}: recovered adapter written")
@@ -201,8 +201,8 @@ def polish(
     """Train a recovered adapter a few steps on, on the full MODEL read from disk layer by layer."""
     data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
 
-    from loram.polish import PolishOptions
-    from loram.polish import polish as stage
+    from loram.recovery.polish import PolishOptions
+    from loram.recovery.polish import polish as stage
 
     options = PolishOptions(
         max_steps=max_steps,
@@ -218,7 +218,7 @@ def merge(
     model: Model, adapter: Annotated[Path, typer.Argument(help="Recovered adapter.", show_default=False)], out: Out
 ) -> None:
     """Add an adapter to a model's weights: a plain model folder."""
-    from loram.merge import merge as stage
+    from loram.export.merge import merge as stage
 
     stage(model, adapter, out)
     typer.echo(f"{out}: merged model written")
@@ -242,7 +242,7 @@ def evaluate(
     """Perplexity of MODEL, with or without an adapter."""
     data = data_spec(dataset, dataset_config, dataset_split, column, None)
 
-    from loram.evaluate import evaluate as stage
+    from loram.evaluation.evaluate import evaluate as stage
 
     report = stage(
         model,

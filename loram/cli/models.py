@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loram import processes
+from loram.base import processes
 from loram.cli.options import (
     Accumulation,
     BatchSize,
@@ -65,7 +65,7 @@ def prune(
     device: Device = None,
 ) -> None:
     """Remove key-value groups and MLP channels, or single weights: MODEL -> a smaller folder with loram_plan.json."""
-    from loram.prune.stage import prune as stage
+    from loram.pruning.prune import prune as stage
 
     plan = stage(
         model,
@@ -88,7 +88,7 @@ def prune(
 
 def quantize(model: Model, out: Out) -> None:
     """Store MODEL, a pruned folder or a full model, with its linears in 4 bits (NF4), in transformers' format."""
-    from loram.quantize import quantize as stage
+    from loram.export.quantize import quantize as stage
 
     stage(model, out)
     typer.echo(f"{out}: 4-bit model folder written")
@@ -162,7 +162,7 @@ def align(
         "max_length": max_length,
         "report_to": report_to,
     }
-    from loram.align.stage import align as stage
+    from loram.alignment.align import align as stage
 
     stage(
         pruned,
@@ -207,7 +207,7 @@ def teach(
     """Cache what the full MODEL predicts on a text, for alignment; MODEL is read from disk a layer at a time."""
     data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
 
-    from loram.teach import teach as stage
+    from loram.alignment.teach import teach as stage
 
     stage(
         model, out, data=data, top_k=top_k, max_length=max_length, part_tokens=part_tokens, device=device, fresh=fresh
@@ -220,7 +220,7 @@ def convert(
     out: Out,
 ) -> None:
     """Turn a GGUF file into an ordinary model folder that every tool loads."""
-    from loram.model.gguf import convert_gguf
+    from loram.disk.gguf import convert_gguf
 
     convert_gguf(gguf, out)
     typer.echo(f"{out}: model folder written")

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from loram.errors import UserError, first_problem
-from loram.methods.table import METHODS
+from loram.base.errors import UserError, first_problem
+from loram.training.methods.table import METHODS
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)]
@@ -57,7 +57,7 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
 
 def pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
     """`key=value` flags; values are YAML, as in a recipe."""
-    from loram.recipe import parse_pair
+    from loram.run.recipe import parse_pair
 
     return dict(parse_pair(item, flag) for item in items or [])
 
@@ -79,7 +79,7 @@ def data_spec(
     Raises:
         UserError: a value is out of range.
     """
-    from loram.data_spec import DataSpec
+    from loram.data.spec import DataSpec
 
     named = pairs(columns, "--column")
     values = {"path": path, "config": config, "split": split, "columns": named, "max_samples": max_samples}

@@ -34,7 +34,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe: prune, align, train, recover, evaluate, compare; of these what it has."""
-    from loram.recipe import load_recipe
+    from loram.run.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
 
@@ -42,7 +42,7 @@ def run(
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     if only_check:
-        from loram.dry_run import dry_run, show
+        from loram.run.dry_run import dry_run, show
 
         found = dry_run(loaded)
         if as_json:
@@ -51,9 +51,9 @@ def run(
             show(found, console)
         return
 
-    from loram.pipeline import run as pipeline
-    from loram.record import REPORT_NAME
-    from loram.report import summary, table
+    from loram.run.pipeline import run as pipeline
+    from loram.run.record import REPORT_NAME
+    from loram.run.report import summary, table
 
     report = pipeline(loaded, fresh=fresh)
     if as_json:
@@ -70,14 +70,14 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Train by several methods, on the full and the pruned model, and put them in one table."""
-    from loram.recipe import load_recipe
+    from loram.run.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
 
     from rich.console import Console
 
-    from loram.compare import TABLE_NAME, table
-    from loram.compare import compare as stage
+    from loram.run.compare import TABLE_NAME, table
+    from loram.run.compare import compare as stage
 
     rows = stage(loaded)
     if as_json:
@@ -143,7 +143,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Say what pruning saves and what training takes, from config.json alone; or find what fits into --memory."""
-    from loram.estimate.show import command
+    from loram.planner.show import command
 
     options: dict[str, Any] = {
         "pattern": pattern,
@@ -174,7 +174,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare every byte of a folder with its manifest."""
-    from loram.artifacts import verify as stage
+    from loram.disk.artifacts import verify as stage
 
     found = stage(folder)
     if as_json:
@@ -187,7 +187,7 @@ def verify(
 
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do: versions, devices, fast dtypes, free memory and disk, and what is missing."""
-    from loram.doctor import doctor as look
+    from loram.compute.doctor import doctor as look
 
     found = look()
     typer.echo(found.model_dump_json() if as_json else found.text())

@@ -1,1 +1,1 @@
-"""Foundation: families, plans, resizing, checkpoints. Knows no stage."""
+"""What a model is: families, sizes, plans, and the index arithmetic between full and pruned. No files."""

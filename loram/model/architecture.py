@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
-from loram.errors import UserError, first_problem
+from loram.base.errors import UserError, first_problem
 
 Unit = Literal["channel", "head", "group"]
 Linear = str  # a linear's path inside its decoder layer: "self_attn.q_proj"

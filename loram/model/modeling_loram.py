@@ -177,12 +177,28 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
 
 
 def pruned_classes(model_type: str) -> tuple[type, type]:
-    """The (config class, causal LM class) of the pruned models of a family."""
-    module, prefix = FAMILIES[model_type]
-    package = f"transformers.models.{module}"
-    base_model = getattr(importlib.import_module(f"{package}.modeling_{module}"), f"{prefix}ForCausalLM")
-    config = _pruned_config_class(base_model.config_class, f"Loram{prefix}Config")
-    return config, _pruned_model_class(base_model, config, f"Loram{prefix}ForCausalLM")
+    """The (config class, causal LM class) of the pruned models of a family; the same two at every call."""
+    prefix = FAMILIES[model_type][1]
+    names = f"Loram{prefix}Config", f"Loram{prefix}ForCausalLM"
+    if names[0] not in _classes:
+        module = f"transformers.models.{FAMILIES[model_type][0]}.modeling_{FAMILIES[model_type][0]}"
+        base_model = getattr(importlib.import_module(module), f"{prefix}ForCausalLM")
+        _classes[names[0]] = _pruned_config_class(base_model.config_class, names[0])
+        _classes[names[1]] = _pruned_model_class(base_model, _classes[names[0]], names[1])
+    return _classes[names[0]], _classes[names[1]]
+
+
+def register() -> None:
+    """Make transformers' Auto classes know the pruned models of every family, so that loading needs no remote code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for model_type in FAMILIES:
+        config_class, model_class = pruned_classes(model_type)
+        AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
+        AutoModelForCausalLM.register(config_class, model_class)
+        # so that `save_pretrained` of a loaded model writes this code beside the weights again
+        config_class.register_for_auto_class()  # type: ignore[attr-defined]
+        model_class.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
 
 
 _classes: dict[str, type] = {}
@@ -190,11 +206,7 @@ _classes: dict[str, type] = {}
 
 def __getattr__(name: str) -> type:
     """Make a family's classes on first use (PEP 562): `LoramLlamaConfig`, `LoramLlamaForCausalLM`, ..."""
-    if name not in _classes:
-        for model_type, (_, prefix) in FAMILIES.items():
-            if name in (f"Loram{prefix}Config", f"Loram{prefix}ForCausalLM"):
-                pair = pruned_classes(model_type)
-                _classes.update({cls.__name__: cls for cls in pair})
-    if name not in _classes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _classes[name]
+    for model_type, (_, prefix) in FAMILIES.items():
+        if name in (f"Loram{prefix}Config", f"Loram{prefix}ForCausalLM"):
+            return {cls.__name__: cls for cls in pruned_classes(model_type)}[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from loram.errors import UserError, first_problem
+from loram.base.errors import UserError, first_problem
 from loram.model.architecture import ARCHITECTURES, Architecture, Cut, Geometry, Space
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m
 

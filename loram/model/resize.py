@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor
 
-from loram.errors import UserError
+from loram.base.errors import UserError
 from loram.model.architecture import CUTS
 from loram.model.plan import PruningPlan
 

@@ -4,7 +4,7 @@ import math
 import re
 from fractions import Fraction
 
-from loram.errors import UserError
+from loram.base.errors import UserError
 
 STRUCTURED, UNSTRUCTURED = "structured", "unstructured"
 _N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")

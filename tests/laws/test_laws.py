@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loram
-from loram.model.adapter import Adapter, save_adapter
+from loram.disk.adapter import Adapter, save_adapter
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.writer import ShardedWriter
 from loram.model.architecture import ARCHITECTURES
-from loram.model.checkpoint import Checkpoint, ShardedWriter
 from loram.model.plan import PruningPlan
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)

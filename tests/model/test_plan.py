@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from loram.errors import UserError
+from loram.base.errors import UserError
 from loram.model.architecture import ARCHITECTURES, Geometry
 from loram.model.plan import PLAN_NAME, BaseReference, PruningPlan, find_plan
 from loram.model.resize import narrow, widen

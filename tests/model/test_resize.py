@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loram.errors import UserError
+from loram.base.errors import UserError
 from loram.model.architecture import ARCHITECTURES, CUTS, Geometry
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow, widen

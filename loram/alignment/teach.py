@@ -1,0 +1,146 @@
+"""The teach stage: what the full model predicts on a text, streamed once and cached for alignment."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loram.alignment.teacher import INFO_NAME, TeacherInfo, part_name, write_part
+from loram.base.errors import UserError
+from loram.compute.device import compute_dtype, pick_device
+from loram.compute.loading import load_tokenizer
+from loram.compute.streaming import BATCH_TOKENS, Stream
+from loram.data.batches import make_batches
+from loram.data.spec import DataSpec, as_spec
+from loram.data.tokens import load_tokens
+from loram.disk.artifacts import check_output, difference, digest, lock, publish, sync
+from loram.disk.opening import open_model
+from loram.model.plan import BaseReference
+
+logger = logging.getLogger(__name__)
+
+PART_TOKENS = 1 << 18
+_REQUEST_NAME = "request.json"
+
+
+def teach(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: DataSpec | str | Path | Mapping[str, Any],
+    top_k: int = 64,
+    max_length: int = 512,
+    part_tokens: int = PART_TOKENS,
+    device: str | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Store the `top_k` likeliest next tokens, and the log of the remaining mass, at every place in the loss.
+
+    The model is streamed from disk, a decoder layer at a time, once for every part of about `part_tokens` tokens.
+    Finished parts wait in `OUT-parts`; the same call after an interruption goes on from there.
+
+    Args:
+        model: hub id, folder or GGUF file of the full model.
+        out: the cache folder to make; see `loram.alignment.teacher` for what is in it.
+        data: the text (see `loram.data.tokens`): of rows with a prompt only the completion is in the loss.
+        top_k: how many tokens a place.
+        max_length: tokens a row; longer rows lose their end, a long text is cut into pieces of this.
+        part_tokens: more need fewer passes over the model, and as many hidden states in memory or a scratch file.
+        device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        fresh: start over where `OUT-parts` has finished parts.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: model or data cannot be used, a setting is out of range, `out` exists, or `OUT-parts` was begun with
+            other settings.
+    """
+    out, spec = Path(out), as_spec(data)
+    check_output(out, model)
+    checkpoint, chosen = open_model(model), pick_device(device)
+    tokens = load_tokens(spec, load_tokenizer(checkpoint), max_length, vocabulary=checkpoint.vocabulary)
+    input_ids, labels = tokens.rows["input_ids"][:], tokens.rows["labels"][:]
+    vocab_size = checkpoint.shape(checkpoint.head)[0]
+    if not 0 < top_k <= vocab_size:
+        raise UserError(f"top_k {top_k}: must lie between 1 and the vocabulary's {vocab_size} tokens")
+    if part_tokens < 1:
+        raise UserError(f"part_tokens {part_tokens}: must be at least 1")
+    parts = _parts(input_ids, part_tokens)
+    info = TeacherInfo(
+        base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
+        rows_digest=digest([input_ids, labels]),
+        top_k=top_k,
+        vocab_size=vocab_size,
+        part_rows=tuple(map(len, parts)),
+    )
+    dtype = compute_dtype(chosen)
+    work = out.with_name(f"{out.name}-parts")
+    work.mkdir(parents=True, exist_ok=True)
+    with lock(work):
+        try:
+            if fresh:
+                for path in work.iterdir():
+                    path.unlink()
+            _check_request(work, {**info.model_dump(mode="json"), "dtype": str(dtype)})
+            for number, rows in enumerate(parts):
+                path = work / part_name(number)
+                if path.exists():
+                    logger.info("part %d of %d: done already", number + 1, len(parts))
+                    continue
+                logger.info("part %d of %d: %d rows", number + 1, len(parts), len(rows))
+                ids, wanted = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
+                batches = make_batches(ids, wanted, max_tokens=BATCH_TOKENS)
+                stream = Stream(checkpoint, batches, device=chosen, dtype=dtype, scratch=work)
+                for _ in stream.forward():
+                    pass
+                partial = path.with_suffix(".partial")
+                partial.unlink(missing_ok=True)
+                write_part(partial, ids, wanted, batches, stream.top_k(top_k), vocab_size)
+                sync(partial)
+                partial.rename(path)
+            _publish(work, out, info, spec, len(parts))
+        finally:
+            if out.exists() or not (work / part_name(0)).exists():  # nothing worth going on from
+                shutil.rmtree(work)
+    return out
+
+
+def _parts(input_ids: Sequence[list[int]], part_tokens: int) -> list[range]:
+    """Consecutive rows of at most `part_tokens` tokens together (a longer row is one part)."""
+    starts, room = [0], part_tokens
+    for row, ids in enumerate(input_ids):
+        if len(ids) > room and row > starts[-1]:
+            starts.append(row)
+            room = part_tokens
+        room -= len(ids)
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(input_ids)], strict=True)]
+
+
+def _check_request(work: Path, request: Mapping[str, Any]) -> None:
+    path = work / _REQUEST_NAME
+    if not path.is_file():
+        path.write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
+        return
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        begun = {}
+    if changed := difference(begun, request):
+        raise UserError(f"{work}: was begun with other settings ({changed}); give --fresh to start over")
+
+
+def _publish(work: Path, out: Path, info: TeacherInfo, spec: DataSpec, parts: int) -> None:
+    made_from = {"base": info.base.fingerprint, "rows": info.rows_digest}
+    settings = {"data": spec.model_dump(mode="json"), "top_k": info.top_k}
+    with publish(out, kind="teacher", made_from=made_from, settings=settings) as staging:
+        for number in range(parts):
+            source, target = work / part_name(number), staging / part_name(number)
+            try:
+                os.link(source, target)  # no second copy of what may be many gigabytes
+            except OSError:
+                shutil.copyfile(source, target)
+        (staging / INFO_NAME).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Loading models, pruned ones included: the only place that touches how transformers builds a model."""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from loram.base.errors import UserError
+from loram.base.progress import without_library_bars
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.opening import open_model
+from loram.model import modeling_loram
+from loram.model.architecture import architecture_of
+from loram.model.plan import PruningPlan
+
+_CODE = "modeling_loram"
+_SLOW_BYTES = 4 << 30
+
+
+def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
+    """Write a pruned model's config.json (with `per_layer_config`) and the code that builds it into a folder.
+
+    Args:
+        base: folder with the full model's config.json.
+        plan: what is kept of it.
+        out: the folder.
+    """
+    _pruned_config(base, plan).save_pretrained(out)
+    shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
+
+
+def _pruned_config(base: Path, plan: PruningPlan) -> Any:
+    config_class, model_class = modeling_loram.pruned_classes(plan.model_type)
+    values = AutoConfig.from_pretrained(base).to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+        values.pop(key, None)
+    values["head_dim"] = plan.geometry.head_dim  # Qwen2 would else divide by a number of heads that varies
+    return config_class(
+        **values,
+        architectures=[model_class.__name__],
+        auto_map={
+            "AutoConfig": f"{_CODE}.{config_class.__name__}",
+            "AutoModelForCausalLM": f"{_CODE}.{model_class.__name__}",
+        },
+        per_layer_config=plan.per_layer_config(),
+        bias_compensation=plan.bias_compensation,
+        sparsity=plan.sparsity(),
+    )
+
+
+def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load a pruned folder as a transformers model.
+
+    Args:
+        path: a folder that `prune` (or `align`) made.
+        from_pretrained_kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+
+    Raises:
+        UserError: the folder has no valid plan, or is no model.
+    """
+    folder = Path(path)
+    PruningPlan.load(folder)
+    return load_model(Checkpoint(folder), **from_pretrained_kwargs)
+
+
+def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load any model folder, full or pruned; `from_pretrained_kwargs` as for `load_pruned`.
+
+    Raises:
+        UserError: the family is not supported, or the folder's weights do not fit its config.
+    """
+    if not checkpoint.pruned:
+        architecture_of(checkpoint.config, checkpoint.name)
+    with _bar_if_slow(checkpoint):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, output_loading_info=True, use_safetensors=True, **from_pretrained_kwargs
+        )
+    problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
+    if problems:
+        raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
+    return model
+
+
+def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
+    """The full model of a plan: at `base`, else at the name that the plan has.
+
+    Raises:
+        UserError: it is not there, or is another model.
+    """
+    try:
+        full = open_model(base or plan.base.name)
+    except UserError as error:
+        if base is not None:
+            raise
+        raise UserError(f"{error}; say where the full model is: --base, or base_model_name_or_path") from error
+    if full.fingerprint != plan.base.fingerprint:
+        raise UserError(
+            f"{full.name}: not the full model that the plan was made from, {plan.base.name} "
+            f"(fingerprint {full.fingerprint[:12]} instead of {plan.base.fingerprint[:12]}); name that one with --base"
+        )
+    return full
+
+
+def empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, plan: PruningPlan | None = None, *, dense: bool = False
+) -> Any:
+    """A full or pruned model without weights: its parameters are on the meta device, its few buffers are real.
+
+    Args:
+        checkpoint: the model's folder.
+        dtype: of the parameters.
+        plan: build what this makes of the full model in `checkpoint`.
+        dense: give a sparse model ordinary linears, for the weights that `checkpoint` shows.
+
+    Raises:
+        UserError: the family is not supported.
+    """
+    if not checkpoint.pruned:
+        architecture_of(checkpoint.config, checkpoint.name)
+    config = AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint.folder, plan)
+    if dense and checkpoint.sparse:
+        config.sparsity = None
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # each parameter was moved to the meta device by itself
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read or ends no sequence.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint.folder}: no usable tokenizer here: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{checkpoint.folder}: the tokenizer names no eos_token; set it in tokenizer_config.json")
+    return tokenizer
+
+
+def _bar_if_slow(checkpoint: Checkpoint) -> contextlib.AbstractContextManager[None]:
+    """transformers' progress bar only for weights that take a while to load."""
+    size = sum((checkpoint.folder / shard).stat().st_size for shard in set(checkpoint.index.values()))
+    return contextlib.nullcontext() if size > _SLOW_BYTES else without_library_bars()

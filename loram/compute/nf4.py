@@ -1,0 +1,294 @@
+"""Models whose frozen weights are kept in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+
+bitsandbytes does the quantising and the arithmetic, transformers' folder format holds the result. What is here reads a
+model tensor by tensor, so that only one is in 16 bits on the device at a time, and quantises lm_head and the embedding
+too, which transformers leaves in 16 bits.
+"""
+
+import math
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from loram.base.errors import UserError
+from loram.base.progress import track
+from loram.compute.device import return_freed_memory_
+from loram.compute.loading import empty_model
+from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.tensorfile import TensorSpec
+from loram.model.modeling_loram import SparseLinear
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights that share a constant, and constants that share one of their own
+_STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256
+
+
+def load_4bit(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, offload_embedding: bool = False
+) -> PreTrainedModel:
+    """Load a full or pruned model with every linear, lm_head and the embedding in NF4; norms and biases in `dtype`.
+
+    Of sparse linears the values that stay are in NF4, in blocks of their own order; masks are as they are. The largest
+    tensors are quantised first, while there is most room. A tied lm_head shares the embedding's 4 bits.
+
+    Args:
+        checkpoint: a folder in 16 or 32 bits, or one that `write_4bit` made.
+        device: where the model goes.
+        dtype: that it computes in.
+        offload_embedding: keep the embedding as it is, in host memory, and look its rows up there.
+
+    Returns:
+        The model in evaluation mode, all of it frozen.
+
+    Raises:
+        UserError: the family is not supported, or the folder's weights do not fit its config.
+    """
+    _check_method(checkpoint)
+    return_freed_memory_()  # else packed weights settle in the room that 16-bit ones leave, and it never is free again
+    checkpoint = checkpoint.stored
+    model: Any = empty_model(checkpoint, dtype)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected |= {name: tuple(mask.shape) for name, mask in model.named_buffers() if name.endswith(".mask")}
+    names = [name for name in checkpoint.names() if name in expected]
+    if missing := sorted(expected.keys() - set(names)):
+        raise UserError(f"{checkpoint.folder}: no tensor {missing[0]}, which config.json's model has")
+    known = {*expected, HEAD}  # some tools write lm_head also where it is tied
+    if unknown := [name for name in checkpoint.names() if checkpoint.weight_of(name) not in known]:
+        raise UserError(f"{checkpoint.folder}: has a tensor {unknown[0]}, which config.json's model has not")
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, _empty_linear(module, dtype))
+        elif isinstance(module, SparseLinear):
+            model.set_submodule(name, SparseLinear4bit(module, len(module.weight)))
+    for name in track(sorted(names, key=lambda name: -checkpoint.spec(name).nbytes), "Loading in 4 bits"):
+        shape = expected[name]
+        if name == EMBEDDING:
+            _put_embedding_(model, checkpoint, shape, device, dtype, offload_embedding, tied=HEAD not in expected)
+            continue
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, Linear4bit) and name.endswith(".weight"):
+            _put_weight_(module, _read_4bit(checkpoint, name, shape, device, dtype))
+        elif isinstance(module, SparseLinear) and name.endswith(".weight"):
+            module.weight = _read_4bit(checkpoint, name, shape, device, dtype)
+        elif name.endswith(".mask"):
+            module.mask = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device)
+        else:
+            tensor = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device, dtype)
+            setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+    model.is_loaded_in_4bit = True  # PEFT looks here
+    return model.to(device).requires_grad_(False).eval()  # the buffers
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, QuantState]:
+    """(packed, state) of a weight: two values a byte, and its constants, themselves in 8 bits."""
+    packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return packed, state
+
+
+def as_4bit(weight: Tensor) -> Tensor:
+    """A weight as NF4 has it: quantised, and in its own dtype and shape again."""
+    found: Tensor = dequantize_4bit(*quantize(weight))
+    return found.view_as(weight)
+
+
+def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+    """What transformers' folder format has for a weight of this name and shape in NF4."""
+    blocks = math.ceil(math.prod(shape) / BLOCK)
+    return {
+        name: TensorSpec(dtype=torch.uint8, shape=(math.ceil(math.prod(shape) / 2), 1)),
+        f"{name}.absmax": TensorSpec(dtype=torch.uint8, shape=(blocks,)),
+        f"{name}.nested_absmax": TensorSpec(dtype=torch.float32, shape=(math.ceil(blocks / NESTED_BLOCK),)),
+        f"{name}.nested_quant_map": TensorSpec(dtype=torch.float32, shape=(256,)),
+        f"{name}.quant_map": TensorSpec(dtype=torch.float32, shape=(16,)),
+        f"{name}.{_STATE}": TensorSpec(dtype=torch.uint8, shape=(_STATE_BYTES,)),
+    }
+
+
+def packed_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors of `packed_specs` of a weight."""
+    packed, state = quantize(weight)
+    tensors = {name: packed, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    text = tensors[f"{name}.{_STATE}"]  # JSON, whose length depends on its numbers; blanks at its end change nothing
+    blanks = torch.full((_STATE_BYTES - len(text),), ord(" "), dtype=torch.uint8)
+    return {**tensors, f"{name}.{_STATE}": torch.cat([text, blanks])}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, those in NF4 counted as what they stand for."""
+    return sum(math.prod(p.quant_state.shape) if is_4bit(p) else p.numel() for p in model.parameters())
+
+
+def is_4bit(parameter: Tensor) -> bool:
+    """Whether a parameter is in NF4."""
+    return isinstance(parameter, Params4bit)
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of all weights and constants of a model, each counted once, wherever they are."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, HostEmbedding):
+            tensors.append(module.table)
+        for tensor in tensors:
+            found[tensor.data_ptr()] = tensor.nbytes
+            for constant in _constants(getattr(tensor, "quant_state", None)):
+                found[constant.data_ptr()] = constant.nbytes
+    return sum(found.values())
+
+
+def _constants(state: QuantState | None) -> list[Tensor]:
+    if state is None:
+        return []
+    return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+
+
+class SparseLinear4bit(SparseLinear):
+    """A sparse linear whose values are in NF4."""
+
+    def values(self) -> Tensor:
+        """The values, dequantised to the dtype that the model computes in."""
+        found: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return found
+
+
+class _Lookup(nn.Module):  # type: ignore[misc]
+    """An embedding of which only the rows that a batch uses are ever there in full precision."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        embedding.padding_idx = None  # it would be looked for among the rows of the batch
+        self.embedding = embedding  # the family's own: some scale what they look up
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of some tokens: (tokens, hidden size)."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """As the family's embedding: (..., hidden size) of token ids of any shape."""
+        places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        found: Tensor = functional_call(self.embedding, {"weight": self.rows(ids.flatten())}, (places,))
+        return found
+
+
+class Nf4Embedding(_Lookup):
+    """An embedding in NF4; dequantises the rows that are looked up."""
+
+    def __init__(self, embedding: nn.Embedding, weight: Params4bit) -> None:
+        super().__init__(embedding)
+        self.weight = weight
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Dequantised rows of some tokens."""
+        return dequantized_rows(self.weight, ids)
+
+
+class HostEmbedding(_Lookup):
+    """An embedding that stays in host memory, in the file's dtype; the rows that are looked up go to the device."""
+
+    def __init__(self, embedding: nn.Embedding, table: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(embedding)
+        self.table, self.dtype = table, dtype  # not a parameter, or it would move to the device with the others
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of some tokens, on the tokens' device."""
+        return self.table[ids.to(self.table.device)].to(ids.device, self.dtype)
+
+
+def dequantized_rows(weight: Params4bit, rows: Tensor) -> Tensor:
+    """Some rows of an NF4 weight, (rows, columns); the whole weight is dequantised only if its blocks straddle rows."""
+    state, (_, columns) = weight.quant_state, weight.quant_state.shape
+    if columns % state.blocksize:
+        found: Tensor = dequantize_4bit(weight.data, state)[rows]
+        return found
+    blocks = rows[:, None] * (columns // state.blocksize) + torch.arange(columns // state.blocksize, device=rows.device)
+    nested = state.state2
+    constants = nested.code[state.absmax[blocks].long()] * nested.absmax[blocks // nested.blocksize] + state.offset
+    part = QuantState(
+        absmax=constants.flatten(),
+        shape=torch.Size((len(rows), columns)),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    packed = weight.data.view(-1, columns // 2)[rows]
+    return dequantize_4bit(packed.view(-1, 1), part)
+
+
+def _empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Linear4bit:
+    return Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+
+
+def _put_weight_(linear: Linear4bit, weight: Params4bit) -> None:
+    linear.weight, linear.quant_state, weight.module = weight, weight.quant_state, linear
+
+
+def _put_embedding_(
+    model: Any,
+    checkpoint: Checkpoint,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool,
+    *,
+    tied: bool,
+) -> None:
+    """The embedding, and lm_head where it is tied."""
+    embedding = model.get_input_embeddings()
+    weight = None if offload and not tied else _read_4bit(checkpoint, EMBEDDING, shape, device, dtype)
+    if offload:
+        table = _checked(checkpoint, EMBEDDING, checkpoint.tensor(EMBEDDING), shape)
+        model.set_input_embeddings(HostEmbedding(embedding, table, dtype))
+    else:
+        model.set_input_embeddings(Nf4Embedding(embedding, weight))
+    if tied:
+        _put_weight_(model.lm_head, weight)
+
+
+def _read_4bit(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Params4bit:
+    """A weight in NF4 on the device, quantised now unless the folder has it so."""
+    if stats := checkpoint.constants(name):
+        tensors: dict[str, Any] = {key: checkpoint.tensor(key) for key in stats}
+        weight = Params4bit.from_prequantized(checkpoint.tensor(name), tensors, device=device)
+        if tuple(weight.quant_state.shape) != shape:
+            raise UserError(_wrong_shape(checkpoint, name, tuple(weight.quant_state.shape), shape))
+    else:
+        packed, state = quantize(_checked(checkpoint, name, checkpoint.tensor(name), shape).to(device))
+        weight = Params4bit(packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True)
+    weight.quant_state.dtype = dtype  # backward dequantises to this, forward to the dtype of its input
+    return weight
+
+
+def _check_method(checkpoint: Checkpoint) -> None:
+    """Refuse what was quantised otherwise."""
+    found = checkpoint.config.get("quantization_config") or {}
+    if found and (found.get("quant_method"), found.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
+        raise UserError(
+            f"{checkpoint.name}: quantised by {found.get('quant_method')}, not to NF4 by bitsandbytes; "
+            "start from the weights in 16 or 32 bits"
+        )
+
+
+def _checked(checkpoint: Checkpoint, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise UserError(_wrong_shape(checkpoint, name, tuple(tensor.shape), shape))
+    return tensor
+
+
+def _wrong_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return f"{checkpoint.folder}: {name} has shape {found}, but config.json's model has {expected}"

@@ -1,0 +1,356 @@
+"""Reading and writing stock PEFT LoRA adapters without building a model."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loram.base.errors import UserError, first_problem
+from loram.disk.artifacts import file_sha256, find_manifest
+from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.files import read_json
+from loram.disk.tensorfile import TensorFile
+from loram.model.architecture import architecture_of
+from loram.model.modeling_loram import unpack
+from loram.model.plan import MASKS_NAME, find_plan
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+ROW_LENGTHS_NAME = "row_lengths.safetensors"  # beside a DoRA adapter: those of the pruned weights it was trained on
+_PICKLED_NAME = "adapter_model.bin"
+_FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+_MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector$")
+
+
+class _Options(BaseModel):
+    """What we read of adapter_config.json, with PEFT's defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    peft_type: str
+    r: PositiveInt = 8
+    lora_alpha: float = 8
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    fan_in_fan_out: bool | None = False
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter as PEFT saves it.
+
+    Args:
+        folder: where it was read from.
+        config: adapter_config.json.
+        tensors: adapter_model.safetensors; `lora_A` is (r, in_features), `lora_B` (out_features, r), and of DoRA
+            `lora_magnitude_vector` (out_features,).
+        masks: module path -> mask of its update, (out_features, in_features / 8) uint8, where it was trained with
+            `mask_update`: `loram_masks.safetensors` beside it says so.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Adapter":
+        """Read an adapter folder.
+
+        Raises:
+            UserError: it is no LoRA adapter or a variant we cannot widen or merge, or a factor is missing, not finite
+                or of another rank than the config says.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        if (folder / _PICKLED_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
+            raise UserError(f"{folder / _PICKLED_NAME}: pickled, so it is not opened; save the adapter as safetensors")
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: no {name} here, so this is not a LoRA adapter folder")
+        config, file = read_json(folder / CONFIG_NAME), TensorFile(folder / WEIGHTS_NAME)
+        tensors, masks = {name: file.read(name) for name in file.specs}, {}
+        if (folder / MASKS_NAME).is_file():
+            bits = TensorFile(folder / MASKS_NAME)
+            masks = {name.removesuffix(".mask"): bits.read(name) for name in bits.specs}
+        adapter = cls(folder=folder, config=config, tensors=tensors, masks=masks)
+        adapter._check()
+        return adapter
+
+    def _check(self) -> None:
+        kind, where = self.config.get("peft_type"), self.folder / WEIGHTS_NAME
+        if kind != "LORA":
+            raise UserError(f"{self.folder}: a {kind} adapter; only LoRA and DoRA are supported")
+        if self._options.fan_in_fan_out:
+            raise UserError(f"{self.folder}: fan_in_fan_out adapters are for Conv1D models, which we do not support")
+        for name, tensor in self.tensors.items():
+            if _FACTOR.match(name) is None and not (self.dora and _MAGNITUDE.match(name)):
+                raise UserError(
+                    f"{where}: {name} is not a LoRA factor (base_model.model.MODULE.lora_A.weight or lora_B)"
+                )
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{where}: {name} has values that are not finite")
+        for module, factors in self.modules.items():
+            if missing := {"A", "B"} - factors.keys():
+                raise UserError(f"{where}: {module} lacks lora_{min(missing)}")
+            rank = self._pattern(self._options.rank_pattern, module, self._options.r)
+            for (factor, tensor), axis in zip(sorted(factors.items()), (0, 1), strict=True):
+                if tensor.ndim != 2 or tensor.shape[axis] != rank:
+                    raise UserError(
+                        f"{where}: {module}.lora_{factor} has shape {tuple(tensor.shape)}, "
+                        f"but {CONFIG_NAME} says rank {rank}"
+                    )
+            if self.dora:
+                self._check_magnitude(module, factors["B"].shape[0])
+        if not self.modules:
+            raise UserError(f"{where}: holds no LoRA factors")
+
+    def _check_magnitude(self, module: str, rows: int) -> None:
+        where, found = self.folder / WEIGHTS_NAME, self.magnitudes.get(module)
+        if found is None:
+            raise UserError(f"{where}: {module} lacks lora_magnitude_vector, though {CONFIG_NAME} says use_dora")
+        if found.shape != (rows,):
+            raise UserError(f"{where}: {module}.lora_magnitude_vector has shape {tuple(found.shape)}, not ({rows},)")
+
+    @cached_property
+    def _options(self) -> _Options:
+        try:
+            return _Options.model_validate(self.config)
+        except ValidationError as error:
+            raise UserError(f"{self.folder / CONFIG_NAME}: {first_problem(error)}") from error
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, Tensor]]:
+        """Module path in the base model (`model.layers.3.mlp.up_proj`) -> its factors `A` and `B`."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if match := _FACTOR.match(name):
+                found.setdefault(match["module"], {})[match["factor"]] = tensor
+        return found
+
+    @property
+    def dora(self) -> bool:
+        """Whether it is a DoRA adapter: one with the length of every row of the adapted weights."""
+        return bool(self._options.use_dora)
+
+    @cached_property
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Of DoRA: module path in the base model -> the lengths that the rows of its weight get."""
+        return {match["module"]: tensor for name, tensor in self.tensors.items() if (match := _MAGNITUDE.match(name))}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the two files."""
+        digest = hashlib.sha256()
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            with (self.folder / name).open("rb") as file:  # by pieces: an adapter may have hundreds of megabytes
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+    def scaling(self, module: str) -> float:
+        """PEFT's factor before B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank = self.modules[module]["A"].shape[0]
+        alpha = float(self._pattern(self._options.alpha_pattern, module, self._options.lora_alpha))
+        return alpha / math.sqrt(rank) if self._options.use_rslora else alpha / rank
+
+    def _pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+        """PEFT's way of looking a module up in `rank_pattern` or `alpha_pattern`: keys are regexes of a path's end."""
+        for pattern, value in (patterns or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            except re.error as error:
+                raise UserError(f"{self.folder / CONFIG_NAME}: {pattern!r} is not a valid regex: {error}") from error
+        return default
+
+    def delta(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The update scaling·B·A of a module's weight, masked if it is, or of its rows `start` to `stop`: float32."""
+        a, b = (self.modules[module][factor].float() for factor in "AB")
+        if (mask := self.masks.get(module)) is not None:
+            return masked_delta(a, b[start:stop], mask[start:stop], self.scaling(module))
+        return self.scaling(module) * (b[start:stop] @ a)
+
+    def add_to_(self, linear: nn.Module, module: str, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
+        """Let a linear add a module's update, as `add_update_` does; a masked one is made once, as a whole.
+
+        Returns:
+            The hook's handle, and the factors that it multiplies by, on the device, by PEFT's names.
+        """
+        if module in self.masks:
+            delta = self.delta(module).to(device)
+            return linear.register_forward_hook(lambda _, args, output: output + args[0] @ delta.to(args[0]).T), {}
+        a, b = (self.modules[module][factor].detach().to(device, torch.float32) for factor in "AB")
+        names = {f"base_model.model.{module}.lora_{part}.weight": factor for part, factor in (("A", a), ("B", b))}
+        return add_update_(linear, a, b, self.scaling(module)), names
+
+    def updated(self, module: str, rows: Tensor, start: int = 0) -> Tensor:
+        """What the adapter makes of a module's weight, or of its rows from `start` on: float32, on the rows' device.
+
+        W + scaling·B·A; with DoRA every row of that brought to its magnitude (arXiv 2402.09353, equation 5).
+        """
+        stop = start + len(rows)
+        found = self.delta(module, start, stop).to(rows.device).add_(rows)
+        if self.dora:
+            lengths = torch.linalg.vector_norm(found, dim=1)
+            found *= (self.magnitudes[module][start:stop].to(lengths) / lengths)[:, None]
+        return found
+
+    def targets(self, modules: Iterable[str]) -> list[str]:
+        """Those of a model's linear modules that adapter_config.json targets, by PEFT's own matching.
+
+        Raises:
+            UserError: adapter_config.json contradicts itself.
+        """
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+        options = self._options.model_dump(include=keys)
+        if str(options["target_modules"]).lower() == "all-linear":  # PEFT leaves lm_head out of these
+            options |= {"target_modules": r".*\.layers\..*"}
+        try:
+            config = LoraConfig(**options)
+            return [module for module in modules if check_target_module_exists(config, module)]
+        except (ValueError, re.error) as error:
+            raise UserError(f"{self.folder / CONFIG_NAME}: {error}") from error
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, ...]], model: str, *, full: bool = False) -> None:
+        """Refuse an adapter that is not one for a model: it lacks a module, has one too many, or shapes differ.
+
+        Args:
+            shapes: (out_features, in_features) of each of the model's linear modules, by path.
+            model: what the message calls it.
+            full: whether it is a full model, so that narrower factors come from a pruned one.
+
+        Raises:
+            UserError: names the file and the key, or the module and both shapes; says `loram recover` where the
+                adapter was trained on the pruned model and this is the full one.
+        """
+        weights = self.folder / WEIGHTS_NAME
+        targets = set(self.targets(shapes))
+        for module, factors in self.modules.items():
+            key, shape = f"base_model.model.{module}.lora_A.weight", (factors["B"].shape[0], factors["A"].shape[1])
+            if module not in shapes:
+                raise UserError(f"{weights}: {key} adapts {module}, which {model} does not have")
+            if module not in targets:
+                raise UserError(f"{weights}: {key} adapts {module}, which {CONFIG_NAME} does not target")
+            if shape != shapes[module]:
+                what = f"{self.folder}: {module} is for a weight of shape {shape}, but {model} has {shapes[module]}"
+                if full and all(a <= b for a, b in zip(shape, shapes[module], strict=True)):
+                    raise UserError(
+                        f"{what}; this adapter was trained on a pruned model: run `loram recover` on it first"
+                    )
+                raise UserError(f"{what}; it belongs to another model")
+        for module in shapes:
+            if module in targets - self.modules.keys():
+                key = f"base_model.model.{module}.lora_A.weight"
+                raise UserError(f"{weights}: {key} is missing, though {CONFIG_NAME} targets {module}")
+
+
+def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Any:
+    """Let a linear add scaling·B·A·x to its output, as PEFT does: factors and their product in the factors' dtype.
+
+    A hook, so that the module itself stays as it is: the handle that is returned takes it away again.
+    """
+
+    def add(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return (output + (args[0].to(a.dtype) @ a.T @ b.T) * scaling).to(output.dtype)
+
+    return linear.register_forward_hook(add)
+
+
+def masked_delta(a: Tensor, b: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """scaling * M ∘ (B A): (out_features, in_features), in the factors' dtype.
+
+    Args:
+        a, b: (r, in_features) and (out_features, r).
+        mask: (out_features, in_features / 8) uint8, as in a sparse folder.
+        scaling: alpha / r.
+    """
+    return (b @ a).mul_(scaling).mul_(unpack(mask))
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """An adapter whose update is `factor` times as large: its lora_B are."""
+    tensors = {n: t * factor if n.endswith(".lora_B.weight") else t for n, t in adapter.tensors.items()}
+    return dataclasses.replace(adapter, tensors=tensors)
+
+
+def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:
+    """Read an adapter and make sure that it is one for this model.
+
+    Raises:
+        UserError: it is no sound adapter, its modules or shapes are not the model's, or its manifest or the plan beside
+            it says that it was made for other weights.
+    """
+    adapter = Adapter.load(folder)
+    _check_origin(checkpoint, adapter)
+    adapter.check_fits(_linear_shapes(checkpoint), checkpoint.name, full=not checkpoint.pruned)
+    return adapter
+
+
+def _linear_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
+    if checkpoint.quantized:  # packed tensors' shapes say nothing
+        if plan := find_plan(checkpoint.folder):
+            return plan.linear_shapes()
+        return checkpoint.geometry.linear_shapes(architecture_of(checkpoint.config, checkpoint.name).linears)
+    shapes = {
+        name.removesuffix(".weight"): checkpoint.shape(name)
+        for name in checkpoint.names()
+        if name.endswith(".weight") and len(checkpoint.shape(name)) == 2 and name not in (EMBEDDING, HEAD)
+    }
+    return {**shapes, "lm_head": checkpoint.shape(checkpoint.head)}
+
+
+def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Refuse an adapter whose manifest, or the plan beside it, says that it was made for other weights."""
+    folder, name = adapter.folder, checkpoint.name
+    manifest, plan, ours = find_manifest(folder), find_plan(folder), find_plan(checkpoint.folder)
+    made_from = {} if manifest is None else manifest.made_from
+    if plan is not None and ours is not None and ours.fingerprint != plan.fingerprint:
+        raise UserError(f"{folder}: was trained on another pruned model than {name} (their plans differ)")
+    if checkpoint.pruned and manifest is not None and manifest.kind == "recovered":
+        raise UserError(f"{folder}: this adapter is recovered; use it on the full model, not on {name}")
+    if adapter.masks and plan is not None and file_sha256(folder / MASKS_NAME) != plan.masks:
+        raise UserError(f"{folder / MASKS_NAME}: not the masks of the plan beside it; copy the adapter's folder again")
+    made_for, expected = adapter.config.get("base_model_name_or_path"), made_from.get("base")
+    if checkpoint.pruned:
+        expected = made_from.get("pruned", expected)
+    elif plan is not None:
+        made_for, expected = plan.base.name, plan.base.fingerprint
+    if expected is not None and checkpoint.fingerprint != expected:
+        raise UserError(
+            f"{folder}: was made for {made_for}, and the weights of {name} are others "
+            f"(fingerprint {checkpoint.fingerprint[:12]} instead of {expected[:12]})"
+        )
+    if not checkpoint.pruned and "pruned" in made_from and not adapter.masks:
+        raise UserError(f"{folder}: this adapter was trained on a pruned model: run `loram recover` on it first")
+
+
+def save_adapter(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a stock PEFT adapter into a folder; keys and names in a fixed order, so equal means equal bytes."""
+    ordered = {
+        key: sorted(value) if key in ("target_modules", "exclude_modules") and isinstance(value, list) else value
+        for key, value in sorted(config.items())
+    }
+    (out / CONFIG_NAME).write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS_NAME, {"format": "pt"})

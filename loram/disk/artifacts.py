@@ -1,0 +1,283 @@
+"""Folders that are whole or absent: written beside their target, described by a manifest, moved in place at the end."""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from loram.base import processes
+from loram.base.errors import UserError, first_problem
+from loram.base.progress import track
+
+MANIFEST_NAME = "loram_manifest.json"
+HASHED_BYTES = 1 << 30  # readers compare the SHA-256 of files up to this size, about a second's work; `verify` all
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets")
+
+
+class FileEntry(BaseModel):
+    """Size in bytes and SHA-256 of one file of a folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a folder of ours holds and what it was made from; written last, so it is the mark of completion.
+
+    Args:
+        kind: what the folder is: base, pruned, teacher, adapter, model, checkpoint (of a training), recovered, merged.
+        made_from: name of an input -> its fingerprint.
+        settings: the options that the stage was run with.
+        versions: of the libraries that made it.
+        files: path inside the folder -> size and SHA-256.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    kind: str
+    made_from: dict[str, str]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and contents of the files."""
+        entries = {name: entry.sha256 for name, entry in self.files.items()}
+        return digest(entries)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of loram and the libraries whose behaviour reaches our files."""
+    found = {}
+    for name in ("loram", *_LIBRARIES):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def check_output(out: Path, *inputs: str | Path) -> None:
+    """Refuse an output that exists already, or that cannot be made; called before any work is done.
+
+    Args:
+        out: the folder to make.
+        inputs: what it is made from; names that are no folders here are passed over.
+
+    Raises:
+        UserError: `out` is a file, a folder with something in it, below a file, or inside an input.
+    """
+    for source in inputs:
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(f"{out}: lies inside {source}, and inputs are never written to; choose another place")
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out}: the output exists already; remove it or choose another name")
+    for parent in out.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UserError(f"{out}: {parent} is a file, so no folder can be made below it")
+            return
+
+
+@contextlib.contextmanager
+def publish(
+    out: Path, *, kind: str, made_from: Mapping[str, str], settings: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """Write a folder so that it appears whole or not at all.
+
+    Yields a new folder beside `out` to write into. On success the files get a manifest, are synced, and the folder is
+    renamed to `out`; on any exception, Ctrl-C included, it is removed and `out` never exists.
+
+    Of several processes that train together the first makes the folder, and the others, which get its path only, leave
+    when it is in place.
+
+    Raises:
+        UserError: `out` exists already, or another process is writing it.
+    """
+    out = out.absolute()
+    staging = out.parent / f".{out.name}.partial"
+    if not processes.first():
+        yield staging
+        processes.wait()
+        return
+    check_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process; the lock says nobody is writing it now
+        staging.mkdir()
+        try:
+            yield staging
+            put_in_place(staging, out, kind=kind, made_from=made_from, settings=settings or {})
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    processes.wait()
+
+
+def put_in_place(
+    staging: Path, out: Path, *, kind: str, made_from: Mapping[str, str], settings: Mapping[str, Any]
+) -> None:
+    """Give a finished folder its manifest, sync it, and rename it to `out`, where nothing may be.
+
+    Raises:
+        UserError: `out` exists.
+    """
+    _seal(staging, kind=kind, made_from=dict(made_from), settings=dict(settings))
+    check_output(out)
+    staging.rename(out)
+    sync(out.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of ours so that no half of it can be taken for the whole: first its name goes, then its files."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """One writer of `out` at a time; the kernel frees the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path = out.parent / f".{out.name}.lock"
+    while True:
+        with path.open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{out}: another process is writing this folder") from error
+            if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                continue  # its last holder removed the file between our opening and locking it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _seal(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[str, Any]) -> None:
+    files = {}
+    for path in track(sorted(folder.rglob("*")), "Checksums"):
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
+            files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+            sync(path)
+    manifest = Manifest(kind=kind, made_from=made_from, settings=settings, versions=library_versions(), files=files)
+    path = folder / MANIFEST_NAME
+    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    sync(path)
+    sync(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file's or folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
+    """A file's SHA-256, worked out once a process for as long as the file stays as it is."""
+    return file_sha256(path)
+
+
+def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES) -> Manifest | None:
+    """A folder's manifest, or None where it has none; the files are checked against it.
+
+    Args:
+        folder: the folder.
+        hashed_bytes: the SHA-256 of files up to this size is compared, of larger ones only the size; None for all.
+
+    Raises:
+        UserError: the manifest cannot be read, or a file is missing or not the one that was written.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a valid manifest: {first_problem(error)}") from error
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: the manifest lists this file, but it is missing; make the folder again")
+        if (size := file.stat().st_size) != entry.size:
+            raise UserError(f"{file}: {size} bytes, but the manifest says {entry.size}; make the folder again")
+    checked = [name for name, entry in manifest.files.items() if hashed_bytes is None or entry.size <= hashed_bytes]
+    for name in track(checked, "Verifying"):
+        status = (folder / name).stat()
+        found = _sha256_once(folder / name, status.st_size, status.st_mtime_ns, status.st_ino)
+        if found != manifest.files[name].sha256:
+            raise UserError(
+                f"{folder / name}: not the content that the manifest says was written (SHA-256 {found[:12]} instead of "
+                f"{manifest.files[name].sha256[:12]}); make the folder again, or, if you changed it on purpose, "
+                f"remove {MANIFEST_NAME}"
+            )
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Manifest]:
+    """Compare every byte of a folder, or of the folders inside it, with their manifests.
+
+    Returns:
+        Path of each folder that has a manifest -> it.
+
+    Raises:
+        UserError: there is no manifest, or a file is missing or changed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = {}
+    for path in sorted(folder.rglob(MANIFEST_NAME)):
+        if (manifest := find_manifest(path.parent, hashed_bytes=None)) is not None:
+            found[str(path.parent)] = manifest
+    if not found:
+        raise UserError(f"{folder}: no {MANIFEST_NAME} here or below, so there is nothing to compare with")
+    return found
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key whose value changed, as `key.key: before -> after`; None where none did."""
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if (found := difference(old, new, f"{prefix}{key}.")) is not None:
+                return found
+        elif old != new:
+            return f"{prefix}{key}: {old!r} -> {new!r}"
+    return None

@@ -1,0 +1,234 @@
+"""Lazy reading of a model folder, tensor by tensor. Never a whole model in memory."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loram.base.errors import UserError
+from loram.disk.artifacts import find_manifest
+from loram.disk.files import read_json, refuse_pointer, side_files
+from loram.disk.tensorfile import BLOCK_BYTES, TensorFile, TensorSpec
+from loram.model.architecture import Geometry
+from loram.model.modeling_loram import dense, unpack
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MASK = ".mask"
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors, read one tensor at a time.
+
+    The weights of a sparse folder are shown as the dense ones that they stand for, made when they are asked for.
+
+    Args:
+        folder: the folder.
+        name: what the user calls the model: its hub id or absolute path.
+        stored: show a sparse folder's tensors as they are stored: values and masks.
+
+    Raises:
+        UserError: the folder is no model, its weights are in a format we do not read, a shard is missing, broken or
+            outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None, *, stored: bool = False) -> None:
+        self.folder = folder
+        self.name = name or str(folder.absolute())
+        self._files: dict[str, TensorFile] = {}
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json here, so this is not a model folder")
+        for path in (folder / "config.json", *side_files(folder)):
+            refuse_pointer(path)
+        self.index = self._read_index()
+        masks = {name for name in self.index if name.endswith(_MASK)}
+        self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # of a weight
+        self.sparse, self._stored = bool(masks), stored
+        find_manifest(folder)  # a folder of ours says what should be in it
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name -> file name, from the shards' own headers."""
+        if (self.folder / INDEX).is_file():
+            weight_map = self._read_weight_map()
+            shards = sorted(set(weight_map.values()))
+            if (self.folder / WEIGHTS).is_file() and WEIGHTS not in shards:  # transformers would read that one
+                raise UserError(f"{self.folder}: has both {WEIGHTS} and {INDEX}; remove the one that is not the model")
+        elif (self.folder / WEIGHTS).is_file():
+            weight_map, shards = {}, [WEIGHTS]
+        else:
+            other = [path.name for path in sorted(self.folder.iterdir()) if path.suffix in _PICKLED]
+            remedy = f"; {other[0]} is pickled and never opened: convert it to safetensors first" if other else ""
+            raise UserError(f"{self.folder}: no {WEIGHTS} or {INDEX} here{remedy}")
+        found = {name: shard for shard in shards for name in self._open(shard).specs}
+        for name, shard in weight_map.items():
+            if found.get(name) != shard:
+                raise UserError(f"{self.folder / INDEX}: says {name} is in {shard}, but it is not there")
+        return found
+
+    def _read_weight_map(self) -> dict[str, str]:
+        """The index's tensor name -> file name; every file lies in the folder and is safetensors by its name."""
+        path = self.folder / INDEX
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{path}: not a valid shard index: its weight_map should give a file name for each tensor")
+        for name, shard in weight_map.items():
+            if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise UserError(f"{path}: says {name} is in {shard}, which is outside the folder")
+            if Path(shard).suffix != ".safetensors":
+                raise UserError(f"{path}: says {name} is in {shard}, and only safetensors files are opened")
+        return weight_map
+
+    def _open(self, shard: str) -> TensorFile:
+        if shard not in self._files:
+            path = self.folder / shard
+            if not path.is_file():
+                raise UserError(f"{path}: the shard is missing; fetch or make the model again")
+            self._files[shard] = TensorFile(path)
+        return self._files[shard]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json.
+
+        Raises:
+            UserError: it is not a JSON object.
+        """
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The sizes of a full model of a supported family (a pruned one has no single geometry)."""
+        return Geometry.from_config(self.config, str(self.folder / "config.json"))
+
+    @property
+    def pruned(self) -> bool:
+        """Whether this is a pruned folder."""
+        return str(self.config.get("model_type")).startswith("loram_")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are packed in fewer than 16 bits."""
+        return bool(self.config.get("quantization_config"))
+
+    @property
+    def tied(self) -> bool:
+        """Whether lm_head shares the embedding's weight."""
+        return HEAD not in self.index or bool(self.config.get("tie_word_embeddings"))
+
+    @property
+    def stored(self) -> "Checkpoint":
+        """The same folder with a sparse one's tensors as they are stored."""
+        return Checkpoint(self.folder, self.name, stored=True)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted as a person counts: layer 2 before layer 10."""
+        hidden = set() if self._stored else set(self._masks.values())
+        return sorted(self.index.keys() - hidden, key=_natural)
+
+    def constants(self, name: str) -> list[str]:
+        """Names of the tensors that belong to a quantised weight: its scales and codes."""
+        return [key for key in self.index if key.startswith(f"{name}.")]
+
+    @staticmethod
+    def weight_of(name: str) -> str:
+        """Name of the weight that a tensor belongs to, which is its own unless it is a quantised weight's constant."""
+        module, mark, _ = name.partition(".weight.")
+        return f"{module}.weight" if mark else name
+
+    def spec(self, name: str) -> TensorSpec:
+        """A tensor's dtype and shape, from the header alone.
+
+        Raises:
+            UserError: the model has no such tensor.
+        """
+        if name not in self.index:
+            raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
+        found = self._open(self.index[name]).specs[name]
+        if (mask := self._mask_of(name)) is None:
+            return found
+        rows, columns = self.spec(mask).shape
+        return TensorSpec(dtype=found.dtype, shape=(rows, 8 * columns))
+
+    def _mask_of(self, name: str) -> str | None:
+        """Name of a weight's mask, where the weight is shown dense."""
+        return None if self._stored else self._masks.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header alone."""
+        return self.spec(name).shape
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the embedding has a row for."""
+        return self.shape(EMBEDDING)[0]
+
+    @property
+    def parameters(self) -> int:
+        """How many values all tensors have together, a tied lm_head's not counted again; of sparse ones those kept."""
+        files = {name: self._open(shard) for name, shard in self.index.items() if name not in self._masks.values()}
+        return sum(
+            math.prod(file.specs[name].shape) for name, file in files.items() if not (name == HEAD and self.tied)
+        )
+
+    @property
+    def head(self) -> str:
+        """Name of the tensor that lm_head multiplies by: its own, or the embedding's where they are tied."""
+        return EMBEDDING if self.tied else HEAD
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """One tensor, or its rows `start` to `stop`, on the CPU, in the dtype of the file; no other byte is read.
+
+        Raises:
+            UserError: the model has no such tensor.
+        """
+        self.spec(name)
+        file = self._open(self.index[name])
+        if (mask := self._mask_of(name)) is None:
+            return file.read(name, start, stop)
+        bits = unpack(self.tensor(mask))
+        first, last = int(bits[:start].sum()), int(bits[:stop].sum())  # places of the rows' values among all
+        if int(bits.sum()) != math.prod(file.specs[name].shape):
+            raise UserError(f"{self.folder}: {name} and {mask} do not fit together; make the folder again")
+        return dense(file.read(name, first, last), self.tensor(mask, start, stop))
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of a tensor, some 64 MB at a time."""
+        spec = self.spec(name)
+        if self._mask_of(name) is None:
+            return self._open(self.index[name]).blocks(name)
+        rows = max(1, BLOCK_BYTES // spec.row_bytes)
+        return ((row, self.tensor(name, row, row + rows)) for row in range(0, spec.shape[0], rows))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, dtype, shape and first and last row; the same however it is sharded.
+
+        Cheap also for a model of hundreds of gigabytes, and different for any other training run of the same shape.
+        lm_head is left out where it is tied, since tools differ in writing it. A folder that `loram.quantize` made
+        answers with that of the model it was made from: what was made for one goes with the other.
+        """
+        if (manifest := find_manifest(self.folder)) is not None and manifest.kind == "quantized":
+            return manifest.made_from["original"]
+        digest = hashlib.sha256()
+        for name in sorted(self.names()):
+            if name == HEAD and self.tied:
+                continue
+            spec = self.spec(name)
+            digest.update(f"{name} {spec.dtype_name} {list(spec.shape)}".encode())
+            if spec.shape and spec.shape[0]:
+                for row in (0, spec.shape[0] - 1):
+                    part = self.tensor(name, row, row + 1)
+                    digest.update(part.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,71 @@
+"""A GGUF file as an ordinary model folder: converted once, then read like any other."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from loram.base.errors import UserError
+from loram.disk.artifacts import find_manifest, publish
+from loram.disk.checkpoint import HEAD
+from loram.disk.files import refuse_pointer
+from loram.disk.tensorfile import TensorSpec
+from loram.disk.writer import ShardedWriter
+
+
+def cache_folder() -> Path:
+    """Where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
+    return Path(os.environ.get("LORAM_CACHE", Path.home() / ".cache" / "loram"))
+
+
+def cached_conversion(path: Path) -> Path:
+    """The folder a GGUF file was converted into, in loram's cache."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{path.stem}-{key}"
+    if not folder.exists() or find_manifest(folder) is None:
+        convert_gguf(path, folder)
+    return folder
+
+
+def convert_gguf(path: Path, out: Path) -> Path:
+    """Dequantise a GGUF file into a Hugging Face folder: float32 safetensors, config, tokenizer, chat template.
+
+    transformers does the reading. float32 keeps exactly the values that `from_pretrained(..., gguf_file=...)` gives.
+
+    Raises:
+        UserError: there is no such file, it is not GGUF, or transformers does not know its architecture.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    refuse_pointer(path)
+    with path.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
+    folder, name = str(path.parent), path.name
+    with publish(out, kind="base", made_from={"gguf": _file_fingerprint(path)}) as staging:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        except (ValueError, KeyError, NotImplementedError, ImportError) as error:
+            raise UserError(f"{path}: transformers cannot read this GGUF file: {str(error).splitlines()[0]}") from error
+        config = model.config
+        del config.quantization_config
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(staging)
+        model.generation_config.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        tied = config.tie_word_embeddings
+        tensors = {key: value for key, value in model.state_dict().items() if not (tied and key == HEAD)}
+        with ShardedWriter(staging, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}) as writer:
+            for key, tensor in tensors.items():
+                writer.write(key, tensor)
+    return out
+
+
+def _file_fingerprint(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,56 @@
+"""Opening a model by whatever name the user has for it: a hub id, a folder, or a GGUF file."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+
+from loram.base.errors import UserError
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.files import SIDE_FILES
+from loram.disk.gguf import cached_conversion
+
+
+def open_model(model: str | Path) -> Checkpoint:
+    """Open a model by hub id, folder or GGUF file.
+
+    A hub id is downloaded to the hub's cache (safetensors, config and tokenizer only). A GGUF file is converted once
+    into a safetensors folder in loram's cache.
+
+    Raises:
+        UserError: nothing of that name is there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Checkpoint(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(cached_conversion(path), name=str(path.absolute()))
+    if path.exists():
+        raise UserError(f"{path}: neither a model folder nor a .gguf file")
+    return Checkpoint(_download(str(model)), name=str(model))
+
+
+def _download(model: str) -> Path:
+    patterns = ["model*.safetensors", "*.json", *SIDE_FILES]  # not the consolidated.* some repositories add
+    return Path(_ask_hub(model, lambda: snapshot_download(model, allow_patterns=patterns)))
+
+
+def download_config(model: str) -> Path:
+    """Fetch only the config.json of a model on the hub.
+
+    Raises:
+        UserError: the hub did not give one.
+    """
+    return Path(_ask_hub(model, lambda: hf_hub_download(model, "config.json")))
+
+
+def _ask_hub(model: str, fetch: Callable[[], str]) -> str:
+    missing = f"{model}: no such file or folder"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise UserError(f"{missing}, and not a hub id (owner/name) either")
+    try:
+        return fetch()
+    except (OSError, ValueError) as error:  # the hub's own errors, offline included, derive from these
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{missing}, and the hub did not give a model of that name: {reason}") from error

@@ -1,0 +1,76 @@
+"""Writing a sharded model folder tensor by tensor, in any order. Never a whole model in memory."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from loram.disk.checkpoint import INDEX, WEIGHTS, Checkpoint
+from loram.disk.tensorfile import TensorFileWriter, TensorSpec
+
+SHARD_BYTES = 4 << 30
+
+
+class ShardedWriter:
+    """Writes safetensors shards of a bounded size, with transformers' index; use as a context manager.
+
+    What goes where is settled beforehand, so tensors may come in any order and by rows, and none is held back.
+
+    Args:
+        folder: where; it must exist.
+        specs: name -> dtype and shape of everything that will be written, in the order of the shards.
+        shard_bytes: a shard holds no more than this (but a single tensor may).
+        beside: tensors that are in other files of the folder, name -> file; the index names them too.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        specs: Mapping[str, TensorSpec],
+        shard_bytes: int = SHARD_BYTES,
+        beside: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.specs, self._beside = folder, specs, beside or {}
+        shards: list[dict[str, TensorSpec]] = [{}]
+        room = shard_bytes
+        for name, spec in specs.items():
+            if shards[-1] and spec.nbytes > room:
+                shards.append({})
+                room = shard_bytes
+            shards[-1][name] = spec
+            room -= spec.nbytes
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, TensorFileWriter] = {}
+        self._weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards):
+            # transformers reads no index beside a file of the plain name
+            file = (
+                WEIGHTS
+                if len(shards) == 1 and not self._beside
+                else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            )
+            writer = self._stack.enter_context(TensorFileWriter(folder / file, shard))
+            self._files.update(dict.fromkeys(shard, writer))
+            self._weight_map.update(dict.fromkeys(shard, file))
+
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Write one tensor, or the rows of it that begin at `row`."""
+        self._files[name].write(name, tensor, row)
+
+    def copy(self, name: str, checkpoint: Checkpoint) -> None:
+        """Write a tensor as a checkpoint has it, some rows at a time."""
+        for row, block in checkpoint.blocks(name):
+            self.write(name, block, row)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+        if exception[0] is None and (self._beside or len(set(self._weight_map.values())) > 1):
+            total = sum(spec.nbytes for spec in self.specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": {**self._weight_map, **self._beside}}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,0 @@
-"""What pruning, training and recovering a model take, from its config.json alone: no weights, no torch."""
-
-from loram.estimate.fit import Fit, fit
-from loram.estimate.size import parse_size, show_size
-from loram.estimate.total import Estimate, estimate
-
-__all__ = ["Estimate", "Fit", "estimate", "fit", "parse_size", "show_size"]

@@ -1,0 +1,1 @@
+"""Evaluate a model, with or without an adapter."""

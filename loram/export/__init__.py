@@ -1,0 +1,1 @@
+"""Export a model into a form that other tools load."""

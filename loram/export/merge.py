@@ -1,0 +1,65 @@
+"""The merge stage: base weights + adapter -> a plain model folder, a few rows at a time."""
+
+import json
+from pathlib import Path
+
+from loram.base.errors import UserError
+from loram.base.progress import track
+from loram.disk.adapter import load_for
+from loram.disk.artifacts import check_output, publish
+from loram.disk.checkpoint import EMBEDDING, HEAD
+from loram.disk.files import copy_side_files
+from loram.disk.opening import open_model
+from loram.disk.writer import ShardedWriter
+
+
+def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
+    """Add an adapter's update scaling·B·A to a model's weights and write the result as a plain model folder.
+
+    With DoRA every row is then brought to its magnitude; with `mask_update`, the update is masked as in training.
+    Sums are in float32 and stored in the base's dtype. Where lm_head is tied to the embedding and the adapter updates
+    it, the merged model has its own lm_head (`tie_word_embeddings` false), since the embedding must stay as it was.
+
+    Args:
+        base: hub id, folder or GGUF file of the model the adapter is for; a pruned folder with an adapter of it works.
+        adapter: a PEFT LoRA or DoRA folder; for a full base a recovered one.
+        out: the folder to make; plain transformers loads it.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the adapter does not fit the base, or `out` exists.
+    """
+    out = Path(out)
+    check_output(out, base, adapter)
+    checkpoint = open_model(base)
+    if checkpoint.sparse:
+        raise UserError(
+            f"{checkpoint.name}: is sparse, and an update would fill it; merge into the full model it was made from"
+        )
+    update = load_for(checkpoint, Path(adapter))
+    sources = {name: name for name in checkpoint.names()}
+    untied = checkpoint.tied and "lm_head" in update.modules
+    if untied:
+        sources[HEAD] = EMBEDDING
+    specs = {name: checkpoint.spec(source) for name, source in sources.items()}
+    for module in update.modules:
+        if not (dtype := specs[f"{module}.weight"].dtype).is_floating_point:
+            raise UserError(
+                f"{checkpoint.name}: {module}.weight is quantised ({dtype}); merge into the original weights"
+            )
+
+    made_from = {"base": checkpoint.fingerprint, "adapter": update.fingerprint}
+    with publish(out, kind="merged", made_from=made_from) as staging:
+        with ShardedWriter(staging, specs) as writer:
+            for name, source in track(list(sources.items()), "Merging"):
+                module = name.removesuffix(".weight")
+                for row, block in checkpoint.blocks(source):
+                    if name != module and module in update.modules:
+                        block = update.updated(module, block, row).to(block.dtype)
+                    writer.write(name, block, row)
+        copy_side_files(checkpoint.folder, staging)
+        config = {**checkpoint.config, **({"tie_word_embeddings": False} if untied else {})}
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return out

@@ -1,0 +1,82 @@
+"""The quantize stage: a model folder -> the same model with its linears in 4 bits, a tensor at a time."""
+
+import json
+from pathlib import Path
+
+from loram.base.errors import UserError
+from loram.base.progress import track
+from loram.compute.nf4 import packed_specs, packed_tensors
+from loram.disk.artifacts import check_output, publish
+from loram.disk.checkpoint import EMBEDDING, HEAD
+from loram.disk.files import copy_side_files
+from loram.disk.opening import open_model
+from loram.disk.writer import SHARD_BYTES, ShardedWriter
+from loram.model.plan import find_plan
+
+
+def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a model with every linear in NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+
+    The format is transformers' own: a quarter of the 16-bit folder to store and to download. `train` and `eval` take
+    it as it is and get the numbers that `load_in_4bit` gives on the original; so does any tool that loads models
+    quantised by bitsandbytes. The embedding stays as it was, since that format has no other way, and a tied lm_head
+    with it; `train` quantises them when it loads the folder.
+
+    Args:
+        model: pruned folder, or hub id, folder or GGUF file of a full model.
+        out: the folder to make.
+        shard_bytes: size of the files that weights are written to, at most.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the model cannot be used or is quantised already, or `out` exists.
+    """
+    out = Path(out)
+    check_output(out, model)
+    checkpoint = open_model(model)
+    if checkpoint.quantized:
+        raise UserError(f"{checkpoint.name}: is quantised already")
+    if checkpoint.sparse:
+        raise UserError(
+            f"{checkpoint.name}: transformers' 4-bit format knows no sparse weights; `loram train --load-in-4bit` "
+            "quantises them when it loads the folder"
+        )
+    linears = [
+        name
+        for name in checkpoint.names()
+        if name != EMBEDDING and len(checkpoint.shape(name)) == 2 and not (name == HEAD and checkpoint.tied)
+    ]
+    specs = {}
+    for name in checkpoint.names():
+        found = checkpoint.spec(name)
+        specs.update(packed_specs(name, found.shape) if name in linears else {name: found})
+    made_from = {"original": checkpoint.fingerprint}
+    if plan := find_plan(checkpoint.folder):
+        made_from |= {"base": plan.base.fingerprint, "plan": plan.fingerprint}
+    with publish(out, kind="quantized", made_from=made_from) as staging:
+        with ShardedWriter(staging, specs, shard_bytes) as writer:
+            for name in track(checkpoint.names(), "Quantising"):
+                if name not in linears:
+                    writer.copy(name, checkpoint)
+                    continue
+                for part, tensor in packed_tensors(name, checkpoint.tensor(name)).items():
+                    writer.write(part, tensor)
+        copy_side_files(checkpoint.folder, staging)
+        config = {**checkpoint.config, "quantization_config": quantization_config(tied=checkpoint.tied)}
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return out
+
+
+def quantization_config(*, tied: bool) -> dict[str, object]:
+    """What transformers looks for in config.json; `tied`: lm_head shares the embedding, which stays as it was."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "llm_int8_skip_modules": ["lm_head"] if tied else [],
+    }

@@ -1,0 +1,7 @@
+"""What pruning, training and recovering a model take, from its config.json alone: no weights, no torch."""
+
+from loram.planner.fit import Fit, fit
+from loram.planner.size import parse_size, show_size
+from loram.planner.total import Estimate, estimate
+
+__all__ = ["Estimate", "Fit", "estimate", "fit", "parse_size", "show_size"]

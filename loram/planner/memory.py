@@ -1,0 +1,235 @@
+"""Peak memory of a training: what is held throughout, and the largest of the moments of a step."""
+
+from collections.abc import Iterator
+from itertools import accumulate
+from math import prod
+
+from pydantic import BaseModel, ConfigDict
+
+from loram.model.architecture import Linear
+from loram.planner.activations import (
+    CHUNK_TOKENS,
+    Sizes,
+    layer_input,
+    offloaded_stash,
+    saved_around_layers,
+    saved_by_layer,
+    saved_by_mlp,
+)
+from loram.planner.settings import OPTIMIZERS, Settings
+from loram.planner.shapes import Layer, Model
+from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
+
+HIDDEN_BYTES = 1 << 28  # hidden states that streaming keeps in memory: `loram.compute.streaming`
+MEASURED_TOKENS = 512  # of a micro-batch that is measured for anchors: `loram.training.anchors`
+CONTEXT = 1 << 29  # of CUDA and its libraries on a GPU; it depends on driver and card and cannot be counted
+_FLOAT32 = 4
+
+
+class TrainingMemory(BaseModel):
+    """Bytes at the moment of a training step that takes most, all on the device that trains.
+
+    Args:
+        moment: which one that is.
+        weights: the frozen model.
+        constants: what NF4 weights need beside their 4 bits.
+        adapter: all of it. gradients, optimizer: of what trains; gradients are those there are at that moment.
+        activations: kept from forward for backward.
+        recomputation: one checkpointed layer's activations while it is worked out again, and gradients inside a layer.
+        logits: of a chunk of tokens, with softmax and gradient.
+        scratch: the largest 4-bit or sparse weight in use, in full; while measuring for anchors a full layer, too.
+        context: of CUDA; a rule of thumb.
+        pageable: the part of `optimizer` that may go to host memory when the GPU is short.
+        host: in host memory beside all that: an offloaded embedding and offloaded activations.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    moment: str
+    weights: int
+    constants: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    recomputation: int = 0
+    logits: int = 0
+    scratch: int = 0
+    context: int
+    pageable: int
+    host: int
+    total: int
+
+
+class _Moment(BaseModel):
+    """What is there at one moment on top of what is held throughout."""
+
+    name: str
+    gradients: int = 0
+    activations: int = 0
+    recomputation: int = 0
+    logits: int = 0
+    scratch: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.recomputation + self.logits + self.scratch
+
+
+def training_memory(model: Model, settings: Settings, full: Model | None = None) -> TrainingMemory:
+    """Peak memory of training an adapter on a model, anchored on the `full` one if the settings say so."""
+    frozen = frozen_bytes(model, settings)
+    held = {
+        "weights": frozen.weights,
+        "constants": frozen.constants,
+        "adapter": sum(factors(model, settings)) * settings.lora_bytes,
+        "optimizer": optimizer_bytes(model, settings),
+        "context": CONTEXT if settings.device == "cuda" else 0,
+    }
+    moments = list(_moments(model, settings))
+    if settings.anchor_steps and full is not None:
+        moments.append(_measuring(full, model, settings))
+    most = max(moments, key=lambda moment: moment.total)
+    offloaded = layer_input(model, settings) * model.geometry.num_hidden_layers if settings.activation_offloading else 0
+    return TrainingMemory(
+        moment=most.name,
+        **held,
+        **most.model_dump(exclude={"name"}),
+        pageable=held["optimizer"] if OPTIMIZERS[settings.optim][1] else 0,
+        host=frozen.host + offloaded,
+        total=sum(held.values()) + most.total,
+    )
+
+
+def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
+    """Backward through the loss, backward through each layer from the top, and the optimiser's step."""
+    gradients = _gradients(model, settings)
+    kept = _kept(model, settings)
+    everything = kept[-1] + saved_around_layers(model, settings) + _casts(model, settings)
+    yield from _loss(model, settings, everything, gradients[-1])
+    around = _casts(model, settings)
+    for index, layer in enumerate(model.layers):
+        again = saved_by_layer(model, layer, settings) if settings.gradient_checkpointing else 0
+        yield _Moment(
+            name=f"backward through layer {index}",
+            gradients=gradients[index],
+            activations=kept[index] + around,
+            recomputation=again + _inside(model, layer, settings),
+            scratch=max(_unpacked(layer, linear, settings) for linear in layer.linears),
+        )
+    yield _Moment(name="the optimiser's step", gradients=gradients[0])
+
+
+def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
+    """A layer of the full model and the pruned one, which a streamed micro-batch is in; no step is under way.
+
+    The full layer is in the computing dtype and its adapter computes in float32, without dropout. On a CPU the next
+    layer is being read meanwhile, and hidden states, measured ones among them, are in memory up to their budgets.
+    """
+    rows = max(1, MEASURED_TOKENS // settings.max_length)
+    during = settings.model_copy(
+        update={"per_device_train_batch_size": rows, "lora_dropout": 0.0, "gradient_checkpointing": False}
+    )
+    measured = model.layers if settings.load_in_4bit else [model.layers[index] for index in model.narrowed]
+    layer, small = (max(layers, key=lambda layer: layer.parameters) for layers in (full.layers, measured))
+    inputs = sum(columns for _, columns in layer.linears.values())
+    saved = saved_by_layer(full, layer, during) + saved_by_layer(model, small, during)
+    if settings.device == "cuda":
+        saved += during.tokens * inputs * _FLOAT32
+    forward = 3 * during.tokens * layer.channels * settings.compute_bytes
+    weights, states = layer.parameters * settings.compute_bytes, 0
+    if settings.device == "cpu":
+        weights += layer.parameters * file_bytes(full)
+        states = sum(min(HIDDEN_BYTES, count) for count in course_bytes(model, settings))
+    return _Moment(
+        name="measuring the full model's course",
+        activations=states + (saved if settings.anchor_gradients else forward),
+        recomputation=_inside(full, layer, during) + 8 * layer_input(full, during),
+        scratch=weights + max(_unpacked(small, linear, settings) for linear in small.linears),
+    )
+
+
+def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
+    """(hidden states before every layer while a course is measured, what is kept of it): in memory or on disk.
+
+    Attention and MLP each leave something out of outputs and gradients; whole layers in full precision nothing.
+    """
+    states = settings.course_tokens * model.geometry.hidden_size * settings.compute_bytes
+    measured = len(model.layers if settings.load_in_4bit else model.narrowed)
+    if settings.anchor_gradients:
+        return len(model.layers) * states, 4 * measured * states
+    return states, 2 * measured * states
+
+
+def _kept(model: Model, settings: Settings) -> list[int]:
+    """What the layers up to each one keep for backward."""
+    if settings.gradient_checkpointing:
+        most = offloaded_stash(model) if settings.activation_offloading else len(model.layers)
+        return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
+    return list(
+        accumulate(saved_by_layer(model, layer, settings, first=index == 0) for index, layer in enumerate(model.layers))
+    )
+
+
+def _gradients(model: Model, settings: Settings) -> list[int]:
+    """Gradients there are when backward has done each layer, and, last, when it has done the loss.
+
+    They are there from the start when several micro-batches are accumulated.
+    """
+    sizes = [settings.lora_bytes * parameters for parameters in trained(model, settings)]
+    per_layer = 2 * sum(1 for name in model.layers[0].linears if name.split(".")[1] in settings.lora_target_modules)
+    layers = len(model.layers)
+    if settings.gradient_accumulation_steps > 1:
+        return [sum(sizes)] * (layers + 1)
+    return [sum(sizes[per_layer * index :]) for index in range(layers + 1)]
+
+
+def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterator[_Moment]:
+    """Backward through softmax and through lm_head, for one chunk of tokens.
+
+    Softmax, its gradient and the loss's by it are in float32 at a time; a softcap keeps its tanh besides.
+    """
+    places = settings.per_device_train_batch_size * (settings.max_length - 1)
+    size, hidden = Sizes.of(settings), model.geometry.hidden_size
+    chunk = min(CHUNK_TOKENS, places) * model.geometry.vocab_size
+    capped = model.architecture.model_type == "gemma2" and model.config.get("final_logit_softcapping", 30.0) is not None
+    states = places * hidden * size.value  # the gradient of what the loss reads
+    common = {"gradients": gradients, "activations": kept, "recomputation": states}
+    yield _Moment(name="backward through the loss", **common, logits=chunk * _FLOAT32 * (4 if capped else 3))
+    scratch = _dequantised(model.vocabulary, settings)
+    yield _Moment(name="backward through lm_head", **common, logits=chunk * size.value, scratch=scratch)
+
+
+def _inside(model: Model, layer: Layer, settings: Settings) -> int:
+    """Beyond what a layer has saved, at most, on the way back through it.
+
+    At the MLP's end: the gradient of the layer's output, twice more on its way to lora_B, and that of the channels;
+    on a GPU with 16-bit weights the latter in float32 besides, which PEFT casts to. Where attention weights are kept
+    they have two gradients, of softmax's output and input, when the MLP's part has been freed.
+    """
+    size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
+    cast = _FLOAT32 if settings.device == "cuda" and not settings.load_in_4bit else 0
+    in_mlp = tokens * (3 * hidden * size + layer.channels * (size + cast))
+    if model.architecture.model_type != "gemma2":
+        return in_mlp
+    weights = 2 * tokens * settings.max_length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
+    return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
+
+
+def _dequantised(parameters: int, settings: Settings) -> int:
+    """One 4-bit weight in full precision, with its constants in float32."""
+    return parameters * settings.compute_bytes + parameters // 16 if settings.load_in_4bit else 0
+
+
+def _unpacked(layer: Layer, linear: Linear, settings: Settings) -> int:
+    """One weight of a layer in full, where it is kept in 4 bits or sparse: then with a byte a place of its mask."""
+    places = prod(layer.linears[linear])
+    dense = places * (settings.compute_bytes + 1) if layer.mask_bytes else 0
+    return dense + _dequantised(layer.values[linear], settings)
+
+
+def _casts(model: Model, settings: Settings) -> int:
+    """Autocast's 16-bit copies of a float32 adapter, kept from forward for backward."""
+    if settings.device != "cuda" or settings.lora_bytes == 2:
+        return 0
+    return 2 * sum(factors(model, settings))

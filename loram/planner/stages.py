@@ -1,0 +1,152 @@
+"""Disk that each stage leaves and RAM that it takes at most, when all of it computes on a CPU.
+
+What a stage holds is read off `loram.compute.streaming` and the stages themselves, and rounded up; sizes of a layer are
+those of the largest. `benchmarks/streaming.json` has measured peaks to hold these against.
+"""
+
+from math import prod
+
+from pydantic import BaseModel, ConfigDict
+
+from loram.planner.memory import HIDDEN_BYTES, TrainingMemory, course_bytes
+from loram.planner.settings import Settings
+from loram.planner.shapes import Model
+from loram.planner.weights import factors, file_bytes
+
+IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
+_BATCH_TOKENS = 2048  # of a micro-batch that is streamed
+_BLOCK = 1 << 26  # of a weight that is copied or merged
+_LOGITS = 1 << 28  # of a batch that is evaluated in memory
+_TOP_K_BYTES = 64 * 6 + 2
+_FLOAT32 = 4
+
+
+class Stage(BaseModel):
+    """What a stage takes.
+
+    Args:
+        name: of the command.
+        disk: bytes that it leaves or needs on disk.
+        memory: bytes of RAM at its peak, the imported libraries included.
+        holds: what that is, in words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    disk: int
+    memory: int
+    holds: str
+
+
+def stages(full: Model, model: Model, settings: Settings, training: TrainingMemory) -> tuple[Stage, ...]:
+    """Every stage of a run, in order; pruning and recovery only where a model is pruned."""
+    pruned = model.units is not None
+    found = [*_prune(full, model), _teach(full)] if pruned else []
+    found.append(_train(model, settings, training))
+    wide, narrow = (4 * sum(factors(of, settings)) for of in (full, model))
+    if pruned:
+        found.append(
+            Stage(name="recover", disk=wide, memory=IMPORTS + narrow + wide, holds="both adapters, in float32")
+        )
+    merged = full.parameters * file_bytes(full)
+    found.append(
+        Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * _BLOCK, holds="the adapter and some rows")
+    )
+    return (*found, *_evaluate(full, wide))
+
+
+def _prune(full: Model, model: Model) -> list[Stage]:
+    stored, disk = _layer(full, file_bytes(full)), model.parameters * file_bytes(full)
+    disk += sum(layer.mask_bytes for layer in model.layers)
+    layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(map(prod, full.layers[0].linears.values()))
+    stream = IMPORTS + HIDDEN_BYTES + layer + stored + _working(full)
+    if model.sparse is not None:
+        return _prune_sparse(full, disk, stored, stream)
+    return [
+        Stage(
+            name="prune (magnitude, random)",
+            disk=disk,
+            memory=IMPORTS + 3 * stored,
+            holds="a decoder layer, the next one being read, what is written",
+        ),
+        Stage(
+            name="prune (wanda, flap, activation)",
+            disk=disk,
+            memory=max(stream, _head(full)),
+            holds="a layer in float32, the next one being read, activations",
+        ),
+        Stage(
+            name="prune (taylor)",
+            disk=disk,
+            memory=max(stream + 2 * largest, _head(full)),
+            holds="the same and a weight's gradient",
+        ),
+    ]
+
+
+def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stage]:
+    """SparseGPT holds a Hessian for each of four inputs of a layer, and works with three more of the largest."""
+    layer = full.layers[0]
+    inputs = [full.geometry.hidden_size] * 2 + [layer.queries, layer.channels]
+    hessians = _FLOAT32 * (sum(width**2 for width in inputs) + 3 * max(inputs) ** 2)
+    return [
+        Stage(
+            name="prune (magnitude, random)",
+            disk=disk,
+            memory=IMPORTS + 4 * stored,
+            holds="a decoder layer, the next one being read, what is written, importances",
+        ),
+        Stage(name="prune (wanda)", disk=disk, memory=stream, holds="a layer in float32, the next one being read"),
+        Stage(name="prune (sparsegpt)", disk=disk, memory=stream + hessians, holds="the same and Hessians of inputs"),
+    ]
+
+
+def _teach(full: Model) -> Stage:
+    return Stage(
+        name="teach",
+        disk=10**6 * _TOP_K_BYTES,
+        memory=_streamed(full),
+        holds="a layer, the next one being read, hidden states, lm_head; disk is of a million tokens",
+    )
+
+
+def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
+    state = training.adapter + training.optimizer
+    disk = 3 * state + sum(course_bytes(model, settings))
+    if settings.device == "cuda":
+        host = IMPORTS + training.host + training.pageable + 2 * model.vocabulary * 2
+        if settings.anchor_steps:
+            host += 2 * HIDDEN_BYTES + 2 * _layer(model, 2)
+        return Stage(
+            name="train", disk=disk, memory=host, holds="what is offloaded, and weights on their way to the GPU"
+        )
+    return Stage(name="train", disk=disk, memory=IMPORTS + training.total, holds="all of the table above")
+
+
+def _evaluate(full: Model, adapter: int) -> list[Stage]:
+    held = full.parameters * _FLOAT32 + adapter + 3 * _LOGITS
+    return [
+        Stage(name="eval", disk=0, memory=IMPORTS + held, holds="the full model in float32 (on a GPU half, there)"),
+        Stage(name="eval --stream", disk=0, memory=_streamed(full) + adapter, holds="as teach, and the adapter"),
+    ]
+
+
+def _streamed(full: Model) -> int:
+    layer, stored = _layer(full, _FLOAT32), _layer(full, file_bytes(full))
+    return max(IMPORTS + HIDDEN_BYTES + layer + stored + _working(full), _head(full))
+
+
+def _head(full: Model) -> int:
+    """While lm_head is gone through: it as in the file, a slice of it in float32 and that slice's logits."""
+    return IMPORTS + 2 * HIDDEN_BYTES + full.vocabulary * file_bytes(full) + 4 * _BLOCK
+
+
+def _layer(model: Model, size: int) -> int:
+    return size * max(layer.parameters for layer in model.layers)
+
+
+def _working(full: Model) -> int:
+    """Activations of a micro-batch inside a layer, in float32."""
+    layer = full.layers[0]
+    return _BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)

@@ -1,1 +1,0 @@
-"""Pruning: score units or weights of a model, choose which to keep, write the smaller checkpoint."""

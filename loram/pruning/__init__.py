@@ -1,0 +1,1 @@
+"""Prune a model: score its units or weights, choose which to keep, and write the smaller checkpoint."""

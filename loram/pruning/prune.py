@@ -1,0 +1,269 @@
+"""The prune stage: base checkpoint -> plan -> pruned folder. What is here removes units; `sparse.py` zeroes weights."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loram.base.errors import UserError
+from loram.base.progress import track
+from loram.compute.device import pick_device
+from loram.compute.loading import load_tokenizer, write_config
+from loram.data.spec import DataSpec, as_spec
+from loram.data.tokens import Tokens, load_tokens
+from loram.disk.artifacts import check_output, publish
+from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.files import copy_side_files
+from loram.disk.opening import open_model
+from loram.disk.tensorfile import TensorSpec
+from loram.disk.writer import SHARD_BYTES, ShardedWriter
+from loram.model.architecture import CUTS, Architecture, architecture_of
+from loram.model.counts import prunable_layers
+from loram.model.plan import BaseReference, PruningPlan
+from loram.model.resize import narrow
+from loram.model.sparsity import STRUCTURED
+from loram.pruning.choose import choose
+from loram.pruning.score import ScoredLayer, score_layers
+from loram.pruning.settings import PruneSettings, check_counts, prune_settings
+from loram.pruning.sparse import prune_sparse
+
+BUILTIN_CALIBRATION = Path(__file__).parent / "calibration.jsonl"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def prune(
+    base: str | Path,
+    out: str | Path,
+    *,
+    ratio: float | None = None,
+    criterion: str | None = None,
+    pattern: str = STRUCTURED,
+    calibration: DataSpec | str | Path | None = None,
+    calibration_samples: int = 10,
+    calibration_length: int = 128,
+    keep_first: int | None = None,
+    keep_last: int | None = None,
+    bias_compensation: bool = False,
+    seed: int = 42,
+    device: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> PruningPlan:
+    """Make a model smaller: remove units of its middle layers, or single weights of all its layers.
+
+    `structured` (LoRAM, arXiv 2502.13533, section 3.1) removes whole key-value groups, with their query heads, and MLP
+    channels: `floor(I * (1 - ratio))` channels and `ceil(n_kv * (1 - ratio))` groups stay. The sparse patterns keep all
+    shapes and remove single weights of every linear; only those that stay are stored, with a bit for every place.
+
+    The model is streamed: one decoder layer is in memory at a time, and what it keeps is written as soon as it is
+    scored. The base is read once, and twice where the criterion needs gradients (but for some rows of the embedding
+    and the norm before lm_head).
+
+    Args:
+        base: hub id, folder or GGUF file of the full model.
+        out: the pruned folder to make: an ordinary Hugging Face folder with `loram_plan.json`.
+        ratio: share of the units, or weights, to remove, between 0 and 1; n:m implies it.
+        criterion: of `loram.pruning.settings.STRUCTURED_CRITERIA` (default: taylor) or `SPARSE_CRITERIA` (sparsegpt).
+        pattern: `structured`; `4:8`, `2:4` or any n:m, which keeps n of every m weights; or `unstructured`.
+        calibration: data set for criteria that read text; a few built-in passages where none is given.
+        calibration_samples: how many of its rows.
+        calibration_length: tokens a sample is cut to.
+        keep_first, keep_last: layers to leave whole; by default 4 and 2, and none with sparse patterns.
+        bias_compensation: give o_proj and down_proj of narrowed layers a bias that adds what the removed inputs add
+            on average over the calibration text (FLAP, arXiv 2312.11983, section 3.3).
+        seed: of the random criterion.
+        device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        shard_bytes: size of the files that weights are written to, at most.
+
+    Returns:
+        The plan that was written.
+
+    Raises:
+        UserError: the model or data cannot be used, a setting is out of range, or `out` exists.
+    """
+    out = Path(out)
+    settings = prune_settings(
+        pattern=pattern,
+        ratio=ratio,
+        criterion=criterion,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        bias_compensation=bias_compensation,
+    )
+    check_output(out, base)
+    checkpoint = open_model(base)
+    architecture = architecture_of(checkpoint.config, checkpoint.name)
+    check_counts(settings, checkpoint.geometry, architecture.model_type)
+    check_weights(checkpoint, architecture)
+
+    samples: list[list[int]] = []
+    if settings.reads_text:
+        tokenizer = load_tokenizer(checkpoint)
+        tokens = load_calibration(checkpoint, tokenizer, calibration, calibration_samples, calibration_length)
+        samples = [list(ids) for ids in tokens.rows["input_ids"]]
+    write = prune_sparse if settings.sparse else _prune_structured
+    return write(
+        checkpoint, out, settings, samples=samples, seed=seed, device=pick_device(device), shard_bytes=shard_bytes
+    )
+
+
+def _prune_structured(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: PruneSettings,
+    *,
+    samples: list[list[int]],
+    seed: int,
+    device: torch.device,
+    shard_bytes: int,
+) -> PruningPlan:
+    """Score units and write what stays of a layer while it is in memory; arguments as for `prune`, checked."""
+    geometry, architecture = checkpoint.geometry, architecture_of(checkpoint.config)
+    layers, criterion = prunable_layers(geometry, settings.keep_first, settings.keep_last), settings.criterion
+    decide = functools.partial(
+        choose,
+        geometry=geometry,
+        model_type=architecture.model_type,
+        base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
+        criterion=criterion,
+        ratio=settings.ratio,
+        bias_compensation=settings.bias_compensation,
+        seed=seed,
+        keep_first=settings.keep_first,
+        keep_last=settings.keep_last,
+    )
+    # Which units stay is open, but how many is not, so the files can be laid out before any score is known.
+    blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
+    specs = _pruned_specs(checkpoint, decide(dict.fromkeys(layers, blank)))
+    made_from = {"base": checkpoint.fingerprint}
+    with publish(out, kind="pruned", made_from=made_from) as staging:
+        scores: dict[int, Mapping[str, Tensor]] = {}
+        left = dict.fromkeys(specs)
+        with ShardedWriter(staging, specs, shard_bytes) as writer:
+            for layer in score_layers(
+                checkpoint,
+                [criterion],
+                layers,
+                calibration=samples,
+                gather_inputs=settings.bias_compensation,
+                seed=seed,
+                device=device,
+                scratch=staging,
+            ):
+                found = {layer.index: layer.scores[criterion]} if layer.scores else {}
+                scores.update(found)
+                for name, tensor in _narrowed(layer, decide(found)):
+                    writer.write(name, tensor.to(specs[name].dtype))
+                    del left[name]
+            for name in track(list(left), "Other weights"):
+                writer.copy(name, checkpoint)
+        plan = decide(scores)
+        made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
+        copy_side_files(checkpoint.folder, staging)
+        write_config(checkpoint.folder, plan, staging)
+        plan.save(staging)
+    return plan
+
+
+def _pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of a pruned model's tensors."""
+    specs = {}
+    for name in checkpoint.names():
+        full = checkpoint.spec(name)
+        specs[name] = TensorSpec.of(narrow(name, torch.empty(full.shape, dtype=full.dtype, device="meta"), plan))
+    for weight, bias in _compensated(plan):
+        if bias not in specs:
+            specs[bias] = TensorSpec(dtype=specs[weight].dtype, shape=specs[weight].shape[:1])
+    return specs
+
+
+def _compensated(plan: PruningPlan) -> Iterator[tuple[str, str]]:
+    """(weight name, bias name) of the linears whose bias makes up for removed inputs."""
+    for layer in plan.layers if plan.bias_compensation else ():
+        for linear, (_, cut) in CUTS.items():
+            if cut.axis == 1:
+                yield f"model.layers.{layer}.{linear}.weight", f"model.layers.{layer}.{linear}.bias"
+
+
+def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensors as the pruned model has them."""
+    biases = {}
+    for weight, bias in _compensated(plan):
+        removed = layer.inputs[weight].mean.to(layer.tensors[weight])  # the mean input, 0 where it is still there
+        space, cut = CUTS[".".join(weight.split(".")[3:5])]
+        kept = plan.kept_elements(layer.index, space, cut)
+        assert kept is not None
+        removed[kept.to(removed.device)] = 0
+        biases[bias] = layer.tensors[weight] @ removed + layer.tensors.get(bias, 0)
+    for name, tensor in {**layer.tensors, **biases}.items():
+        yield name, narrow(name, tensor, plan)
+
+
+def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Refuse a checkpoint whose tensors are missing or of another shape or number than its config says.
+
+    Raises:
+        UserError: names the tensor or config key, what was found and what was expected.
+    """
+    geometry, name = checkpoint.geometry, checkpoint.name
+    if "quantization_config" in checkpoint.config:
+        raise UserError(f"{name}: the model is quantised; prune the original in 16 or 32 bits")
+    layers, first = geometry.num_hidden_layers, architecture.linears[0]
+    if f"model.layers.{layers}.{first}.weight" in checkpoint.index:
+        raise UserError(f"{name}: has more layers than config.json's {layers}")
+    if (last := f"model.layers.{layers - 1}.{first}.weight") not in checkpoint.index:
+        raise UserError(f"{name}: no tensor {last}, though config.json says {layers} layers")
+    if HEAD not in checkpoint.index and not geometry.tie_word_embeddings:
+        raise UserError(
+            f"{name}: no tensor {HEAD}, but config.json's tie_word_embeddings is false; "
+            "set it to true if lm_head shares the embedding's weight"
+        )
+    shapes = geometry.tensor_shapes(architecture)
+    for tensor, expected in shapes.items():
+        if tensor not in checkpoint.index:
+            raise UserError(f"{name}: no tensor {tensor}, which config.json's family needs")
+        if checkpoint.spec(tensor).dtype not in _FLOATS:
+            raise UserError(f"{name}: {tensor} is {checkpoint.spec(tensor).dtype}, not float32 or 16 bits")
+        if checkpoint.shape(tensor) != expected:
+            raise UserError(
+                f"{name}: {tensor} has shape {checkpoint.shape(tensor)}, but config.json says {expected}"
+                + (" (vocab_size, hidden_size)" if tensor in (EMBEDDING, HEAD) else "")
+            )
+    for tensor in checkpoint.names():
+        linear = ".".join(tensor.removesuffix(".bias").split(".")[3:])
+        if tensor.endswith(".bias") and linear in architecture.linears and tensor not in shapes:
+            raise UserError(f"{name}: has a tensor {tensor}, but config.json says that {linear} has no bias")
+    if HEAD in checkpoint.index and geometry.tie_word_embeddings and not _shares_embedding(checkpoint):
+        raise UserError(
+            f"{name}: config.json's tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _shares_embedding(checkpoint: Checkpoint) -> bool:
+    if checkpoint.shape(HEAD) != checkpoint.shape(EMBEDDING):
+        return False
+    return all(
+        torch.equal(rows.float(), checkpoint.tensor(HEAD, start, start + len(rows)).float())
+        for start, rows in checkpoint.blocks(EMBEDDING)
+    )
+
+
+def load_calibration(
+    checkpoint: Checkpoint, tokenizer: Any, data: DataSpec | str | Path | None, count: int, length: int
+) -> Tokens:
+    """The `count` longest rows or pieces of the calibration data, or of the built-in passages where none is given.
+
+    Raises:
+        UserError: as `loram.data.tokens.load_tokens`.
+    """
+    spec = as_spec(data or BUILTIN_CALIBRATION)
+    spec = spec.model_copy(update={"max_samples": min(count, spec.max_samples or count)})
+    tokens = load_tokens(spec, tokenizer, length, vocabulary=checkpoint.vocabulary)
+    lengths = [len(ids) for ids in tokens.rows["input_ids"]]
+    # stable: whole pieces of a text before its short ends
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:count]
+    return dataclasses.replace(tokens, rows=tokens.rows.select(longest))

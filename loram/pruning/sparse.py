@@ -1,0 +1,217 @@
+"""Sparse pruning, one decoder layer in memory at a time: which weights stay, and a folder that holds only those."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loram.base.errors import UserError
+from loram.base.progress import track
+from loram.compute.loading import write_config
+from loram.compute.streaming import BATCH_TOKENS, ResidentLayer, Stream, prefetched
+from loram.data.batches import make_batches
+from loram.disk.artifacts import file_sha256, library_versions, publish
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.files import copy_side_files
+from loram.disk.tensorfile import TensorFileWriter, TensorSpec
+from loram.disk.writer import ShardedWriter
+from loram.model.architecture import CUTS, Geometry, architecture_of
+from loram.model.counts import prunable_layers
+from loram.model.modeling_loram import pack
+from loram.model.plan import MASKS_NAME, BaseReference, PruningPlan
+from loram.pruning.criteria import InputStatistics
+from loram.pruning.settings import PruneSettings
+from loram.pruning.sparsify import READS, Hessian, Inputs, sparsify
+
+# Linears that read what another one reads: its inputs are looked at once.
+_READS_AS = {
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseLayer:
+    """A decoder layer after pruning, while its weights are in memory.
+
+    Args:
+        tensors: full name -> weight, dense, zero where pruned.
+        kept: full name of a pruned weight -> where it stays, (out_features, in_features) bool.
+    """
+
+    tensors: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
+
+
+def prune_sparse(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: PruneSettings,
+    *,
+    samples: Sequence[list[int]],
+    seed: int,
+    device: torch.device,
+    shard_bytes: int,
+) -> PruningPlan:
+    """Write the pruned folder; arguments as for `prune`, checked.
+
+    The masks are a file of their own, which the index of the weights names: it is part of the model, and can travel
+    without it.
+    """
+    base = BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint)
+    model_type = architecture_of(checkpoint.config).model_type
+    blank = sparse_plan(checkpoint.geometry, model_type, base, settings, seed=seed, masks="")
+    specs, masks = _sparse_specs(checkpoint, blank)
+    made_from = {"base": checkpoint.fingerprint}
+    with publish(out, kind="pruned", made_from=made_from) as staging:
+        with (
+            ShardedWriter(staging, specs, shard_bytes, beside=dict.fromkeys(masks, MASKS_NAME)) as writer,
+            TensorFileWriter(staging / MASKS_NAME, masks) as mask_writer,
+        ):
+            left = dict.fromkeys(specs)
+            for layer in sparse_layers(
+                checkpoint, settings, samples=samples, seed=seed, device=device, scratch=staging
+            ):
+                for name, tensor in layer.tensors.items():
+                    if (kept := layer.kept.get(name)) is not None:
+                        mask_writer.write(_mask(name), pack(kept))
+                        tensor = tensor[kept]
+                    writer.write(name, tensor.to(specs[name].dtype))
+                    del left[name]
+            for name in track(list(left), "Other weights"):
+                writer.copy(name, checkpoint)
+        plan = blank.model_copy(update={"masks": file_sha256(staging / MASKS_NAME)})
+        made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
+        copy_side_files(checkpoint.folder, staging)
+        write_config(checkpoint.folder, plan, staging)
+        plan.save(staging)
+    return plan
+
+
+def sparse_plan(
+    geometry: Geometry, model_type: str, base: BaseReference, settings: PruneSettings, *, seed: int, masks: str
+) -> PruningPlan:
+    """The plan of a sparse model; `masks` is the SHA-256 of its masks, or empty while there are none."""
+    return PruningPlan(
+        model_type=model_type,
+        base=base,
+        geometry=geometry,
+        criterion=settings.criterion,
+        ratio=settings.ratio,
+        pattern=settings.pattern,
+        masks=masks,
+        seed=seed,
+        keep_first=settings.keep_first,
+        keep_last=settings.keep_last,
+        versions=library_versions(),
+        layers={},
+    )
+
+
+def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Dtypes and shapes of a sparse model's tensors, and of its masks."""
+    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+    masks = {}
+    for layer in plan.sparse_layers:
+        for linear, count in plan.kept_values().items():
+            name = f"model.layers.{layer}.{linear}.weight"
+            rows, columns = specs[name].shape
+            specs[name] = TensorSpec(dtype=specs[name].dtype, shape=(count,))
+            masks[_mask(name)] = TensorSpec(dtype=torch.uint8, shape=(rows, columns // 8))
+    return specs, masks
+
+
+def _mask(weight: str) -> str:
+    return f"{weight.removesuffix('.weight')}.mask"
+
+
+def sparse_layers(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    *,
+    samples: Sequence[list[int]] = (),
+    seed: int = 42,
+    device: torch.device | None = None,
+    scratch: Path | None = None,
+) -> Iterator[SparseLayer]:
+    """Prune the linears of decoder layers one layer after the other, bottom up; the base is read once.
+
+    With a criterion that reads inputs, a layer sees what comes out of the pruned layers below it (rounded to the file's
+    dtype), as in the reference code of SparseGPT and Wanda.
+
+    Raises:
+        UserError: there is no text, or what comes out is not finite.
+    """
+    job = _Job(checkpoint, settings, seed)
+    if READS[settings.criterion] is None:
+        names = {i: [n for n in checkpoint.names() if n.startswith(f"model.layers.{i}.")] for i in job.layers}
+        loads = prefetched(job.layers, lambda i: {name: checkpoint.tensor(name) for name in names[i]})
+        with contextlib.closing(loads):
+            for index in track(list(job.layers), "Layers"):
+                layer = ResidentLayer(index=index, tensors=next(loads))
+                job.edit(layer)
+                yield SparseLayer(tensors=layer.tensors, kept=job.kept)
+                layer.tensors.clear()
+        return
+    if not any(len(sample) > 1 for sample in samples):
+        raise UserError("calibration: no text of at least two tokens to compute importance from")
+    batches = make_batches(samples, max_tokens=BATCH_TOKENS)
+    place = device or torch.device("cpu")
+    stream = Stream(checkpoint, batches, device=place, dtype=torch.float32, scratch=scratch)
+    with contextlib.closing(stream.forward(job.observe, edit=job.edit)) as layers:
+        for layer in layers:
+            yield SparseLayer(tensors=layer.tensors, kept=job.kept)
+            if layer.index == job.layers[-1]:
+                return
+
+
+class _Job:
+    """Gathers what the criterion reads of a layer's inputs, then prunes its linears."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: PruneSettings, seed: int) -> None:
+        self.checkpoint, self.settings, self.seed = checkpoint, settings, seed
+        self.layers = prunable_layers(checkpoint.geometry, settings.keep_first, settings.keep_last)
+        self.inputs: dict[str, Inputs] = {}  # by the weight that is looked at
+        self.kept: dict[str, Tensor] = {}  # of the layer that was pruned last
+
+    def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+        """Look at a linear's inputs, unless another one reads the same."""
+        _, _, index, *path, _ = name.split(".")
+        if int(index) not in self.layers or ".".join(path) in _READS_AS:
+            return
+        if name not in self.inputs:
+            features, device = inputs.shape[-1], inputs.device
+            hessian = READS[self.settings.criterion] == "hessian"
+            self.inputs[name] = Hessian(features, device) if hessian else InputStatistics(features, 1, device)
+        self.inputs[name].add_(inputs, real)
+
+    def edit(self, layer: ResidentLayer) -> None:
+        """Prune a layer's weights in place."""
+        self.kept = {}
+        for number, linear in enumerate(CUTS) if layer.index in self.layers else ():
+            prefix = f"model.layers.{layer.index}"
+            name = f"{prefix}.{linear}.weight"
+            weight = layer.tensors[name]
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index * 101 + number)
+            try:
+                pruned, kept = sparsify(
+                    weight.float(),
+                    self.inputs.get(f"{prefix}.{_READS_AS.get(linear, linear)}.weight"),
+                    criterion=self.settings.criterion,
+                    pattern=self.settings.pattern,
+                    ratio=self.settings.ratio,
+                    generator=generator,
+                )
+            except torch.linalg.LinAlgError as error:
+                raise UserError(
+                    f"calibration: the inputs of {name} do not determine it; give more text, or another criterion"
+                ) from error
+            if not torch.isfinite(pruned).all():
+                raise UserError(f"{self.checkpoint.name}: {name} is not finite once pruned; is the model sound?")
+            weight.copy_(pruned.to(self.checkpoint.spec(name).dtype))
+            self.kept[name] = kept
+        self.inputs.clear()

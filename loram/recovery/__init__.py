@@ -1,0 +1,1 @@
+"""Recover an adapter for the full model, correct it, and polish it there."""

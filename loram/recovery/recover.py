@@ -1,0 +1,169 @@
+"""The recover stage: an adapter trained on a pruned model -> a stock PEFT adapter for the full one."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loram.base.errors import UserError
+from loram.compute.device import pick_device
+from loram.compute.likelihood import load_scored
+from loram.compute.loading import load_tokenizer, open_full
+from loram.data.spec import DataSpec, as_spec
+from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
+from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
+from loram.disk.checkpoint import HEAD, Checkpoint
+from loram.disk.files import copy_side_files
+from loram.disk.opening import open_model
+from loram.disk.tensorfile import TensorFile
+from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
+from loram.model.resize import widen
+from loram.recovery.correct import best_multiplier, correct_adapter
+
+_DEV_LENGTH = 1024
+
+
+def recover(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    correct: bool = False,
+    dev_data: DataSpec | str | Path | Mapping[str, Any] | None = None,
+    base: str | Path | None = None,
+    pruned: str | Path | None = None,
+    device: str | None = None,
+) -> Path:
+    """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
+
+    Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
+    adapter has its geometry. Of a sparse model, whose shapes are the full model's, all is copied. Weights are read,
+    tensor by tensor, only for what is asked for beyond that (see `loram.recovery.correct`), and for DoRA: its
+    magnitudes are lengths of rows, and a full row is longer than a pruned one.
+
+    Args:
+        adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
+            `loram_plan.json` copied beside it will do.
+        out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
+        correct: take out what alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
+        dev_data: development rows, to choose a multiplier of the update on (see `loram.data.tokens`).
+        base: the full model for these three, where it is not at the name that the plan has.
+        pruned: the folder the adapter was trained on, for `correct`, where it is not at the name the adapter has.
+        device: for `dev_data`: `cpu`, `cuda`, ...; the first GPU where there is one.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, the plan is not that of
+            the model it was trained on, `base` or `pruned` are other models, or `out` exists.
+    """
+    source, out = Path(adapter), Path(out)
+    check_output(out, source)
+    trained = Adapter.load(source)
+    plan = find_plan(source)
+    manifest = find_manifest(source)
+    if plan is None:
+        raise UserError(f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model?")
+    if manifest is not None and manifest.kind == "recovered":
+        raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
+    if trained.masks:
+        raise UserError(
+            f"{source}: was trained with mask_update, and a masked update is not of rank r, so no adapter of that rank "
+            "equals it; `loram merge BASE ADAPTER OUT` adds it to the full model exactly"
+        )
+    _check_origin(source, trained, plan, manifest)
+    trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
+    if trained.dora and (correct or dev_data is not None):
+        raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
+    settings: dict[str, Any] = {"correct": correct}
+    full = open_full(plan, base) if correct or dev_data is not None else None
+    if correct and full is not None:
+        in_4bit = manifest is not None and bool(manifest.settings.get("load_in_4bit"))
+        trained = correct_adapter(trained, plan, full, _trained_on(trained, manifest, pruned), in_4bit=in_4bit)
+    tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
+    if trained.dora:
+        tensors |= _magnitudes(trained, plan, open_full(plan, base))
+    config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
+    recovered = dataclasses.replace(trained, config=config, tensors=tensors)
+    if dev_data is not None and full is not None:
+        spec = as_spec(dev_data)
+        rows = load_scored(spec, full, load_tokenizer(full), None, _DEV_LENGTH).rows
+        best, losses = best_multiplier(full, recovered, (rows["input_ids"][:], rows["labels"][:]), pick_device(device))
+        recovered = scaled(recovered, best)
+        settings |= {"dev_data": spec.model_dump(mode="json"), "multiplier": best, "dev_losses": losses}
+    made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "adapter": trained.fingerprint}
+    with publish(out, kind="recovered", made_from=made_from, settings=settings) as staging:
+        save_adapter(staging, recovered.config, recovered.tensors)
+        copy_side_files(source, staging)
+    return out
+
+
+def _trained_on(adapter: Adapter, manifest: Manifest | None, pruned: str | Path | None) -> Checkpoint:
+    """The pruned model that an adapter was trained on, in 16 or 32 bits."""
+    name = pruned or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter.folder}: does not say what it was trained on; name that folder with --pruned")
+    try:
+        found = open_model(name)
+    except UserError as error:
+        raise UserError(f"{error}; say where the model that the adapter was trained on is: --pruned") from error
+    expected = None if manifest is None else manifest.made_from.get("pruned")
+    if expected is not None and found.fingerprint != expected:
+        raise UserError(
+            f"{found.name}: not the model that {adapter.folder} was trained on "
+            f"(fingerprint {found.fingerprint[:12]} instead of {expected[:12]}); name that one with --pruned"
+        )
+    if found.quantized:
+        raise UserError(f"{found.name}: is in 4 bits; name the folder that it was made from with --pruned")
+    return found
+
+
+def _magnitudes(adapter: Adapter, plan: PruningPlan, full: Checkpoint) -> dict[str, Tensor]:
+    """DoRA's magnitudes for the full model: m = ‖W‖ of every row, times what training made of the row's length.
+
+    A row that was kept has the length ‖W^P‖ in the pruned model and the magnitude m^P, so m = m^P ‖W‖ / ‖W^P‖: a pruned
+    o_proj or down_proj has lost columns, and an aligned model has other weights. A row that was pruned keeps ‖W‖.
+    """
+    path = adapter.folder / ROW_LENGTHS_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing, and a DoRA adapter cannot be recovered without the lengths of the rows that it was "
+            "trained on; `loram train --method dora` leaves them there"
+        )
+    if full.quantized:
+        raise UserError(f"{full.name}: in 4 bits; a DoRA adapter is recovered with the full model in 16 or 32 bits")
+    pruned, found = TensorFile(path), {}
+    for module, magnitude in adapter.magnitudes.items():
+        name = f"base_model.model.{module}.lora_magnitude_vector"
+        if module not in pruned.specs or pruned.specs[module].shape != tuple(magnitude.shape):
+            raise UserError(f"{path}: has no row lengths of {module}, or another model's")
+        grown = widen(name, magnitude / pruned.read(module) - 1, plan) + 1
+        found[name] = (grown * _row_lengths(full, f"{module}.weight")).to(magnitude.dtype)
+    return found
+
+
+def _row_lengths(full: Checkpoint, name: str) -> Tensor:
+    """‖W‖ of every row of a weight: (out_features,) float32."""
+    blocks = full.blocks(full.head if name == HEAD else name)
+    return torch.cat([torch.linalg.vector_norm(block.float(), dim=1) for _, block in blocks])
+
+
+def _check_origin(source: Path, adapter: Adapter, plan: PruningPlan, manifest: Manifest | None) -> None:
+    """Refuse a plan that is not the one of the model that the adapter was trained on, as far as anything tells."""
+    if manifest is not None:
+        if (made_from := manifest.made_from.get("plan", "none")) != plan.fingerprint:
+            raise UserError(
+                f"{source / PLAN_NAME}: not the plan that the adapter was trained with "
+                f"(fingerprint {plan.fingerprint[:12]} instead of {made_from[:12]})"
+            )
+        return
+    trained_on = adapter.config.get("base_model_name_or_path")
+    theirs = find_plan(Path(trained_on)) if isinstance(trained_on, str) and trained_on else None
+    if theirs is not None and theirs.fingerprint != plan.fingerprint:
+        raise UserError(
+            f"{source / PLAN_NAME}: not the plan of {trained_on}, which the adapter was trained on "
+            f"(fingerprint {plan.fingerprint[:12]} instead of {theirs.fingerprint[:12]}); copy that one"
+        )

@@ -1,0 +1,1 @@
+"""Run a recipe: what it says, what it has done so far, and what it reports."""

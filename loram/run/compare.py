@@ -1,0 +1,259 @@
+"""Compare methods and bases: the same data, steps and seed, each in a process of its own, in one table."""
+
+import json
+import logging
+import multiprocessing
+import re
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
+from transformers import TrainerCallback
+
+from loram.base.errors import UserError, first_problem
+from loram.run.pipeline import check
+from loram.run.recipe import Recipe, Variant
+from loram.run.record import Record
+from loram.run.stages import adapt, base_of, evaluation, judged, shrink, tune
+
+logger = logging.getLogger(__name__)
+
+TABLE_NAME, PLOT_NAME, JSON_NAME = "compare.md", "compare.png", "compare.json"
+_METER = "meter.json"
+
+
+class Measured(BaseModel):
+    """One row of a comparison.
+
+    Args:
+        name: of the variant; `untuned` is the full model alone.
+        on: `full` or `pruned`: what was trained on.
+        method: a key of `loram.training.methods.table.METHODS`.
+        perplexity: by data set, of the full model with what was trained; never of the pruned one.
+        parameters: of the model that was trained on, adapter included, those in 4 bits counted as what they stand for.
+        trained: how many of them train (with LISA: at a time).
+        optimizer_bytes: the optimiser's state, at its largest.
+        peak_memory: of the training, bytes: the process's resident memory, on a GPU what torch allocated there.
+        seconds: of the training.
+        made_seconds: of pruning and alignment before it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    on: str
+    method: str
+    perplexity: dict[str, float]
+    parameters: int = 0
+    trained: int = 0
+    optimizer_bytes: int = 0
+    peak_memory: int = 0
+    seconds: float = 0.0
+    made_seconds: float = 0.0
+
+
+def compare(recipe: Recipe) -> list[Measured]:
+    """Run every variant of a recipe, one after the other, and judge all on the full model.
+
+    Leaves a folder a variant under `output_dir`, and there compare.json, compare.md and, where matplotlib is installed,
+    compare.png. A second call does only what is missing.
+
+    Raises:
+        UserError: the recipe has no variants, or one of them cannot be run.
+    """
+    variants = {name: variant_of(recipe, name) for name in recipe.compare}
+    if not variants:
+        raise UserError("compare: missing; name the variants, each with what it changes in `prune` and `train`")
+    if recipe.dataset is None or recipe.prune is None:
+        raise UserError("compare: needs `dataset` and `prune`, to train on the full and on the pruned model")
+    check(recipe)
+    for name, variant in variants.items():
+        try:
+            check(variant)
+        except UserError as error:
+            raise UserError(f"compare.{name}: {error}") from error
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = [_alone(_untuned, recipe)]
+    for name, variant in variants.items():
+        logger.info("%s ...", name)
+        on = recipe.compare[name].base
+        if on == "pruned":
+            _alone(_shrunk, variant)  # by itself, so that what it leaves in memory does not count as training's
+        rows.append(_alone(_measured, variant, name, on))
+        _write(recipe.output_dir, rows)
+    return rows
+
+
+def variant_of(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one variant.
+
+    Raises:
+        UserError: what it changes is not valid there.
+    """
+    variant: Variant = recipe.compare[name]
+    values = recipe.model_dump(exclude={"compare"}, exclude_unset=True)
+    for section in ("prune", "train"):
+        values[section] = _over(values.get(section) or {}, getattr(variant, section))
+    values["output_dir"] = recipe.output_dir / re.sub(r"[^\w.-]+", "_", name)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"compare.{name}: {first_problem(error)}") from error
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mappings in them likewise; what is set to nothing falls back to its default."""
+    found = dict(below)
+    for key, value in above.items():
+        deeper = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = _over(found[key], value) if deeper else value
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _alone(action: Any, *arguments: Any) -> Any:
+    """Call in a fresh process, whose peak memory is its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_as_here, initargs=(logger.level,)) as pool:
+        return pool.submit(action, *arguments).result()
+
+
+def _as_here(level: int) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("loram").setLevel(level or logging.INFO)
+
+
+def _untuned(recipe: Recipe) -> Measured:
+    state, base = Record(recipe), recipe.model_name_or_path
+    found = {name: evaluation(state, recipe, "untuned", name, base, None) for name in recipe.eval_dataset}
+    reports = {name: done.report for name, done in found.items() if done.report is not None}
+    perplexity = {name: report.perplexity for name, report in reports.items()}
+    parameters = next(report.parameters for report in reports.values())
+    return Measured(name="untuned", on="full", method="", perplexity=perplexity, parameters=parameters)
+
+
+def _shrunk(recipe: Recipe) -> None:
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    shrink(Record(recipe), recipe)
+
+
+def _measured(recipe: Recipe, name: str, on: str) -> Measured:
+    """Train, if that is still to be done, and judge on the full model."""
+    assert recipe.dataset is not None
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    state, meter = Record(recipe), _Meter(recipe.output_dir / _METER)
+    before = 0.0
+    if on == "full":
+        done, model = tune(state, recipe, recipe.dataset, [meter])
+    else:
+        small = shrink(state, recipe)
+        made, _ = adapt(state, recipe, small, recipe.dataset, [meter])
+        done = made[f"{small.name} + adapter"]
+        *_, model = judged(recipe, base_of(recipe, small.plan)).values()
+        before = sum(part.cost.seconds for part in small.made.values() if part.cost is not None)
+    found = {dataset: evaluation(state, recipe, name, dataset, *model) for dataset in recipe.eval_dataset}
+    read = json.loads((recipe.output_dir / _METER).read_text(encoding="utf-8"))
+    resident = 0 if done.cost is None else done.cost.peak_rss
+    return Measured(
+        name=name,
+        on=on,
+        method=recipe.train.method,
+        perplexity={dataset: one.report.perplexity for dataset, one in found.items() if one.report is not None},
+        parameters=read["parameters"],
+        trained=read["trained"],
+        optimizer_bytes=read["optimizer_bytes"],
+        peak_memory=read["allocated"] or resident,
+        seconds=0.0 if done.cost is None else done.cost.seconds,
+        made_seconds=before,
+    )
+
+
+class _Meter(TrainerCallback):  # type: ignore[misc]
+    """Counts what trains and what the optimiser holds, and leaves it in a file when the training has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.optimizer_bytes, self.trained = path, 0, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        held = [entry for values in rest["optimizer"].state.values() for entry in values.values()]
+        nbytes = sum(entry.nbytes for entry in held if isinstance(entry, torch.Tensor) and entry.ndim)
+        self.optimizer_bytes = max(self.optimizer_bytes, nbytes)
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        from loram.compute.nf4 import count_parameters
+
+        read = {
+            "parameters": count_parameters(model),
+            "trained": self.trained,
+            "optimizer_bytes": self.optimizer_bytes,
+            "allocated": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        }
+        self.path.write_text(json.dumps(read) + "\n", encoding="utf-8")
+
+
+def table(rows: list[Measured]) -> Table:
+    """The comparison for a terminal."""
+    result = Table(title="the full model with what was trained")
+    for place, heading in enumerate(_headings(rows)):
+        result.add_column(heading, justify="left" if place < 2 else "right")
+    for row in rows:
+        result.add_row(*_cells(row))
+    return result
+
+
+def _headings(rows: list[Measured]) -> list[str]:
+    perplexities = [f"perplexity {name}" for name in rows[0].perplexity]
+    return ["", "trained on", *perplexities, "trains", "optimiser MB", "peak GB", "seconds", "before"]
+
+
+def _cells(row: Measured) -> list[str]:
+    cells = [row.name, f"{row.on}, {row.method}" if row.method else "", *(f"{v:.3f}" for v in row.perplexity.values())]
+    if not row.method:
+        return [*cells, *[""] * 5]
+    return [
+        *cells,
+        f"{row.trained:,}",
+        f"{row.optimizer_bytes / 1e6:.1f}",
+        f"{row.peak_memory / 1e9:.2f}",
+        f"{row.seconds:.0f}",
+        f"{row.made_seconds:.0f}",
+    ]
+
+
+def _write(out: Path, rows: list[Measured]) -> None:
+    content = json.dumps([row.model_dump() for row in rows], indent=2)
+    (out / JSON_NAME).write_text(content + "\n", encoding="utf-8")
+    lines = [_headings(rows), ["---"] * len(_headings(rows)), *(_cells(row) for row in rows)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    (out / TABLE_NAME).write_text(text, encoding="utf-8")
+    try:
+        import matplotlib
+    except ImportError:
+        logger.info("no plot: matplotlib is not installed; pip install 'loram[plots]'")
+        return
+    matplotlib.use("Agg")
+    _plot(rows, out / PLOT_NAME)
+
+
+def _plot(rows: list[Measured], path: Path) -> None:
+    """Peak memory and seconds of the training against perplexity on the first data set."""
+    from matplotlib import pyplot
+
+    dataset = next(iter(rows[0].perplexity))
+    figure, both = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    memory, seconds = [row.peak_memory / 1e9 for row in rows[1:]], [row.seconds for row in rows[1:]]
+    headings = ("peak memory of the training, GB", "seconds of the training")
+    for axes, heading, values in zip(both, headings, (memory, seconds), strict=True):
+        for row, value in zip(rows[1:], values, strict=True):
+            color = "#08519c" if row.on == "pruned" else "#a63603"
+            axes.plot(value, row.perplexity[dataset], "o", color=color)
+            axes.annotate(row.name, (value, row.perplexity[dataset]), xytext=(4, 4), textcoords="offset points")
+        axes.axhline(rows[0].perplexity[dataset], color="grey", linewidth=0.8, linestyle="--")
+        axes.set_xlabel(heading)
+    both[0].set_ylabel(f"perplexity on {dataset}, of the full model (dashed: untuned)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,367 @@
+"""What a recipe would do, found without reading a weight or writing a file: sizes, memory, the tokens themselves."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loram.alignment.options import check_options as check_align_options
+from loram.base.errors import UserError
+from loram.compute.device import compute_dtype, pick_device
+from loram.compute.likelihood import load_scored
+from loram.compute.loading import empty_model, load_tokenizer, open_full
+from loram.data.batches import IGNORED
+from loram.data.spec import DataSpec
+from loram.data.tokens import Tokens, load_tokens
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.opening import open_model
+from loram.model.architecture import architecture_of
+from loram.model.counts import prunable_layers
+from loram.model.plan import BaseReference, PruningPlan
+from loram.planner.memory import TrainingMemory, training_memory
+from loram.planner.settings import Settings, make_settings
+from loram.planner.shapes import Model
+from loram.planner.show import memory_table
+from loram.planner.size import show_size
+from loram.pruning.choose import choose
+from loram.pruning.prune import load_calibration
+from loram.pruning.sparse import sparse_plan
+from loram.run.pipeline import check
+from loram.run.recipe import PruneSection, Recipe
+from loram.run.stages import anchor_steps, asked
+from loram.trainer.arguments import as_user_error, checkpoints_activations
+from loram.training.methods.adapters import specialise_
+from loram.training.methods.table import METHODS
+from loram.training.methods.weights import unfreeze_
+from loram.training.options import TrainOptions, build_configs, check_options
+
+EXAMPLES = 2
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Training(_Value):
+    """A training as it would be.
+
+    Args:
+        parameters, adapter_parameters: how many are frozen, and how many are trained.
+        memory: what it takes at its peak, with rows as long as the longest; None where that cannot be estimated.
+        problem: why it cannot.
+    """
+
+    parameters: int
+    adapter_parameters: int
+    memory: TrainingMemory | None
+    problem: str = ""
+
+
+class DataCounts(_Value):
+    """A data set after tokenisation: `rows` are those used, `longest` is the longest one's tokens.
+
+    `rows_truncated` also counts rows that had nothing left in the loss and were skipped.
+    """
+
+    rows: int
+    tokens: int
+    tokens_in_loss: int
+    rows_truncated: int
+    rows_skipped: int
+    longest: int
+
+
+class Span(_Value):
+    """A piece of an example, special tokens written out; `in_loss` where its tokens are predicted in training."""
+
+    text: str
+    in_loss: bool
+
+
+class DryRun(_Value):
+    """What a run would do.
+
+    Args:
+        model: the full model.
+        parameters, pruned_parameters: before and after pruning.
+        device, dtype: of training.
+        training: by model that is trained: pruned, and full where the recipe compares with it.
+        dataset, align, calibration, eval_dataset: what becomes of the data; calibration is None where no text is read,
+            dataset where nothing is trained.
+        examples: the first rows of the training data, or of the data to align on.
+    """
+
+    model: str
+    parameters: int
+    pruned_parameters: int
+    device: str
+    dtype: str
+    training: dict[str, Training]
+    dataset: DataCounts | None
+    align: dict[str, DataCounts]
+    calibration: DataCounts | None
+    eval_dataset: dict[str, DataCounts]
+    examples: tuple[tuple[Span, ...], ...]
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Check a recipe as `run` does, and tokenise its data; `output_dir` is not made.
+
+    A model or data set on the hub is fetched into the hub's cache, as in a run.
+
+    Raises:
+        UserError: the first thing that would stop the run.
+    """
+    check(recipe)
+    training = check_options(asked(recipe))
+    device = pick_device(recipe.device)
+    adapter, arguments = build_configs(training, device)
+    checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)
+    plan = (
+        PruningPlan.load(checkpoint.folder)
+        if recipe.prune is None
+        else _shape_of_plan(checkpoint, recipe.prune, recipe.seed)
+    )
+    before, after = plan.parameters()
+    tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate
+
+    def tokens(spec: DataSpec, trainer: Mapping[str, Any]) -> Tokens:
+        return load_tokens(spec, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary)
+
+    to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer)
+    to_align = {}
+    if recipe.align is not None:
+        aligning = check_align_options(recipe.align.trainer)
+        to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
+    scored = {
+        name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
+        for name, spec in recipe.eval_dataset.items()
+    }
+    settings: Settings | UserError | None = None
+    if to_train is not None:
+        longest = max(map(len, to_train.rows["input_ids"]))
+        settings = _settings(training, adapter, arguments, device, longest, anchor_steps(recipe))
+    first = next((found for found in (to_train, *to_align.values()) if found is not None), None)
+    return DryRun(
+        model=checkpoint.name,
+        parameters=before,
+        pruned_parameters=after,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        training={
+            name: _training(model, sizes, full, adapter, training, settings)
+            for name, model, sizes, full in _trained(recipe, checkpoint, plan, dtype)
+        },
+        dataset=None if to_train is None else _count(to_train),
+        align={name: _count(tokens) for name, tokens in to_align.items()},
+        calibration=_calibration(recipe.prune, checkpoint, tokenizer),
+        eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
+        examples=tuple(
+            tuple(_spans(row, tokenizer)) for row in itertools.islice(first.rows if first else [], EXAMPLES)
+        ),
+    )
+
+
+def _trained(
+    recipe: Recipe, checkpoint: Checkpoint, plan: PruningPlan, dtype: torch.dtype
+) -> Iterator[tuple[str, Any, Model, Model | None]]:
+    """The models that get an adapter: name, transformers' model without weights, the planner's sizes, and those of the
+    model that it may be anchored on."""
+    if recipe.dataset is None:
+        return
+    sizes = Model(
+        architecture=plan.architecture,
+        geometry=plan.geometry,
+        config={**checkpoint.config, "model_type": plan.model_type},
+    )
+    if plan.sparse:
+        pruned = dataclasses.replace(sizes, sparse=plan.kept_values(), narrowed=plan.sparse_layers)
+    else:
+        narrowed = range(min(plan.layers), max(plan.layers) + 1)
+        pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
+    yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
+    if recipe.evaluate.full_lora:
+        full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
+        yield "full", empty_model(full, dtype), sizes, None
+
+
+def _calibration(section: PruneSection | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
+    if section is None or not section.settled().reads_text:
+        return None
+    found = load_calibration(
+        checkpoint, tokenizer, section.calibration, section.calibration_samples, section.calibration_length
+    )
+    return _count(found, all_in_loss=True)
+
+
+def _shape_of_plan(checkpoint: Checkpoint, section: PruneSection, seed: int) -> PruningPlan:
+    """A plan that keeps as many units or weights as the run's will; which ones needs the weights."""
+    architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, section.settled()
+    base = BaseReference(name=checkpoint.name, fingerprint="")
+    if cut.sparse:
+        return sparse_plan(geometry, architecture.model_type, base, cut, seed=seed, masks="")
+    blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
+    return choose(
+        dict.fromkeys(prunable_layers(geometry, cut.keep_first, cut.keep_last), blank),
+        geometry=geometry,
+        model_type=architecture.model_type,
+        base=base,
+        criterion=cut.criterion,
+        ratio=cut.ratio,
+        bias_compensation=cut.bias_compensation,
+        seed=seed,
+        keep_first=cut.keep_first,
+        keep_last=cut.keep_last,
+    )
+
+
+def _training(
+    model: Any,
+    sizes: Model,
+    full: Model | None,
+    adapter: Any,
+    chosen: TrainOptions,
+    settings: Settings | UserError | None,
+) -> Training:
+    """Counted on a model without weights, with what the method and PEFT themselves make of it."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if METHODS[chosen.method].weights:
+        trained, held = _of_weights(model, chosen, pruned=sizes.units is not None)
+        problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(held)}"
+        return Training(parameters=total - trained, adapter_parameters=trained, memory=None, problem=problem)
+    trained = _of_adapter(model, adapter, chosen)
+    if not isinstance(settings, Settings):
+        return Training(parameters=total, adapter_parameters=trained, memory=None, problem=str(settings))
+    return Training(parameters=total, adapter_parameters=trained, memory=training_memory(sizes, settings, full))
+
+
+def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
+    """How many parameters of an adapter train."""
+    from peft import get_peft_model
+
+    try:
+        # other initialisations compute with the weights
+        config = dataclasses.replace(adapter, init_lora_weights=True, eva_config=None)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise as_user_error(error) from error
+    specialise_(adapted, chosen.method, chosen.lora_sp)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int, int]:
+    """(weights that train, with LISA sooner or later; bytes of weights, gradients and AdamW's moments in float32)."""
+    layers = unfreeze_(model, pruned=pruned, around=not chosen.lisa or chosen.lisa["train_embeddings"])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    at_once = trained
+    if chosen.lisa:
+        per_layer = sorted(sum(parameter.numel() for parameter in layer) for layer in layers)
+        at_once -= sum(per_layer[: -chosen.lisa["active_layers"]])
+    return trained, 4 * total + 12 * at_once
+
+
+def _settings(
+    chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int, anchors: int
+) -> Settings | UserError:
+    """What the planner needs to know of a training, or why it can say nothing of such a one."""
+    if chosen.mask_update:
+        return UserError("mask_update makes updates in full, which the planner does not count")
+    try:
+        return make_settings(
+            device=device.type,
+            load_in_4bit=chosen.load_in_4bit,
+            offload_embedding=chosen.offload_embedding,
+            method=chosen.method,
+            lora_r=adapter.r,
+            lora_target_modules=tuple(sorted(adapter.target_modules)),
+            lora_dtype=chosen.lora_dtype,
+            lora_dropout=adapter.lora_dropout,
+            lora_sp_share=None if chosen.lora_sp is None else chosen.lora_sp["share"],
+            max_length=arguments.max_length if arguments.packing else longest,
+            optim=str(getattr(arguments.optim, "value", arguments.optim)),
+            per_device_train_batch_size=arguments.per_device_train_batch_size,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            gradient_checkpointing=checkpoints_activations(arguments),
+            activation_offloading=arguments.activation_offloading,
+            anchor_steps=anchors,
+            anchor_gradients=chosen.anchor_gradients,
+        )
+    except UserError as error:
+        return error
+
+
+def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
+    lengths = [len(ids) for ids in tokens.rows["input_ids"]]
+    targets = tokens.rows["input_ids" if all_in_loss else "labels"]
+    return DataCounts(
+        rows=len(lengths),
+        tokens=sum(lengths),
+        tokens_in_loss=sum(label != IGNORED for row in targets for label in row[1:]),  # the first is never predicted
+        rows_truncated=tokens.truncated,
+        rows_skipped=tokens.skipped,
+        longest=max(lengths),
+    )
+
+
+def _spans(row: Mapping[str, Sequence[int]], tokenizer: Any) -> Iterator[Span]:
+    """A row as text, in pieces that are wholly in or out of the loss."""
+    ids, inside = list(row["input_ids"]), [False, *(label != IGNORED for label in row["labels"][1:])]
+    start = 0
+    for in_loss, run in itertools.groupby(inside):
+        stop = start + len(list(run))
+        # what the piece adds to the text before it: some tokenizers drop a space at the beginning of a text
+        text = _text(tokenizer, ids[:stop])[len(_text(tokenizer, ids[:start])) :]
+        yield Span(text=text, in_loss=in_loss)
+        start = stop
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def show(found: DryRun, console: Console) -> None:
+    """Print it for people; the tokens in the loss stand between ⟦ and ⟧, and in colour on a terminal."""
+    for part in _parts(found):
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def _parts(found: DryRun) -> Iterator[Table | Text]:
+    reduction = found.parameters / found.pruned_parameters
+    yield Text(
+        f"{found.model}\n{found.parameters:,} -> {found.pruned_parameters:,} parameters ({reduction:.2f}x fewer)\n"
+    )
+    for name, training in found.training.items():
+        trained, frozen = f"{training.adapter_parameters:,}", f"{training.parameters:,}"
+        yield Text(f"Training on the {name} model, on {found.device}: {trained} parameters, with {frozen} frozen")
+        if training.memory is None:
+            yield Text(f"What memory that takes cannot be estimated: {training.problem}\n")
+            continue
+        yield memory_table(training.memory)
+        yield Text("Rows are taken to be as long as the longest, libraries are not counted.\n")
+    table = Table(title="Data", title_justify="left")
+    table.add_column("data set", no_wrap=True)
+    for heading in ("rows used", "tokens", "in the loss", "cut to length", "skipped", "longest"):
+        table.add_column(heading, justify="right")
+    calibration = {} if found.calibration is None else {"calibration": found.calibration}
+    evaluation = {f"evaluation: {name}": counts for name, counts in found.eval_dataset.items()}
+    trained_on = {} if found.dataset is None else {"training": found.dataset}
+    alignment = {f"alignment: {name}": counts for name, counts in found.align.items()}
+    for name, counts in {**alignment, **trained_on, **calibration, **evaluation}.items():
+        numbers = (counts.rows, counts.tokens, counts.tokens_in_loss, counts.rows_truncated, counts.rows_skipped)
+        table.add_row(name, *(f"{number:,}" for number in (*numbers, counts.longest)))
+    yield table
+    if found.examples:
+        yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
+    for number, spans in enumerate(found.examples, 1):
+        text = Text(f"\n--- row {number}\n")
+        for span in spans:
+            text.append(f"⟦{span.text}⟧" if span.in_loss else span.text, style="bold green" if span.in_loss else "")
+        yield text
+    yield Text("\nNothing was written: this was a dry run.")

@@ -1,0 +1,120 @@
+"""What a run has done so far, on disk: finished stages are skipped, stale ones refused."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from loram.base.errors import UserError, first_problem
+from loram.compute.device import peak_rss, reset_peak_rss
+from loram.disk.artifacts import difference, find_manifest, library_versions, sync
+from loram.evaluation.evaluate import Report
+from loram.run.recipe import Recipe
+from loram.run.report import Cost, Row, RunReport, kept_gain
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME, REPORT_NAME = "stages.json", "report.json"
+
+
+class Done(BaseModel):
+    """A finished stage: what it was run with, what it took (if known), and, for an evaluation, what it found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: dict[str, Any]
+    cost: Cost | None
+    report: Report | None = None
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    stages: dict[str, Done] = {}
+    begun: dict[str, dict[str, Any]] = {}  # stage -> what it was started with
+
+
+class Record:
+    """The output folder of a run and what has been done in it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.out = recipe, recipe.output_dir
+        self.path = self.out / STATE_NAME
+        try:
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else "{}"
+            self.state = _State.model_validate_json(text)
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path}: not a valid record of stages: {first_problem(error)}") from error
+
+    def stage(self, name: str, settings: Mapping[str, Any], action: Callable[[], Report | None]) -> Done:
+        """Do a stage, or take it as done when it was done with the same settings.
+
+        Raises:
+            UserError: it was done or begun with other settings; the first difference is shown.
+        """
+        asked: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
+        done, folder = self.state.stages.get(name), self.out / name
+        found = folder.exists() and find_manifest(folder) is not None
+        kept = done is not None and (found or done.report is not None)
+        before = done.settings if kept and done is not None else self.state.begun.get(name)
+        if before is not None and (changed := difference(before, asked)):
+            raise UserError(
+                f"{self.out}: {name} was made with other settings ({changed}); "
+                "choose another output_dir, or give --fresh to start over"
+            )
+        if kept and done is not None:
+            logger.info("%s: done already", name)
+            return done
+        if found:
+            if before is None:
+                raise UserError(f"{folder}: exists already, but {STATE_NAME} knows nothing of it; move it away")
+            logger.info("%s: done already, just before the process was stopped", name)
+            return self._record(name, Done(settings=asked, cost=None))
+        logger.info("%s ...", name)
+        self.state.begun[name] = asked
+        self._save(self.path, self.state)
+        reset_peak_rss()
+        started = time.monotonic()
+        report = action()
+        cost = Cost(seconds=time.monotonic() - started, peak_rss=peak_rss())
+        logger.info("%s: %.1f s, peak RSS %.2f GB", name, cost.seconds, cost.peak_rss / 1e9)
+        return self._record(name, Done(settings=asked, cost=cost, report=report))
+
+    def _record(self, name: str, done: Done) -> Done:
+        self.state.stages[name] = done
+        self.state.begun.pop(name, None)
+        self._save(self.path, self.state)
+        return done
+
+    def _save(self, path: Path, value: BaseModel) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(value.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        sync(partial)
+        os.replace(partial, path)
+
+    def finish(self, rows: tuple[Row, ...]) -> RunReport:
+        """Write report.json."""
+        report = RunReport(
+            recipe=self.recipe.model_dump(mode="json"),
+            versions=library_versions(),
+            rows=rows,
+            kept_gain=kept_gain({row.name: row for row in rows}),
+        )
+        self._save(self.out / REPORT_NAME, report)
+        return report
+
+
+def start_over(out: Path) -> None:
+    """Remove what a run has left in its output folder, and nothing else."""
+    teachers = [path.name for path in out.glob("teacher-[0-9]*") if not path.name.endswith("-parts")]
+    for name in ("pruned", "aligned", "adapter", "recovered", "merged", "polished", "full_lora", "tuned", *teachers):
+        for path in (out / name, out / f"{name}-checkpoints", out / f"{name}-parts"):
+            shutil.rmtree(path, ignore_errors=True)
+    for name in (STATE_NAME, REPORT_NAME):
+        (out / name).unlink(missing_ok=True)

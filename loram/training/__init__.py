@@ -1,0 +1,1 @@
+"""Train an adapter, or weights themselves, on a full or pruned model."""

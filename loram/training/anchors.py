@@ -1,0 +1,308 @@
+"""Anchored training: a pruned model held on the full model's course while an adapter is trained on it.
+
+A pruned layer maps the full model's hidden states to something else than the full layer does. An adapter trained on the
+pruned model learns to make up for that first, which is of no use to the full model, and learns its task from hidden
+states that the full model never sees. Here the difference is measured on the very rows that the next steps train on, in
+one pass over the full model, streamed from disk, and added to the layers' outputs as a constant: with the adapter as it
+was then, the pruned model predicts exactly what the full model with the recovered adapter does. The backward pass is
+the pruned model's, unless what its layers leave out of the gradient is measured likewise, on the way back.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loram.compute.scratch import Activations, Scratch
+from loram.compute.streaming import HIDDEN_BYTES, Stream
+from loram.data.batches import IGNORED, Batch, make_batches
+from loram.disk.adapter import Adapter
+from loram.disk.checkpoint import Checkpoint
+from loram.model.plan import PruningPlan
+from loram.model.resize import widen
+
+logger = logging.getLogger(__name__)
+
+MEASURED_TOKENS = 512  # of a micro-batch: two layers' activations are held of it, beside a training's own weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How to stay on the full model's course.
+
+    Args:
+        base: the full model, read from disk.
+        plan: what the pruned model keeps of it.
+        steps: how many optimiser steps are trained on one measurement, at most: at first 1, 1, 2, 4, ..., since an
+            adapter changes most in its first steps, and what was measured is out of date the sooner.
+        gradients: measure what is left out of the gradients, too, which takes a backward pass over the full model.
+        device, dtype: that the full model's layers compute on and in.
+        scratch: folder for what is measured, beyond 256 MB (default: the system's temporary folder).
+    """
+
+    base: Checkpoint
+    plan: PruningPlan
+    steps: int
+    gradients: bool = True
+    device: torch.device
+    dtype: torch.dtype
+    scratch: Path | None = None
+
+
+class _Measured:
+    """What was measured on some rows, part by part: of outputs, and of the gradients by inputs of the summed loss.
+
+    Args:
+        lengths: tokens of every row.
+        width: hidden size.
+        dtype: of what is kept.
+        folder: for what goes beyond 256 MB.
+    """
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, folder: Path | None) -> None:
+        self._shapes, self._dtype = [(length, width) for length in lengths], dtype
+        self._scratch = Scratch(HIDDEN_BYTES, folder)
+        self._kept: dict[tuple[str, int], Activations] = {}
+
+    def put(self, kind: str, part: int, batch: Batch, values: Tensor) -> None:
+        """Keep the values (rows, width, hidden size) of a micro-batch."""
+        if (kind, part) not in self._kept:
+            self._kept[kind, part] = self._scratch.room(self._shapes, self._dtype)
+        for place, row in enumerate(batch.rows):
+            self._kept[kind, part][row] = values[place, : self._shapes[row][0]]
+
+    def has(self, kind: str, part: int) -> bool:
+        """Whether there is anything of a part."""
+        return (kind, part) in self._kept
+
+    def padded(self, kind: str, part: int, rows: Sequence[int], like: Tensor) -> Tensor:
+        """That of some rows, zero where `like` (rows, width, hidden size) is padding; in its dtype, on its device."""
+        found = torch.zeros(like.shape, dtype=self._dtype)
+        for place, row in enumerate(rows):
+            values = self._kept[kind, part][row]
+            found[place, : len(values)] = values
+        return found.to(like)
+
+    def close(self) -> None:
+        """Give the room back."""
+        for room in self._kept.values():
+            room.close()
+        self._kept.clear()
+
+
+class Anchors:
+    """What attention and MLP of a pruned model's layers leave out of the full model's, on the rows of the next steps.
+
+    Args:
+        course: of which full model.
+        model: PEFT's model of the pruned one. Attention and MLP of its layers get hooks.
+    """
+
+    def __init__(self, course: Course, model: Any) -> None:
+        self.course, self.model = course, model
+        self._parts = _parts(model.get_base_model())
+        self._measured: _Measured | None = None
+        self._used: tuple[list[int], float | Tensor] | None = None  # rows of the batch that is trained on, and weight
+        for number, part in enumerate(self._parts):
+            part.register_forward_pre_hook(partial(self._add_gradients, number), with_kwargs=True)
+            part.register_forward_hook(partial(self._add_outputs, number))
+
+    def measure_(self, batches: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
+        """Send the rows of some batches through the full model with the adapter as it is, and what attention and MLP
+        read there through the pruned ones, too.
+
+        Args:
+            batches: `input_ids`, `attention_mask` and `labels`, (rows, width), padded on the right.
+
+        Returns:
+            The numbers of each batch's rows, for `use_`.
+        """
+        if self._measured is not None:
+            self._measured.close()
+        rows, labels = (
+            [
+                values[mask.bool()].tolist()
+                for batch in batches
+                for values, mask in zip(batch[column], batch["attention_mask"], strict=True)
+            ]
+            for column in ("input_ids", "labels")
+        )
+        course, self._used = self.course, None
+        stream = Stream(
+            course.base,
+            make_batches(rows, labels, max_tokens=MEASURED_TOKENS),
+            device=course.device,
+            dtype=course.dtype,
+            adapter=recovered(self.model, course.plan),
+            scratch=course.scratch,
+        )
+        width = self.model.get_base_model().config.hidden_size
+        self._measured = _Measured([len(row) for row in rows], width, course.dtype, course.scratch)
+        training = self.model.training
+        self.model.eval()
+        if course.gradients:
+            deque(stream.forward(keep_from=0), maxlen=0)
+        for number, part in enumerate(_parts(stream.model)):
+            part.register_forward_hook(self._measuring(number, stream, self._measured), with_kwargs=True)
+        deque(stream.backward(0, None) if course.gradients else stream.forward(), maxlen=0)
+        self.model.train(training)
+        ends = iter(range(len(rows)))
+        return [[next(ends) for _ in batch["input_ids"]] for batch in batches]
+
+    def _measuring(self, number: int, stream: Stream, measured: _Measured) -> Any:
+        """What a part of the full model does when a micro-batch passes: have the pruned one do the same."""
+        batches, own, gradients = iter(stream.batches), self._parts[number], self.course.gradients
+        alike: bool | None = None
+
+        def measure(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal alike
+            alike = _alike(part, own) if alike is None else alike
+            if alike:
+                return
+            batch, x, y = next(batches), _inputs(args, kwargs), _states(output)
+            inputs = x.detach().requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
+                given, named = _with(inputs, args, kwargs)
+                found = _states(own(*given, **named))
+            measured.put("outputs", number, batch, (y - found).detach())
+            if not gradients:
+                return
+            above: list[Tensor] = []
+            y.register_hook(above.append)
+
+            def on_the_way_back(gradient: Tensor) -> None:
+                (of_own,) = torch.autograd.grad(found, inputs, above.pop())
+                measured.put("gradients", number, batch, (gradient - of_own) * stream.predicted)
+
+            x.register_hook(on_the_way_back)
+
+        return measure
+
+    def use_(self, rows: list[int], weight: float | Tensor = 1.0) -> None:
+        """Add what these rows lack in the passes to come.
+
+        Args:
+            rows: of the batch, as `measure_` numbered them.
+            weight: of a token's loss in the loss whose gradient is taken: one over the tokens that it is a mean of.
+        """
+        self._used = rows, weight
+
+    def _add_outputs(self, number: int, _: nn.Module, args: Any, output: Any) -> Any:
+        if self._used is None or self._measured is None or not self._measured.has("outputs", number):
+            return output
+        states = _states(output)
+        states = states + self._measured.padded("outputs", number, self._used[0], states)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def _add_gradients(self, number: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._used is None or self._measured is None or not self._measured.has("gradients", number):
+            return None
+        (rows, weight), states = self._used, _inputs(args, kwargs)
+        lacking = partial(self._measured.padded, "gradients", number, rows)
+        return _with(_WithGradient.apply(states, lambda like: weight * lacking(like)), args, kwargs)
+
+
+def _parts(model: Any) -> list[nn.Module]:
+    """Attention and MLP of layer after layer."""
+    return [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+
+
+def _alike(full: nn.Module, pruned: nn.Module) -> bool:
+    """Whether a part has lost nothing: then it needs no measuring."""
+    frozen = {
+        name.replace(".base_layer", ""): tensor.data
+        for name, tensor in pruned.named_parameters()
+        if ".lora_" not in name
+    }
+    return all(
+        name in frozen
+        and frozen[name].shape == tensor.shape
+        and frozen[name].dtype == tensor.dtype
+        and torch.equal(frozen[name], tensor.data)
+        for name, tensor in full.named_parameters()
+    )
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def _with(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a part, but for its inputs."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+class _WithGradient(torch.autograd.Function):  # type: ignore[misc]
+    """The identity, whose gradient has something added: `lacking(gradient)`, read when the gradient comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, lacking: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.lacking = lacking
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient + ctx.lacking(gradient), None
+
+
+def _states(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def recovered(model: Any, plan: PruningPlan) -> Adapter:
+    """The adapter of PEFT's model as it is now, widened for the full model."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wide = {name: widen(name, tensor.detach().cpu(), plan) for name, tensor in tensors.items()}
+    return Adapter(folder=Path("in training"), config=model.peft_config["default"].to_dict(), tensors=wide)
+
+
+def anchored(kind: type, course: Course) -> type:
+    """A Trainer class that measures every `course.steps` steps, at first sooner, and trains on what was measured."""
+
+    class Anchored(kind):  # type: ignore[misc]
+        """`kind`, anchored."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._anchors = Anchors(course, self.model)
+            self._ahead: deque[Any] = deque()
+
+        def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any) -> Any:
+            """A step's batches, out of those of the next steps, which are measured together."""
+            if not self._ahead:
+                done = self.state.global_step
+                steps = min(max(1, done), course.steps - done % course.steps, self.state.max_steps - done)
+                self._measure(epoch_iterator, steps * self.args.gradient_accumulation_steps)
+            step = [self._ahead.popleft() for _ in range(min(num_batches, len(self._ahead)))]
+            return super().get_batch_samples(iter(step), num_batches, *args)
+
+        def _measure(self, epoch_iterator: Iterator[Any], count: int) -> None:
+            batches = list(islice(epoch_iterator, count))
+            what = "batch" if len(batches) == 1 else f"{len(batches)} batches"
+            logger.info("measuring the full model's course on the next %s", what)
+            for batch, rows in zip(batches, self._anchors.measure_(batches), strict=True):
+                self._ahead.append({**batch, "anchor_rows": rows})
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            rows = inputs.pop("anchor_rows")
+            tokens = num_items_in_batch
+            if tokens is None:
+                tokens = (inputs["labels"][:, 1:] != IGNORED).sum() * self.args.gradient_accumulation_steps
+            elif self.args.average_tokens_across_devices:  # gradients are averaged over processes, the count is of all
+                tokens = tokens / self.accelerator.num_processes
+            self._anchors.use_(rows, 1 / tokens)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    return Anchored

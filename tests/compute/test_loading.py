@@ -1,0 +1,95 @@
+"""A pruned folder loads everywhere it should, and fails loudly where it cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, elsewhere
+from transformers import AutoModelForCausalLM
+
+import loram
+from loram.compute.loading import load_model
+from loram.disk.checkpoint import Checkpoint
+
+TOKENS = torch.arange(3, 15)[None]
+
+
+REMOTE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+result = {}
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        result[folder] = model(torch.arange(3, 15)[None]).logits.sum().item()
+assert not any(name.split(".")[0] == "loram" for name in sys.modules)
+print(json.dumps(result))
+"""
+
+
+def test_trust_remote_code_loads_where_loram_is_not_imported(pruned_models: dict[str, Path], tmp_path: Path) -> None:
+    done = elsewhere(REMOTE, *map(str, pruned_models.values()), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for folder in pruned_models.values():
+        with torch.inference_mode():
+            ours = loram.load_pruned(folder).eval()(TOKENS).logits.sum().item()
+        assert found[str(folder)] == pytest.approx(ours, rel=1e-5)
+
+
+def test_without_loram_and_without_trust_it_fails_loudly(pruned_models: dict[str, Path], tmp_path: Path) -> None:
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = elsewhere(code, str(pruned_models["llama"]), cwd=tmp_path)
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr
+
+
+def test_loading_as_the_plain_family_fails_loudly(pruned_models: dict[str, Path], tmp_path: Path) -> None:
+    code = "import sys; from transformers import LlamaForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    assert elsewhere(code, str(pruned_models["llama"]), cwd=tmp_path).returncode != 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_class_loads_once_loram_is_imported(family: str, pruned_models: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned_models[family])
+    assert type(model).__name__.startswith("Loram")
+    plan = loram.PruningPlan.load(pruned_models[family])
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.parameters()[1]
+
+
+def test_kwargs_reach_from_pretrained(pruned_models: dict[str, Path]) -> None:
+    assert loram.load_pruned(pruned_models["qwen2"], dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_folder_is_ordinary_and_complete(pruned_models: dict[str, Path]) -> None:
+    folder = pruned_models["gemma2"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["per_layer_config"].keys() == {"2", "3"}
+    # half of 40 channels, and half of 4 groups of two heads
+    assert config["per_layer_config"]["2"] == {
+        "intermediate_size": 20,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    assert {"generation_config.json", "loram_plan.json", "loram_manifest.json", "modeling_loram.py"} <= names
+
+
+def test_load_pruned_needs_a_plan(tiny_llama: Path) -> None:
+    with pytest.raises(loram.UserError, match=r"loram_plan\.json"):
+        loram.load_pruned(tiny_llama)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(pruned_models: dict[str, Path], tmp_path: Path) -> None:
+    for path in pruned_models["llama"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(loram.UserError, match=r"config\.json: .* the manifest says"):
+        Checkpoint(tmp_path)
+    (tmp_path / "loram_manifest.json").unlink()
+    with pytest.raises(loram.UserError, match="do not fit"):
+        load_model(Checkpoint(tmp_path))

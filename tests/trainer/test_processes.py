@@ -1,0 +1,107 @@
+"""Two processes, as torchrun and accelerate's launcher start them, do what one does with batches of twice the size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from together import Stop, work
+
+import loram
+from loram.base.errors import UserError
+from loram.cli import _main as command
+from loram.disk.adapter import Adapter
+from loram.disk.artifacts import MANIFEST_NAME
+from loram.disk.checkpoint import Checkpoint
+
+Made = tuple[Path, Path, subprocess.CompletedProcess[str]]
+FOLDERS = ["plain", "anchored", "resumed", "aligned", "commanded"]
+
+
+@pytest.fixture(scope="module")
+def made(pruned_models: dict[str, Path], rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """(what two processes made, what one made, how the two ended)."""
+    out = tmp_path_factory.mktemp("processes")
+    arguments = [str(pruned_models["llama"]), str(rows_file)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("together.py")), *arguments, str(out / "two")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},  # the machine's own name may lead nowhere
+    )
+    assert ended.returncode == 0, ended.stderr
+    work(*map(Path, arguments), out / "one")
+    return out / "two", out / "one", ended
+
+
+def test_every_folder_is_made_once_and_nothing_else_is_left(made: Made) -> None:
+    two, one, ended = made
+    assert sorted(path.name for path in two.iterdir()) == sorted(FOLDERS) == sorted(p.name for p in one.iterdir())
+    assert ended.stdout.count("adapter written") == 1
+    assert ended.stderr.count("step 6 of 6") == 3  # plain, anchored, resumed: the first process alone tells
+    for name in FOLDERS:
+        manifest = loram.disk.artifacts.verify(two / name)[str(two / name)]
+        assert manifest.settings["processes"] == 2
+
+
+@pytest.mark.parametrize("name", ["plain", "anchored", "resumed", "commanded"])
+def test_adapters_are_those_of_one_process(name: str, made: Made) -> None:
+    two, one = (Adapter.load(folder / name).tensors for folder in made[:2])
+    assert two.keys() == one.keys()
+    for key, tensor in one.items():
+        assert (two[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
+
+
+def test_an_interrupted_training_of_two_goes_on_exactly(made: Made) -> None:
+    plain, resumed = (Adapter.load(made[0] / name).tensors for name in ("plain", "resumed"))
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in plain.items())
+
+
+def test_alignment_is_that_of_one_process(made: Made) -> None:
+    two, one = (Checkpoint(folder / "aligned") for folder in made[:2])
+    for name in one.names():
+        assert (two.tensor(name).float() - one.tensor(name).float()).abs().max() <= 1e-4, name
+    logs = [
+        [json.loads(line) for line in (folder / "aligned" / "align_log.jsonl").read_text().splitlines()]
+        for folder in made[:2]
+    ]
+    probes = [[entry["recovered_loss"] for entry in log if "recovered_loss" in entry] for log in logs]
+    assert len(probes[0]) == 3
+    assert probes[0] == pytest.approx(probes[1], rel=1e-4)
+
+
+def test_other_stages_refuse_to_be_run_by_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert command(["prune", "model", str(tmp_path / "out")]) == 2
+    assert "in process 1 of 2: prune: works in one process" in capsys.readouterr().err
+
+
+def test_lisa_refuses_several(
+    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="method lisa: trains in one process"):
+        loram.train(pruned_models["llama"], tmp_path / "out", data=rows_file, method="lisa")
+
+
+def test_what_two_processes_began_one_does_not_go_on_with(
+    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """Its batches would be others."""
+    trainer = {"max_steps": 5, "save_steps": 2}
+    out = tmp_path / "adapter"
+    with pytest.raises(InterruptedError):
+        loram.train(pruned_models["llama"], out, data=rows_file, trainer=trainer, callbacks=[Stop()])
+    manifest = tmp_path / "adapter-checkpoints" / "checkpoint-2" / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(UserError, match="processes: 2 -> 1"):
+        loram.train(pruned_models["llama"], out, data=rows_file, trainer=trainer)
