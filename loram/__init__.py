@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from loram.model.resize import narrow, widen
     from loram.planner import Estimate, estimate
     from loram.pruning.prune import prune
-    from loram.recovery.polish import PolishOptions, polish
+    from loram.recovery.options import PolishOptions
+    from loram.recovery.polish import polish
     from loram.recovery.recover import recover
     from loram.training.train import train
 
 _PLACES = {
     "Estimate": "planner",
-    "PolishOptions": "recovery.polish",
+    "PolishOptions": "recovery.options",
     "PruningPlan": "model.plan",
     "Report": "evaluation.evaluate",
     "UserError": "base.errors",

@@ -23,9 +23,9 @@ from loram.disk.checkpoint import Checkpoint
 from loram.disk.gguf import convert_gguf
 from loram.model.architecture import CUTS
 from loram.model.plan import PruningPlan
+from loram.pruning.options import PruneOptions
 from loram.pruning.prune import load_calibration
 from loram.pruning.score import score
-from loram.pruning.settings import prune_settings
 from loram.pruning.sparse import SparseLayer, sparse_layers
 
 pytestmark = pytest.mark.e2e
@@ -190,7 +190,7 @@ def test_sparsegpt_distorts_a_real_layer_least(base: Path) -> None:
         next(layer for layer in layers if layer.index == 2)
     errors: dict[str, list[float]] = {}
     for criterion in ("sparsegpt", "wanda", "magnitude"):
-        settings = prune_settings(pattern="4:8", criterion=criterion, keep_first=2, keep_last=27)
+        settings = PruneOptions.of(pattern="4:8", criterion=criterion, keep_first=2, keep_last=27).resolved()
         pruned = last_weights(sparse_layers(checkpoint, settings, samples=samples))
         changes = {name: pruned[name].float() - checkpoint.tensor(name).float() for name in names}
         errors[criterion] = [(torch.cat(found[name]) @ changes[name].T).square().sum().item() for name in names]

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from loram.alignment.arguments import build_arguments
 from loram.alignment.distill import AlignTrainer
 from loram.alignment.judge import Judge, best_step, stale_probes
 from loram.alignment.mixture import Rows, cached_rows, collate, draw, read_rows
-from loram.alignment.options import build_arguments, check_options
+from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.alignment.probe import Probe, hold_out, split
 from loram.alignment.sample import sample_rows
-from loram.alignment.spec import AlignSpec
 from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.progress import track, training_progress
 from loram.compute.device import allocate_, compute_dtype, fits, pick_device
 from loram.compute.loading import load_model, load_tokenizer, open_full
-from loram.data.spec import DataSpec
 from loram.disk.artifacts import check_output, digest, find_manifest, publish
 from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
 from loram.disk.files import copy_side_files
@@ -45,22 +44,12 @@ def align(
     pruned: str | Path,
     out: str | Path,
     *,
-    data: Any = None,
-    teacher: Any = None,
+    options: AlignOptions | None = None,
     base: str | Path | None = None,
-    objective: str = "distill",
-    clm_weight: float | None = None,
-    train_embeddings: bool = False,
-    probe: bool = True,
-    probe_data: DataSpec | str | Path | Mapping[str, Any] | None = None,
-    probe_steps: int = 16,
-    eval_steps: int = 50,
-    patience: int = 3,
-    stream: bool = False,
-    trainer: Mapping[str, Any] | None = None,
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
+    **fields: Any,
 ) -> Path:
     """Train all weights of a pruned model, but for embedding and lm_head, on what the full model predicts.
 
@@ -77,25 +66,13 @@ def align(
     Args:
         pruned: the pruned folder.
         out: the aligned folder to make: like `pruned`, and the loss curve with the probes in `align_log.jsonl`.
-        data: one data set or several (see `loram.data.tokens`), as names, mappings or specs, each with an optional
-            `weight` (see `loram.alignment.mixture.draw`). Without any, and without `teacher`, text sampled from the
-            full model.
-        teacher: one folder that `teach` made, or several, likewise with weights.
+        options: how to align; single options may be given by name instead: `data=`, one data set or several (see
+            `loram.data.tokens`) as names, mappings or specs; `teacher=`, folders that `teach` wrote, and so on.
         base: the full model, where it is not at the name that the plan has.
-        objective: `distill`, `clm` or `mix`.
-        clm_weight: of `mix`: the share of cross entropy, between 0 and 1 (default: 0.5).
-        train_embeddings: train embedding and lm_head too.
-        probe: whether to probe; else the last step's weights are kept.
-        probe_data: rows for the probe; without it some rows of the data are held out for it.
-        probe_steps: steps of the probe's LoRA run.
-        eval_steps: alignment steps between probes.
-        patience: stop after so many probes without a new best one.
-        stream: read the full model from disk layer by layer in probes even where it fits in memory.
-        trainer: options of transformers' `TrainingArguments` under their own names, and `max_length`, over
-            `loram.alignment.options.TRAINER_DEFAULTS`.
         seed: of everything drawn.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted alignment.
+        fields: single options by name, over `options`; see `AlignOptions`.
 
     Returns:
         `out`.
@@ -106,20 +83,7 @@ def align(
         FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
     """
     out = Path(out)
-    spec = AlignSpec.of(
-        dataset=data,
-        teacher=teacher,
-        objective=objective,
-        clm_weight=clm_weight,
-        train_embeddings=train_embeddings,
-        probe=probe,
-        probe_dataset=probe_data,
-        probe_steps=probe_steps,
-        eval_steps=eval_steps,
-        patience=patience,
-        stream=stream,
-        trainer=dict(trainer or {}),
-    )
+    spec = AlignOptions.of(options, **fields)
     check_output(out, pruned)
     on = pick_device(device)
     processes.join(cpu=on.type == "cpu")
@@ -136,7 +100,7 @@ def align(
     with publish(out, kind="pruned", made_from=made_from, settings=settings) as staging, checkpoints.open(fresh=fresh):
         history, trained = _fit(job, checkpoints)
         if processes.first():
-            _write(job.student, trained, staging, frozen=() if train_embeddings else (EMBEDDING, HEAD))
+            _write(job.student, trained, staging, frozen=() if spec.train_embeddings else (EMBEDDING, HEAD))
             log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
             (staging / LOG_NAME).write_text(log, encoding="utf-8")
     if spec.trainer.get("save_strategy", "no") == "no":
@@ -154,7 +118,7 @@ class _Job:
         train, probe: rows to align on, and rows to train a probe on and to judge it by.
     """
 
-    spec: AlignSpec
+    spec: AlignOptions
     options: Mapping[str, Any]
     device: torch.device
     student: Checkpoint
@@ -185,9 +149,9 @@ class _Job:
         return found
 
 
-def _prepare(student: Checkpoint, spec: AlignSpec, base: str | Path | None, seed: int, device: torch.device) -> _Job:
+def _prepare(student: Checkpoint, spec: AlignOptions, base: str | Path | None, seed: int, device: torch.device) -> _Job:
     """Everything opened and checked, so that what cannot work is said before anything is trained."""
-    options = check_options(spec.trainer, seed)
+    options = resolve_trainer(spec.trainer, seed)
     if not student.pruned:
         raise UserError(
             f"{student.name}: not a pruned folder; alignment trains what `loram prune` made of a full model"

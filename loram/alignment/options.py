@@ -1,30 +1,16 @@
-"""Options of the alignment's Trainer: transformers' own, under their own names."""
+"""Options of alignment: what they are, what their defaults are, and what would not mean what it says."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import torch
-from transformers import TrainingArguments
+from pydantic import AliasChoices, BaseModel, PositiveInt, field_validator, model_validator
 
 from loram.base.errors import UserError
-from loram.compute.device import compute_dtype
-from loram.trainer.arguments import as_user_error, check_names, checkpointing, option_names
+from loram.base.options import Options, option, passed_on
+from loram.data.spec import CacheSpec, WeightedSpec, as_mapping
+from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
 
-TRAINER_DEFAULTS: Mapping[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "num_train_epochs": 1,
-    "max_length": 512,
-    "logging_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 50,
-    "save_total_limit": 1,
-    "report_to": "none",
-}
-# What loram decides itself, and what would be ignored in silence.
+# Options that loram decides itself, or that would be ignored in silence.
 _OURS = {
     "output_dir",
     "do_eval",
@@ -46,45 +32,134 @@ _OURS = {
 }
 
 
-def check_options(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any]:
-    """Our defaults with the given options over them; options that would not mean what they say are refused.
+class AlignTrainerFlags(TrainerFlags):
+    """The options of transformers' TrainingArguments that have a default, a flag or another tool's name here."""
+
+    warmup_steps: float = option(
+        0.05,
+        "Warm-up steps, or a share of all steps if below 1.",
+        also="warmup_ratio",
+        note="; a value below 1 is a share of all steps",
+    )
+
+
+class AlignOptions(Options):
+    """How to align a pruned model with the full one; see `loram.alignment.align.align`."""
+
+    stage: ClassVar[str] = "align"
+
+    dataset: tuple[WeightedSpec, ...] = option(
+        (),
+        "The data sets to align on, each with an optional weight (default: text that the full model writes).",
+        validation_alias=AliasChoices("dataset", "data"),
+        common=True,
+    )
+    teacher: tuple[CacheSpec, ...] = option(
+        (), "Folders that teach wrote, in place of data sets (default: the full model is loaded).", common=True
+    )
+    objective: Literal["distill", "clm", "mix"] = option(
+        "distill", "What is learnt: the full model's predictions, the text itself, or both."
+    )
+    clm_weight: float | None = option(
+        None, "The share of the text's own loss with the objective mix (default: 0.5).", gt=0, lt=1
+    )
+    train_embeddings: bool = option(False, "Train the embedding and lm_head too.")
+    probe: bool = option(True, "Keep the weights whose probe, recovered on the full model, is best.")
+    probe_dataset: WeightedSpec | None = option(
+        None,
+        "The rows of the probe (default: some rows of the data are held out for it).",
+        validation_alias=AliasChoices("probe_dataset", "probe_data"),
+    )
+    probe_steps: PositiveInt = option(16, "The steps of the probe's LoRA training.")
+    eval_steps: PositiveInt = option(50, "The alignment steps from one probe to the next.")
+    patience: PositiveInt = option(3, "Stop after so many probes without a new best one.")
+    stream: bool = option(False, "Read the full model from disk layer by layer in probes, even where it fits.")
+    trainer: dict[str, Any] = passed_on(
+        AlignTrainerFlags,
+        "transformers' TrainingArguments",
+        "Any option of transformers' TrainingArguments, such as weight_decay=0.1.",
+        others=TRAINER_NAMES,
+    )
+
+    @field_validator("dataset", "teacher", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        return [cls._one(each) for each in values]
+
+    @field_validator("probe_dataset", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return value.model_dump() if isinstance(value, BaseModel) else as_mapping(value)
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "AlignOptions":
+        if self.teacher and self.dataset:
+            raise ValueError("teacher and dataset: the rows come from the teacher's folder; drop one of them")
+        if self.teacher and self.objective == "clm":
+            raise ValueError("teacher: clm learns from the text alone and asks no teacher; drop one of them")
+        if self.clm_weight is not None and self.objective != "mix":
+            raise ValueError(f"clm_weight: is of the objective mix, and this is {self.objective}; drop one of them")
+        if self.probe_dataset is not None and not self.probe:
+            raise ValueError("probe_dataset: given, but there is to be no probe; drop one of them")
+        if "max_length" in self.trainer and self.teacher and self.probe_dataset is None:
+            raise ValueError("trainer: max_length is that of the teacher's rows; leave it out")
+        for name in ("dataset", "teacher"):
+            weights = [one.weight for one in getattr(self, name)]
+            if None in weights and any(weights):
+                raise ValueError(f"{name}: give every one a weight, or none")
+        return self
+
+    @property
+    def text_share(self) -> float:
+        """The share of the text's cross entropy in the loss; the teacher has the rest."""
+        shares = {"distill": 0.0, "clm": 1.0, "mix": 0.5 if self.clm_weight is None else self.clm_weight}
+        return shares[self.objective]
+
+    @property
+    def live(self) -> bool:
+        """Whether the full model predicts while the student learns."""
+        return not self.teacher and self.objective != "clm"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether there is no text but what the full model writes."""
+        return not self.teacher and not self.dataset
+
+
+class TeachOptions(Options):
+    """How to cache what the full model predicts; see `loram.alignment.teach.teach`."""
+
+    stage: ClassVar[str] = "teach"
+
+    top_k: int = option(  # from 1 to the size of the vocabulary, which only the stage knows
+        64, "How many of the likeliest next tokens are stored at every place.", common=True
+    )
+    max_length: PositiveInt = option(512, "Each row is cut to so many tokens, a long text into pieces of so many.")
+    part_tokens: int = option(
+        1 << 18, "Tokens per pass over the model; a stopped run goes on after the last finished pass."
+    )
+
+    @model_validator(mode="after")
+    def _parts_hold_something(self) -> "TeachOptions":
+        if self.part_tokens < 1:
+            raise ValueError(f"part_tokens {self.part_tokens}: must be at least 1")
+        return self
+
+
+def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any]:
+    """The Trainer's options with our defaults filled in; options that would not mean what they say are refused.
 
     Raises:
         UserError: transformers has no such option (names the nearest), or it is not for the user to set.
     """
+    from transformers import TrainingArguments
+
     if ours := [key for key in trainer if key in _OURS]:
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and judges the weights itself")
     known = ["max_length", *option_names(TrainingArguments)]
     check_names(trainer, known, "trainer", "TrainingArguments", "align.trainer")
-    options = {**TRAINER_DEFAULTS, "seed": seed, **trainer}
+    options = {**defaults_of(AlignTrainerFlags), "seed": seed, **trainer}
     if not isinstance(options["max_length"], int) or options["max_length"] < 2:
         raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")
     return options
-
-
-def build_arguments(options: Mapping[str, Any], device: torch.device, output_dir: Path) -> TrainingArguments:
-    """transformers' TrainingArguments: float32 weights, on a GPU that has it with autocast to bfloat16.
-
-    Args:
-        options: as `check_options` gives them.
-        device: what is trained on.
-        output_dir: where the Trainer writes.
-
-    Raises:
-        UserError: what transformers says of the first bad value.
-    """
-    on_gpu = device.type == "cuda"
-    values = {
-        "bf16": on_gpu and compute_dtype(device) == torch.bfloat16,
-        "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": on_gpu,
-        **{key: value for key, value in options.items() if key != "max_length"},
-        **checkpointing(options, default=on_gpu, known=option_names(TrainingArguments)),
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "output_dir": str(output_dir),
-    }
-    try:
-        return TrainingArguments(**values)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise as_user_error(error, "align") from error

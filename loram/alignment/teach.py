@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loram.alignment.options import TeachOptions
 from loram.alignment.teacher import INFO_NAME, TeacherInfo, part_name, write_part
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype, pick_device
@@ -22,7 +23,6 @@ from loram.model.plan import BaseReference
 
 logger = logging.getLogger(__name__)
 
-PART_TOKENS = 1 << 18
 _REQUEST_NAME = "request.json"
 
 
@@ -31,11 +31,10 @@ def teach(
     out: str | Path,
     *,
     data: DataSpec | str | Path | Mapping[str, Any],
-    top_k: int = 64,
-    max_length: int = 512,
-    part_tokens: int = PART_TOKENS,
+    options: TeachOptions | None = None,
     device: str | None = None,
     fresh: bool = False,
+    **fields: Any,
 ) -> Path:
     """Store the `top_k` likeliest next tokens, and the log of the remaining mass, at every place in the loss.
 
@@ -46,11 +45,11 @@ def teach(
         model: hub id, folder or GGUF file of the full model.
         out: the cache folder to make; see `loram.alignment.teacher` for what is in it.
         data: the text (see `loram.data.tokens`): of rows with a prompt only the completion is in the loss.
-        top_k: how many tokens a place.
-        max_length: tokens a row; longer rows lose their end, a long text is cut into pieces of this.
-        part_tokens: more need fewer passes over the model, and as many hidden states in memory or a scratch file.
+        options: how to do it; single options may be given by name instead: `top_k=8`. A larger `part_tokens` needs
+            fewer passes over the model, and more room for hidden states, in memory or in a scratch file.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-parts` has finished parts.
+        fields: single options by name, over `options`; see `TeachOptions`.
 
     Returns:
         `out`.
@@ -59,21 +58,19 @@ def teach(
         UserError: model or data cannot be used, a setting is out of range, `out` exists, or `OUT-parts` was begun with
             other settings.
     """
-    out, spec = Path(out), as_spec(data)
+    out, spec, settings = Path(out), as_spec(data), TeachOptions.of(options, **fields)
     check_output(out, model)
     checkpoint, chosen = open_model(model), pick_device(device)
-    tokens = load_tokens(spec, load_tokenizer(checkpoint), max_length, vocabulary=checkpoint.vocabulary)
+    tokens = load_tokens(spec, load_tokenizer(checkpoint), settings.max_length, vocabulary=checkpoint.vocabulary)
     input_ids, labels = tokens.rows["input_ids"][:], tokens.rows["labels"][:]
     vocab_size = checkpoint.shape(checkpoint.head)[0]
-    if not 0 < top_k <= vocab_size:
-        raise UserError(f"top_k {top_k}: must lie between 1 and the vocabulary's {vocab_size} tokens")
-    if part_tokens < 1:
-        raise UserError(f"part_tokens {part_tokens}: must be at least 1")
-    parts = _parts(input_ids, part_tokens)
+    if not 0 < settings.top_k <= vocab_size:
+        raise UserError(f"top_k {settings.top_k}: must lie between 1 and the vocabulary's {vocab_size} tokens")
+    parts = _parts(input_ids, settings.part_tokens)
     info = TeacherInfo(
         base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
         rows_digest=digest([input_ids, labels]),
-        top_k=top_k,
+        top_k=settings.top_k,
         vocab_size=vocab_size,
         part_rows=tuple(map(len, parts)),
     )
@@ -99,7 +96,7 @@ def teach(
                     pass
                 partial = path.with_suffix(".partial")
                 partial.unlink(missing_ok=True)
-                write_part(partial, ids, wanted, batches, stream.top_k(top_k), vocab_size)
+                write_part(partial, ids, wanted, batches, stream.top_k(settings.top_k), vocab_size)
                 sync(partial)
                 partial.rename(path)
             _publish(work, out, info, spec, len(parts))

@@ -201,16 +201,21 @@ def polish(
     """Train a recovered adapter a few steps on, on the full MODEL read from disk layer by layer."""
     data = data_spec(dataset, dataset_config, dataset_split, column, max_samples)
 
-    from loram.recovery.polish import PolishOptions
     from loram.recovery.polish import polish as stage
 
-    options = PolishOptions(
+    stage(
+        model,
+        adapter,
+        out,
+        data=data,
         max_steps=max_steps,
         learning_rate=learning_rate,
         per_device_train_batch_size=per_device_train_batch_size,
         max_length=max_length,
+        seed=seed,
+        device=device,
+        fresh=fresh,
     )
-    stage(model, adapter, out, data=data, options=options, seed=seed, device=device, fresh=fresh)
     typer.echo(f"{out}: polished adapter written")
 
 

@@ -72,3 +72,8 @@ def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
         return DataSpec.model_validate(dict(data) if isinstance(data, Mapping) else {"path": str(data)})
     except ValidationError as error:
         raise UserError(f"data: {first_problem(error)}") from error
+
+
+def as_mapping(value: Any) -> Any:
+    """`{"path": value}` of a path alone, as recipes and Python allow; anything else as it is."""
+    return {"path": str(value)} if isinstance(value, str | Path) else value

@@ -13,6 +13,7 @@ from loram.compute.loading import load_tokenizer
 from loram.data.spec import DataSpec, as_spec
 from loram.disk.adapter import load_for
 from loram.disk.opening import open_model
+from loram.evaluation.options import EvaluateOptions
 
 
 class Report(BaseModel):
@@ -46,10 +47,9 @@ def evaluate(
     *,
     adapter: str | Path | None = None,
     data: DataSpec | str | Path | Mapping[str, Any],
-    max_samples: int | None = None,
-    max_length: int = 1024,
-    stream: bool = False,
+    options: EvaluateOptions | None = None,
     device: str | None = None,
+    **fields: Any,
 ) -> Report:
     """Perplexity of a model on a data set: completion tokens where there is a prompt, all tokens of plain text.
 
@@ -57,21 +57,21 @@ def evaluate(
         base: hub id, folder or GGUF file of a full model, or a pruned or merged folder.
         adapter: LoRA folder that fits `base`: a recovered one on the full model, a trained one on its pruned model.
         data: the rows (see `loram.data.tokens`).
-        max_samples: only the first so many rows; of a plain text file the first so many pieces.
-        max_length: tokens; longer rows lose their end, a long text is cut into pieces of this.
-        stream: read the model from disk one decoder layer at a time instead of loading it; for models that fit in
-            neither memory nor GPU. The result is the same.
+        options: how to evaluate; single options may be given by name instead: `stream=True`, which reads the model from
+            disk one decoder layer at a time, for models that fit in neither memory nor GPU, with the same result.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        fields: single options by name, over `options`; see `EvaluateOptions`.
 
     Raises:
         UserError: model, adapter or data cannot be used, or the adapter does not fit the model.
     """
+    settings = EvaluateOptions.of(options, **fields)
     checkpoint, spec = open_model(base), as_spec(data)
     update = None if adapter is None else load_for(checkpoint, Path(adapter))
     chosen = pick_device(device)
-    tokens = load_scored(spec, checkpoint, load_tokenizer(checkpoint), max_samples, max_length)
+    tokens = load_scored(spec, checkpoint, load_tokenizer(checkpoint), settings.max_samples, settings.max_length)
     rows = tokens.rows
-    score = streamed_loss if stream else loaded_loss
+    score = streamed_loss if settings.stream else loaded_loss
     loss, count, parameters = score(checkpoint, update, chosen, rows["input_ids"][:], rows["labels"][:])
     if not math.isfinite(loss):
         raise FloatingPointError(f"{checkpoint.name}: the loss on {spec.path} is {loss}")

@@ -12,7 +12,7 @@ from loram.planner.settings import Settings, make_settings
 from loram.planner.shapes import Model, read_config
 from loram.planner.stages import Stage, stages
 from loram.planner.weights import adapted, frozen_bytes, trained
-from loram.pruning.settings import prune_settings
+from loram.pruning.options import PruneOptions
 
 
 class Arithmetic(BaseModel):
@@ -162,9 +162,9 @@ def estimate_with(
 ) -> Estimate:
     """As `estimate`, of a config.json's content and checked settings."""
     pruned = ratio is not None or pattern != STRUCTURED
-    pruning = prune_settings(
+    pruning = PruneOptions.of(
         ratio=ratio if pruned else 0.5, pattern=pattern, keep_first=keep_first, keep_last=keep_last
-    )
+    ).resolved()
     full = Model.of(config, where, None, 0, 0)
     ratio = pruning.ratio if pruned else None
     model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pattern)

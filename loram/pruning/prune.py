@@ -13,7 +13,7 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import pick_device
 from loram.compute.loading import load_tokenizer, write_config
-from loram.data.spec import DataSpec, as_spec
+from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
 from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
@@ -25,10 +25,9 @@ from loram.model.architecture import CUTS, Architecture, architecture_of
 from loram.model.counts import prunable_layers
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
-from loram.model.sparsity import STRUCTURED
 from loram.pruning.choose import choose
+from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.score import ScoredLayer, score_layers
-from loram.pruning.settings import PruneSettings, check_counts, prune_settings
 from loram.pruning.sparse import prune_sparse
 
 BUILTIN_CALIBRATION = Path(__file__).parent / "calibration.jsonl"
@@ -39,18 +38,11 @@ def prune(
     base: str | Path,
     out: str | Path,
     *,
-    ratio: float | None = None,
-    criterion: str | None = None,
-    pattern: str = STRUCTURED,
-    calibration: DataSpec | str | Path | None = None,
-    calibration_samples: int = 10,
-    calibration_length: int = 128,
-    keep_first: int | None = None,
-    keep_last: int | None = None,
-    bias_compensation: bool = False,
+    options: PruneOptions | None = None,
     seed: int = 42,
     device: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    **fields: Any,
 ) -> PruningPlan:
     """Make a model smaller: remove units of its middle layers, or single weights of all its layers.
 
@@ -65,18 +57,11 @@ def prune(
     Args:
         base: hub id, folder or GGUF file of the full model.
         out: the pruned folder to make: an ordinary Hugging Face folder with `loram_plan.json`.
-        ratio: share of the units, or weights, to remove, between 0 and 1; n:m implies it.
-        criterion: of `loram.pruning.settings.STRUCTURED_CRITERIA` (default: taylor) or `SPARSE_CRITERIA` (sparsegpt).
-        pattern: `structured`; `4:8`, `2:4` or any n:m, which keeps n of every m weights; or `unstructured`.
-        calibration: data set for criteria that read text; a few built-in passages where none is given.
-        calibration_samples: how many of its rows.
-        calibration_length: tokens a sample is cut to.
-        keep_first, keep_last: layers to leave whole; by default 4 and 2, and none with sparse patterns.
-        bias_compensation: give o_proj and down_proj of narrowed layers a bias that adds what the removed inputs add
-            on average over the calibration text (FLAP, arXiv 2312.11983, section 3.3).
+        options: how to prune; single options may be given by name instead: `ratio=0.5`.
         seed: of the random criterion.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         shard_bytes: size of the files that weights are written to, at most.
+        fields: single options by name, over `options`; see `PruneOptions`.
 
     Returns:
         The plan that was written.
@@ -85,24 +70,17 @@ def prune(
         UserError: the model or data cannot be used, a setting is out of range, or `out` exists.
     """
     out = Path(out)
-    settings = prune_settings(
-        pattern=pattern,
-        ratio=ratio,
-        criterion=criterion,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        bias_compensation=bias_compensation,
-    )
+    settings = PruneOptions.of(options, **fields).resolved()
     check_output(out, base)
     checkpoint = open_model(base)
     architecture = architecture_of(checkpoint.config, checkpoint.name)
-    check_counts(settings, checkpoint.geometry, architecture.model_type)
+    settings.check_fits(checkpoint.geometry, architecture)
     check_weights(checkpoint, architecture)
 
     samples: list[list[int]] = []
     if settings.reads_text:
         tokenizer = load_tokenizer(checkpoint)
-        tokens = load_calibration(checkpoint, tokenizer, calibration, calibration_samples, calibration_length)
+        tokens = load_calibration(checkpoint, tokenizer, settings)
         samples = [list(ids) for ids in tokens.rows["input_ids"]]
     write = prune_sparse if settings.sparse else _prune_structured
     return write(
@@ -113,7 +91,7 @@ def prune(
 def _prune_structured(
     checkpoint: Checkpoint,
     out: Path,
-    settings: PruneSettings,
+    settings: ResolvedPruneOptions,
     *,
     samples: list[list[int]],
     seed: int,
@@ -252,17 +230,16 @@ def _shares_embedding(checkpoint: Checkpoint) -> bool:
     )
 
 
-def load_calibration(
-    checkpoint: Checkpoint, tokenizer: Any, data: DataSpec | str | Path | None, count: int, length: int
-) -> Tokens:
-    """The `count` longest rows or pieces of the calibration data, or of the built-in passages where none is given.
+def load_calibration(checkpoint: Checkpoint, tokenizer: Any, options: PruneOptions) -> Tokens:
+    """The longest rows or pieces of the calibration data, or of the built-in passages where there is none.
 
     Raises:
         UserError: as `loram.data.tokens.load_tokens`.
     """
-    spec = as_spec(data or BUILTIN_CALIBRATION)
+    count = options.calibration_samples
+    spec = as_spec(options.calibration or BUILTIN_CALIBRATION)
     spec = spec.model_copy(update={"max_samples": min(count, spec.max_samples or count)})
-    tokens = load_tokens(spec, tokenizer, length, vocabulary=checkpoint.vocabulary)
+    tokens = load_tokens(spec, tokenizer, options.calibration_length, vocabulary=checkpoint.vocabulary)
     lengths = [len(ids) for ids in tokens.rows["input_ids"]]
     # stable: whole pieces of a text before its short ends
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:count]

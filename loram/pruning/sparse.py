@@ -23,7 +23,7 @@ from loram.model.counts import prunable_layers
 from loram.model.modeling_loram import pack
 from loram.model.plan import MASKS_NAME, BaseReference, PruningPlan
 from loram.pruning.criteria import InputStatistics
-from loram.pruning.settings import PruneSettings
+from loram.pruning.options import ResolvedPruneOptions
 from loram.pruning.sparsify import READS, Hessian, Inputs, sparsify
 
 # Linears that read what another one reads: its inputs are looked at once.
@@ -50,7 +50,7 @@ class SparseLayer:
 def prune_sparse(
     checkpoint: Checkpoint,
     out: Path,
-    settings: PruneSettings,
+    settings: ResolvedPruneOptions,
     *,
     samples: Sequence[list[int]],
     seed: int,
@@ -93,7 +93,7 @@ def prune_sparse(
 
 
 def sparse_plan(
-    geometry: Geometry, model_type: str, base: BaseReference, settings: PruneSettings, *, seed: int, masks: str
+    geometry: Geometry, model_type: str, base: BaseReference, settings: ResolvedPruneOptions, *, seed: int, masks: str
 ) -> PruningPlan:
     """The plan of a sparse model; `masks` is the SHA-256 of its masks, or empty while there are none."""
     return PruningPlan(
@@ -131,7 +131,7 @@ def _mask(weight: str) -> str:
 
 def sparse_layers(
     checkpoint: Checkpoint,
-    settings: PruneSettings,
+    settings: ResolvedPruneOptions,
     *,
     samples: Sequence[list[int]] = (),
     seed: int = 42,
@@ -172,7 +172,7 @@ def sparse_layers(
 class _Job:
     """Gathers what the criterion reads of a layer's inputs, then prunes its linears."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: PruneSettings, seed: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: ResolvedPruneOptions, seed: int) -> None:
         self.checkpoint, self.settings, self.seed = checkpoint, settings, seed
         self.layers = prunable_layers(checkpoint.geometry, settings.keep_first, settings.keep_last)
         self.inputs: dict[str, Inputs] = {}  # by the weight that is looked at

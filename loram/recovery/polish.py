@@ -29,36 +29,13 @@ from loram.disk.artifacts import check_output, digest, find_manifest, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
+from loram.recovery.options import PolishOptions
 from loram.trainer.checkpoints import Checkpoints
 
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "polish_log.jsonl"
 _FACTORS, _OPTIMIZER, _LOG = "factors.safetensors", "optimizer.pt", "log.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolishOptions:
-    """How to polish; names and meanings as in transformers' `TrainingArguments`.
-
-    Args:
-        max_steps: optimiser steps, each of which reads the full model twice.
-        per_device_train_batch_size: rows a step; they go through a layer in micro-batches of 2,048 tokens.
-        learning_rate: at the first step; falls to 0 along a cosine.
-        max_length: tokens a row.
-        max_grad_norm: gradients are clipped to.
-    """
-
-    max_steps: int = 8
-    per_device_train_batch_size: int = 16
-    learning_rate: float = 5e-4
-    max_length: int = 512
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not value > 0:
-                raise UserError(f"polish: {name} is {value}, but should be above 0")
 
 
 def polish(
@@ -71,6 +48,7 @@ def polish(
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
+    **fields: Any,
 ) -> Path:
     """Go on training a recovered adapter on the full model, which is read from disk layer by layer.
 
@@ -86,10 +64,11 @@ def polish(
         adapter: the recovered adapter, or any LoRA adapter of `base`.
         out: the adapter folder to make, of the same shapes.
         data: the training rows (see `loram.data.tokens`).
-        options: steps, rows a step, learning rate, lengths.
+        options: how to polish; single options may be given by name instead: `max_steps=4`.
         seed: of the order of rows.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted run.
+        fields: single options by name, over `options`; see `PolishOptions`.
 
     Returns:
         `out`.
@@ -99,7 +78,7 @@ def polish(
             other settings or data.
         FloatingPointError: a loss or gradient is not finite.
     """
-    out, source, chosen = Path(out), Path(adapter), options or PolishOptions()
+    out, source, chosen = Path(out), Path(adapter), PolishOptions.of(options, **fields)
     check_output(out, base, source)
     checkpoint, spec = open_model(base), as_spec(data)
     start = load_for(checkpoint, source)
@@ -115,7 +94,7 @@ def polish(
         "adapter": start.fingerprint,
         "rows": digest([rows["input_ids"][:], rows["labels"][:]]),
     }
-    settings = {**dataclasses.asdict(chosen), "data": spec.model_dump(mode="json"), "seed": seed}
+    settings = {**chosen.model_dump(), "data": spec.model_dump(mode="json"), "seed": seed}
     checkpoints = Checkpoints(
         out.with_name(f"{out.name}-checkpoints"),
         made_from=made_from,

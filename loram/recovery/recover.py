@@ -1,7 +1,6 @@
 """The recover stage: an adapter trained on a pruned model -> a stock PEFT adapter for the full one."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from loram.base.errors import UserError
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored
 from loram.compute.loading import load_tokenizer, open_full
-from loram.data.spec import DataSpec, as_spec
 from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
 from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
 from loram.disk.checkpoint import HEAD, Checkpoint
@@ -22,6 +20,7 @@ from loram.disk.tensorfile import TensorFile
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 from loram.model.resize import widen
 from loram.recovery.correct import best_multiplier, correct_adapter
+from loram.recovery.options import RecoverOptions
 
 _DEV_LENGTH = 1024
 
@@ -30,11 +29,11 @@ def recover(
     adapter: str | Path,
     out: str | Path,
     *,
-    correct: bool = False,
-    dev_data: DataSpec | str | Path | Mapping[str, Any] | None = None,
+    options: RecoverOptions | None = None,
     base: str | Path | None = None,
     pruned: str | Path | None = None,
     device: str | None = None,
+    **fields: Any,
 ) -> Path:
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
@@ -47,11 +46,12 @@ def recover(
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
             `loram_plan.json` copied beside it will do.
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
-        correct: take out what alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
-        dev_data: development rows, to choose a multiplier of the update on (see `loram.data.tokens`).
-        base: the full model for these three, where it is not at the name that the plan has.
+        options: what to do beyond widening; single options may be given by name instead: `correct=True` takes out what
+            alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
+        base: the full model for that and for DoRA, where it is not at the name that the plan has.
         pruned: the folder the adapter was trained on, for `correct`, where it is not at the name the adapter has.
-        device: for `dev_data`: `cpu`, `cuda`, ...; the first GPU where there is one.
+        device: for `dev_dataset`: `cpu`, `cuda`, ...; the first GPU where there is one.
+        fields: single options by name, over `options`; see `RecoverOptions`.
 
     Returns:
         `out`.
@@ -61,6 +61,7 @@ def recover(
             the model it was trained on, `base` or `pruned` are other models, or `out` exists.
     """
     source, out = Path(adapter), Path(out)
+    chosen = RecoverOptions.of(options, **fields)
     check_output(out, source)
     trained = Adapter.load(source)
     plan = find_plan(source)
@@ -76,11 +77,11 @@ def recover(
         )
     _check_origin(source, trained, plan, manifest)
     trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
-    if trained.dora and (correct or dev_data is not None):
+    if trained.dora and (chosen.correct or chosen.dev_dataset is not None):
         raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
-    settings: dict[str, Any] = {"correct": correct}
-    full = open_full(plan, base) if correct or dev_data is not None else None
-    if correct and full is not None:
+    settings: dict[str, Any] = {"correct": chosen.correct}
+    full = open_full(plan, base) if chosen.correct or chosen.dev_dataset is not None else None
+    if chosen.correct and full is not None:
         in_4bit = manifest is not None and bool(manifest.settings.get("load_in_4bit"))
         trained = correct_adapter(trained, plan, full, _trained_on(trained, manifest, pruned), in_4bit=in_4bit)
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
@@ -88,8 +89,7 @@ def recover(
         tensors |= _magnitudes(trained, plan, open_full(plan, base))
     config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
     recovered = dataclasses.replace(trained, config=config, tensors=tensors)
-    if dev_data is not None and full is not None:
-        spec = as_spec(dev_data)
+    if (spec := chosen.dev_dataset) is not None and full is not None:
         rows = load_scored(spec, full, load_tokenizer(full), None, _DEV_LENGTH).rows
         best, losses = best_multiplier(full, recovered, (rows["input_ids"][:], rows["labels"][:]), pick_device(device))
         recovered = scaled(recovered, best)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loram.alignment.options import check_options as check_align_options
+from loram.alignment.options import resolve_trainer
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype, pick_device
 from loram.compute.likelihood import load_scored
@@ -30,16 +30,18 @@ from loram.planner.shapes import Model
 from loram.planner.show import memory_table
 from loram.planner.size import show_size
 from loram.pruning.choose import choose
+from loram.pruning.options import PruneOptions
 from loram.pruning.prune import load_calibration
 from loram.pruning.sparse import sparse_plan
 from loram.run.pipeline import check
-from loram.run.recipe import PruneSection, Recipe
-from loram.run.stages import anchor_steps, asked
+from loram.run.recipe import Recipe
+from loram.run.stages import anchor_steps
 from loram.trainer.arguments import as_user_error, checkpoints_activations
+from loram.training.configs import build_configs
 from loram.training.methods.adapters import specialise_
 from loram.training.methods.table import METHODS
 from loram.training.methods.weights import unfreeze_
-from loram.training.options import TrainOptions, build_configs, check_options
+from loram.training.options import TrainOptions, resolve
 
 EXAMPLES = 2
 
@@ -119,7 +121,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: the first thing that would stop the run.
     """
     check(recipe)
-    training = check_options(asked(recipe))
+    training = resolve(recipe.train)
     device = pick_device(recipe.device)
     adapter, arguments = build_configs(training, device)
     checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)
@@ -137,7 +139,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer)
     to_align = {}
     if recipe.align is not None:
-        aligning = check_align_options(recipe.align.trainer)
+        aligning = resolve_trainer(recipe.align.trainer)
         to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
@@ -191,18 +193,15 @@ def _trained(
         yield "full", empty_model(full, dtype), sizes, None
 
 
-def _calibration(section: PruneSection | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
-    if section is None or not section.settled().reads_text:
+def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
+    if section is None or not section.resolved().reads_text:
         return None
-    found = load_calibration(
-        checkpoint, tokenizer, section.calibration, section.calibration_samples, section.calibration_length
-    )
-    return _count(found, all_in_loss=True)
+    return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)
 
 
-def _shape_of_plan(checkpoint: Checkpoint, section: PruneSection, seed: int) -> PruningPlan:
+def _shape_of_plan(checkpoint: Checkpoint, section: PruneOptions, seed: int) -> PruningPlan:
     """A plan that keeps as many units or weights as the run's will; which ones needs the weights."""
-    architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, section.settled()
+    architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, section.resolved()
     base = BaseReference(name=checkpoint.name, fingerprint="")
     if cut.sparse:
         return sparse_plan(geometry, architecture.model_type, base, cut, seed=seed, masks="")
@@ -257,13 +256,13 @@ def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
 
 def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int, int]:
     """(weights that train, with LISA sooner or later; bytes of weights, gradients and AdamW's moments in float32)."""
-    layers = unfreeze_(model, pruned=pruned, around=not chosen.lisa or chosen.lisa["train_embeddings"])
+    layers = unfreeze_(model, pruned=pruned, around=not chosen.lisa or chosen.lisa.train_embeddings)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     at_once = trained
     if chosen.lisa:
         per_layer = sorted(sum(parameter.numel() for parameter in layer) for layer in layers)
-        at_once -= sum(per_layer[: -chosen.lisa["active_layers"]])
+        at_once -= sum(per_layer[: -chosen.lisa.active_layers])
     return trained, 4 * total + 12 * at_once
 
 
@@ -283,7 +282,7 @@ def _settings(
             lora_target_modules=tuple(sorted(adapter.target_modules)),
             lora_dtype=chosen.lora_dtype,
             lora_dropout=adapter.lora_dropout,
-            lora_sp_share=None if chosen.lora_sp is None else chosen.lora_sp["share"],
+            lora_sp_share=None if chosen.lora_sp is None else chosen.lora_sp.share,
             max_length=arguments.max_length if arguments.packing else longest,
             optim=str(getattr(arguments.optim, "value", arguments.optim)),
             per_device_train_batch_size=arguments.per_device_train_batch_size,

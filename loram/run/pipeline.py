@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from loram.alignment.options import check_options as check_align_options
+from loram.alignment.options import resolve_trainer
 from loram.alignment.teacher import TeacherCache
 from loram.base.errors import UserError
 from loram.compute.loading import open_full
@@ -11,14 +11,14 @@ from loram.data.tokens import load_rows
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model.architecture import architecture_of
+from loram.pruning.options import PruneOptions
 from loram.pruning.prune import check_weights
-from loram.pruning.settings import check_counts
-from loram.run.recipe import PruneSection, Recipe
+from loram.run.recipe import Recipe
 from loram.run.record import Done, Record, start_over
 from loram.run.report import RunReport
-from loram.run.stages import Small, adapt, asked, base_of, evaluation, judged, row_of, shrink, trained_on
+from loram.run.stages import Small, adapt, base_of, evaluation, judged, row_of, shrink, trained_on
 from loram.training.methods.table import METHODS
-from loram.training.options import check_options
+from loram.training.options import resolve
 
 
 def check(recipe: Recipe) -> None:
@@ -34,12 +34,12 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"prune: missing, and {checkpoint.name} is a full model; add the section, or name a pruned folder"
         )
-    check_options(asked(recipe))
-    if recipe.train.mask_update and not (checkpoint.sparse if recipe.prune is None else recipe.prune.settled().sparse):
+    resolve(recipe.train)
+    if recipe.train.mask_update and not (checkpoint.sparse if recipe.prune is None else recipe.prune.resolved().sparse):
         raise UserError("train.mask_update: is for sparse models; set prune.pattern to 4:8, or leave it out")
     specs = [recipe.dataset, *recipe.eval_dataset.values(), recipe.recover.dev_dataset]
     if recipe.align is not None:
-        check_align_options(recipe.align.trainer)
+        resolve_trainer(recipe.align.trainer)
         specs += [*recipe.align.dataset, recipe.align.probe_dataset]
         for cache in recipe.align.teacher:
             TeacherCache(Path(cache.path))
@@ -51,11 +51,11 @@ def check(recipe: Recipe) -> None:
             load_rows(spec)
 
 
-def _check_pruning(checkpoint: Checkpoint, section: PruneSection) -> None:
+def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:
     architecture = architecture_of(checkpoint.config, checkpoint.name)
     check_weights(checkpoint, architecture)
     try:
-        check_counts(section.settled(), checkpoint.geometry, architecture.model_type)
+        section.resolved().check_fits(checkpoint.geometry, architecture)
     except UserError as error:
         raise UserError(f"prune.{error}") from error
 

@@ -1,165 +1,101 @@
 """A recipe: the YAML that describes a whole run, validated before anything happens."""
 
-import difflib
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import PositiveFloat, ValidationError, field_validator, model_validator
 
-from loram.alignment.spec import AlignSpec
+from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
-from loram.data.spec import DataSpec
-from loram.model.sparsity import STRUCTURED
-from loram.pruning.settings import PruneSettings, prune_settings
-from loram.training.methods.table import LisaOptions, LoraSpOptions
+from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
+from loram.data.spec import DataSpec, as_mapping
+from loram.evaluation.options import EvaluateOptions
+from loram.pruning.options import PruneOptions
+from loram.recovery.options import PolishOptions, RecoverOptions
+from loram.training.options import TrainOptions
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class PolishSection(PolishOptions):
+    """Options of `loram.polish`, by default on the training data, at the learning rate of training."""
+
+    dataset: DataSpec | None = option(None, "The rows to polish on (default: the training data).")
+    learning_rate: PositiveFloat | None = option(  # type: ignore[assignment]
+        None, "The learning rate of the first step (default: that of training)."
+    )
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return as_mapping(value)
 
 
-class PruneSection(_Section):
-    """Options of `loram.prune`."""
+class EvaluateSection(EvaluateOptions):
+    """Options of `loram.evaluate`, and what else is evaluated."""
 
-    ratio: float | None = Field(default=None, gt=0, lt=1)
-    criterion: str | None = None
-    pattern: str = STRUCTURED
-    calibration: DataSpec | None = None
-    calibration_samples: PositiveInt = 10
-    calibration_length: PositiveInt = 128
-    keep_first: int | None = Field(default=None, ge=0)
-    keep_last: int | None = Field(default=None, ge=0)
-    bias_compensation: bool = False
-
-    _spec = field_validator("calibration", mode="before")(lambda value: _as_spec(value))
-    _text = field_validator("pattern", mode="before")(lambda value: _as_pattern(value))
-
-    def settled(self) -> PruneSettings:
-        """What `prune` makes of it."""
-        names = ("pattern", "ratio", "criterion", "keep_first", "keep_last", "bias_compensation")
-        return prune_settings(**{name: getattr(self, name) for name in names})
+    full_lora: bool = option(False, "Also train LoRA on the full model, to compare with.")
 
 
-class TeachSection(_Section):
-    """Options of `loram.teach`: what the full model predicts on the data sets of `align` is cached first."""
-
-    top_k: PositiveInt = 64
-    part_tokens: PositiveInt = 1 << 18
-
-
-class TrainSection(_Section):
-    """Options of `loram.train`: `lora` goes to PEFT's LoraConfig, `trainer` to TRL's SFTConfig, as they are; `lisa` and
-    `lora_sp` are for the methods of these names."""
-
-    method: str = "lora"
-    load_in_4bit: bool = False
-    offload_embedding: bool = False
-    mask_update: bool = False
-    lora_dtype: Literal["float32", "bfloat16"] = "float32"
-    anchor_steps: int | None = Field(default=None, ge=0)
-    anchor_gradients: bool = True
-    lisa: LisaOptions | None = None
-    lora_sp: LoraSpOptions | None = None
-    lora: dict[str, Any] = Field(default_factory=dict)
-    trainer: dict[str, Any] = Field(default_factory=dict)
-
-
-class RecoverSection(_Section):
-    """Options of `loram.recover`: what is beyond widening, and reads the full model's weights."""
-
-    correct: bool = False
-    dev_dataset: DataSpec | None = None
-
-    _spec = field_validator("dev_dataset", mode="before")(lambda value: _as_spec(value))
-
-
-class PolishSection(_Section):
-    """Options of `loram.polish`: a few steps of the recovered adapter on the full model, streamed; by default on the
-    training data, at the learning rate of training."""
-
-    dataset: DataSpec | None = None
-    max_steps: PositiveInt = 8
-    per_device_train_batch_size: PositiveInt = 16
-    learning_rate: PositiveFloat | None = None
-    max_length: PositiveInt = 512
-
-    _spec = field_validator("dataset", mode="before")(lambda value: _as_spec(value))
-
-
-class Variant(_Section):
+class Variant(Options):
     """One row of a comparison: what it changes in the recipe, section by section and key by key."""
 
-    base: Literal["full", "pruned"] = "pruned"  # what is trained on
-    prune: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
+    base: Literal["full", "pruned"] = option("pruned", "The model that is trained on.")
+    prune: dict[str, Any] = option({}, "What changes in the section `prune`.")
+    train: dict[str, Any] = option({}, "What changes in the section `train`.")
 
 
-class EvaluateSection(_Section):
-    """Options of `loram.evaluate`; `full_lora` also trains LoRA on the full model, to compare with; `stream`ed
-    evaluations never load the model."""
-
-    max_samples: PositiveInt | None = None
-    max_length: PositiveInt = 1024
-    stream: bool = False
-    full_lora: bool = False
-
-
-class Recipe(_Section):
-    """A run, or a part of one: prune, align, train, recover, evaluate.
+class Recipe(Options):
+    """A run, or a part of one: prune, align, train, recover, polish, evaluate.
 
     Without `prune` it begins with a folder that is pruned already, and without `dataset` it ends before training: what
     one recipe leaves, another goes on from, on another machine.
-
-    Args:
-        model_name_or_path: hub id, folder or GGUF file of the full model; without `prune`, a pruned folder.
-        base_model_name_or_path: without `prune`: the full model, where it is not at the name that the plan has.
-        output_dir: one folder a stage and the report go here.
-        dataset: training rows: a file, a hub name, or a mapping (see `loram.data.tokens.DataSpec`).
-        eval_dataset: held-out rows, likewise; or a mapping of names to data sets.
-        seed: of pruning, initialisation, data order.
-        device: `cpu`, `cuda`, ...; the first GPU where there is one.
-        prune, teach, align, polish: their stages' options; a stage without a section is left out.
-        train, recover, evaluate: their stages' options.
-        compare: what `loram compare` puts side by side, by name; `loram run` passes it over.
     """
 
-    model_name_or_path: str
-    base_model_name_or_path: str | None = None
-    output_dir: Path
-    dataset: DataSpec | None = None
-    eval_dataset: dict[str, DataSpec] = Field(default_factory=dict)
-    seed: int = 42
-    device: str | None = None
-    prune: PruneSection | None = None
-    teach: TeachSection | None = None
-    align: AlignSpec | None = None
-    train: TrainSection = Field(default_factory=TrainSection)
-    recover: RecoverSection = Field(default_factory=RecoverSection)
-    polish: PolishSection | None = None
-    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
-    compare: dict[str, Variant] = Field(default_factory=dict)
+    model_name_or_path: str = option(
+        ...,
+        "The hub id, folder or GGUF file of the full model; without `prune`, a pruned folder.",
+        also="base_model model model_id model_name pretrained_model_name_or_path",
+    )
+    base_model_name_or_path: str | None = option(
+        None, "Without `prune`: the full model, where it is not at the name that the plan has."
+    )
+    output_dir: Path = option(..., "The folder for the report and one folder per stage.", also="output")
+    dataset: DataSpec | None = option(
+        None,
+        "The training rows: a file, a hub name, or a mapping.",
+        also="datasets dataset_name train_dataset train_file data_path",
+    )
+    eval_dataset: dict[str, DataSpec] = option(
+        {},
+        "The held-out rows, likewise; or a mapping of names to data sets.",
+        also="test_datasets val_dataset validation_dataset validation_file",
+        flag="dataset",
+    )
+    seed: int = option(42, "The seed of everything that is random.")
+    device: str | None = option(None, "The device: cpu, cuda, cuda:1 (default: a GPU if there is one).")
+    prune: PruneOptions | None = option(None, "How to prune; without it, nothing is pruned.")
+    teach: TeachOptions | None = option(None, "How to cache the full model's predictions; without it, none is cached.")
+    align: AlignOptions | None = option(None, "How to align; without it, nothing is aligned.")
+    train: TrainOptions = option(TrainOptions(), "How to train.")
+    recover: RecoverOptions = option(RecoverOptions(), "What recovery does beyond widening.")
+    polish: PolishSection | None = option(None, "How to polish; without it, nothing is polished.")
+    evaluate: EvaluateSection = option(EvaluateSection(), "How to evaluate, and what to compare with.")
+    compare: dict[str, Variant] = option({}, "What `loram compare` puts side by side, by name.")
 
-    _spec = field_validator("dataset", mode="before")(lambda value: _as_spec(value))
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return as_mapping(value)
 
     @field_validator("eval_dataset", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
         if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
-            return {"eval": _as_spec(value)}
-        return {name: _as_spec(spec) for name, spec in value.items()} if isinstance(value, dict) else value
+            return {"eval": as_mapping(value)}
+        return {name: as_mapping(spec) for name, spec in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
@@ -175,16 +111,11 @@ class Recipe(_Section):
             raise ValueError("polish: needs a `dataset`, and an adapter that is recovered, so no mask_update")
         if self.teach is not None and (self.align is None or not self.align.dataset or self.align.objective == "clm"):
             raise ValueError("teach: needs an `align` section with a dataset, and an objective that asks the teacher")
+        if self.teach is not None and self.teach.top_k < 1:
+            raise ValueError(f"teach.top_k: {self.teach.top_k} next tokens; should be at least 1")
+        if self.teach is not None and "max_length" in self.teach.model_fields_set:
+            raise ValueError("teach.max_length: in a recipe it is align.trainer.max_length; leave it out")
         return self
-
-
-def _as_spec(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _as_pattern(value: Any) -> Any:
-    """4:8 without quotes is a number to YAML: 4 times 60 and 8."""
-    return f"{value // 60}:{value % 60}" if type(value) is int else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -284,36 +215,18 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem in one line: `prune.ration: unknown key; did you mean ratio?`.
-
-    Unknown keys come first: one of them may be why another is missing.
-    """
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    where = ".".join(map(str, problem["loc"]))
+    """The first problem in one line: `prune.ration: unknown key; did you mean ratio?`."""
+    problem = first_problem_of(error)
+    place = canonical(problem["loc"], Recipe)
+    where = ".".join(place)
     if problem["type"] != "extra_forbidden":
-        found = f" (found {problem['input']!r})" if isinstance(problem["input"], str | int | float) else ""
-        return f"{where}: {problem['msg']}{found}".removeprefix(": ").replace("Value error, ", "")
-    known = _known_keys(problem["loc"][:-1])
-    key, section = str(problem["loc"][-1]), ".".join(map(str, problem["loc"][:-1]))
+        scalar = f" (found {problem['input']!r})" if isinstance(problem["input"], str | int | float) else ""
+        return f"{where}: {problem['msg']}{scalar}".removeprefix(": ").replace("Value error, ", "")
+    section, key = ".".join(place[:-1]), place[-1]
+    known = list((section_at(place[:-1], Recipe) or Recipe).model_fields)
     if ours := in_recipe(key, section, known):
         return f"{where}: unknown key; here it is called {ours}"
-    near = difflib.get_close_matches(key, known, 1)
-    return f"{where}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for key in location:
-        if str(key) in section.model_fields:
-            section = _model_in(section.model_fields[str(key)].annotation) or DataSpec
-    return list(section.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first of our models in a type like `PruneSection | None` or `tuple[DataSpec, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    return f"{where}: unknown key; {suggestion(key, known)}"
 
 
 def file_digest(spec: DataSpec) -> str:

@@ -9,23 +9,24 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loram.alignment.align import align
-from loram.alignment.options import check_options as check_align_options
-from loram.alignment.spec import AlignSpec
+from loram.alignment.options import AlignOptions, TeachOptions, resolve_trainer
 from loram.alignment.teach import teach
 from loram.data.spec import DataSpec
 from loram.disk.artifacts import find_manifest
 from loram.disk.opening import open_model
 from loram.evaluation.evaluate import evaluate
+from loram.evaluation.options import EvaluateOptions
 from loram.export.merge import merge
 from loram.model.plan import PruningPlan
+from loram.pruning.options import PruneOptions
 from loram.pruning.prune import prune
-from loram.recovery.polish import PolishOptions, polish
+from loram.recovery.polish import polish
 from loram.recovery.recover import recover
-from loram.run.recipe import PolishSection, PruneSection, Recipe, file_digest
+from loram.run.recipe import PolishSection, Recipe, file_digest
 from loram.run.record import Done, Record
 from loram.run.report import Cost, Row, RowCounts, together
 from loram.training.methods.table import ANCHOR_STEPS, METHODS
-from loram.training.options import TrainOptions, check_options, why_not_anchored
+from loram.training.options import TrainOptions, resolve, why_not_anchored
 from loram.training.train import train
 
 
@@ -71,13 +72,14 @@ def shrink(state: Record, recipe: Recipe) -> Small:
     return small if recipe.align is None else _align(state, recipe, small, recipe.align)
 
 
-def _prune(state: Record, recipe: Recipe, section: PruneSection) -> Small:
+def _prune(state: Record, recipe: Recipe, section: PruneOptions) -> Small:
     folder = recipe.output_dir / "pruned"
-    told = {**section.model_dump(mode="json"), "calibration": _data(section.calibration)}
-    pruning = {**_common(recipe), **told, **dataclasses.asdict(section.settled())}
+    options = section.resolved()
+    calibration = _data(section.calibration)
+    pruning = {**_common(recipe), **options.model_dump(mode="json"), "calibration": calibration}
 
     def action() -> None:
-        prune(recipe.model_name_or_path, folder, seed=recipe.seed, device=recipe.device, **dict(section))
+        prune(recipe.model_name_or_path, folder, options=section, seed=recipe.seed, device=recipe.device)
 
     done = state.stage("pruned", pruning, action)
     return Small(
@@ -88,7 +90,7 @@ def _prune(state: Record, recipe: Recipe, section: PruneSection) -> Small:
     )
 
 
-def _align(state: Record, recipe: Recipe, small: Small, section: AlignSpec) -> Small:
+def _align(state: Record, recipe: Recipe, small: Small, section: AlignOptions) -> Small:
     folder, base = recipe.output_dir / "aligned", base_of(recipe, small.plan)
     aligning = {
         **_common(recipe),
@@ -96,26 +98,15 @@ def _align(state: Record, recipe: Recipe, small: Small, section: AlignSpec) -> S
         **section.model_dump(mode="json"),
         "dataset": [_data(spec) for spec in section.dataset],
         "probe_dataset": _data(section.probe_dataset),
-        "teach": None if recipe.teach is None else recipe.teach.model_dump(mode="json"),
+        "teach": None if recipe.teach is None else recipe.teach.model_dump(mode="json", exclude={"max_length"}),
     }
-    options: dict[str, Any] = dict(section)
-    costs: list[Cost | None] = []
+    options, costs = section, []
     if recipe.teach is not None:
         costs = [_teach(state, recipe, number, base) for number in range(len(section.dataset))]
-        options |= {
-            "dataset": (),
-            "teacher": [
-                {"path": str(_teacher(recipe, number)), "weight": spec.weight}
-                for number, spec in enumerate(section.dataset)
-            ],
-        }
-        if section.probe_dataset is None:  # then no row is read whose length is still to be decided
-            options["trainer"] = {key: value for key, value in section.trainer.items() if key != "max_length"}
-    data, probe_data = options.pop("dataset"), options.pop("probe_dataset")
+        options = _from_caches(recipe, section)
 
     def action() -> None:
-        options.update(base=base, seed=recipe.seed, device=recipe.device)
-        align(small.folder, folder, data=data, probe_data=probe_data, **options)
+        align(small.folder, folder, options=options, base=base, seed=recipe.seed, device=recipe.device)
 
     done = state.stage("aligned", aligning, action)
     done = done.model_copy(update={"cost": together([*costs, done.cost])})
@@ -127,6 +118,17 @@ def _align(state: Record, recipe: Recipe, small: Small, section: AlignSpec) -> S
     )
 
 
+def _from_caches(recipe: Recipe, section: AlignOptions) -> AlignOptions:
+    """The options of `align` with the folders that `teach` writes in place of its data sets."""
+    caches = [
+        {"path": str(_teacher(recipe, number)), "weight": spec.weight} for number, spec in enumerate(section.dataset)
+    ]
+    trainer = dict(section.trainer)
+    if section.probe_dataset is None:  # then no row is read whose length is still to be decided
+        trainer.pop("max_length", None)
+    return AlignOptions.of(section, dataset=(), teacher=caches, trainer=trainer)
+
+
 def _teacher(recipe: Recipe, number: int) -> Path:
     return recipe.output_dir / f"teacher-{number + 1}"
 
@@ -135,16 +137,16 @@ def _teach(state: Record, recipe: Recipe, number: int, base: str) -> Cost | None
     """Cache what the full model predicts on one of the data sets of `align`; returns what that took."""
     assert recipe.teach is not None
     assert recipe.align is not None
-    options = {
-        **recipe.teach.model_dump(mode="json"),
-        "max_length": check_align_options(recipe.align.trainer)["max_length"],
-    }
+    length = resolve_trainer(recipe.align.trainer)["max_length"]
+    options = TeachOptions.of(recipe.teach, max_length=length)
     folder, spec = _teacher(recipe, number), recipe.align.dataset[number]
 
     def action() -> None:
-        teach(base, folder, data=spec.unweighted(), device=recipe.device, **options)
+        teach(base, folder, data=spec.unweighted(), options=options, device=recipe.device)
 
-    return state.stage(folder.name, {**_common(recipe), **options, "dataset": _data(spec.unweighted())}, action).cost
+    return state.stage(
+        folder.name, {**_common(recipe), **options.model_dump(mode="json"), "dataset": _data(spec.unweighted())}, action
+    ).cost
 
 
 def adapt(
@@ -156,13 +158,18 @@ def adapt(
         What was made in all, and the trained adapters, by the rows of the report.
     """
     out, base = recipe.output_dir, base_of(recipe, small.plan)
-    options = {**recipe.train.model_dump(), "anchor_steps": anchor_steps(recipe)}
-    training = {**_common(recipe), **options, "dataset": _data(dataset)}
+    options = TrainOptions.of(recipe.train, anchor_steps=anchor_steps(recipe))
+    training = {**_common(recipe), **options.model_dump(), "dataset": _data(dataset)}
     recovering = {"correct": recipe.recover.correct, "dev_dataset": _data(recipe.recover.dev_dataset)}
 
     def fit(model: str | Path, folder: str, **changed: Any) -> None:
-        given = {**options, "callbacks": callbacks, **changed}
-        train(model, out / folder, data=dataset, seed=recipe.seed, device=recipe.device, **given)
+        common: dict[str, Any] = {
+            "seed": recipe.seed,
+            "device": recipe.device,
+            "callbacks": callbacks,
+            "options": options,
+        }
+        train(model, out / folder, data=dataset, **{**common, **changed})
 
     final = final_of(recipe)
 
@@ -170,12 +177,10 @@ def adapt(
         if final == "merged":
             merge(base, out / "adapter", out / final)
             return
-        chosen = recipe.recover
         recover(
             out / "adapter",
             out / final,
-            correct=chosen.correct,
-            dev_data=chosen.dev_dataset,
+            options=recipe.recover,
             base=base,
             pruned=small.folder,
             device=recipe.device,
@@ -197,16 +202,11 @@ def adapt(
     return made, adapters
 
 
-def asked(recipe: Recipe) -> TrainOptions:
-    """What the train section says, not checked yet."""
-    return TrainOptions(**recipe.train.model_dump())
-
-
 def anchor_steps(recipe: Recipe) -> int:
     """As the recipe says; where it does not, the default if it prunes, so that the full model is at hand."""
     if (chosen := recipe.train.anchor_steps) is not None:
         return chosen
-    possible = recipe.prune is not None and why_not_anchored(asked(recipe)) is None
+    possible = recipe.prune is not None and why_not_anchored(recipe.train) is None
     return ANCHOR_STEPS if possible else 0
 
 
@@ -215,12 +215,11 @@ def _polish(state: Record, recipe: Recipe, base: str, dataset: DataSpec, section
     adapter, folder = recipe.output_dir / "recovered", recipe.output_dir / "polished"
     chosen = section.model_dump(exclude={"dataset"})
     if section.learning_rate is None:
-        chosen["learning_rate"] = float(check_options(asked(recipe)).trainer["learning_rate"])
+        chosen["learning_rate"] = float(resolve(recipe.train).trainer["learning_rate"])
     settings = {**_common(recipe), **chosen, "dataset": _data(dataset), "adapter": _fingerprint(adapter)}
 
     def action() -> None:
-        options = PolishOptions(**chosen)
-        polish(base, adapter, folder, data=dataset, options=options, seed=recipe.seed, device=recipe.device)
+        polish(base, adapter, folder, data=dataset, seed=recipe.seed, device=recipe.device, **chosen)
 
     return state.stage("polished", settings, action)
 
@@ -233,13 +232,13 @@ def tune(
     Returns:
         What was done, and what to evaluate: model and adapter.
     """
-    model, out, options = recipe.model_name_or_path, recipe.output_dir / "tuned", recipe.train.model_dump()
+    model, out, options = recipe.model_name_or_path, recipe.output_dir / "tuned", recipe.train
 
     def action() -> None:
-        chosen = {**options, "callbacks": callbacks}
-        train(model, out, data=dataset, seed=recipe.seed, device=recipe.device, **chosen)
+        train(model, out, data=dataset, options=options, seed=recipe.seed, device=recipe.device, callbacks=callbacks)
 
-    done = state.stage("tuned", {**_common(recipe), **options, "dataset": _data(dataset)}, action)
+    settings = {**_common(recipe), **options.model_dump(), "dataset": _data(dataset)}
+    done = state.stage("tuned", settings, action)
     return done, ((out, None) if METHODS[recipe.train.method].weights else (model, out))
 
 
@@ -286,9 +285,7 @@ def evaluation(state: Record, recipe: Recipe, name: str, dataset: str, model: st
             model,
             adapter=adapter,
             data=spec,
-            max_samples=options.max_samples,
-            max_length=options.max_length,
-            stream=options.stream,
+            options=EvaluateOptions.of(**options.model_dump(exclude={"full_lora"})),
             device=recipe.device,
         ),
     )

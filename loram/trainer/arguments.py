@@ -1,30 +1,84 @@
-"""Options that go on to a library's own class of options, by their names there."""
+"""Options that go on to a library's own class of options, under their names there. Imports nothing heavy."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
+from loram.base.options import Options, option, suggestion
+
+# Further names of transformers' and TRL's options, which are recognised where they stand on another level of a recipe.
+TRAINER_NAMES = (
+    "max_grad_norm weight_decay adam_beta1 adam_beta2 adam_epsilon activation_checkpointing bf16 fp16 run_name "
+    "neftune_noise_alpha"
+)
 
 
-def check_names(given: Iterable[str], known: Sequence[str], section: str, library: str, place: str) -> None:
+class TrainerFlags(Options):
+    """The options of transformers' TrainingArguments that have a default, a flag or another tool's name here.
+
+    None stands for the library's own default.
+    """
+
+    max_steps: int | None = option(None, "Stop after so many optimiser steps.", common=True)
+    num_train_epochs: float = option(
+        1, "How often all rows are used, where max_steps is not given.", also="num_epochs epochs", common=True
+    )
+    learning_rate: float = option(1e-4, "The learning rate after warm-up.", also="lr", common=True)
+    warmup_steps: float | None = option(
+        None,
+        "Warm-up steps, or a share of all steps if below 1 (default: 0).",
+        also="warmup_ratio",
+        note="; a value below 1 is a share of all steps",
+    )
+    per_device_train_batch_size: int = option(
+        4, "Rows per device and micro-batch.", also="micro_batch_size batch_size train_batch_size", common=True
+    )
+    gradient_accumulation_steps: int | None = option(None, "Micro-batches per optimiser step (default: 1).")
+    max_length: int = option(
+        512,
+        "Each row is cut to so many tokens.",
+        also="sequence_len cutoff_len max_seq_length max_seq_len model_max_length",
+        common=True,
+    )
+    report_to: str = option("none", "Where the log goes: none, tensorboard, wandb or trackio.")
+    lr_scheduler_type: str = option("cosine", "How the learning rate changes.", flag="", also="lr_scheduler")
+    logging_steps: int = option(10, "The loss is logged every so many steps.", flag="")
+    save_strategy: str = option("steps", "When checkpoints are written.", flag="")
+    save_steps: int = option(50, "A checkpoint is written every so many steps.", flag="")
+    save_total_limit: int = option(1, "How many checkpoints are kept.", flag="")
+    optim: str | None = option(None, "The optimiser.", flag="", also="optimizer")
+    gradient_checkpointing: bool | None = option(
+        None,
+        "Keep only each layer's input for the backward pass (default: on a GPU).",
+        flag="",
+        also="use_gradient_checkpointing",
+    )
+
+
+def defaults_of(named: type[Options]) -> dict[str, Any]:
+    """The options of a library that have a default here: name -> default."""
+    return {name: field.default for name, field in named.model_fields.items() if field.default is not None}
+
+
+def check_names(names: Iterable[str], known: Sequence[str], section: str, library: str, place: str) -> None:
     """Refuse options that a library does not have.
 
     Args:
-        given: names of options.
-        known: those that there are.
-        section: what the message calls the place they stand in.
-        library: what it calls the class that would take them.
+        names: the names to check.
+        known: the names that the library knows.
+        section: what the message calls the place that the options stand in.
+        library: what the message calls the class that would take them.
         place: that place in a recipe.
 
     Raises:
-        UserError: names the first unknown one, and what it is called here or what is nearest.
+        UserError: names the first unknown option, and what it is called here or what is nearest.
     """
-    for key in given:
+    for key in names:
         if key not in known:
-            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(key, known, n=1))
+            hint = suggestion(key, known)
+            hint = f"; {hint}" if hint.startswith("did") else ""
             if ours := in_recipe(key, place, known):
                 hint = f"; here it is called {ours}"
             raise UserError(f"{section}: {library} of this version has no option {key!r}{hint}")
@@ -48,5 +102,5 @@ def checkpoints_activations(arguments: Any) -> bool:
 
 
 def option_names(config: Any) -> list[str]:
-    """What a dataclass of options takes."""
+    """The names that a dataclass of options takes."""
     return [field.name for field in dataclasses.fields(config) if field.init]

@@ -36,11 +36,12 @@ from loram.model.plan import MASKS_NAME, find_plan
 from loram.trainer.arguments import as_user_error, checkpoints_activations
 from loram.trainer.checkpoints import Checkpoints, guarded, lasting
 from loram.training.anchors import Course, anchored
+from loram.training.configs import build_configs
 from loram.training.liger import use_liger_
 from loram.training.methods.adapters import draw_from_data_, row_lengths, specialise_
 from loram.training.methods.table import METHODS
 from loram.training.methods.weights import extract, lisa_callback, unfreeze_, write_model
-from loram.training.options import TrainOptions, build_configs, check_options
+from loram.training.options import TrainOptions, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +54,13 @@ def train(
     out: str | Path,
     *,
     data: DataSpec | str | Path | Mapping[str, Any],
-    method: str = "lora",
-    lora: Mapping[str, Any] | None = None,
-    trainer: Mapping[str, Any] | None = None,
-    load_in_4bit: bool = False,
-    offload_embedding: bool = False,
-    lora_dtype: str = "float32",
-    mask_update: bool = False,
-    lisa: Mapping[str, Any] | None = None,
-    lora_sp: Mapping[str, Any] | None = None,
-    anchor_steps: int | None = None,
-    anchor_gradients: bool = True,
+    options: TrainOptions | None = None,
     base: str | Path | None = None,
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    **fields: Any,
 ) -> Path:
     """Train an adapter on a pruned folder, or on any supported full model; or weights themselves (`lisa`, `full`).
 
@@ -83,26 +75,13 @@ def train(
         out: the adapter folder to make: PEFT's files, the tokenizer with its chat template, and the plan if any. With
             `lisa` or `full` on a full model, an ordinary model folder.
         data: the training rows (see `loram.data.tokens`).
-        method: a key of `loram.training.methods.table.METHODS`: lora, rslora, dora, lora-fa, lora-sp, lisa or full.
-        lora: options of PEFT's `LoraConfig` under their own names, over `LORA_DEFAULTS`; `lisa` and `full` use only
-            r, the rank of what is extracted, and say so of the others.
-        trainer: options of TRL's `SFTConfig` under their own names, over `TRAINER_DEFAULTS`.
-        load_in_4bit: keep the frozen weights, lm_head and embedding among them, in NF4 with double quantisation
-            (QLoRA, arXiv 2305.14314); so does a folder that `quantize` made, without being asked.
-        offload_embedding: with that, leave the embedding in 16 bits in host memory.
-        lora_dtype: `float32`, or `bfloat16`, which halves the adapter, its gradients and its optimiser's state.
-        mask_update: on a sparse pruned model, keep the update zero wherever the model has no weight, as LoRAM does
-            (arXiv 2502.13533, section 3.1); the adapter folder then has the masks, and is merged, not recovered.
-        lisa: options of that method: `loram.training.methods.table.LisaOptions`.
-        lora_sp: options of method lora-sp: `loram.training.methods.table.LoraSpOptions`.
-        anchor_steps: every so many steps send the rows of the next ones through the full model, streamed from disk,
-            and train on its course (see `loram.training.anchors`); for pruned folders. None or 0: never.
-        anchor_gradients: with that, send them back through it, too, for what the pruned layers leave out of gradients.
-        base: the full model for that, where it is not at the name that the plan has.
+        options: how to train; single options may be given by name instead: `method="dora", lora={"r": 16}`.
+        base: the full model for anchors, where it is not at the name that the plan has.
         seed: of initialisation, data order, dropout and LISA's draws.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         fresh: start over where `OUT-checkpoints` has an interrupted training.
         callbacks: transformers' own, called as the training goes.
+        fields: single options by name, over `options`; see `TrainOptions`.
 
     Returns:
         `out`.
@@ -116,32 +95,29 @@ def train(
     check_output(out, model)
     checkpoint = open_model(model)
     spec = as_spec(data)
-    options = TrainOptions(
-        method=method,
-        lora=lora or {},
-        trainer={"seed": seed, **(trainer or {}), **({"max_length": spec.max_length} if spec.max_length else {})},
-        load_in_4bit=load_in_4bit or checkpoint.quantized,
-        offload_embedding=offload_embedding,
-        lora_dtype=lora_dtype,
-        lisa=lisa,
-        lora_sp=lora_sp,
-        anchor_steps=anchor_steps,
-        anchor_gradients=anchor_gradients,
-        mask_update=mask_update,
+    asked = TrainOptions.of(options, **fields)
+    length = {"max_length": spec.max_length} if spec.max_length else {}
+    options = resolve(
+        asked.model_copy(
+            update={
+                "trainer": {"seed": seed, **asked.trainer, **length},
+                "load_in_4bit": asked.load_in_4bit or checkpoint.quantized,
+            }
+        )
     )
-    options = check_options(options)
+    method = options.method
     _check_sparse(checkpoint, options)
     if method == "lisa" and processes.count() > 1:
         raise UserError("method lisa: trains in one process; several would wait for gradients of the layers it freezes")
-    if METHODS[method].weights and (unused := sorted((lora or {}).keys() - {"r"})):
+    if METHODS[method].weights and (unused := sorted(asked.lora.keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", method, unused[0])
     chosen = pick_device(device)
     processes.join(cpu=chosen.type == "cpu")
-    course = _course(checkpoint, options, base, chosen, out.parent) if anchor_steps else None
+    course = _course(checkpoint, options, base, chosen, out.parent) if options.anchor_steps else None
     tokenizer = load_tokenizer(checkpoint)
     tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)
     settings = {
-        **dataclasses.asdict(options),
+        **options.model_dump(),
         "data": spec.model_dump(mode="json"),
         "rows": len(tokens.rows),
         "rows_truncated": tokens.truncated,
@@ -160,7 +136,7 @@ def train(
         trained = _fit(checkpoint, tokens.rows, tokenizer, options, chosen, checkpoints, callbacks, course)
         if processes.first():  # the manifest, with what is found here, is written when this block ends
             settings.update(_write(staging, kind, trained, checkpoint, tokenizer, options))
-    if "save_strategy" not in (trainer or {}):
+    if "save_strategy" not in asked.trainer:
         checkpoints.remove()
     return out
 
@@ -312,7 +288,7 @@ def _thawed(checkpoint: Checkpoint, options: TrainOptions, seed: int) -> tuple[A
     """(the model in float32, which a GPU computes with in 16 bits, with what will be trained of it; callbacks)."""
     model = load_model(checkpoint, dtype=torch.float32)
     pruned = find_plan(checkpoint.folder) is not None
-    layers = unfreeze_(model, pruned=pruned, around=not options.lisa or options.lisa["train_embeddings"])
+    layers = unfreeze_(model, pruned=pruned, around=not options.lisa or options.lisa.train_embeddings)
     return model, [lisa_callback(layers, options.lisa, seed)] if options.lisa else []
 
 

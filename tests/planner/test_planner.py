@@ -34,18 +34,20 @@ from loram.planner.shapes import Model
 from loram.planner.size import parse_size, show_size
 from loram.planner.weights import factors, frozen_bytes, optimizer_bytes
 from loram.planner.weights import trained as trained_parameters
-from loram.run.recipe import PruneSection, TrainSection
+from loram.pruning.options import PruneOptions
+from loram.trainer.arguments import defaults_of
+from loram.training.configs import build_configs
 from loram.training.methods.adapters import specialise_
-from loram.training.methods.table import ANCHOR_STEPS
-from loram.training.options import LORA_DEFAULTS, TRAINER_DEFAULTS, TrainOptions, build_configs, check_options
+from loram.training.methods.table import ANCHOR_STEPS, LoraSpOptions
+from loram.training.options import SftFlags, TrainOptions, lora_defaults, resolve
 
 LLAMA_31_70B = {**LLAMA_70B, "vocab_size": 128256}
 GIB = 1 << 30
 
 
 class RecipeOfATest(BaseModel):
-    prune: PruneSection
-    train: TrainSection
+    prune: PruneOptions
+    train: TrainOptions
 
 
 def tiny(family: str, **changes: Any) -> Any:
@@ -58,7 +60,7 @@ def adapted(
 ) -> Any:
     config = LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
     found = get_peft_model(model, config).train()
-    specialise_(found, method, {"share": 0.5})
+    specialise_(found, method, LoraSpOptions(share=0.5))
     return found
 
 
@@ -444,11 +446,11 @@ def test_the_recipes_lines() -> None:
 
 def test_the_defaults_are_those_of_training() -> None:
     settings = make_settings(device="cpu")
-    assert settings.lora_target_modules == tuple(LORA_DEFAULTS["target_modules"])
-    assert settings.lora_r == LORA_DEFAULTS["r"]
+    assert settings.lora_target_modules == tuple(lora_defaults()["target_modules"])
+    assert settings.lora_r == lora_defaults()["r"]
     for name in ("max_length", "per_device_train_batch_size"):
-        assert getattr(settings, name) == TRAINER_DEFAULTS[name]
-    _, arguments = build_configs(check_options(TrainOptions()), torch.device("cpu"))
+        assert getattr(settings, name) == defaults_of(SftFlags)[name]
+    _, arguments = build_configs(resolve(TrainOptions()), torch.device("cpu"))
     for name in ("optim", "gradient_accumulation_steps", "activation_offloading"):
         assert getattr(settings, name) == getattr(arguments, name)
 

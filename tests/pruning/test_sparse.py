@@ -21,7 +21,7 @@ from loram.model.modeling_loram import SparseLinear, dense, pack, unpack
 from loram.model.plan import MASKS_NAME
 from loram.model.sparsity import kept_values
 from loram.pruning.criteria import CRITERIA, NEEDS_TEXT
-from loram.pruning.settings import SPARSE_CRITERIA, STRUCTURED_CRITERIA, prune_settings
+from loram.pruning.options import SPARSE_CRITERIA, STRUCTURED_CRITERIA, PruneOptions
 from loram.pruning.sparse import sparse_layers
 from loram.pruning.sparsify import READS, best, sparsegpt
 
@@ -158,9 +158,11 @@ def test_a_layer_sees_what_the_pruned_ones_below_give_out(tiny_llama: Path, tmp_
     """Pruning the upper layers of a model whose lower ones are pruned already is the same as pruning all at once."""
     samples = [list(range(3, 40)), list(range(100, 130))]
     options: dict[str, Any] = {"pattern": "4:8", "criterion": "sparsegpt"}
-    at_once = list(_weights(sparse_layers(Checkpoint(tiny_llama), prune_settings(**options), samples=samples)))
+    at_once = list(
+        _weights(sparse_layers(Checkpoint(tiny_llama), PruneOptions.of(**options).resolved(), samples=samples))
+    )
     lower = dense_weights(tiny_llama, at_once[:2], tmp_path / "lower")
-    upper = prune_settings(**options, keep_first=2)
+    upper = PruneOptions.of(**options, keep_first=2).resolved()
     again = list(_weights(sparse_layers(Checkpoint(lower), upper, samples=samples)))
     for layer in range(2, 5):
         assert all(torch.equal(again[layer][name], tensor) for name, tensor in at_once[layer].items())
@@ -374,7 +376,7 @@ def test_the_tables_of_criteria_are_those_that_there_are() -> None:
     for names, reads in ((STRUCTURED_CRITERIA, NEEDS_TEXT), (SPARSE_CRITERIA, {n for n in READS if READS[n]})):
         sparse = names is SPARSE_CRITERIA
         for name in names:
-            chosen = prune_settings(pattern="4:8" if sparse else "structured", ratio=0.5, criterion=name)
+            chosen = PruneOptions.of(pattern="4:8" if sparse else "structured", ratio=0.5, criterion=name).resolved()
             assert chosen.reads_text == (name in reads)
 
 

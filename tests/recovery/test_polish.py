@@ -18,7 +18,8 @@ from loram.compute.loading import load_model
 from loram.compute.loss import use_chunked_loss_
 from loram.disk.adapter import load_for
 from loram.disk.opening import open_model
-from loram.recovery.polish import LOG_NAME, PolishOptions, polish
+from loram.recovery.options import PolishOptions
+from loram.recovery.polish import LOG_NAME, polish
 from loram.run.pipeline import run
 from loram.run.recipe import Recipe
 
@@ -104,7 +105,7 @@ def test_what_cannot_be_polished_is_refused(
     with pytest.raises(UserError, match="loram recover"):
         polish(tiny_llama, tmp_path / "trained", tmp_path / "out", data=rows_file)
     with pytest.raises(UserError, match="max_steps is 0"):
-        PolishOptions(max_steps=0)
+        PolishOptions.of(max_steps=0)
     assert not (tmp_path / "out").exists()
 
 

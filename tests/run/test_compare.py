@@ -61,7 +61,7 @@ def test_a_variant_lies_over_the_recipe(values: dict[str, Any]) -> None:
     assert variant.train.lora == {"r": 2, "lora_alpha": 4}
     assert variant.train.load_in_4bit
     assert variant.prune is not None
-    assert variant.prune.settled().criterion == "taylor"
+    assert variant.prune.resolved().criterion == "taylor"
     assert variant.output_dir == recipe.output_dir / "a_b"
     assert not variant.compare
 

@@ -40,7 +40,7 @@ def test_a_good_recipe_and_its_defaults(recipe: Any) -> None:
     assert found.train.trainer == {"learning_rate": 0.001, "max_steps": 50}  # 1e-3 is a number, as in YAML 1.2
     assert found.dataset == DataSpec(path="train.jsonl")
     assert found.eval_dataset == {"eval": DataSpec(path="test.jsonl")}
-    pruning = found.prune.settled()
+    pruning = found.prune.resolved()
     assert (found.seed, pruning.criterion, pruning.keep_first, pruning.keep_last) == (42, "taylor", 4, 2)
 
 

@@ -27,7 +27,7 @@ from loram.run.pipeline import run
 from loram.run.recipe import Recipe, load_recipe
 from loram.training.methods.adapters import row_lengths, specialise_
 from loram.training.methods.lisa import Lisa
-from loram.training.methods.table import METHODS, frozen_ranks
+from loram.training.methods.table import METHODS, LoraSpOptions, frozen_ranks
 
 TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50]])
 STEPS: dict[str, Any] = {"max_steps": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
@@ -196,7 +196,7 @@ def test_what_an_adapted_linear_keeps_for_backward(method: str, dropout: float, 
     """x (here with dropout its mask, of its size) is kept for lora_A's gradient alone, z = lora_A x for lora_B's."""
     config = LoraConfig(r=4, lora_dropout=dropout, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(24, 16)), config).train()
-    specialise_(model, method, {"share": 0.5})
+    specialise_(model, method, LoraSpOptions(share=0.5))
     shapes = Shapes(model)
     x = torch.randn(5, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(shapes, lambda tensor: tensor):
@@ -248,7 +248,7 @@ def test_lora_sp_begins_as_the_model_itself() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(24, 16)), LoraConfig(r=4, target_modules=["0"]))
     x = torch.randn(5, 24)
     before = model(x)
-    specialise_(model, "lora-sp", {"share": 0.5})
+    specialise_(model, "lora-sp", LoraSpOptions(share=0.5))
     assert torch.equal(model(x), before)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -9,10 +9,10 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loram.training.methods.table import frozen_ranks
+from loram.training.methods.table import LoraSpOptions, frozen_ranks
 
 
-def specialise_(adapted: nn.Module, method: str, options: Mapping[str, Any] | None) -> None:
+def specialise_(adapted: nn.Module, method: str, options: LoraSpOptions | None) -> None:
     """Make a model with PEFT's adapter on it train as the method says.
 
     Args:
@@ -27,7 +27,7 @@ def specialise_(adapted: nn.Module, method: str, options: Mapping[str, Any] | No
             module.lora_A["default"].weight.requires_grad_(False)
         elif method == "lora-sp":
             assert options is not None
-            split_(module.lora_A, module.lora_B, options["share"])
+            split_(module.lora_A, module.lora_B, options.share)
 
 
 def draw_from_data_(adapted: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:

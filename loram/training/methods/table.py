@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import PositiveInt
 
 from loram.base.errors import UserError
+from loram.base.options import Options, option
 
 ANCHOR_STEPS = 8  # of recipes that prune, where the full model is at hand
 
@@ -66,36 +67,39 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class LisaOptions(Options):
+    """The options of LISA (arXiv 2403.17919)."""
+
+    active_layers: PositiveInt = option(
+        2,
+        "LISA: how many decoder layers train at a time.",
+        flag="lisa-layers",
+        also="lisa_n_layers lisa_activated_layers",
+    )
+    interval_steps: PositiveInt = option(
+        20, "LISA: other layers are drawn after so many steps.", flag="lisa-interval-steps", also="lisa_step_interval"
+    )
+    train_embeddings: bool = option(
+        True,
+        "LISA on a full model: the embedding, the last norm and lm_head train throughout.",
+        flag="lisa-train-embeddings",
+    )
 
 
-class LisaOptions(_Options):
-    """Options of LISA.
+class LoraSpOptions(Options):
+    """The options of LoRA-SP (arXiv 2403.08822)."""
 
-    Args:
-        active_layers: decoder layers that train at a time.
-        interval_steps: steps after which others are drawn.
-        train_embeddings: whether the embedding, the last norm and lm_head train throughout (of a full model).
-    """
-
-    active_layers: PositiveInt = 2
-    interval_steps: PositiveInt = 20
-    train_embeddings: bool = True
-
-
-class LoraSpOptions(_Options):
-    """Options of LoRA-SP.
-
-    Args:
-        share: of the adapter's parameters that train, from a half to one.
-    """
-
-    share: float = Field(default=0.5, ge=0.5, le=1)
+    share: float = option(
+        0.5,
+        "LoRA-SP: the share of the adapter's parameters that trains, from 0.5 to 1.",
+        ge=0.5,
+        le=1,
+        flag="lora-sp-share",
+    )
 
 
 # method -> (its section in a recipe and parameter of `train`, what stands there)
-OPTIONS: Mapping[str, tuple[str, type[_Options]]] = MappingProxyType(
+OPTIONS: Mapping[str, tuple[str, type[Options]]] = MappingProxyType(
     {"lisa": ("lisa", LisaOptions), "lora-sp": ("lora_sp", LoraSpOptions)}
 )
 

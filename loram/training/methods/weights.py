@@ -1,7 +1,7 @@
 """Methods that train the model's own weights: which ones, and how the outcome becomes a model or an adapter."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from loram.disk.files import copy_side_files
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import CUTS
 from loram.training.methods.lisa import Lisa
+from loram.training.methods.table import LisaOptions
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +49,15 @@ def unfreeze_(model: Any, *, pruned: bool, around: bool) -> list[list[nn.Paramet
     return layers
 
 
-def lisa_callback(layers: list[list[nn.Parameter]], options: Mapping[str, Any], seed: int) -> Lisa:
+def lisa_callback(layers: list[list[nn.Parameter]], options: LisaOptions, seed: int) -> Lisa:
     """The callback that draws layers.
 
     Raises:
         UserError: the model has fewer than are to train at a time.
     """
-    if (asked := options["active_layers"]) > len(layers):
+    if (asked := options.active_layers) > len(layers):
         raise UserError(f"lisa.active_layers: {asked}, but the model has {len(layers)} layers")
-    interval = options["interval_steps"]
+    interval = options.interval_steps
     return Lisa(layers, active_layers=asked, interval_steps=interval, seed=seed)
 
 

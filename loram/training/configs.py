@@ -1,0 +1,56 @@
+"""PEFT's and TRL's own classes of options, made of ours."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig
+from trl import SFTConfig
+
+from loram.base.errors import UserError
+from loram.compute.device import compute_dtype
+from loram.trainer.arguments import as_user_error, checkpointing, option_names
+from loram.training.options import TrainOptions
+
+
+def build_configs(
+    chosen: TrainOptions, device: torch.device, output_dir: Path | None = None
+) -> tuple[LoraConfig, SFTConfig]:
+    """PEFT's LoraConfig and TRL's SFTConfig of options that `resolve` gave; no weight is read for them.
+
+    What is best depends on the device: on a GPU activations are checkpointed, and with 4-bit weights, which are for
+    where memory is short, checkpoints wait in host memory and AdamW keeps its state in pageable 8 bits.
+
+    Raises:
+        UserError: what PEFT or TRL say of the first bad value.
+    """
+    on_gpu = device.type == "cuda"
+    frugal = {"activation_offloading": True, "optim": "paged_adamw_8bit"} if on_gpu and chosen.load_in_4bit else {}
+    options = {
+        **frugal,
+        "bf16": on_gpu and compute_dtype(device) == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": on_gpu,
+        **chosen.trainer,
+        **checkpointing(chosen.trainer, default=on_gpu, known=option_names(SFTConfig)),
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,  # it would drop the lengths of the rows that packing put together
+        "output_dir": str(output_dir or "unused"),
+    }
+    if options.get("use_liger_kernel") and not on_gpu:
+        raise UserError("trainer: use_liger_kernel needs a GPU")
+    if options.get("activation_offloading") and not on_gpu:
+        raise UserError("trainer: activation_offloading moves activations from a GPU to host memory; there is no GPU")
+    if str(options.get("optim", "")).endswith("8bit") and not on_gpu and "paged" in options["optim"]:
+        raise UserError(f"trainer: optim {options['optim']!r} pages a GPU's memory; without one take adamw_8bit")
+    try:
+        return LoraConfig(**_from_data(chosen.lora)), SFTConfig(**options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise as_user_error(error) from error
+
+
+def _from_data(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """LoraConfig's options, with EVA's own where it is asked for: PEFT warns where they are left to it."""
+    eva = lora.get("init_lora_weights") == "eva" and "eva_config" not in lora
+    return {**lora, **({"eva_config": EvaConfig()} if eva else {})}
