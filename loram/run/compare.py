@@ -15,10 +15,12 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from loram.base.errors import UserError, first_problem
+from loram.evaluation.evaluate import Report
 from loram.run.pipeline import check
 from loram.run.recipe import Recipe, Variant
-from loram.run.record import Record
-from loram.run.stages import adapt, base_of, evaluation, judged, shrink, tune
+from loram.run.record import Done, Record
+from loram.run.rows import evaluations
+from loram.run.stages import ADAPTER, ADAPTING, SHRINKING, TUNED, Run, cost_of, final_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,51 +129,48 @@ def _as_here(level: int) -> None:
 
 
 def _untuned(recipe: Recipe) -> Measured:
-    state, base = Record(recipe), recipe.model_name_or_path
-    found = {name: evaluation(state, recipe, "untuned", name, base, None) for name in recipe.eval_dataset}
-    reports = {name: done.report for name, done in found.items() if done.report is not None}
-    perplexity = {name: report.perplexity for name, report in reports.items()}
+    job, base = Run(recipe=recipe, record=Record(recipe)), recipe.model_name_or_path
+    reports = _reports(evaluations(job, "untuned", (base, None)))
     parameters = next(report.parameters for report in reports.values())
+    perplexity = {name: report.perplexity for name, report in reports.items()}
     return Measured(name="untuned", on="full", method="", perplexity=perplexity, parameters=parameters)
+
+
+def _reports(evaluated: Mapping[str, Done]) -> dict[str, Report]:
+    return {name: done.report for name, done in evaluated.items() if done.report is not None}
 
 
 def _shrunk(recipe: Recipe) -> None:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    shrink(Record(recipe), recipe)
+    Run(recipe=recipe, record=Record(recipe)).perform(*SHRINKING)
 
 
 def _measured(recipe: Recipe, name: str, on: str) -> Measured:
-    """Train, if that is still to be done, and judge on the full model."""
-    assert recipe.dataset is not None
+    """Train, if that is still to be done, and evaluate the full model with what was trained."""
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    state, meter = Record(recipe), _Meter(recipe.output_dir / _METER)
-    before = 0.0
-    if on == "full":
-        done, model = tune(state, recipe, recipe.dataset, [meter])
-    else:
-        small = shrink(state, recipe)
-        made, _ = adapt(state, recipe, small, recipe.dataset, [meter])
-        done = made[f"{small.name} + adapter"]
-        *_, model = judged(recipe, base_of(recipe, small.plan)).values()
-        before = sum(part.cost.seconds for part in small.made.values() if part.cost is not None)
-    found = {dataset: evaluation(state, recipe, name, dataset, *model) for dataset in recipe.eval_dataset}
-    read = json.loads((recipe.output_dir / _METER).read_text(encoding="utf-8"))
-    resident = 0 if done.cost is None else done.cost.peak_rss
+    meter = recipe.output_dir / _METER
+    job = Run(recipe=recipe, record=Record(recipe), callbacks=[_Meter(meter)])
+    stages = (TUNED,) if on == "full" else (*SHRINKING, *ADAPTING)
+    job.perform(*stages)
+    trained, final = (TUNED, TUNED) if on == "full" else (ADAPTER, final_of(recipe))
+    cost, before = cost_of(job, trained), [cost_of(job, stage) for stage in SHRINKING if stage in stages]
+    reports = _reports(evaluations(job, name, final.evaluated(job)))
+    counts = json.loads(meter.read_text(encoding="utf-8"))
     return Measured(
         name=name,
         on=on,
         method=recipe.train.method,
-        perplexity={dataset: one.report.perplexity for dataset, one in found.items() if one.report is not None},
-        parameters=read["parameters"],
-        trained=read["trained"],
-        optimizer_bytes=read["optimizer_bytes"],
-        peak_memory=read["allocated"] or resident,
-        seconds=0.0 if done.cost is None else done.cost.seconds,
-        made_seconds=before,
+        perplexity={dataset: report.perplexity for dataset, report in reports.items()},
+        parameters=counts["parameters"],
+        trained=counts["trained"],
+        optimizer_bytes=counts["optimizer_bytes"],
+        peak_memory=counts["allocated"] or (0 if cost is None else cost.peak_rss),
+        seconds=0.0 if cost is None else cost.seconds,
+        made_seconds=sum(part.seconds for part in before if part is not None),
     )
 
 
-class _Meter(TrainerCallback):  # type: ignore[misc]
+class _Meter(TrainerCallback):
     """Counts what trains and what the optimiser holds, and leaves it in a file when the training has ended."""
 
     def __init__(self, path: Path) -> None:

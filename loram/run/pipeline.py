@@ -1,6 +1,5 @@
-"""Run a recipe: stages in order, each a folder; finished ones are skipped, stale ones refused."""
+"""Run a recipe: check it, do its stages in order, evaluate what they make."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from loram.alignment.options import resolve_trainer
@@ -14,10 +13,10 @@ from loram.model.architecture import architecture_of
 from loram.pruning.options import PruneOptions
 from loram.pruning.prune import check_weights
 from loram.run.recipe import Recipe
-from loram.run.record import Done, Record, start_over
+from loram.run.record import Record, start_over
 from loram.run.report import RunReport
-from loram.run.stages import Small, adapt, base_of, evaluation, judged, row_of, shrink, trained_on
-from loram.training.methods.table import METHODS
+from loram.run.rows import evaluations, row_of, trained_on
+from loram.run.stages import ADAPTING, EVERY, FULL_LORA, SHRINKING, Run, cost_of, final_of, rows_of
 from loram.training.options import resolve
 
 
@@ -61,12 +60,12 @@ def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
-    """Prune, align, train, recover, evaluate and compare: of these what the recipe has.
+    """Do the stages that a recipe has, evaluate what they make, and compare.
 
-    Leaves `pruned/`, `aligned/`, `adapter/`, `recovered/` (`merged/` of masked updates) and, if asked, `polished/` and
-    `full_lora/` under `output_dir`, each complete by itself, and `report.json`. A second run with the same recipe does
-    only what is missing, and goes on with a training that was interrupted. `fresh` removes what an earlier run left
-    there and starts over.
+    Leaves one folder per stage under `output_dir` (`pruned/`, `aligned/`, `adapter/`, `recovered/`, or `merged/` for a
+    masked update, and on request `polished/` and `full_lora/`), each complete by itself, and `report.json`. A second
+    run with the same recipe does only what is missing, and goes on with a training that was interrupted. `fresh`
+    removes what an earlier run left there and starts over.
 
     Raises:
         UserError: the recipe cannot be run, or what is in `output_dir` was made with another one.
@@ -74,33 +73,19 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
     check(recipe)
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     if fresh:
-        start_over(recipe.output_dir)
-    state = Record(recipe)
-    small = shrink(state, recipe)
-    made: Mapping[str, Done] = small.made
-    adapters: Mapping[str, Path] = {}
-    if recipe.dataset is not None:
-        made, adapters = adapt(state, recipe, small, recipe.dataset)
-    trained = {name: trained_on(folder) for name, folder in adapters.items()}
+        start_over(recipe.output_dir, [stage.folder.format(number="[0-9]*") for stage in EVERY])
+    job = Run(recipe=recipe, record=Record(recipe))
+    job.perform(*SHRINKING, *ADAPTING, FULL_LORA)
+    stages, small = rows_of(job), job.plan.parameters()[1]
     if not recipe.eval_dataset:
-        return state.finish(tuple(row_of(name, small.parameters, done, {}, None) for name, done in made.items()))
-    rows = []
-    for name, (model, adapter) in _compared(recipe, small).items():
-        found = {dataset: evaluation(state, recipe, name, dataset, model, adapter) for dataset in recipe.eval_dataset}
-        rows.append(row_of(name, small.parameters, made.get(name), found, trained.get(name)))
-    return state.finish(tuple(rows))
-
-
-def _compared(recipe: Recipe, small: Small) -> dict[str, tuple[str | Path, Path | None]]:
-    """The rows of the report: name -> (model, adapter). From here on the full model is needed."""
-    base, out = base_of(recipe, small.plan), recipe.output_dir
-    open_full(small.plan, base)
-    models: dict[str, tuple[str | Path, Path | None]] = {"base": (base, None)}
-    if recipe.evaluate.full_lora:
-        made = out / "full_lora"
-        models["full LoRA"] = (made, None) if METHODS[recipe.train.method].weights else (base, made)
-    models |= {name: (folder, None) for name, folder in small.folders.items()}
-    if recipe.dataset is not None:
-        models[f"{small.name} + adapter"] = (small.folder, out / "adapter")
-        models |= judged(recipe, base)
-    return models
+        made = {name: stage for name, stage in stages.items() if stage.folder in job.done}
+        rows = [row_of(name, small, cost_of(job, stage), {}, None) for name, stage in made.items()]
+        return job.record.finish(rows, None)
+    open_full(job.plan, job.base)  # from here on the full model is needed
+    rows = [row_of("base", small, None, evaluations(job, "base", (job.base, None)), None)]
+    for name, stage in stages.items():
+        counts = trained_on(job.folder(stage.folder)) if stage.trains else None
+        evaluated = evaluations(job, name, stage.evaluated(job))
+        rows.append(row_of(name, small, cost_of(job, stage), evaluated, counts))
+    final = None if recipe.dataset is None else final_of(recipe).row(job)
+    return job.record.finish(rows, final)

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +98,35 @@ class Record:
         sync(partial)
         os.replace(partial, path)
 
-    def finish(self, rows: tuple[Row, ...]) -> RunReport:
-        """Write report.json."""
+    def finish(self, rows: Sequence[Row], final: str | None) -> RunReport:
+        """Write report.json.
+
+        Args:
+            rows: the rows of the report.
+            final: the row that the run is about; None where nothing was trained.
+        """
         report = RunReport(
             recipe=self.recipe.model_dump(mode="json"),
             versions=library_versions(),
-            rows=rows,
-            kept_gain=kept_gain({row.name: row for row in rows}),
+            rows=tuple(rows),
+            final=final,
+            kept_gain=kept_gain({row.name: row for row in rows}, final),
         )
         self._save(self.out / REPORT_NAME, report)
         return report
 
 
-def start_over(out: Path) -> None:
-    """Remove what a run has left in its output folder, and nothing else."""
-    teachers = [path.name for path in out.glob("teacher-[0-9]*") if not path.name.endswith("-parts")]
-    for name in ("pruned", "aligned", "adapter", "recovered", "merged", "polished", "full_lora", "tuned", *teachers):
-        for path in (out / name, out / f"{name}-checkpoints", out / f"{name}-parts"):
-            shutil.rmtree(path, ignore_errors=True)
+def start_over(out: Path, folders: Sequence[str]) -> None:
+    """Remove what a run has left in its output folder, and nothing else.
+
+    Args:
+        out: the output folder.
+        folders: the names of the folders that stages make; `[0-9]*` in them stands for a number.
+    """
+    for pattern in folders:
+        names = [path.name for path in out.glob(pattern)] if "*" in pattern else [pattern]
+        for name in names:
+            for path in (out / name, out / f"{name}-checkpoints", out / f"{name}-parts"):
+                shutil.rmtree(path, ignore_errors=True)
     for name in (STATE_NAME, REPORT_NAME):
         (out / name).unlink(missing_ok=True)

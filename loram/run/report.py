@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-FINAL = ("polished", "recovered", "merged")  # the full model with what was trained; the first that a run has counts
-
 
 class Cost(BaseModel):
     """What something took: wall-clock seconds, and peak resident memory of the process in bytes."""
@@ -63,13 +61,22 @@ class Row(BaseModel):
 
 
 class RunReport(BaseModel):
-    """A run's rows, its recipe and the versions it ran with."""
+    """The report of a run.
+
+    Args:
+        recipe: the recipe.
+        versions: of the libraries.
+        rows: one row per model that was evaluated.
+        final: the row that the run is about, the full model with what was trained; None where nothing was.
+        kept_gain: how much of what LoRA on the full model gains the final row keeps, by data set; see `kept_gain`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: dict[str, object]
     versions: dict[str, str]
     rows: tuple[Row, ...]
+    final: str | None = None
     kept_gain: dict[str, float] | None
 
     def row(self, name: str) -> Row:
@@ -82,24 +89,20 @@ class RunReport(BaseModel):
         return [*trained[:1], *self.rows[0].evaluated_on.items()]
 
 
-def kept_gain(rows: Mapping[str, Row]) -> dict[str, float] | None:
-    """(ln untuned - ln recovered) / (ln untuned - ln full LoRA) of the perplexities, by data set.
+def kept_gain(rows: Mapping[str, Row], final: str | None) -> dict[str, float] | None:
+    """(ln untuned - ln final) / (ln untuned - ln full LoRA) of the perplexities, by data set.
 
-    1 means that the recovered adapter is worth as much as LoRA on the full model, 0 that it is worth nothing. None
-    where the run has no full LoRA; a data set that it does not improve has no gain to keep and is left out.
+    1 means that the final row is worth as much as LoRA on the full model, 0 that it is worth nothing. None where the
+    run has no full LoRA; a data set that full LoRA does not improve has no gain to keep and is left out.
     """
-    if "full LoRA" not in rows:
+    if final is None or "full LoRA" not in rows:
         return None
-    base, full, recovered = (rows[name].perplexity for name in ("base", "full LoRA", _final(rows)))
+    base, full, tuned = (rows[name].perplexity for name in ("base", "full LoRA", final))
     return {
-        name: math.log(base[name] / recovered[name]) / math.log(base[name] / full[name])
+        name: math.log(base[name] / tuned[name]) / math.log(base[name] / full[name])
         for name in base
         if full[name] < base[name]
     }
-
-
-def _final(rows: Mapping[str, Row]) -> str:
-    return next(name for name in FINAL if name in rows)
 
 
 def table(report: RunReport) -> Table:
@@ -126,12 +129,11 @@ def _cells(cost: Cost | None) -> tuple[str, str]:
 
 
 def summary(report: RunReport) -> str:
-    """What the run shows, in a sentence a data set; it says so when nothing was gained or rows were cut or skipped."""
-    lines = []
-    if not any(row.name in FINAL for row in report.rows):
+    """What the run shows, one sentence per data set; also when nothing was gained, or rows were cut or skipped."""
+    lines: list[str] = []
+    if (final := report.final) is None:
         small = next(row.name for row in reversed(report.rows) if row.name in ("aligned", "pruned"))
         return f"Nothing was trained: the recipe has no dataset. Train on {report.recipe['output_dir']}/{small}."
-    final = _final({row.name: row for row in report.rows})
     base, recovered = report.row("base").perplexity, report.row(final).perplexity
     for name in base:
         change = 100 * (1 - recovered[name] / base[name])

@@ -1,8 +1,8 @@
-"""What the stages of a recipe make: the small model, adapters, evaluations; each once, by the record of the run."""
+"""The stages of a run as a table: which recipe has one, what decides its outcome, and how its folder is made."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,114 +14,343 @@ from loram.alignment.teach import teach
 from loram.data.spec import DataSpec
 from loram.disk.artifacts import find_manifest
 from loram.disk.opening import open_model
-from loram.evaluation.evaluate import evaluate
-from loram.evaluation.options import EvaluateOptions
 from loram.export.merge import merge
 from loram.model.plan import PruningPlan
-from loram.pruning.options import PruneOptions
 from loram.pruning.prune import prune
 from loram.recovery.polish import polish
 from loram.recovery.recover import recover
-from loram.run.recipe import PolishSection, Recipe, file_digest
+from loram.run.recipe import Recipe, file_digest
 from loram.run.record import Done, Record
-from loram.run.report import Cost, Row, RowCounts, together
+from loram.run.report import Cost, together
 from loram.training.methods.table import ANCHOR_STEPS, METHODS
 from loram.training.options import TrainOptions, resolve, why_not_anchored
 from loram.training.train import train
 
+Evaluated = tuple[str | Path, Path | None]  # a model, and the adapter on it if there is one
 
-@dataclass(frozen=True, kw_only=True)
-class Small:
-    """The small model of a run.
+
+@dataclass(kw_only=True)
+class Run:
+    """A recipe on its way: its record, and the stages that are done.
 
     Args:
-        folders: pruned and, if so, aligned -> where it is; the last one is trained on.
-        plan: what was pruned.
-        made: what was made in this run, by the rows of the report.
-        settings: what the last one was made with.
+        recipe: the recipe.
+        record: what has been done in its output folder.
+        callbacks: transformers' callbacks for the trainings.
+        done: the stages of this run that are done, by the name of their folder.
     """
 
-    folders: Mapping[str, Path]
-    plan: PruningPlan
-    made: Mapping[str, Done]
-    settings: Mapping[str, Any]
+    recipe: Recipe
+    record: Record
+    callbacks: Sequence[TrainerCallback] = ()
+    done: dict[str, Done] = field(default_factory=dict)
+
+    def folder(self, name: str) -> Path:
+        """The folder of a stage."""
+        return self.recipe.output_dir / name
+
+    @cached_property
+    def pruned(self) -> Path:
+        """The pruned folder: that of this run, or the one that the recipe begins with."""
+        recipe = self.recipe
+        return self.folder(PRUNED.folder) if recipe.prune is not None else open_model(recipe.model_name_or_path).folder
+
+    @cached_property
+    def plan(self) -> PruningPlan:
+        """What the small model keeps of the full one."""
+        return PruningPlan.load(self.pruned)
 
     @property
-    def name(self) -> str:
-        """What is trained on: pruned or aligned."""
-        return list(self.folders)[-1]
+    def small_models(self) -> dict[str, Path]:
+        """The row of the report of each small model -> its folder; the last one is trained on."""
+        models = {"pruned": self.pruned}
+        return models if self.recipe.align is None else {**models, "aligned": self.folder(ALIGNED.folder)}
 
     @property
-    def folder(self) -> Path:
-        """Where that is."""
-        return self.folders[self.name]
+    def small(self) -> tuple[str, Path]:
+        """(row of the report, folder) of the small model that is trained on."""
+        return list(self.small_models.items())[-1]
 
     @property
-    def parameters(self) -> int:
-        """How many it has."""
-        return self.plan.parameters()[1]
+    def base(self) -> str:
+        """The full model, by the name that the recipe has for it, else by the plan's."""
+        if self.recipe.prune is not None:
+            return self.recipe.model_name_or_path
+        return self.recipe.base_model_name_or_path or self.plan.base.name
+
+    @property
+    def dataset(self) -> DataSpec:
+        """The training rows of a recipe that trains."""
+        assert self.recipe.dataset is not None
+        return self.recipe.dataset
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The settings that decide the outcome of every stage."""
+        model = open_model(self.recipe.model_name_or_path)
+        return {"base": model.fingerprint, "seed": self.recipe.seed, "device": self.recipe.device}
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The keyword arguments that every stage takes from the recipe."""
+        return {"seed": self.recipe.seed, "device": self.recipe.device}
+
+    def perform(self, *stages: "Stage") -> None:
+        """Do the stages that the recipe has, in order; finished ones are skipped."""
+        for stage in stages:
+            for number in range(stage.count(self.recipe)):
+                name = stage.folder.format(number=number + 1)
+                action = _bound(stage.action, self, number, self.folder(name))
+                self.done[name] = self.record.stage(name, stage.settings(self, number), action)
 
 
-def shrink(state: Record, recipe: Recipe) -> Small:
-    """Prune and align, as far as the recipe says so."""
-    if recipe.prune is None:
-        folder = open_model(recipe.model_name_or_path).folder
-        small = Small(folders={"pruned": folder}, plan=PruningPlan.load(folder), made={}, settings={})
-    else:
-        small = _prune(state, recipe, recipe.prune)
-    return small if recipe.align is None else _align(state, recipe, small, recipe.align)
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a run: a folder that is made from other folders.
+
+    Args:
+        folder: the name of its folder below `output_dir` and of its entry in the record; `{number}` in it counts from 1
+            where there are several.
+        count: how many folders of this kind a recipe asks for; 0 where it has no such stage.
+        settings: all that decides the outcome, as JSON values, by run and number.
+        action: makes the folder, by run, number and its path.
+        row: the row of the report; empty where it has none.
+        evaluated: the model and adapter that the row evaluates.
+        trains: whether training rows are counted in its manifest.
+    """
+
+    folder: str
+    count: Callable[[Recipe], int]
+    settings: Callable[[Run, int], dict[str, Any]]
+    action: Callable[[Run, int, Path], object]
+    row: Callable[[Run], str] = lambda run: ""
+    evaluated: Callable[[Run], Evaluated] = lambda run: (run.base, None)
+    trains: bool = False
 
 
-def _prune(state: Record, recipe: Recipe, section: PruneOptions) -> Small:
-    folder = recipe.output_dir / "pruned"
-    options = section.resolved()
-    calibration = _data(section.calibration)
-    pruning = {**_common(recipe), **options.model_dump(mode="json"), "calibration": calibration}
+def _bound(action: Callable[[Run, int, Path], object], run: Run, number: int, out: Path) -> Callable[[], None]:
+    def perform() -> None:
+        action(run, number, out)
 
-    def action() -> None:
-        prune(recipe.model_name_or_path, folder, options=section, seed=recipe.seed, device=recipe.device)
-
-    done = state.stage("pruned", pruning, action)
-    return Small(
-        folders={"pruned": folder},
-        plan=PruningPlan.load(folder),
-        made={"pruned": done},
-        settings={"pruning": pruning},
-    )
+    return perform
 
 
-def _align(state: Record, recipe: Recipe, small: Small, section: AlignOptions) -> Small:
-    folder, base = recipe.output_dir / "aligned", base_of(recipe, small.plan)
-    aligning = {
-        **_common(recipe),
-        **small.settings,
+def _pruning(run: Run, number: int = 0) -> dict[str, Any]:
+    section = run.recipe.prune
+    assert section is not None
+    options = section.resolved().model_dump(mode="json")
+    return {**run.common, **options, "calibration": described(section.calibration)}
+
+
+def _teaching(run: Run, number: int) -> dict[str, Any]:
+    options = _teach_options(run.recipe).model_dump(mode="json")
+    return {**run.common, **options, "dataset": described(_alignment(run.recipe).dataset[number].unweighted())}
+
+
+def _aligning(run: Run, number: int = 0) -> dict[str, Any]:
+    section, teach_section = _alignment(run.recipe), run.recipe.teach
+    return {
+        **run.common,
+        **_of_small(run, aligned=False),
         **section.model_dump(mode="json"),
-        "dataset": [_data(spec) for spec in section.dataset],
-        "probe_dataset": _data(section.probe_dataset),
-        "teach": None if recipe.teach is None else recipe.teach.model_dump(mode="json", exclude={"max_length"}),
+        "dataset": [described(spec) for spec in section.dataset],
+        "probe_dataset": described(section.probe_dataset),
+        "teach": None if teach_section is None else teach_section.model_dump(mode="json", exclude={"max_length"}),
     }
-    options, costs = section, []
-    if recipe.teach is not None:
-        costs = [_teach(state, recipe, number, base) for number in range(len(section.dataset))]
-        options = _from_caches(recipe, section)
-
-    def action() -> None:
-        align(small.folder, folder, options=options, base=base, seed=recipe.seed, device=recipe.device)
-
-    done = state.stage("aligned", aligning, action)
-    done = done.model_copy(update={"cost": together([*costs, done.cost])})
-    return dataclasses.replace(
-        small,
-        folders={**small.folders, "aligned": folder},
-        made={**small.made, "aligned": done},
-        settings={**small.settings, "aligning": aligning},
-    )
 
 
-def _from_caches(recipe: Recipe, section: AlignOptions) -> AlignOptions:
-    """The options of `align` with the folders that `teach` writes in place of its data sets."""
+def _of_small(run: Run, *, aligned: bool = True) -> dict[str, Any]:
+    """The settings that the small model was made with in this run."""
+    settings = {} if run.recipe.prune is None else {"pruning": _pruning(run)}
+    return {**settings, "aligning": _aligning(run)} if aligned and run.recipe.align is not None else settings
+
+
+def _training(run: Run, number: int = 0) -> dict[str, Any]:
+    return {**run.common, **train_options(run.recipe).model_dump(), "dataset": described(run.dataset)}
+
+
+def _recovering(run: Run, number: int) -> dict[str, Any]:
+    options = run.recipe.recover
+    chosen = {"correct": options.correct, "dev_dataset": described(options.dev_dataset)}
+    return {"training": _training(run), **_of_small(run), **chosen}
+
+
+def _polishing(run: Run, number: int) -> dict[str, Any]:
+    section = run.recipe.polish
+    assert section is not None
+    dataset = described(section.dataset or run.dataset)
+    adapter = fingerprint(run.folder(RECOVERED.folder))
+    return {**run.common, **_polish_options(run.recipe), "dataset": dataset, "adapter": adapter}
+
+
+def _tuning(run: Run, number: int) -> dict[str, Any]:
+    return {**run.common, **run.recipe.train.model_dump(), "dataset": described(run.dataset)}
+
+
+def _align(run: Run, number: int, out: Path) -> None:
+    section = _alignment(run.recipe)
+    options = section if run.recipe.teach is None else _from_caches(run, section)
+    align(run.pruned, out, options=options, base=run.base, **run.where)
+
+
+def _polish(run: Run, number: int, out: Path) -> None:
+    section, adapter = run.recipe.polish, run.folder(RECOVERED.folder)
+    assert section is not None
+    data = section.dataset or run.dataset
+    polish(run.base, adapter, out, data=data, **_polish_options(run.recipe), **run.where)
+
+
+def _train(run: Run, model: str | Path, out: Path, options: TrainOptions, **changed: Any) -> None:
+    train(model, out, data=run.dataset, options=options, callbacks=run.callbacks, **run.where, **changed)
+
+
+PRUNED: Stage = Stage(
+    folder="pruned",
+    count=lambda recipe: int(recipe.prune is not None),
+    settings=_pruning,
+    action=lambda run, number, out: prune(run.recipe.model_name_or_path, out, options=run.recipe.prune, **run.where),
+    row=lambda run: "pruned",
+    evaluated=lambda run: (run.pruned, None),
+)
+TEACHERS: Stage = Stage(
+    folder="teacher-{number}",
+    count=lambda recipe: 0 if recipe.teach is None else len(_alignment(recipe).dataset),
+    settings=_teaching,
+    action=lambda run, number, out: teach(
+        run.base,
+        out,
+        data=_alignment(run.recipe).dataset[number].unweighted(),
+        options=_teach_options(run.recipe),
+        device=run.recipe.device,
+    ),
+)
+ALIGNED: Stage = Stage(
+    folder="aligned",
+    count=lambda recipe: int(recipe.align is not None),
+    settings=_aligning,
+    action=_align,
+    row=lambda run: "aligned",
+    evaluated=lambda run: (run.folder(ALIGNED.folder), None),
+)
+ADAPTER: Stage = Stage(
+    folder="adapter",
+    count=lambda recipe: int(recipe.dataset is not None),
+    settings=lambda run, number: {**_training(run), **_of_small(run)},
+    action=lambda run, number, out: _train(run, run.small[1], out, train_options(run.recipe), base=run.base),
+    row=lambda run: f"{run.small[0]} + adapter",
+    evaluated=lambda run: (run.small[1], run.folder(ADAPTER.folder)),
+    trains=True,
+)
+RECOVERED: Stage = Stage(
+    folder="recovered",
+    count=lambda recipe: int(recipe.dataset is not None and not recipe.train.mask_update),
+    settings=_recovering,
+    action=lambda run, number, out: recover(
+        run.folder(ADAPTER.folder),
+        out,
+        options=run.recipe.recover,
+        base=run.base,
+        pruned=run.small[1],
+        device=run.recipe.device,
+    ),
+    row=lambda run: "recovered",
+    evaluated=lambda run: (run.base, run.folder(RECOVERED.folder)),
+)
+MERGED: Stage = Stage(  # a masked update cannot be recovered, only merged
+    folder="merged",
+    count=lambda recipe: int(recipe.dataset is not None and recipe.train.mask_update),
+    settings=_recovering,
+    action=lambda run, number, out: merge(run.base, run.folder(ADAPTER.folder), out),
+    row=lambda run: "merged",
+    evaluated=lambda run: (run.folder(MERGED.folder), None),
+)
+POLISHED: Stage = Stage(
+    folder="polished",
+    count=lambda recipe: int(recipe.polish is not None),
+    settings=_polishing,
+    action=_polish,
+    row=lambda run: "polished",
+    evaluated=lambda run: (run.base, run.folder(POLISHED.folder)),
+)
+FULL_LORA: Stage = Stage(
+    folder="full_lora",
+    count=lambda recipe: int(recipe.evaluate.full_lora),
+    settings=_training,
+    action=lambda run, number, out: _train(run, run.base, out, train_options(run.recipe), anchor_steps=0),
+    row=lambda run: "full LoRA",
+    evaluated=lambda run: _on_full(run, FULL_LORA),
+    trains=True,
+)
+TUNED: Stage = Stage(  # a variant of a comparison that trains on the full model
+    folder="tuned",
+    count=lambda recipe: 1,
+    settings=_tuning,
+    action=lambda run, number, out: _train(run, run.recipe.model_name_or_path, out, run.recipe.train),
+    evaluated=lambda run: _on_full(run, TUNED),
+    trains=True,
+)
+SHRINKING = (PRUNED, TEACHERS, ALIGNED)
+ADAPTING = (ADAPTER, RECOVERED, MERGED, POLISHED)
+EVERY = (*SHRINKING, *ADAPTING, FULL_LORA, TUNED)
+
+
+def final_of(recipe: Recipe) -> Stage:
+    """The stage that a run of a recipe that trains is about: the full model with what was trained."""
+    return next(stage for stage in (POLISHED, RECOVERED, MERGED) if stage.count(recipe))
+
+
+def rows_of(run: Run) -> dict[str, Stage]:
+    """The rows of the report below the base, in order: name -> the stage that made it."""
+    stages = (FULL_LORA, PRUNED, ALIGNED, *ADAPTING)
+    return {stage.row(run): stage for stage in stages if stage is PRUNED or stage.count(run.recipe)}
+
+
+def cost_of(run: Run, stage: Stage) -> Cost | None:
+    """What a stage took in this run; alignment also counts the caches that were made for it."""
+    teachers = [f"teacher-{number + 1}" for number in range(TEACHERS.count(run.recipe))] if stage is ALIGNED else []
+    return together([run.done[name].cost for name in (*teachers, stage.folder) if name in run.done])
+
+
+def train_options(recipe: Recipe) -> TrainOptions:
+    """The options of training, anchored by default where the recipe prunes, since the full model is at hand then."""
+    return TrainOptions.of(recipe.train, anchor_steps=anchor_steps(recipe))
+
+
+def anchor_steps(recipe: Recipe) -> int:
+    """How often a recipe measures the full model's course; 0 where it never does."""
+    if (chosen := recipe.train.anchor_steps) is not None:
+        return chosen
+    possible = recipe.prune is not None and why_not_anchored(recipe.train) is None
+    return ANCHOR_STEPS if possible else 0
+
+
+def described(spec: DataSpec | None) -> dict[str, Any] | None:
+    """A data set as settings have it: what it is called, and the digest of its content."""
+    return None if spec is None else {**spec.model_dump(mode="json"), "sha256": file_digest(spec)}
+
+
+def fingerprint(folder: Path) -> str:
+    """The fingerprint of a folder that a stage made."""
+    manifest = find_manifest(folder)
+    assert manifest is not None, folder
+    return manifest.fingerprint
+
+
+def _alignment(recipe: Recipe) -> AlignOptions:
+    assert recipe.align is not None
+    return recipe.align
+
+
+def _teach_options(recipe: Recipe) -> TeachOptions:
+    """The options of `teach`, whose rows are as long as those of the alignment."""
+    return TeachOptions.of(recipe.teach, max_length=resolve_trainer(_alignment(recipe).trainer)["max_length"])
+
+
+def _from_caches(run: Run, section: AlignOptions) -> AlignOptions:
+    """The options of `align` with the folders that `teach` wrote in place of its data sets."""
     caches = [
-        {"path": str(_teacher(recipe, number)), "weight": spec.weight} for number, spec in enumerate(section.dataset)
+        {"path": str(run.folder(TEACHERS.folder.format(number=number + 1))), "weight": spec.weight}
+        for number, spec in enumerate(section.dataset)
     ]
     trainer = dict(section.trainer)
     if section.probe_dataset is None:  # then no row is read whose length is still to be decided
@@ -129,201 +358,17 @@ def _from_caches(recipe: Recipe, section: AlignOptions) -> AlignOptions:
     return AlignOptions.of(section, dataset=(), teacher=caches, trainer=trainer)
 
 
-def _teacher(recipe: Recipe, number: int) -> Path:
-    return recipe.output_dir / f"teacher-{number + 1}"
-
-
-def _teach(state: Record, recipe: Recipe, number: int, base: str) -> Cost | None:
-    """Cache what the full model predicts on one of the data sets of `align`; returns what that took."""
-    assert recipe.teach is not None
-    assert recipe.align is not None
-    length = resolve_trainer(recipe.align.trainer)["max_length"]
-    options = TeachOptions.of(recipe.teach, max_length=length)
-    folder, spec = _teacher(recipe, number), recipe.align.dataset[number]
-
-    def action() -> None:
-        teach(base, folder, data=spec.unweighted(), options=options, device=recipe.device)
-
-    return state.stage(
-        folder.name, {**_common(recipe), **options.model_dump(mode="json"), "dataset": _data(spec.unweighted())}, action
-    ).cost
-
-
-def adapt(
-    state: Record, recipe: Recipe, small: Small, dataset: DataSpec, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[dict[str, Done], dict[str, Path]]:
-    """Train, recover and polish, as far as the recipe says so.
-
-    Returns:
-        What was made in all, and the trained adapters, by the rows of the report.
-    """
-    out, base = recipe.output_dir, base_of(recipe, small.plan)
-    options = TrainOptions.of(recipe.train, anchor_steps=anchor_steps(recipe))
-    training = {**_common(recipe), **options.model_dump(), "dataset": _data(dataset)}
-    recovering = {"correct": recipe.recover.correct, "dev_dataset": _data(recipe.recover.dev_dataset)}
-
-    def fit(model: str | Path, folder: str, **changed: Any) -> None:
-        common: dict[str, Any] = {
-            "seed": recipe.seed,
-            "device": recipe.device,
-            "callbacks": callbacks,
-            "options": options,
-        }
-        train(model, out / folder, data=dataset, **{**common, **changed})
-
-    final = final_of(recipe)
-
-    def widen() -> None:
-        if final == "merged":
-            merge(base, out / "adapter", out / final)
-            return
-        recover(
-            out / "adapter",
-            out / final,
-            options=recipe.recover,
-            base=base,
-            pruned=small.folder,
-            device=recipe.device,
-        )
-
-    adapters = {f"{small.name} + adapter": out / "adapter"}
-    made = {
-        **small.made,
-        f"{small.name} + adapter": state.stage(
-            "adapter", {**training, **small.settings}, lambda: fit(small.folder, "adapter", base=base)
-        ),
-        final: state.stage(final, {"training": training, **small.settings, **recovering}, widen),
-    }
-    if recipe.polish is not None:
-        made["polished"] = _polish(state, recipe, base, recipe.polish.dataset or dataset, recipe.polish)
-    if recipe.evaluate.full_lora:
-        made["full LoRA"] = state.stage("full_lora", training, lambda: fit(base, "full_lora", anchor_steps=0))
-        adapters["full LoRA"] = out / "full_lora"
-    return made, adapters
-
-
-def anchor_steps(recipe: Recipe) -> int:
-    """As the recipe says; where it does not, the default if it prunes, so that the full model is at hand."""
-    if (chosen := recipe.train.anchor_steps) is not None:
-        return chosen
-    possible = recipe.prune is not None and why_not_anchored(recipe.train) is None
-    return ANCHOR_STEPS if possible else 0
-
-
-def _polish(state: Record, recipe: Recipe, base: str, dataset: DataSpec, section: PolishSection) -> Done:
-    """Train the recovered adapter a few steps on, on the full model."""
-    adapter, folder = recipe.output_dir / "recovered", recipe.output_dir / "polished"
+def _polish_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of `polish`; its learning rate is that of training where none is given."""
+    section = recipe.polish
+    assert section is not None
     chosen = section.model_dump(exclude={"dataset"})
     if section.learning_rate is None:
         chosen["learning_rate"] = float(resolve(recipe.train).trainer["learning_rate"])
-    settings = {**_common(recipe), **chosen, "dataset": _data(dataset), "adapter": _fingerprint(adapter)}
-
-    def action() -> None:
-        polish(base, adapter, folder, data=dataset, seed=recipe.seed, device=recipe.device, **chosen)
-
-    return state.stage("polished", settings, action)
+    return chosen
 
 
-def tune(
-    state: Record, recipe: Recipe, dataset: DataSpec, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[Done, tuple[str | Path, Path | None]]:
-    """Train on the full model itself.
-
-    Returns:
-        What was done, and what to evaluate: model and adapter.
-    """
-    model, out, options = recipe.model_name_or_path, recipe.output_dir / "tuned", recipe.train
-
-    def action() -> None:
-        train(model, out, data=dataset, options=options, seed=recipe.seed, device=recipe.device, callbacks=callbacks)
-
-    settings = {**_common(recipe), **options.model_dump(), "dataset": _data(dataset)}
-    done = state.stage("tuned", settings, action)
-    return done, ((out, None) if METHODS[recipe.train.method].weights else (model, out))
-
-
-def final_of(recipe: Recipe) -> str:
-    """What the full model gets of the adapter: masked updates can only be merged."""
-    return "merged" if recipe.train.mask_update else "recovered"
-
-
-def judged(recipe: Recipe, base: str) -> dict[str, tuple[str | Path, Path | None]]:
-    """The full model with what was trained, by the rows of the report: (model, adapter). The last one counts."""
-    out, final = recipe.output_dir, final_of(recipe)
-    found: dict[str, tuple[str | Path, Path | None]] = {
-        final: (out / final, None) if final == "merged" else (base, out / final)
-    }
-    return found if recipe.polish is None else {**found, "polished": (base, out / "polished")}
-
-
-def _common(recipe: Recipe) -> dict[str, Any]:
-    model = open_model(recipe.model_name_or_path)
-    return {"base": model.fingerprint, "seed": recipe.seed, "device": recipe.device}
-
-
-def base_of(recipe: Recipe, plan: PruningPlan) -> str:
-    """The full model, by the name that the recipe has for it, else the plan."""
-    if recipe.prune is not None:
-        return recipe.model_name_or_path
-    return recipe.base_model_name_or_path or plan.base.name
-
-
-def evaluation(state: Record, recipe: Recipe, name: str, dataset: str, model: str | Path, adapter: Path | None) -> Done:
-    """Perplexity of a model, with an adapter or without, on one of the recipe's evaluation data sets."""
-    spec, options = recipe.eval_dataset[dataset], recipe.evaluate
-    settings = {
-        "dataset": _data(spec),
-        "max_samples": options.max_samples,
-        "max_length": options.max_length,
-        "model": open_model(model).fingerprint,
-        "adapter": None if adapter is None else _fingerprint(adapter),
-    }
-    return state.stage(
-        f"evaluate {name} on {dataset}",
-        settings,
-        lambda: evaluate(
-            model,
-            adapter=adapter,
-            data=spec,
-            options=EvaluateOptions.of(**options.model_dump(exclude={"full_lora"})),
-            device=recipe.device,
-        ),
-    )
-
-
-def row_of(
-    name: str, parameters: int, made: Done | None, found: Mapping[str, Done], trained_on: RowCounts | None
-) -> Row:
-    """A row of the report; `parameters` where nothing was evaluated, which would count them."""
-    reports = {dataset: done.report for dataset, done in found.items() if done.report is not None}
-    return Row(
-        name=name,
-        parameters=next((report.parameters for report in reports.values()), parameters),
-        perplexity={dataset: report.perplexity for dataset, report in reports.items()},
-        tokens={dataset: report.tokens for dataset, report in reports.items()},
-        evaluated_on={
-            dataset: RowCounts(used=report.rows, truncated=report.rows_truncated, skipped=report.rows_skipped)
-            for dataset, report in reports.items()
-        },
-        trained_on=trained_on,
-        made=made.cost if made else None,
-        evaluated=together([done.cost for done in found.values()]),
-    )
-
-
-def trained_on(adapter: Path) -> RowCounts:
-    """What became of the rows that an adapter was trained on."""
-    manifest = find_manifest(adapter)
-    assert manifest is not None, adapter
-    found = manifest.settings
-    return RowCounts(used=found["rows"], truncated=found["rows_truncated"], skipped=found["rows_skipped"])
-
-
-def _fingerprint(folder: Path) -> str:
-    manifest = find_manifest(folder)
-    assert manifest is not None, folder
-    return manifest.fingerprint
-
-
-def _data(spec: DataSpec | None) -> dict[str, Any] | None:
-    return None if spec is None else {**spec.model_dump(mode="json"), "sha256": file_digest(spec)}
+def _on_full(run: Run, stage: Stage) -> Evaluated:
+    """What a training on the full model leaves to evaluate: a model where weights train, else an adapter."""
+    folder = run.folder(stage.folder)
+    return (folder, None) if METHODS[run.recipe.train.method].weights else (run.base, folder)

@@ -1,0 +1,75 @@
+"""The rows of the report of a run: evaluations of each model, and what became of the training rows."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from loram.disk.artifacts import find_manifest
+from loram.disk.opening import open_model
+from loram.evaluation.evaluate import evaluate
+from loram.evaluation.options import EvaluateOptions
+from loram.run.record import Done
+from loram.run.report import Cost, Row, RowCounts, together
+from loram.run.stages import Evaluated, Run, described, fingerprint
+
+
+def evaluations(run: Run, name: str, evaluated: Evaluated) -> dict[str, Done]:
+    """The perplexity of a model, with an adapter or without, on every evaluation data set of the recipe, by its name.
+
+    Args:
+        run: the run; finished evaluations are not repeated.
+        name: the row of the report that they are for.
+        evaluated: the model and the adapter.
+    """
+    return {dataset: _evaluation(run, name, dataset, *evaluated) for dataset in run.recipe.eval_dataset}
+
+
+def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: Path | None) -> Done:
+    spec, section = run.recipe.eval_dataset[dataset], run.recipe.evaluate
+    options = EvaluateOptions.of(**section.model_dump(exclude={"full_lora"}))
+    settings = {
+        "dataset": described(spec),
+        **options.model_dump(exclude={"stream"}),  # which changes nothing
+        "model": open_model(model).fingerprint,
+        "adapter": None if adapter is None else fingerprint(adapter),
+    }
+    return run.record.stage(
+        f"evaluate {name} on {dataset}",
+        settings,
+        lambda: evaluate(model, adapter=adapter, data=spec, options=options, device=run.recipe.device),
+    )
+
+
+def row_of(
+    name: str, parameters: int, cost: Cost | None, evaluated: Mapping[str, Done], trained_on: RowCounts | None
+) -> Row:
+    """One row of the report.
+
+    Args:
+        name: its name.
+        parameters: the parameters of the model, where no evaluation has counted them.
+        cost: what making it took.
+        evaluated: the evaluations by data set.
+        trained_on: what became of the training rows, where something was trained.
+    """
+    reports = {dataset: done.report for dataset, done in evaluated.items() if done.report is not None}
+    return Row(
+        name=name,
+        parameters=next((report.parameters for report in reports.values()), parameters),
+        perplexity={dataset: report.perplexity for dataset, report in reports.items()},
+        tokens={dataset: report.tokens for dataset, report in reports.items()},
+        evaluated_on={
+            dataset: RowCounts(used=report.rows, truncated=report.rows_truncated, skipped=report.rows_skipped)
+            for dataset, report in reports.items()
+        },
+        trained_on=trained_on,
+        made=cost,
+        evaluated=together([done.cost for done in evaluated.values()]),
+    )
+
+
+def trained_on(folder: Path) -> RowCounts:
+    """What became of the rows that an adapter or a model was trained on."""
+    manifest = find_manifest(folder)
+    assert manifest is not None, folder
+    settings = manifest.settings
+    return RowCounts(used=settings["rows"], truncated=settings["rows_truncated"], skipped=settings["rows_skipped"])
