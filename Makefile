@@ -1,11 +1,12 @@
 # make quickstart: environment, model, data, and the quickstart recipe.   make test: format, lint, types, tests.
+# make docs: the docs site in build/docs; warnings, broken links among them, are errors.
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 DATA := data/word_problems
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test format clean
+.PHONY: quickstart test docs format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/runtime $(MODEL)/config.json $(DATA)/train.jsonl
@@ -16,6 +17,10 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+docs: .venv/docs
+	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	@echo "The docs are in build/docs/index.html"
 
 format: .venv/dev
 	$(BIN)/ruff format .
@@ -30,6 +35,10 @@ format: .venv/dev
 
 .venv/dev: .venv/runtime
 	$(INSTALL) --editable '.[gguf,plots,dev]'
+	touch $@
+
+.venv/docs: .venv/runtime
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 $(MODEL)/config.json: | .venv/runtime
