@@ -233,7 +233,7 @@ def _sampled(full: Checkpoint, tokenizer: Any, options: Mapping[str, Any], devic
         model = load_model(full, dtype=dtype).to(device).eval()
         return sample_rows(model, tokenizer, count, options["max_length"], seed)
 
-    return Rows([processes.agreed(sample)], draw([count], [None], seed))
+    return Rows([processes.broadcast(sample)], draw([count], [None], seed))
 
 
 def _fingerprint(folder: Path) -> str:

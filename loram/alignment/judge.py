@@ -46,7 +46,7 @@ class Judge:
     def judge(self, trainer: Any) -> dict[str, float]:
         """Probe a Trainer's model and log what was found; the Trainer is told to stop where patience is at an end."""
         found = self.probe.measure(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.autocast)
-        entry = processes.agreed(lambda: dataclasses.asdict(found))  # for GPUs the same is not always quite the same
+        entry = processes.broadcast(lambda: dataclasses.asdict(found))  # for GPUs the same is not always quite the same
         step, log = trainer.state.global_step, trainer.state.log_history
         if step == 0:
             entry["untuned_loss"] = self.probe.untuned_loss

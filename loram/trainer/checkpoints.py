@@ -65,7 +65,7 @@ class Checkpoints:
         Raises:
             UserError: it is of a training with other settings or data; the first difference is shown.
         """
-        return processes.agreed(self._newest)
+        return processes.broadcast(self._newest)
 
     def _newest(self) -> Path | None:
         for path in self._found():
