@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from loram.alignment.judge import Judge, Milestones
 from loram.compute.device import allocate_
-from loram.compute.loss import chunked_loss, squashed
+from loram.compute.loss import apply_softcap, chunked_loss
 from loram.data.batches import IGNORED
 from loram.trainer.arguments import checkpoints_activations
 
@@ -110,7 +110,7 @@ class AlignTrainer(Trainer):  # type: ignore[misc]
     def _live_divergence(self, logits: Tensor, states: Tensor) -> Tensor:
         with torch.no_grad():
             softcap = getattr(self.teacher.config, "final_logit_softcapping", None)
-            teacher_logits = squashed(self.teacher.lm_head(states).float(), softcap)
+            teacher_logits = apply_softcap(self.teacher.lm_head(states).float(), softcap)
         return divergence(logits, teacher_logits)
 
 

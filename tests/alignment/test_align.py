@@ -23,7 +23,7 @@ from loram.alignment.distill import AlignTrainer, divergence, top_k_divergence
 from loram.alignment.mixture import Rows, collate, draw, item
 from loram.alignment.probe import Found, Probe
 from loram.alignment.teacher import TeacherCache
-from loram.compute.loss import chunked_loss, squashed
+from loram.compute.loss import apply_softcap, chunked_loss
 from loram.disk.artifacts import find_manifest
 from loram.disk.checkpoint import EMBEDDING, HEAD
 
@@ -147,7 +147,7 @@ def test_chunks_make_no_difference_and_nothing_of_a_full_top_k_is_lost() -> None
         found = chunked_loss(states, head, targets, top_k_divergence, chunk_tokens=chunk)
         assert found.item() == pytest.approx(whole.item(), rel=1e-5)
     capped = chunked_loss(states, head, [teacher], divergence, softcap=2.0)
-    assert capped.item() == pytest.approx(divergence(squashed(head(states), 2.0), teacher).item(), rel=1e-5)
+    assert capped.item() == pytest.approx(divergence(apply_softcap(head(states), 2.0), teacher).item(), rel=1e-5)
 
 
 def test_mix_is_the_weighted_mean_of_the_two(
