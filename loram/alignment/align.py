@@ -31,7 +31,7 @@ from loram.disk.opening import open_model
 from loram.disk.writer import ShardedWriter
 from loram.model.plan import MASKS_NAME, PruningPlan
 from loram.trainer.arguments import checkpoints_activations
-from loram.trainer.checkpoints import Checkpoints, guarded, lasting
+from loram.trainer.checkpoints import Checkpoints, guard_trainer, reproducible_entries
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _sampled(full: Checkpoint, tokenizer: Any, options: Mapping[str, Any], devic
         model = load_model(full, dtype=dtype).to(device).eval()
         return sample_rows(model, tokenizer, count, options["max_length"], seed)
 
-    return Rows([processes.agreed(sample)], draw([count], [None], seed))
+    return Rows([processes.broadcast(sample)], draw([count], [None], seed))
 
 
 def _fingerprint(folder: Path) -> str:
@@ -221,7 +221,7 @@ def _fit(job: _Job, checkpoints: Checkpoints) -> tuple[list[dict[str, Any]], Pat
     if not job.spec.train_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
-    runner = guarded(AlignTrainer, checkpoints)(
+    runner = guard_trainer(AlignTrainer, checkpoints)(
         model=model,
         args=arguments,
         train_dataset=job.train,
@@ -246,7 +246,7 @@ def _outcome(
         raise UserError(f"{kept}: has the best weights so far, but is gone; give --fresh to start over")
     if step is not None:
         logger.info("kept: the weights of step %d", step)
-    return lasting(log, "loss", "recovered_loss"), kept
+    return reproducible_entries(log, "loss", "recovered_loss"), kept
 
 
 def _teacher(job: _Job) -> Any:

@@ -1,8 +1,8 @@
-"""Rows of several data sets or teacher caches as one, by weights; and the batches that alignment trains on."""
+"""Rows of several data sets or teacher caches as one mixture, and the batches that alignment trains on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,73 +15,104 @@ from loram.data.spec import CacheSpec, WeightedSpec
 from loram.data.tokens import load_tokens
 from loram.model.plan import BaseReference
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Item = dict[str, Tensor]
+SourceRow = TeacherRow | Mapping[str, list[int]]
 _PADDING = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
 
 
-def draw(lengths: Sequence[int], weights: Sequence[float | None], seed: int) -> list[tuple[int, int]]:
-    """(source, row) of every row of a mixture, in the sources' order.
+class Source(Protocol):
+    """A sequence of rows: a data set with the columns `input_ids` and `labels`, or a `TeacherCache`."""
 
-    Without weights, all rows of all sources. With them every source gives its share of the rows, drawn without
-    repetition, and the mixture is as large as that allows: one source gives all it has.
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> SourceRow: ...
+
+
+def draw(lengths: Sequence[int], weights: Sequence[float | None], seed: int) -> list[tuple[int, int]]:
+    """Choose the rows of a mixture.
+
+    Without weights, the mixture has all rows of all sources. With weights, each source gives its share of the rows,
+    drawn without repetition, and the mixture is as large as possible: one source gives all its rows.
+
+    Example: lengths (10, 90) and weights (0.5, 0.5) choose all rows of the first source and 10 of the second.
+
+    Args:
+        lengths: how many rows each source has.
+        weights: the weight of each source, or None for all of them.
+        seed: the seed of the draw.
+
+    Returns:
+        (index of the source, index of the row in it) of each row, in the order of the sources.
 
     Raises:
         UserError: some sources have a weight and some have none.
-
-    Example: lengths (10, 90) and weights (0.5, 0.5) draw all of the first, and 10 rows of the second.
     """
-    given = [weight for weight in weights if weight is not None]
-    if not given:
+    shares = [weight for weight in weights if weight is not None]
+    if not shares:
         return [(source, row) for source, length in enumerate(lengths) for row in range(length)]
-    if len(given) < len(weights):
-        raise UserError("weights: give every data set one (FILE=0.7), or none")
-    size = min(length / weight for length, weight in zip(lengths, given, strict=True))
+    if len(shares) < len(weights):
+        raise UserError("weights: give every data set a weight (FILE=0.7), or none of them")
+    size = min(length / share for length, share in zip(lengths, shares, strict=True))
     generator = torch.Generator().manual_seed(seed)
     places = []
-    for source, (length, weight) in enumerate(zip(lengths, given, strict=True)):
-        count = min(length, max(1, round(size * weight)))
-        chosen = torch.randperm(length, generator=generator)[:count]
-        places += [(source, row) for row in sorted(chosen.tolist())]
+    for source, (length, share) in enumerate(zip(lengths, shares, strict=True)):
+        count = min(length, max(1, round(size * share)))
+        rows = torch.randperm(length, generator=generator)[:count]
+        places += [(source, row) for row in sorted(rows.tolist())]
     return places
 
 
-def read_rows(specs: Sequence[WeightedSpec], tokenizer: Any, max_length: int, vocabulary: int, seed: int) -> "Rows":
-    """The rows of data sets, tokenised.
+def read_rows(
+    specs: Sequence[WeightedSpec], tokenizer: "PreTrainedTokenizerBase", max_length: int, vocabulary: int, seed: int
+) -> "Rows":
+    """Read and tokenise data sets, and mix their rows.
+
+    Args:
+        specs: the data sets, with their weights.
+        tokenizer, max_length, vocabulary: as in `loram.data.tokens.load_tokens`.
+        seed: the seed of the draw.
 
     Raises:
-        UserError: as `loram.data.tokens.load_tokens`.
+        UserError: as in `loram.data.tokens.load_tokens` and `draw`.
     """
-    found = [load_tokens(spec, tokenizer, max_length, vocabulary=vocabulary).rows for spec in specs]
-    return Rows(found, draw([len(rows) for rows in found], [spec.weight for spec in specs], seed))
+    sources = [load_tokens(spec, tokenizer, max_length, vocabulary=vocabulary).rows for spec in specs]
+    return Rows(sources, draw([len(rows) for rows in sources], [spec.weight for spec in specs], seed))
 
 
 def cached_rows(specs: Sequence[CacheSpec], base: BaseReference, seed: int) -> "Rows":
-    """The rows of teacher caches, with what the teacher predicts in them.
+    """Open teacher caches and mix their rows, which include the teacher's predictions.
+
+    Args:
+        specs: the caches, with their weights.
+        base: the full model that must have been the teacher.
+        seed: the seed of the draw.
 
     Raises:
-        UserError: a folder is no teacher cache, or one of another model than `base`.
+        UserError: a folder is not a teacher cache, or its teacher was another model than `base`.
     """
     caches = [TeacherCache(Path(spec.path)) for spec in specs]
     for spec, cache in zip(specs, caches, strict=True):
-        taught_by = cache.info.base
-        if taught_by.fingerprint != base.fingerprint:
+        teacher = cache.info.base
+        if teacher.fingerprint != base.fingerprint:
             raise UserError(
-                f"{spec.path}: the teacher was {taught_by.name}, but the pruned model was made from {base.name} "
-                f"(fingerprint {taught_by.fingerprint[:12]} instead of {base.fingerprint[:12]}); "
+                f"{spec.path}: the teacher was {teacher.name}, but the pruned model was made from {base.name} "
+                f"(fingerprint {teacher.fingerprint[:12]} instead of {base.fingerprint[:12]}); "
                 "run `loram teach` on that one"
             )
     return Rows(caches, draw([len(cache) for cache in caches], [spec.weight for spec in specs], seed))
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[misc]
-    """Rows of a mixture, each as `item` gives it.
+class Rows(torch.utils.data.Dataset[Item]):
+    """The rows of a mixture, as tensors; see `to_tensors`.
 
     Args:
-        sources: data sets of `input_ids` and `labels`, or teacher caches.
-        places: (source, row) of each row, as `draw` gives them.
+        sources: the sources of the rows.
+        places: (index of the source, index of the row in it) of each row, as `draw` returns them.
     """
 
-    def __init__(self, sources: Sequence[Any], places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, sources: Sequence[Source], places: Sequence[tuple[int, int]]) -> None:
         self.sources, self.places = sources, places
 
     def __len__(self) -> int:
@@ -89,38 +120,50 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[misc]
 
     def __getitem__(self, index: int) -> Item:
         source, row = self.places[index]
-        return item(self.sources[source][row])
+        return to_tensors(self.sources[source][row])
 
     def lists(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and labels of all rows."""
-        ids, labels = [], []
-        for source, row in self.places:
-            found = self.sources[source][row]
-            taught = isinstance(found, TeacherRow)
-            ids.append(found.input_ids.tolist() if taught else list(found["input_ids"]))
-            labels.append(found.labels.tolist() if taught else list(found["labels"]))
-        return ids, labels
+        """Return the token ids and the labels of all rows."""
+        input_ids, labels = [], []
+        for source, index in self.places:
+            row = self.sources[source][index]
+            if isinstance(row, TeacherRow):
+                input_ids.append(row.input_ids.tolist())
+                labels.append(row.labels.tolist())
+            else:
+                input_ids.append(list(row["input_ids"]))
+                labels.append(list(row["labels"]))
+        return input_ids, labels
 
 
-def item(row: TeacherRow | Mapping[str, list[int]]) -> Item:
-    """A row as tensors; what a teacher predicts stands where its prediction is made: (tokens, k) and (tokens,)."""
+def to_tensors(row: SourceRow) -> Item:
+    """Turn a row into tensors.
+
+    Returns:
+        `input_ids` and `labels`, (tokens,) int64. A row of a teacher cache has also `teacher_ids` and
+        `teacher_log_probs`, (tokens, k), and `teacher_log_rest`, (tokens,): each prediction stands at the position
+        before the predicted token, and the positions without a prediction hold zeros.
+    """
     if not isinstance(row, TeacherRow):
         return {"input_ids": torch.tensor(row["input_ids"]), "labels": torch.tensor(row["labels"])}
-    wanted = (pad(row.labels[1:], (0, 1), value=IGNORED) != IGNORED).nonzero()[:, 0]
-    taught = {"teacher_ids": row.ids, "teacher_log_probs": row.log_probs, "teacher_log_rest": row.log_rest}
+    positions = (pad(row.labels[1:], (0, 1), value=IGNORED) != IGNORED).nonzero()[:, 0]
+    predictions = {"teacher_ids": row.ids, "teacher_log_probs": row.log_probs, "teacher_log_rest": row.log_rest}
     spread = {
-        name: tensor.new_zeros(len(row.labels), *tensor.shape[1:]).index_copy(0, wanted, tensor)
-        for name, tensor in taught.items()
+        name: tensor.new_zeros(len(row.labels), *tensor.shape[1:]).index_copy(0, positions, tensor)
+        for name, tensor in predictions.items()
     }
     return {"input_ids": row.input_ids, "labels": row.labels, **spread}
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """Items as one batch, padded on the right; the first token of a row is never in the loss."""
-    width = max(len(one["input_ids"]) for one in items)
+    """Stack items into one batch with an `attention_mask`, padded on the right.
+
+    The labels of the first tokens become -100, because a first token is never predicted.
+    """
+    width = max(len(item["input_ids"]) for item in items)
     batch = {}
     for name in (*items[0], "attention_mask"):
-        tensors = [one.get(name, torch.ones_like(one["input_ids"])) for one in items]
+        tensors = [item.get(name, torch.ones_like(item["input_ids"])) for item in items]
         batch[name] = torch.stack(
             [
                 pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, width - len(tensor)), value=_PADDING.get(name, 0))

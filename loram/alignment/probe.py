@@ -1,6 +1,8 @@
-"""The recovered probe: what a short LoRA run on the student is worth on the full model, the one figure that counts.
+"""The probe: a short LoRA run on the student, whose adapter is recovered and evaluated on the full model.
 
-Alignment can make the pruned model better and what is learnt on it worse, so it is not judged by its own loss.
+The student is the pruned model that is being aligned. Alignment can lower its loss and at the same time make adapters
+that are trained on it worth less on the full model. The full model is what counts, so alignment is judged by the probe
+and not by its own loss.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,18 +30,21 @@ from loram.disk.checkpoint import Checkpoint
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BATCH_ROWS, DEV_ROWS = 4, 32
 _RANK, _ALPHA, _LEARNING_RATE = 8, 16, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Mean losses on the development rows, in nats a token.
+class ProbeLosses:
+    """The mean losses of a probe on its development rows, in nats per token.
 
     Args:
-        recovered_loss: of the full model with the recovered adapter; the one that decides.
-        adapted_loss: of the student with the adapter.
-        student_loss: of the student alone.
+        recovered_loss: the loss of the full model with the recovered adapter; this one decides.
+        adapted_loss: the loss of the student with the adapter.
+        student_loss: the loss of the student alone.
     """
 
     recovered_loss: float
@@ -48,55 +53,72 @@ class Found:
 
 
 def split(rows: Rows, steps: int, seed: int, name: str) -> tuple[Rows, Rows]:
-    """Rows to train a probe on and development rows to judge it on, drawn by seed; a third is for development.
+    """Split rows at random into those that a probe trains on and development rows that it is judged by.
+
+    A third of the rows is for development, but at most `DEV_ROWS`.
+
+    Args:
+        rows: the rows to split.
+        steps: the steps of the probe's training, each on `BATCH_ROWS` rows.
+        seed: the seed of the draw.
+        name: the name of the rows in error messages.
+
+    Returns:
+        (rows to train on, development rows).
 
     Raises:
         UserError: there are fewer than two rows.
     """
     if len(rows) < 2:
         raise UserError(
-            f"{name}: {len(rows)} rows for the probe, which needs some to train on and some to judge by; "
+            f"{name}: {len(rows)} rows for the probe, which needs some to train on and some to be judged by; "
             "give more with --probe-dataset, or --no-probe"
         )
-    order = _shuffled(rows.places, seed)
+    order = _shuffle(rows.places, seed)
     dev = min(DEV_ROWS, max(1, len(order) // 3))
     return Rows(rows.sources, order[dev : dev + steps * BATCH_ROWS]), Rows(rows.sources, order[:dev])
 
 
 def hold_out(rows: Rows, steps: int, seed: int) -> tuple[Rows, tuple[Rows, Rows]]:
-    """Take the rows of a probe, a fifth at most, out of those to align on.
+    """Hold out the rows of a probe, a fifth at most, from the rows to align on.
+
+    Args:
+        rows: the rows to align on.
+        steps: the steps of the probe's training, each on `BATCH_ROWS` rows.
+        seed: the seed of the draw.
 
     Returns:
-        The other rows in their order, and the probe's as `split` has them.
+        (the other rows in their order, the held-out rows as `split` returns them).
 
     Raises:
-        UserError: there are too few.
+        UserError: there are too few rows.
     """
     count = min(len(rows) // 5, steps * BATCH_ROWS + DEV_ROWS)
-    held = _shuffled(rows.places, seed)[:count]
-    parts = split(Rows(rows.sources, held), steps, seed, f"of {len(rows)} rows a fifth")
-    left = set(rows.places) - set(held)
-    return Rows(rows.sources, [place for place in rows.places if place in left]), parts
+    held_out = _shuffle(rows.places, seed)[:count]
+    parts = split(Rows(rows.sources, held_out), steps, seed, f"a fifth of {len(rows)} rows")
+    remaining = set(rows.places) - set(held_out)
+    return Rows(rows.sources, [place for place in rows.places if place in remaining]), parts
 
 
-def _shuffled(places: Sequence[tuple[int, int]], seed: int) -> list[tuple[int, int]]:
-    """The places in a random order."""
+def _shuffle(places: Sequence[tuple[int, int]], seed: int) -> list[tuple[int, int]]:
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
     return [places[index] for index in order]
 
 
 class Probe:
-    """A short LoRA run on a student, recovered, and judged on the full model; the same run each time.
+    """A short LoRA run on a student, whose adapter is recovered and evaluated on the full model.
+
+    Every measurement trains an adapter with the same first values on the same rows.
 
     Args:
         full: the full model.
-        plan: what the student keeps of it.
-        train: rows that the adapter is trained on, again from the first when they are used up.
-        dev: rows that it is judged on.
-        steps: of `BATCH_ROWS` rows.
-        seed: of the adapter's first values.
-        device: where the full model computes.
-        stream: read the full model from disk layer by layer even where it fits in memory.
+        plan: the pruning plan of the student.
+        train: the rows that the adapter is trained on; when they are used up, training starts again at the first.
+        dev: the development rows that the adapter is judged by.
+        steps: the steps of the training, each on `BATCH_ROWS` rows.
+        seed: the seed of the adapter's first values.
+        device: the device that the full model computes on.
+        stream: stream the full model from disk even if it fits in memory.
     """
 
     def __init__(
@@ -121,7 +143,7 @@ class Probe:
 
     @cached_property
     def untuned_loss(self) -> float:
-        """Of the full model as it is, to compare with."""
+        """The mean loss of the full model without an adapter on the development rows, in nats per token."""
         score = streamed_loss if self._streams() else loaded_loss
         total, count, _ = score(self.full, None, self.device, *self.dev)
         return total / count
@@ -130,36 +152,47 @@ class Probe:
         return self.stream or not fits(self.full.parameters * compute_dtype(self.device).itemsize, self.device)
 
     def measure(
-        self, student: Any, autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    ) -> Found:
-        """Train the adapter and judge it; student and random state are afterwards as before, bit for bit.
+        self,
+        student: "PreTrainedModel",
+        autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> ProbeLosses:
+        """Train the adapter and evaluate it. Afterwards the student and the random state are as before, bit for bit.
+
+        Args:
+            student: the pruned model, in memory.
+            autocast: the context that the student computes in.
 
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        with _undisturbed(student):
+        with _restore(student):
             with autocast():
                 alone = _mean(model_loss(student.eval(), *self.dev))
-            with autocast(), _adapter(student, self.plan, self.seed) as factors:
+            with autocast(), _attach_adapter(student, self.plan, self.seed) as factors:
                 self._train(student.train(), list(factors.values()))
                 adapted = _mean(model_loss(student.eval(), *self.dev))
             tensors = {name: tensor.detach().cpu() for name, tensor in factors.items()}
-        found = Found(recovered_loss=self._recovered(tensors), adapted_loss=adapted, student_loss=alone)
-        if not math.isfinite(found.recovered_loss + found.adapted_loss + found.student_loss):
-            raise FloatingPointError(f"the probe's losses are not all finite: {found}; try a lower learning_rate")
-        return found
+        losses = ProbeLosses(recovered_loss=self._recovered_loss(tensors), adapted_loss=adapted, student_loss=alone)
+        if not math.isfinite(losses.recovered_loss + losses.adapted_loss + losses.student_loss):
+            raise FloatingPointError(f"the probe's losses are not all finite: {losses}; try a lower learning_rate")
+        return losses
 
-    def _train(self, student: Any, factors: list[Tensor]) -> None:
+    def _train(self, student: "PreTrainedModel", factors: list[Tensor]) -> None:
         optimizer = torch.optim.AdamW(factors, lr=_LEARNING_RATE, weight_decay=0.0)
         for step in track(range(self.steps), "Probe"):
             batch = self.batches[step % len(self.batches)]
-            names = ("input_ids", "attention_mask", "labels")  # a cache's rows have more
-            loss = causal_loss(student, **{name: batch[name].to(student.device) for name in names})
+            # only these three: the rows of a teacher cache have more tensors
+            loss = causal_loss(
+                student,
+                input_ids=batch["input_ids"].to(student.device),
+                attention_mask=batch["attention_mask"].to(student.device),
+                labels=batch["labels"].to(student.device),
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    def _recovered(self, tensors: dict[str, Tensor]) -> float:
+    def _recovered_loss(self, tensors: dict[str, Tensor]) -> float:
         wide = {name: widen(name, tensor, self.plan) for name, tensor in tensors.items()}
         config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "target_modules": []}
         adapter = Adapter(folder=Path("probe"), config=config, tensors=wide)
@@ -167,10 +200,11 @@ class Probe:
 
 
 @contextlib.contextmanager
-def _adapter(student: Any, plan: PruningPlan, seed: int) -> Iterator[dict[str, Tensor]]:
-    """LoRA factors by PEFT's names on all linears of the decoder layers, begun as PEFT begins them.
+def _attach_adapter(student: "PreTrainedModel", plan: PruningPlan, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Attach a LoRA adapter to all linears of the decoder layers; yields its factors under PEFT's names.
 
-    Hooks, and not PEFT's layers, which would take the place of the modules that are being trained.
+    The factors begin with the values that PEFT gives them, but they are attached by hooks: PEFT's layers would replace
+    modules of a model that is being trained.
     """
     torch.manual_seed(seed)
     factors: dict[str, Tensor] = {}
@@ -190,21 +224,23 @@ def _adapter(student: Any, plan: PruningPlan, seed: int) -> Iterator[dict[str, T
 
 
 @contextlib.contextmanager
-def _undisturbed(student: Any) -> Iterator[None]:
-    """Freeze a student for a while; what is trained, its mode and all random states are restored."""
-    trained, mode = [p for p in student.parameters() if p.requires_grad], student.training
+def _restore(student: "PreTrainedModel") -> Iterator[None]:
+    """Freeze a student during the block; then restore its trainable parameters, its mode and all random states."""
+    trainable, mode = [p for p in student.parameters() if p.requires_grad], student.training
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
         try:
             student.requires_grad_(False)
             yield
         finally:
-            for parameter in trained:
+            for parameter in trainable:
                 parameter.requires_grad_()
             student.train(mode)
             random.setstate(states[0])
             np.random.set_state(states[1])
 
 
-def _mean(found: tuple[float, int]) -> float:
-    return found[0] / found[1]
+def _mean(loss: tuple[float, int]) -> float:
+    """Divide a summed loss by its number of tokens."""
+    total, count = loss
+    return total / count

@@ -1,4 +1,4 @@
-"""The teach stage: what the full model predicts on a text, streamed once and cached for alignment."""
+"""The teach stage: stream a text through the full model once, and cache its predictions for alignment."""
 
 import json
 import logging
@@ -8,16 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loram.alignment.options import TeachOptions
 from loram.alignment.teacher import INFO_NAME, TeacherInfo, part_name, write_part
+from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype, pick_device
 from loram.compute.loading import load_tokenizer
-from loram.compute.streaming import BATCH_TOKENS, Stream
+from loram.compute.streaming import Stream
 from loram.data.batches import make_batches
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
 from loram.disk.artifacts import check_output, difference, digest, lock, publish, sync
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model.plan import BaseReference
 
@@ -36,31 +40,33 @@ def teach(
     fresh: bool = False,
     **fields: Any,
 ) -> Path:
-    """Store the `top_k` likeliest next tokens, and the log of the remaining mass, at every place in the loss.
+    """Cache the predictions of a full model on a text.
 
-    The model is streamed from disk, a decoder layer at a time, once for every part of about `part_tokens` tokens.
-    Finished parts wait in `OUT-parts`; the same call after an interruption goes on from there.
+    For each position whose next token is in the loss, the cache has the `top_k` likeliest next tokens, their
+    log-probabilities, and the log of the remaining probability. The model is streamed from disk, one decoder layer at a
+    time, once for each part of about `part_tokens` tokens. Finished parts are kept in the folder `OUT-parts`, so that
+    the same call continues after an interruption.
 
     Args:
-        model: hub id, folder or GGUF file of the full model.
-        out: the cache folder to make; see `loram.alignment.teacher` for what is in it.
-        data: the text (see `loram.data.tokens`): of rows with a prompt only the completion is in the loss.
+        model: the hub id, folder or GGUF file of the full model.
+        out: the cache folder to write; `loram.alignment.teacher` describes its content.
+        data: the text (see `loram.data.tokens`). If a row has a prompt, only its completion is in the loss.
         options: how to do it; single options may be given by name instead: `top_k=8`. A larger `part_tokens` needs
-            fewer passes over the model, and more room for hidden states, in memory or in a scratch file.
-        device: `cpu`, `cuda`, ...; the first GPU where there is one.
-        fresh: start over where `OUT-parts` has finished parts.
+            fewer passes over the model, but holds the hidden states of a whole part in memory or in a scratch file.
+        device: `cpu`, `cuda`, ... (default: the first GPU, or the CPU if there is none).
+        fresh: start from the beginning even if `OUT-parts` has finished parts.
         fields: single options by name, over `options`; see `TeachOptions`.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: model or data cannot be used, a setting is out of range, `out` exists, or `OUT-parts` was begun with
-            other settings.
+        UserError: the model or the data cannot be used, a setting is out of range, `out` exists already, or
+            `OUT-parts` belongs to a call with other settings.
     """
     out, spec, settings = Path(out), as_spec(data), TeachOptions.of(options, **fields)
     check_output(out, model)
-    checkpoint, chosen = open_model(model), pick_device(device)
+    checkpoint, compute_device = open_model(model), pick_device(device)
     tokens = load_tokens(spec, load_tokenizer(checkpoint), settings.max_length, vocabulary=checkpoint.vocabulary)
     input_ids, labels = tokens.rows["input_ids"][:], tokens.rows["labels"][:]
     vocab_size = checkpoint.shape(checkpoint.head)[0]
@@ -74,7 +80,7 @@ def teach(
         vocab_size=vocab_size,
         part_rows=tuple(map(len, parts)),
     )
-    dtype = compute_dtype(chosen)
+    dtype = compute_dtype(compute_device)
     work = out.with_name(f"{out.name}-parts")
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
@@ -86,28 +92,41 @@ def teach(
             for number, rows in enumerate(parts):
                 path = work / part_name(number)
                 if path.exists():
-                    logger.info("part %d of %d: done already", number + 1, len(parts))
+                    logger.info("part %d of %d: finished before", number + 1, len(parts))
                     continue
                 logger.info("part %d of %d: %d rows", number + 1, len(parts), len(rows))
-                ids, wanted = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
-                batches = make_batches(ids, wanted, max_tokens=BATCH_TOKENS)
-                stream = Stream(checkpoint, batches, device=chosen, dtype=dtype, scratch=work)
-                for _ in stream.forward():
-                    pass
-                partial = path.with_suffix(".partial")
-                partial.unlink(missing_ok=True)
-                write_part(partial, ids, wanted, batches, stream.top_k(settings.top_k), vocab_size)
-                sync(partial)
-                partial.rename(path)
+                part = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
+                _teach_part(path, checkpoint, *part, info=info, device=compute_device)
             _publish(work, out, info, spec, len(parts))
         finally:
-            if out.exists() or not (work / part_name(0)).exists():  # nothing worth going on from
+            if out.exists() or not (work / part_name(0)).exists():  # there is nothing to continue from
                 shutil.rmtree(work)
     return out
 
 
+def _teach_part(
+    path: Path,
+    checkpoint: Checkpoint,
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]],
+    *,
+    info: TeacherInfo,
+    device: torch.device,
+) -> None:
+    """Stream some rows through the model and write the predictions to a file that appears whole or not at all."""
+    batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS)
+    stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), scratch=path.parent)
+    for _ in stream.forward():
+        pass
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    write_part(partial, input_ids, labels, batches, stream.top_k(info.top_k), info.vocab_size)
+    sync(partial)
+    partial.rename(path)
+
+
 def _parts(input_ids: Sequence[list[int]], part_tokens: int) -> list[range]:
-    """Consecutive rows of at most `part_tokens` tokens together (a longer row is one part)."""
+    """Group consecutive rows into parts of at most `part_tokens` tokens; a longer row is a part of its own."""
     starts, room = [0], part_tokens
     for row, ids in enumerate(input_ids):
         if len(ids) > room and row > starts[-1]:
@@ -123,10 +142,10 @@ def _check_request(work: Path, request: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
         return
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        begun = {}
-    if changed := difference(begun, request):
+        before = {}
+    if changed := difference(before, request):
         raise UserError(f"{work}: was begun with other settings ({changed}); give --fresh to start over")
 
 
@@ -137,7 +156,7 @@ def _publish(work: Path, out: Path, info: TeacherInfo, spec: DataSpec, parts: in
         for number in range(parts):
             source, target = work / part_name(number), staging / part_name(number)
             try:
-                os.link(source, target)  # no second copy of what may be many gigabytes
+                os.link(source, target)  # avoids a second copy of what may be many gigabytes
             except OSError:
                 shutil.copyfile(source, target)
         (staging / INFO_NAME).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,18 @@
-"""The teacher cache: what a full model predicts on a text, stored so that the model is not needed beside its student.
+"""The teacher cache: a full model's predictions on a text, stored for alignment.
 
-A cache is a folder of `part-*.safetensors`, read through memory maps, and `teacher.json`. A part holds some rows:
+With a cache, the full model need not be in memory beside the student, the pruned model that is aligned. A cache is a
+folder with `teacher.json` and files `part-*.safetensors`, which are read through memory maps. A part holds some rows:
 
-| tensor | shape | dtype | |
+| tensor | shape | dtype | meaning |
 |---|---|---|---|
-| `input_ids`, `labels` | (tokens,) | int32 | the rows end to end; labels are -100 where a token is not in the loss |
-| `row_starts` | (rows + 1,) | int64 | where each row begins in them |
-| `ids` | (wanted, k) | uint16, or int32 for a large vocabulary | likeliest next tokens, likeliest first |
+| `input_ids`, `labels` | (tokens,) | int32 | the rows one after the other; labels are -100 where not in the loss |
+| `row_starts` | (rows + 1,) | int64 | where each row begins in `input_ids` and `labels` |
+| `ids` | (wanted, k) | uint16, or int32 for a large vocabulary | the likeliest next tokens, likeliest first |
 | `log_probs` | (wanted, k) | float16 | their log-probabilities over the whole vocabulary, in nats |
-| `log_rest` | (wanted,) | float16 | log of the probability of all other tokens |
-| `wanted_starts` | (rows + 1,) | int64 | where each row begins in those three |
+| `log_rest` | (wanted,) | float16 | the log of the probability of all other tokens |
+| `wanted_starts` | (rows + 1,) | int64 | where each row begins in `ids`, `log_probs` and `log_rest` |
 
-`wanted` are the places whose next token is in the loss, in order.
+`wanted` is the number of positions whose next token is in the loss; they are stored in order.
 """
 
 from bisect import bisect_right
@@ -38,14 +39,14 @@ _UINT16 = 1 << 16
 
 
 class TeacherInfo(BaseModel):
-    """What a cache holds.
+    """The content of `teacher.json`.
 
     Args:
-        base: the full model that was asked.
-        rows_digest: SHA-256 of the rows' token ids and labels.
-        top_k: how many tokens a place.
-        vocab_size: of the model.
-        part_rows: rows in each part.
+        base: the full model that made the predictions.
+        rows_digest: the SHA-256 of the rows' token ids and labels.
+        top_k: how many next tokens are stored per position.
+        vocab_size: how many tokens the model knows.
+        part_rows: how many rows each part has.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,13 +60,13 @@ class TeacherInfo(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRow:
-    """One row and what the teacher predicts in it.
+    """One row and the teacher's predictions at its `wanted` positions, those whose next token is in the loss.
 
     Args:
         input_ids, labels: (tokens,) int64; labels are -100 where a token is not in the loss.
-        ids: (wanted, k) int64, likeliest next tokens; `wanted` are the places whose next token is in the loss.
-        log_probs: (wanted, k) float32, nats.
-        log_rest: (wanted,) float32, log of the probability of all other tokens.
+        ids: (wanted, k) int64, the likeliest next tokens.
+        log_probs: (wanted, k) float32, their log-probabilities in nats.
+        log_rest: (wanted,) float32, the log of the probability of all other tokens.
     """
 
     input_ids: Tensor
@@ -78,14 +79,17 @@ class TeacherRow:
 class TeacherCache:
     """A sequence of `TeacherRow`, read from memory-mapped files.
 
+    Args:
+        folder: a folder that `teach` wrote.
+
     Raises:
-        UserError: the folder is no whole teacher cache.
+        UserError: the folder is not a complete teacher cache.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / INFO_NAME
         if not path.is_file():
-            raise UserError(f"{folder}: no {INFO_NAME} here, so this is not a folder that `loram teach` made")
+            raise UserError(f"{folder}: no {INFO_NAME} here, so this is not a folder that `loram teach` wrote")
         try:
             self.info = TeacherInfo.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
@@ -116,7 +120,7 @@ class TeacherCache:
 
 
 def part_name(number: int) -> str:
-    """File name of a part."""
+    """Return the file name of a part."""
     return f"part-{number:05d}.safetensors"
 
 
@@ -125,12 +129,20 @@ def write_part(
     input_ids: Sequence[list[int]],
     labels: Sequence[list[int]],
     batches: Sequence[Batch],
-    found: Sequence[TopK],
+    predictions: Sequence[TopK],
     vocab_size: int,
 ) -> None:
-    """Write a part: rows, and what the teacher predicts in the batches they were put into."""
-    by_row: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for batch, top in zip(batches, found, strict=True):
+    """Write a part of a teacher cache.
+
+    Args:
+        path: the file to write.
+        input_ids, labels: the rows of the part.
+        batches: the batches that the rows were put into.
+        predictions: the teacher's predictions for each batch.
+        vocab_size: how many tokens the model knows.
+    """
+    by_row: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # row -> its ids, log_probs, log_rest
+    for batch, top in zip(batches, predictions, strict=True):
         counts = batch.wanted.sum(1).tolist()
         pieces = (part.split(counts) for part in (top.ids, top.log_probs, top.log_rest))
         by_row.update(zip(batch.rows, zip(*pieces, strict=True), strict=True))

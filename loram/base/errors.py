@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake."""
+"""The exception for a user's mistake, and a short form of validation errors for its message."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,14 +7,15 @@ from pydantic import ValidationError
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used: one line that names the file, line or key, what was found and the remedy.
+    """An input cannot be used. The message is one line with the file, line or key, what is wrong, and the remedy.
 
-    The command line prints the line alone and exits with code 2; every other exception is a failure of ours (code 1).
+    The command line prints only this line and exits with code 2. Every other exception is a failure of loram itself
+    and exits with code 1.
     """
 
 
 def first_problem(error: Exception) -> str:
-    """The first problem of a validation error as `key.key: what is wrong`."""
+    """Describe the first problem of a validation error as `key.key: what is wrong`; other errors as they are."""
     if not isinstance(error, ValidationError):
         return str(error)
     problem: Mapping[str, Any] = error.errors()[0]

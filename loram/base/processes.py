@@ -1,7 +1,7 @@
 """Several processes that train one model together, as `accelerate launch` and `torchrun` start them.
 
-All of them read the same inputs and take the same steps, each on rows of its own; the first one alone writes, and
-speaks to the user. Imports nothing heavy.
+All processes read the same inputs and take the same steps, each on its own rows. Only the first one writes files and
+prints messages. This module imports nothing heavy at the top.
 """
 
 import os
@@ -12,22 +12,22 @@ T = TypeVar("T")
 
 
 def count() -> int:
-    """How many processes there are, by the launcher's environment."""
+    """The number of processes, according to the launcher's environment variables."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def number() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process, counted from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
 def first() -> bool:
-    """Whether this is the one that writes."""
+    """Whether this is the first process, the one that writes."""
     return number() == 0
 
 
 def join(*, cpu: bool) -> None:
-    """Meet the others; accelerate, and so the Trainer, goes on with what is made here."""
+    """Connect to the other processes; accelerate, and therefore the Trainer, reuses this connection."""
     if count() > 1:
         from accelerate import PartialState
 
@@ -35,27 +35,27 @@ def join(*, cpu: bool) -> None:
 
 
 def wait() -> None:
-    """Until all are here."""
+    """Wait until all processes have reached this line."""
     if count() > 1:
         from torch.distributed import barrier
 
         barrier()
 
 
-def agreed(find: Callable[[], T]) -> T:
-    """What the first process finds, in all of them; the others do not look."""
+def broadcast(compute: Callable[[], T]) -> T:
+    """Call `compute` in the first process alone and return its result in every process."""
     if count() == 1:
-        return find()
+        return compute()
     from torch.distributed import broadcast_object_list
 
-    found: list[Any] = [find() if first() else None]
-    broadcast_object_list(found, src=0)
-    result: T = found[0]
+    objects: list[Any] = [compute() if first() else None]  # Any: torch replaces the None by an object of type T
+    broadcast_object_list(objects, src=0)
+    result: T = objects[0]
     return result
 
 
 def leave() -> None:
-    """Part from the others when all is done."""
+    """Disconnect from the other processes at the end."""
     if count() > 1:
         from torch.distributed import destroy_process_group, is_initialized
 

@@ -1,14 +1,17 @@
-"""Progress bars with the time left, on stderr."""
+"""Progress bars on stderr that show the time left."""
 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from loram.base import processes
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 T = TypeVar("T")
 
@@ -24,7 +27,7 @@ _COLUMNS = (
 
 
 def track(items: Sequence[T], description: str) -> Iterator[T]:
-    """Iterate with a progress bar; where stderr is no terminal, a line at most every 30 seconds instead."""
+    """Iterate with a progress bar. If stderr is not a terminal, print a line every 30 seconds at most instead."""
     if console.is_terminal:
         with Progress(*_COLUMNS, console=console, transient=True) as progress:
             yield from progress.track(items, description=description)
@@ -40,7 +43,7 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
 
 @contextlib.contextmanager
 def without_library_bars() -> Iterator[None]:
-    """transformers' own progress bars off for a while."""
+    """Switch off the progress bars of transformers while the block runs."""
     from transformers.utils import logging
 
     if not logging.is_progress_bar_enabled():
@@ -53,36 +56,51 @@ def without_library_bars() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def training_progress() -> Any:
-    """A callback for transformers' Trainer: a progress bar with loss and time left, or a line a log entry."""
+def training_progress() -> "TrainerCallback":
+    """Make a callback for transformers' Trainer that shows the steps, the loss and the time left.
+
+    On a terminal it is a progress bar; elsewhere it prints one line per log entry.
+    """
     from transformers import TrainerCallback
 
-    class TrainingProgress(TrainerCallback):  # type: ignore[misc]
-        """Steps done, the last loss, time left; all on stderr."""
+    class TrainingProgress(TrainerCallback):
+        """Show the number of steps taken, the last loss and the time left on stderr."""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            self.started, self.loss = time.monotonic(), ""
+        def on_train_begin(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **rest: Any
+        ) -> None:
+            self.started = time.monotonic()
             self.bar = Progress(
                 *_COLUMNS, TextColumn("{task.fields[loss]}"), console=console, disable=not console.is_terminal
             )
             self.task = self.bar.add_task("Training", total=state.max_steps, loss="")
             self.bar.start()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        def on_step_end(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **rest: Any
+        ) -> None:
             self.bar.update(self.task, completed=state.global_step)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-            if "loss" not in (logs or {}):
+        def on_log(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            logs: dict[str, float] | None = None,
+            **rest: Any,
+        ) -> None:
+            if logs is None or "loss" not in logs:
                 return
-            self.bar.update(self.task, loss=f"loss {logs['loss']:.4f}")
+            loss = f"loss {logs['loss']:.4f}"
+            self.bar.update(self.task, loss=loss)
             if not console.is_terminal:
                 left = (time.monotonic() - self.started) / state.global_step * (state.max_steps - state.global_step)
-                line = (
-                    f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, about {left:.0f} s left"
-                )
+                line = f"step {state.global_step} of {state.max_steps}: {loss}, about {left:.0f} s left"
                 console.print(line, highlight=False)
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        def on_train_end(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **rest: Any
+        ) -> None:
             self.bar.stop()
 
     return TrainingProgress()

@@ -1,4 +1,4 @@
-"""Where and in which dtype to compute, and how much memory that took."""
+"""Where and in which dtype loram computes, how the process allocates memory, and how much memory it took."""
 
 import ctypes
 import gc
@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,17 +21,18 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """The device to compute on: the one asked for, else the first GPU, else the CPU.
+    """Choose the device to compute on: the named one, else the first GPU, else the CPU.
 
-    Of several processes on a machine each gets a GPU of its own.
+    If several processes train together, each one gets a GPU of its own.
 
     Raises:
-        UserError: the device asked for is not there, or is one GPU for several processes.
+        UserError: the named device cannot be used, or is one GPU for several processes.
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if processes.count() > 1 and chosen.type == "cuda":
-            if chosen.index is not None:
+            index: Any = chosen.index  # Any: torch declares an int, but without a number in the name it is None
+            if index is not None:
                 raise UserError(f"device {device!r}: each of several processes takes a GPU of its own; say cuda")
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(chosen)
@@ -43,47 +45,52 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that has it, else float32: without bf16 units a CPU is many times slower in bf16."""
+    """Choose bfloat16 on a GPU that supports it, else float32: most CPUs are many times slower in bfloat16."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
-    """Bytes that can still be taken, on a GPU or, where the system is Linux, by programs; None where nobody says."""
+    """Return how many bytes can still be allocated on a GPU, or in the memory of a Linux system; None if unknown."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if not _MEMINFO.is_file():
         return None
-    found = [line.split() for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(found[0][1]) * 1024 if found else None
+    for line in _MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def fits(nbytes: int, device: torch.device) -> bool:
-    """Whether so many bytes of weights fit in the memory that is free now, with a tenth more for computing."""
+    """Whether weights of this many bytes, and a tenth more for computing, fit in the memory that is free now."""
     free = free_memory(device)
     return free is None or 1.1 * nbytes <= free
 
 
 def return_freed_memory_() -> None:
-    """Tell glibc to give every block of 64 KB and more pages of its own, and to hand them back when it is freed.
+    """Tell glibc to map each block of 64 KB or more by itself, and to return it to the system when it is freed.
 
-    By itself it raises that limit to 32 MB once such blocks were freed, and the holes between what stays pile up:
-    weights, activations and gradients of many sizes then take up to twice what is in use. For the whole process;
-    elsewhere than on Linux this does nothing.
+    By default glibc raises this limit up to 32 MB as soon as such blocks are freed. Then holes build up between the
+    blocks that stay, and weights, activations and gradients of many sizes take up to twice the memory that is in use.
+
+    This changes the whole process. On systems other than Linux it does nothing.
     """
     _mallopt({_M_MMAP_THRESHOLD: 1 << 16})
 
 
 def keep_freed_memory_() -> None:
-    """Tell glibc to reuse freed blocks instead of handing them back, for the whole process.
+    """Tell glibc to keep freed blocks for later instead of returning them to the system.
 
-    A training step on a CPU frees and takes the same large tensors again and again. Fresh pages for them each time cost
-    about a third of the step (SmolLM2, 2 cores); holes in what is kept cost memory. Elsewhere this does nothing.
+    A training step on a CPU allocates and frees the same large tensors again and again. New pages for them cost about a
+    third of the step's time (SmolLM2, 2 cores). The price is memory, because holes build up between the blocks.
+
+    This changes the whole process. On systems other than Linux it does nothing.
     """
     _mallopt({_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1})
 
 
 def allocate_(device: torch.device, *, lean: bool) -> None:
-    """Set the process up for a training: on a CPU for little memory if `lean`, else for speed."""
+    """Set the allocator up for a training: on a CPU for speed, or for little memory if `lean`."""
     if device.type == "cpu" and not lean:
         keep_freed_memory_()
     else:
@@ -97,12 +104,12 @@ def _mallopt(settings: Mapping[int, int]) -> None:
 
 
 def rss() -> int:
-    """Resident memory in bytes now (Linux)."""
+    """Return the process's resident memory in bytes (Linux only)."""
     return int(_STATM.read_text().split()[1]) * resource.getpagesize()
 
 
 def reset_peak_rss() -> None:
-    """Start measuring peak resident memory anew, where the system allows it (Linux)."""
+    """Start a new measurement of the peak resident memory, if the system allows it (Linux only)."""
     gc.collect()
     if sys.platform == "linux":
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -110,11 +117,11 @@ def reset_peak_rss() -> None:
         try:
             _CLEAR_REFS.write_text("5")
         except OSError:
-            return  # then the peak is that of the whole process
+            return  # then the peak is measured since the process began
 
 
 def peak_rss() -> int:
-    """Peak resident memory in bytes since `reset_peak_rss`, else since the process began."""
+    """Return the peak resident memory in bytes since `reset_peak_rss`, or else since the process began."""
     if _STATUS.is_file():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

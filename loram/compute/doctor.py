@@ -1,4 +1,4 @@
-"""What this machine and its installation can do: versions, devices, fast dtypes, room, and what is missing for what."""
+"""What this machine and installation can do: versions, devices, fast dtypes, free disk, and missing packages."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from loram.disk.artifacts import library_versions
 from loram.disk.gguf import cache_folder
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Package -> what it is for.
+# Optional package -> what it is for.
 _OPTIONAL = {
     "gguf": "to read GGUF files",
     "tensorboard": "for report_to: tensorboard",
@@ -29,13 +29,13 @@ class Device(BaseModel):
     """A device to compute on.
 
     Args:
-        device: torch's name of it: cpu, cuda:0.
-        name: the maker's name of a GPU; the architecture of a CPU.
-        cores: of a CPU, those that this process may use.
-        memory: bytes of a GPU's own memory in all; a CPU uses the system's.
-        free_memory: bytes of it that are free; of a CPU the system's, where the system tells.
-        bfloat16: whether torch computes in it there, fast or not.
-        gflops: dtype -> billions of operations a second in a small matrix product.
+        device: its name in torch: cpu, cuda:0.
+        name: the product name of a GPU, or the architecture of a CPU.
+        cores: the number of CPU cores that this process may use; None for a GPU.
+        memory: the bytes of a GPU's own memory; None for a CPU, which uses the system's memory.
+        free_memory: the bytes of that memory that are free; None if the system does not tell.
+        bfloat16: whether torch can compute in bfloat16 there, fast or slowly.
+        gflops: dtype -> billions of floating-point operations per second in a small matrix product.
         computes_in: the dtype that loram uses there.
     """
 
@@ -52,7 +52,7 @@ class Device(BaseModel):
 
 
 class Room(BaseModel):
-    """Free bytes on the disk of a folder that loram, or the hub, writes to."""
+    """The free bytes on the disk of a folder that loram, or the Hugging Face hub, writes to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +62,7 @@ class Room(BaseModel):
 
 
 class Missing(BaseModel):
-    """Something that is not here, and what it would be for."""
+    """A package or device that is not here, and what it would be used for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,7 +71,7 @@ class Missing(BaseModel):
 
 
 class Diagnosis(BaseModel):
-    """What `doctor` found; `versions` are python's, loram's and the libraries'."""
+    """The report of `doctor`; `versions` has those of Python, loram and its libraries."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -81,7 +81,7 @@ class Diagnosis(BaseModel):
     missing: list[Missing]
 
     def text(self) -> str:
-        """The same for people."""
+        """Format the report for people."""
         lines = [", ".join(f"{name} {version}" for name, version in self.versions.items()), "", "Devices"]
         for device in self.devices:
             lines += [f"  {_title(device)}", f"    {_speed(device)}"]
@@ -91,7 +91,7 @@ class Diagnosis(BaseModel):
 
 
 def doctor() -> Diagnosis:
-    """Look at this machine and installation; a second or two beyond importing torch."""
+    """Examine this machine and installation. After torch is imported, this takes a second or two."""
     missing = [
         Missing(what=name, use=f"{use} (pip install {name})")
         for name, use in _OPTIONAL.items()
@@ -143,13 +143,13 @@ def _gpu(index: int) -> Device:
 
 
 def _gflops(device: torch.device, size: int) -> dict[str, float]:
-    """The best of what fits in a fifth of a second a dtype: others may be using the machine."""
+    """Measure each dtype for a fifth of a second and take the best run, since other programs may be running."""
     speeds = {}
     for dtype in _DTYPES:
         matrix, times = torch.ones(size, size, dtype=dtype, device=device), [0.0]
         while sum(times) < 0.2:
             started = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # waits for the device
+            (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
             times.append(time.perf_counter() - started)
         speeds[_name(dtype)] = float(f"{2e-9 * size**3 / min(times[1:]):.3g}")
     return speeds
@@ -171,9 +171,9 @@ def _title(device: Device) -> str:
 
 
 def _speed(device: Device) -> str:
-    """The speeds, and what follows from them: `bfloat16 is 60x slower than float32 here`."""
+    """Format the speeds and what follows from them, such as `bfloat16 is 60x slower than float32 here`."""
     speeds = ", ".join(f"{dtype} {speed:,.{0 if speed >= 10 else 1}f}" for dtype, speed in device.gflops.items())
-    single, chosen = device.gflops["float32"], f"loram computes in {device.computes_in}"
+    single = device.gflops["float32"]
     notes = []
     for dtype, speed in device.gflops.items():
         ratio = single / speed
@@ -181,8 +181,8 @@ def _speed(device: Device) -> str:
             notes.append(f"{dtype} is {ratio:.0f}x slower than float32 here")
         elif ratio <= 0.5:
             notes.append(f"{dtype} is {1 / ratio:.0f}x faster than float32 here")
-    because = ", ".join(notes) + ": " if notes else ""
-    return f"{speeds} GFLOP/s; {because}{chosen}"
+    reason = ", ".join(notes) + ": " if notes else ""
+    return f"{speeds} GFLOP/s; {reason}loram computes in {device.computes_in}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,32 +1,49 @@
-"""How likely a model finds rows of tokens: in memory, or streamed from disk one decoder layer at a time."""
+"""The likelihood of rows of tokens under a model, in memory or streamed from disk one decoder layer at a time."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loram.base.constants import BATCH_TOKENS
 from loram.base.progress import track
 from loram.compute.device import compute_dtype, fits
 from loram.compute.loading import load_model
 from loram.compute.masked import mask_updates_
-from loram.compute.streaming import BATCH_TOKENS, Stream
+from loram.compute.streaming import Stream
 from loram.data.batches import Batch, make_batches
 from loram.data.spec import DataSpec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Bytes. The float32 logits of a batch that is scored in memory take at most this much.
 _LOGITS_BYTES = 1 << 28
 
 
 def load_scored(
-    spec: DataSpec, checkpoint: Checkpoint, tokenizer: Any, max_samples: int | None, max_length: int
+    spec: DataSpec,
+    checkpoint: Checkpoint,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_samples: int | None,
+    max_length: int,
 ) -> Tokens:
-    """The tokens of a data set that are scored: no more rows (of a long text, pieces) than either limit says.
+    """Read the tokens of a data set that is to be scored.
+
+    Args:
+        spec: the data set.
+        checkpoint: the model that scores it.
+        tokenizer: the tokenizer of the model.
+        max_samples: how many rows to score at most, or pieces of a long text; None for all. `spec.max_samples` limits
+            them too.
+        max_length: the limit of a row in tokens.
 
     Raises:
-        UserError: as `loram.data.tokens.load_tokens`.
+        UserError: as in `loram.data.tokens.load_tokens`.
     """
     limits = [limit for limit in (max_samples, spec.max_samples) if limit is not None]
     spec = spec.model_copy(update={"max_samples": min(limits, default=None)})
@@ -41,10 +58,10 @@ def loaded_loss(
     input_ids: Sequence[list[int]],
     labels: Sequence[list[int]],
 ) -> tuple[float, int, int]:
-    """Load a model, with an adapter read by PEFT, and score rows.
+    """Load a model, with an adapter that PEFT reads from its folder, and score rows.
 
     Returns:
-        Summed loss in nats, tokens in the loss, parameters of the model.
+        (summed loss in nats, number of tokens in the loss, number of parameters with the adapter's).
     """
     model, parameters = _load(checkpoint, device)
     if adapter is not None:
@@ -66,13 +83,14 @@ def adapted_losses(
     *,
     stream: bool = False,
 ) -> list[float]:
-    """Mean losses in nats of a model with one adapter after the other, none of which need be on disk.
+    """Compute the mean loss of a model with each of several adapters, in nats per token.
 
-    The model is loaded once where it fits in memory, else (or with `stream`) read from disk once an adapter.
+    The adapters need not be on disk. If the model fits in memory, it is loaded once; otherwise, or with `stream`, it is
+    streamed from disk once per adapter.
     """
     if stream or not fits(checkpoint.parameters * compute_dtype(device).itemsize, device):
-        found = [streamed_loss(checkpoint, adapter, device, input_ids, labels) for adapter in adapters]
-        return [total / count for total, count, _ in found]
+        sums = [streamed_loss(checkpoint, adapter, device, input_ids, labels) for adapter in adapters]
+        return [total / count for total, count, _ in sums]
     model = _load(checkpoint, device)[0].to(device).eval()
     losses = []
     for adapter in adapters:
@@ -84,32 +102,35 @@ def adapted_losses(
     return losses
 
 
+# Any: PreTrainedModel.to is wrapped in a way that hides its arguments from type checkers
 def _load(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]:
-    """(model, its parameters: those in 4 bits counted as what they stand for)."""
+    """Load a model and count its parameters; a weight in 4 bits counts as the parameters that it stands for."""
     dtype = compute_dtype(device)
     if checkpoint.quantized:
         from loram.compute.nf4 import count_parameters, load_4bit
 
         packed = load_4bit(checkpoint, device=device, dtype=dtype)
         return packed, count_parameters(packed)
-    model: Any = load_model(checkpoint, dtype=dtype)
+    model = load_model(checkpoint, dtype=dtype)
     return model, sum(parameter.numel() for parameter in model.parameters())
 
 
-def model_loss(model: Any, input_ids: Sequence[list[int]], labels: Sequence[list[int]]) -> tuple[float, int]:
-    """(summed loss in nats, tokens in the loss) of rows under a model that is in memory."""
+def model_loss(
+    model: "PreTrainedModel", input_ids: Sequence[list[int]], labels: Sequence[list[int]]
+) -> tuple[float, int]:
+    """Score rows by a model that is in memory; returns (summed loss in nats, number of tokens in the loss)."""
     max_tokens = _LOGITS_BYTES // (4 * model.config.vocab_size)
     batches = make_batches(input_ids, labels, max_tokens=max_tokens)
     total = sum(_batch_loss(model, batch) for batch in track(batches, "Evaluating"))
     return total, sum(len(batch.targets) for batch in batches)
 
 
-@torch.inference_mode()  # type: ignore[untyped-decorator]
-def _batch_loss(model: Any, batch: Batch) -> float:
-    """Summed negative log-likelihood of the wanted tokens, in nats, accumulated in float64."""
+@torch.inference_mode()
+def _batch_loss(model: "PreTrainedModel", batch: Batch) -> float:
+    """Sum the negative log-likelihoods of the batch's targets, in nats, in float64."""
     output = model(input_ids=batch.ids.to(model.device), attention_mask=batch.real.to(model.device), use_cache=False)
-    logits = output.logits[batch.wanted.to(model.device)].float()
-    # On a CPU torch's float32 log_softmax over a vocabulary is off by 1e-5, its logsumexp by 1e-6 at most.
+    logits = output.logits[batch.wanted.to(model.device)].float()  # (targets, vocabulary)
+    # On a CPU, torch's float32 log_softmax over a vocabulary has errors up to 1e-5, its logsumexp up to 1e-6.
     targets = logits.gather(1, batch.targets.to(model.device)[:, None])[:, 0]
     return float((logits.logsumexp(1) - targets).double().sum())
 
@@ -121,11 +142,11 @@ def streamed_loss(
     input_ids: Sequence[list[int]],
     labels: Sequence[list[int]],
 ) -> tuple[float, int, int]:
-    """As `loaded_loss`, with one decoder layer in memory at a time."""
+    """Score rows like `loaded_loss`, but with only one decoder layer in memory at a time."""
     batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS)
     stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), adapter=adapter)
     for _ in stream.forward():
         pass
-    total = -sum(float(found.double().sum()) for found in stream.log_probs())
+    total = -sum(float(log_probs.double().sum()) for log_probs in stream.log_probs())
     added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
     return total, stream.predicted, stream.parameters + added

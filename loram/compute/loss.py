@@ -1,4 +1,8 @@
-"""Cross entropy that never holds the logits of all tokens, with an adapter on lm_head in it."""
+"""Cross entropy that never holds the logits of all tokens, and that includes an adapter on lm_head.
+
+The fused losses of TRL and Liger read the weight of lm_head and so ignore an adapter on it. Here lm_head is called as a
+module, so an adapter takes part and gets its exact gradient.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,25 +13,21 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
+from loram.base.constants import CHUNK_TOKENS
 from loram.data.batches import IGNORED
-
-CHUNK_TOKENS = 512
 
 
 def chunked_cross_entropy(
     hidden: Tensor, labels: Tensor, head: nn.Module, *, softcap: float | None = None, chunk_tokens: int = CHUNK_TOKENS
 ) -> Tensor:
-    """Sum over the tokens in the loss of -log p(token), in nats; the logits of a chunk of tokens live at a time.
-
-    `head` is called as a module, so that an adapter on it takes part and gets its exact gradient; the fused losses of
-    TRL and Liger read its weight and pass the adapter by. Backward works the logits of each chunk out again.
+    """Compute the sum of -log p(token) over the tokens in the loss, in nats; see `chunked_loss`.
 
     Args:
-        hidden: (rows, width, hidden size), what lm_head reads.
-        labels: (rows, width) int64; the token at each place, -100 where it is not in the loss.
+        hidden: (rows, width, hidden size), the inputs of lm_head.
+        labels: (rows, width) int64; the token at each position, -100 where it is not in the loss.
         head: lm_head.
-        softcap: of families that squash their logits (Gemma 2): softcap * tanh(logits / softcap).
-        chunk_tokens: how many tokens' logits are held at a time.
+        softcap: the cap of the logits, as in `apply_softcap`.
+        chunk_tokens: for how many tokens the logits are held at a time.
 
     Returns:
         A float32 scalar.
@@ -37,7 +37,7 @@ def chunked_cross_entropy(
         return cross_entropy(logits, targets, reduction="sum")
 
     targets = labels[:, 1:]
-    wanted = targets != IGNORED
+    wanted = targets != IGNORED  # (rows, width - 1)
     return chunked_loss(
         hidden[:, :-1][wanted], head, [targets[wanted]], loss_of, softcap=softcap, chunk_tokens=chunk_tokens
     )
@@ -52,69 +52,84 @@ def chunked_loss(
     softcap: float | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Sum of a loss over places; the logits of a chunk of them live at a time, and backward works them out again.
+    """Sum a loss over positions, chunk by chunk.
+
+    Only the logits of one chunk exist at a time; the backward pass computes them again.
 
     Args:
-        states: (places, hidden size), what lm_head reads.
-        head: lm_head, called as a module.
-        targets: what the loss needs beside the logits: tensors whose first dimension is that of the places.
-        loss_of: (logits (chunk, vocabulary) float32, chunk of each target) -> the chunk's summed loss.
-        softcap: of families that squash their logits (Gemma 2): softcap * tanh(logits / softcap).
-        chunk_tokens: how many places' logits are held at a time.
+        states: (positions, hidden size), the inputs of lm_head.
+        head: lm_head, which is called as a module.
+        targets: what the loss reads beside the logits: tensors whose first dimension is `positions`.
+        loss_of: a function of the logits, (chunk, vocabulary) float32, and the chunk of each target; it returns the
+            summed loss of the chunk.
+        softcap: the cap of the logits, as in `apply_softcap`.
+        chunk_tokens: for how many positions the logits are held at a time.
 
     Returns:
         A float32 scalar.
     """
 
-    def part(states: Tensor, *targets: Tensor) -> Tensor:
-        return loss_of(squashed(head(states).float(), softcap), *targets)
+    def loss_of_chunk(states: Tensor, *targets: Tensor) -> Tensor:
+        return loss_of(apply_softcap(head(states).float(), softcap), *targets)
 
     total = states.new_zeros((), dtype=torch.float32)
-    for pieces in zip(*(tensor.split(chunk_tokens) for tensor in (states, *targets)), strict=True):
-        total = total + checkpoint(part, *pieces, use_reentrant=False)
+    for chunk in zip(*(tensor.split(chunk_tokens) for tensor in (states, *targets)), strict=True):
+        total = total + checkpoint(loss_of_chunk, *chunk, use_reentrant=False)
     return total
 
 
-def squashed(logits: Tensor, softcap: float | None) -> Tensor:
-    """The logits of a family with or without a soft cap."""
+def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Cap logits smoothly, softcap * tanh(logits / softcap), as Gemma 2 does; None leaves them as they are."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def causal_loss(
-    model: Any,
+    model: nn.Module,
     *args: Any,
     labels: Tensor,
     count: Tensor | int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     **inputs: Any,
 ) -> Tensor:
-    """The cross entropy above of a causal language model, over `count` tokens, or over those in the loss.
+    """Compute the mean cross entropy of a causal language model in nats per token, by `chunked_cross_entropy`.
 
     Args:
-        model: whose `model` gives the hidden states and whose `lm_head` reads them.
-        labels, chunk_tokens: as above.
-        count: what the sum is divided by; of several micro-batches, the tokens in the loss of all.
-        args, inputs: of the model's forward.
+        model: a causal language model of transformers: its `model` computes the hidden states, which its `lm_head`
+            reads.
+        labels: (rows, width) int64; the token at each position, -100 where it is not in the loss.
+        count: the number that the sum is divided by (default: the number of tokens in the loss). If a step has several
+            micro-batches, this is the number of tokens in the loss of all of them.
+        chunk_tokens: for how many tokens the logits are held at a time.
+        args: further positional arguments of the model's forward pass.
+        inputs: further keyword arguments of the model's forward pass.
+
+    Returns:
+        A float32 scalar.
     """
-    hidden = model.model(*args, **{**inputs, "use_cache": False}).last_hidden_state
+    decoder, head = model.get_submodule("model"), model.get_submodule("lm_head")
+    hidden = decoder(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (rows, width, hidden size)
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    total = chunked_cross_entropy(hidden, labels, model.lm_head, softcap=softcap, chunk_tokens=chunk_tokens)
+    total = chunked_cross_entropy(hidden, labels, head, softcap=softcap, chunk_tokens=chunk_tokens)
     return total / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
 
 
-def use_chunked_loss_(model: Any, chunk_tokens: int = CHUNK_TOKENS) -> None:
-    """Make a causal language model answer labels with the loss above, and no logits; without labels nothing changes.
+def use_chunked_loss_(model: nn.Module, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    """Make a causal language model return `causal_loss`, and no logits, whenever it is called with labels.
 
-    The loss is worked out inside the model's own forward, so whatever is wrapped around the model (PEFT, data
-    parallelism, a compiler) stays in play.
+    Calls without labels do not change. The loss is computed inside the model's own forward pass, so it also works in a
+    model that is wrapped by PEFT, by data parallelism or by a compiler.
+
+    Args:
+        model: a causal language model of transformers.
+        chunk_tokens: for how many tokens the logits are held at a time.
     """
-    plain = model.forward
+    plain_forward = model.forward
 
     def forward(
         *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> Any:
         if labels is None:
-            return plain(*args, **inputs)
+            return plain_forward(*args, **inputs)
         loss = causal_loss(model, *args, labels=labels, count=num_items_in_batch, chunk_tokens=chunk_tokens, **inputs)
         return CausalLMOutput(loss=loss)
 

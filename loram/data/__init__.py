@@ -1,1 +1,1 @@
-"""Rows of a data set, as token ids with a loss mask, in padded micro-batches."""
+"""Data sets: reading them, bringing rows into one form, token ids with a loss mask, padded micro-batches."""

@@ -11,14 +11,14 @@ IGNORED = -100  # the label of a token that is not in the loss
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of like length, padded on the right, where causal attention never sees it.
+    """Some rows of similar length. They are padded on the right, where causal attention never looks.
 
     Args:
-        rows: the rows' numbers in the data they come from.
-        ids: (rows, width) int64; 0 where padded.
+        rows: the index of each row in the data that the batch was made from.
+        ids: (rows, width) int64; token ids, 0 where padded.
         real: (rows, width) bool; False where padded.
-        wanted: (rows, width) bool; where the prediction of the next token is in the loss.
-        targets: (wanted,) int64; those next tokens, row by row.
+        wanted: (rows, width) bool; True where the prediction of the next token is in the loss.
+        targets: (number of True values in `wanted`,) int64; those next tokens, row by row.
     """
 
     rows: tuple[int, ...]
@@ -31,12 +31,13 @@ class Batch:
 def make_batches(
     input_ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None, *, max_tokens: int
 ) -> list[Batch]:
-    """Rows in batches of like length, of at most `max_tokens` tokens, padding included (a longer row is one batch).
+    """Sort rows by length and group them into batches of at most `max_tokens` tokens, padding included.
 
     Args:
-        input_ids: token ids of each row.
-        labels: likewise, `IGNORED` where a token is not in the loss; None puts all in. The first is never predicted.
-        max_tokens: size of a batch.
+        input_ids: the token ids of each row.
+        labels: one label per token id, `IGNORED` where the token is not in the loss; None puts all tokens in the loss.
+            The first token of a row is never predicted, whatever its label.
+        max_tokens: the size limit of a batch; a row that is longer becomes a batch of its own.
     """
     return [_pad(rows, input_ids, labels or input_ids) for rows in _groups(input_ids, max_tokens)]
 
@@ -58,13 +59,13 @@ def _pad(rows: list[int], input_ids: Sequence[list[int]], labels: Sequence[list[
     def padded(values: Sequence[list[int]], fill: int) -> Tensor:
         return torch.tensor([values[row] + [fill] * (width - len(values[row])) for row in rows])
 
-    following = torch.nn.functional.pad(padded(labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
-    wanted = following != IGNORED
+    next_labels = torch.nn.functional.pad(padded(labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
+    wanted = next_labels != IGNORED
     lengths = torch.tensor([len(input_ids[row]) for row in rows])
     return Batch(
         rows=tuple(rows),
         ids=padded(input_ids, 0),
         real=torch.arange(width) < lengths[:, None],
         wanted=wanted,
-        targets=following[wanted],
+        targets=next_labels[wanted],
     )

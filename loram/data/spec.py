@@ -1,4 +1,4 @@
-"""Which data set: what recipes and the command line say of one, without reading it."""
+"""How recipes and the command line name a data set. Nothing is read here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +12,17 @@ Column = Literal["messages", "prompt", "completion", "text"]
 
 
 class DataSpec(BaseModel):
-    """Which rows of which data set.
+    """The data set to read, and which of its rows.
 
     Args:
-        path: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub.
-        config, split: of a hub data set; the split defaults to `train`. A file has neither.
-        columns: our name (messages, prompt, completion, text) -> the file's name; by inspection where not given.
-        max_samples: only the first so many rows; in an evaluation also so many pieces of a long text.
-        max_length: tokens a row is cut to, where this data set needs another limit than the stage's.
+        path: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or the name of a data set on the Hugging Face hub.
+        config: the configuration of a hub data set; a file has none.
+        split: the split of a hub data set (default: `train`); a file has none.
+        columns: our name of a column (messages, prompt, completion, text) -> its name in the file. Without it, the
+            columns are recognised by their names.
+        max_samples: read only this many rows, from the first on. An evaluation also takes only this many pieces of a
+            long text.
+        max_length: cut rows to this many tokens, where this data set needs another limit than its stage has.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,25 +36,26 @@ class DataSpec(BaseModel):
 
 
 class WeightedSpec(DataSpec):
-    """A data set of a mixture.
+    """One data set of a mixture.
 
     Args:
-        weight: its share of the rows, beside the other data sets' weights; None in all takes all rows of all.
+        weight: the share of its rows in the mixture, relative to the weights of the other data sets. If no data set
+            has a weight, the mixture has all rows of all data sets.
     """
 
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def unweighted(self) -> DataSpec:
-        """The data set by itself."""
+        """Return the same data set without its weight."""
         return DataSpec.model_validate(self.model_dump(exclude={"weight"}))
 
 
 class CacheSpec(BaseModel):
-    """A folder that `teach` made, of a mixture.
+    """One teacher cache of a mixture.
 
     Args:
-        path: the folder.
-        weight: as of a data set.
+        path: a folder that `teach` wrote.
+        weight: the share of its rows, as in `WeightedSpec`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,7 +65,7 @@ class CacheSpec(BaseModel):
 
 
 def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
-    """A data set given by name, as a mapping, or already as a spec.
+    """Turn the name of a data set, or a mapping with the fields of `DataSpec`, into a spec; specs pass unchanged.
 
     Raises:
         UserError: the mapping has an unknown key or a bad value.

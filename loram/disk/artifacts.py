@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written beside their target, described by a manifest, moved in place at the end."""
+"""Folders that are whole or absent: written beside their target, given a manifest, and renamed at the end."""
 
 import contextlib
 import fcntl
@@ -19,12 +19,13 @@ from loram.base.errors import UserError, first_problem
 from loram.base.progress import track
 
 MANIFEST_NAME = "loram_manifest.json"
-HASHED_BYTES = 1 << 30  # readers compare the SHA-256 of files up to this size, about a second's work; `verify` all
+# Bytes. Readers compare the SHA-256 of files up to this size, which takes about a second; `verify` compares all files.
+HASHED_BYTES = 1 << 30
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets")
 
 
 class FileEntry(BaseModel):
-    """Size in bytes and SHA-256 of one file of a folder."""
+    """The size in bytes and the SHA-256 of one file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,13 +34,13 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a folder of ours holds and what it was made from; written last, so it is the mark of completion.
+    """The description of a folder that loram wrote. It is written last, so its presence means that the folder is whole.
 
     Args:
-        kind: what the folder is: base, pruned, teacher, adapter, model, checkpoint (of a training), recovered, merged.
+        kind: base, pruned, teacher, adapter, model, checkpoint (of a training), recovered or merged.
         made_from: name of an input -> its fingerprint.
-        settings: the options that the stage was run with.
-        versions: of the libraries that made it.
+        settings: the options that the stage ran with.
+        versions: name of a library -> the version that was installed.
         files: path inside the folder -> size and SHA-256.
     """
 
@@ -54,34 +55,34 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the files."""
+        """The SHA-256 of the names and contents of all files."""
         entries = {name: entry.sha256 for name, entry in self.files.items()}
         return digest(entries)
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON form."""
+    """Return the SHA-256 of a value's canonical JSON form (keys sorted)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of loram and the libraries whose behaviour reaches our files."""
-    found = {}
+    """Return the installed versions of loram and of the libraries that influence what it writes."""
+    versions = {}
     for name in ("loram", *_LIBRARIES):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def check_output(out: Path, *inputs: str | Path) -> None:
-    """Refuse an output that exists already, or that cannot be made; called before any work is done.
+    """Refuse an output folder that exists already or cannot be made. Stages call this before they do any work.
 
     Args:
         out: the folder to make.
-        inputs: what it is made from; names that are no folders here are passed over.
+        inputs: the folders that it is made from; names of anything else, such as hub ids, are ignored.
 
     Raises:
-        UserError: `out` is a file, a folder with something in it, below a file, or inside an input.
+        UserError: `out` is a file or a folder with content, or lies below a file or inside an input.
     """
     for source in inputs:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
@@ -101,11 +102,12 @@ def publish(
 ) -> Iterator[Path]:
     """Write a folder so that it appears whole or not at all.
 
-    Yields a new folder beside `out` to write into. On success the files get a manifest, are synced, and the folder is
-    renamed to `out`; on any exception, Ctrl-C included, it is removed and `out` never exists.
+    The block writes into a new folder beside `out`, which this context manager yields. When the block succeeds, the
+    folder gets a manifest, its files are synced to the disk, and it is renamed to `out`. When the block raises any
+    exception, Ctrl-C included, the folder is removed, and `out` never exists.
 
-    Of several processes that train together the first makes the folder, and the others, which get its path only, leave
-    when it is in place.
+    If several processes train together, the first one makes the folder. The others only get its path, and they leave
+    the block when `out` is in place.
 
     Raises:
         UserError: `out` exists already, or another process is writing it.
@@ -119,7 +121,7 @@ def publish(
     check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process; the lock says nobody is writing it now
+        shutil.rmtree(staging, ignore_errors=True)  # from a killed process: the lock says that nobody writes it
         staging.mkdir()
         try:
             yield staging
@@ -132,10 +134,10 @@ def publish(
 def put_in_place(
     staging: Path, out: Path, *, kind: str, made_from: Mapping[str, str], settings: Mapping[str, Any]
 ) -> None:
-    """Give a finished folder its manifest, sync it, and rename it to `out`, where nothing may be.
+    """Give a finished folder its manifest, sync its files to the disk, and rename it to `out`.
 
     Raises:
-        UserError: `out` exists.
+        UserError: `out` exists already.
     """
     _seal(staging, kind=kind, made_from=dict(made_from), settings=dict(settings))
     check_output(out)
@@ -144,7 +146,7 @@ def put_in_place(
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of ours so that no half of it can be taken for the whole: first its name goes, then its files."""
+    """Remove a folder so that no reader can take a half of it for the whole: it is renamed first, then deleted."""
     doomed = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -153,10 +155,10 @@ def discard(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """One writer of `out` at a time; the kernel frees the lock when the process ends, however it ends.
+    """Let only one process write `out` at a time. The kernel frees the lock when the process ends in any way.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     path = out.parent / f".{out.name}.lock"
     while True:
@@ -166,7 +168,7 @@ def lock(out: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 raise UserError(f"{out}: another process is writing this folder") from error
             if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                continue  # its last holder removed the file between our opening and locking it
+                continue  # the last holder removed the file after we had opened it and before we locked it
             try:
                 yield
             finally:
@@ -178,7 +180,7 @@ def _seal(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[
     files = {}
     for path in track(sorted(folder.rglob("*")), "Checksums"):
         if path.is_file():
-            path.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
+            path.chmod(0o666 & ~_umask())  # safetensors writes files with mode 0600, whatever the umask
             files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
             sync(path)
     manifest = Manifest(kind=kind, made_from=made_from, settings=settings, versions=library_versions(), files=files)
@@ -195,13 +197,13 @@ def _umask() -> int:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file's or folder's content is on the disk."""
+    """Wait until the content of a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -211,19 +213,20 @@ def sync(path: Path) -> None:
 
 @functools.cache
 def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
-    """A file's SHA-256, worked out once a process for as long as the file stays as it is."""
+    """Return a file's SHA-256; a process computes it once for as long as the file does not change."""
     return file_sha256(path)
 
 
 def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES) -> Manifest | None:
-    """A folder's manifest, or None where it has none; the files are checked against it.
+    """Read a folder's manifest and check the files against it; return None if the folder has no manifest.
 
     Args:
         folder: the folder.
-        hashed_bytes: the SHA-256 of files up to this size is compared, of larger ones only the size; None for all.
+        hashed_bytes: for files up to this size the SHA-256 is compared, for larger files only the size; None compares
+            the SHA-256 of all files.
 
     Raises:
-        UserError: the manifest cannot be read, or a file is missing or not the one that was written.
+        UserError: the manifest cannot be read, or a file is missing or has changed since it was written.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -241,43 +244,43 @@ def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES) -> M
     checked = [name for name, entry in manifest.files.items() if hashed_bytes is None or entry.size <= hashed_bytes]
     for name in track(checked, "Verifying"):
         status = (folder / name).stat()
-        found = _sha256_once(folder / name, status.st_size, status.st_mtime_ns, status.st_ino)
-        if found != manifest.files[name].sha256:
+        actual = _sha256_once(folder / name, status.st_size, status.st_mtime_ns, status.st_ino)
+        if actual != manifest.files[name].sha256:
             raise UserError(
-                f"{folder / name}: not the content that the manifest says was written (SHA-256 {found[:12]} instead of "
-                f"{manifest.files[name].sha256[:12]}); make the folder again, or, if you changed it on purpose, "
+                f"{folder / name}: not the content that the manifest says was written (SHA-256 {actual[:12]} instead "
+                f"of {manifest.files[name].sha256[:12]}); make the folder again, or, if you changed it on purpose, "
                 f"remove {MANIFEST_NAME}"
             )
     return manifest
 
 
 def verify(folder: Path) -> dict[str, Manifest]:
-    """Compare every byte of a folder, or of the folders inside it, with their manifests.
+    """Compare every byte of a folder, and of the folders inside it, with their manifests.
 
     Returns:
-        Path of each folder that has a manifest -> it.
+        The path of each folder that has a manifest -> the manifest.
 
     Raises:
-        UserError: there is no manifest, or a file is missing or changed.
+        UserError: there is no manifest, or a file is missing or has changed.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = {}
+    manifests = {}
     for path in sorted(folder.rglob(MANIFEST_NAME)):
         if (manifest := find_manifest(path.parent, hashed_bytes=None)) is not None:
-            found[str(path.parent)] = manifest
-    if not found:
+            manifests[str(path.parent)] = manifest
+    if not manifests:
         raise UserError(f"{folder}: no {MANIFEST_NAME} here or below, so there is nothing to compare with")
-    return found
+    return manifests
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The first key whose value changed, as `key.key: before -> after`; None where none did."""
+    """Describe the first value that changed as `key.key: before -> after`; return None if no value changed."""
     for key in {**before, **after}:
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if (found := difference(old, new, f"{prefix}{key}.")) is not None:
-                return found
+            if (inner := difference(old, new, f"{prefix}{key}.")) is not None:
+                return inner
         elif old != new:
             return f"{prefix}{key}: {old!r} -> {new!r}"
     return None

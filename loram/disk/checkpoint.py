@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
 from loram.disk.files import read_json, refuse_pointer, side_files
-from loram.disk.tensorfile import BLOCK_BYTES, TensorFile, TensorSpec
+from loram.disk.tensorfile import TensorFile, TensorSpec
 from loram.model.architecture import Geometry
 from loram.model.modeling_loram import dense, unpack
 

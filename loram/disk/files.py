@@ -1,4 +1,4 @@
-"""Files as users have them: JSON objects that may not be any, and Git LFS pointers in place of what they point to."""
+"""Single files as users have them: JSON that may be broken, and Git LFS pointers instead of the files themselves."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from loram.base.errors import UserError
 
 _LFS = b"version https://git-lfs"
 
-# All that a model folder holds beside its weights and its config: carried over byte for byte.
+# Everything in a model folder beside its weights and its config. These files are copied byte for byte.
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -28,7 +28,7 @@ SIDE_FILES = (
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a Git LFS pointer, which is what a clone without git-lfs has in a large file's place.
+    """Refuse a Git LFS pointer: a clone without git-lfs has such a small text file in the place of each large file.
 
     Raises:
         UserError: the file is a pointer.
@@ -39,10 +39,10 @@ def refuse_pointer(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        UserError: it is a Git LFS pointer, or not a JSON object.
+        UserError: the file is a Git LFS pointer, or does not hold a JSON object.
     """
     refuse_pointer(path)
     try:
@@ -61,5 +61,5 @@ def copy_side_files(source: Path, out: Path) -> None:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """The files of a model folder that are carried over byte for byte, sorted by name."""
+    """List the files of a model folder that match `SIDE_FILES`, sorted by name."""
     return sorted({path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()})

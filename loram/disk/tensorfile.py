@@ -1,7 +1,7 @@
-"""safetensors files read by block and written in place: never more of a file in memory than is being worked on.
+"""safetensors files that are read in blocks of rows and written in any order.
 
-The safetensors library maps whole files or reads whole tensors, and writes only what is all in memory; a model that
-fits nowhere needs single rows, and files that fill up in any order.
+Only the rows that are being worked on are in memory. The safetensors library maps whole files, reads whole tensors, and
+writes only what is completely in memory; that is too much for a model that does not fit in memory.
 """
 
 import json
@@ -16,12 +16,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.files import refuse_pointer
 
-BLOCK_BYTES = 1 << 26
 _MAX_HEADER, _MAX_NUMBER = 100_000_000, (1 << 63) - 1  # the safetensors library's own limits
-# By size, as the file should hold them: torch needs every tensor at a multiple of its element size.
+# In the order in which a file holds them, largest first: torch needs each tensor at a multiple of its element size.
 _DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
@@ -44,37 +44,37 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """What a tensor is without its values."""
+    """The dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def dtype_name(self) -> str:
-        """What safetensors calls the dtype: F32, BF16 ..."""
+        """The name of the dtype in safetensors: F32, BF16 ..."""
         return _NAMES[self.dtype]
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """The size in bytes."""
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
     @property
     def row_bytes(self) -> int:
-        """Size in bytes of one entry of the first dimension; of a scalar all of it."""
+        """The size in bytes of one row, an entry of the first dimension; a scalar is one row."""
         return math.prod(self.shape[1:]) * int(self.dtype.itemsize)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        """The spec of a tensor."""
+        """Return the spec of a tensor."""
         return cls(dtype=tensor.dtype, shape=tuple(tensor.shape))
 
 
 class TensorFile:
-    """Reads a safetensors file: only the header at first, then the tensors or rows asked for, into fresh memory.
+    """An open safetensors file. Opening reads only its header; `read` reads a tensor or some rows into new memory.
 
     Raises:
-        UserError: the file is missing, a Git LFS pointer, or not a whole safetensors file.
+        UserError: the file is missing, a Git LFS pointer, or not a complete safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,20 +109,20 @@ class TensorFile:
             shape, (start, stop) = entry["shape"], entry["data_offsets"]
             numbers = [start, stop, *shape] if isinstance(shape, list) else [shape]
             if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers):
-                raise ValueError(f"shape and place of {name} are {shape!r} and {start!r} to {stop!r}")
+                raise ValueError(f"{name} has shape {shape!r} and lies from byte {start!r} to {stop!r}")
             specs[name] = TensorSpec(dtype=_DTYPES[entry["dtype"]], shape=tuple(shape))
             if start != end or stop - start != specs[name].nbytes:
-                raise ValueError(f"the place of {name} does not fit its shape")
+                raise ValueError(f"the bytes of {name} do not fit its shape")
             offsets[name], end = 8 + length + start, stop
         if size != 8 + length + end:
-            raise ValueError(f"it has {size} bytes, but its header speaks of {8 + length + end}")
+            raise ValueError(f"it has {size} bytes, but its header describes {8 + length + end}")
         return specs, offsets
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor, or its rows `start` to `stop`, on the CPU; nothing else is read from the file.
+        """Read a tensor, or its rows `start` to `stop` (exclusive), into CPU memory; nothing else is read.
 
         Raises:
-            UserError: the file ends early (it was cut while open).
+            UserError: the file ends early, because it was cut after it was opened.
         """
         spec = self.specs[name]
         shape = spec.shape
@@ -137,7 +137,10 @@ class TensorFile:
         return tensor
 
     def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of a tensor from first to last, about `block_bytes` at a time; a vector in one piece."""
+        """Yield (index of the first row, rows) from the first row to the last, in blocks of about `block_bytes` bytes.
+
+        A scalar or vector comes in one block.
+        """
         spec = self.specs[name]
         if len(spec.shape) < 2 or spec.nbytes <= block_bytes:
             yield 0, self.read(name)
@@ -147,18 +150,18 @@ class TensorFile:
             yield start, self.read(name, start, start + rows)
 
     def close(self) -> None:
-        """Close the file, as also happens when nobody holds it any more; tensors that were read stay."""
+        """Close the file; this also happens when the object is freed. Tensors that were read stay valid."""
         self._closing()
 
 
 class TensorFileWriter:
-    """Writes a safetensors file whose tensors are known by shape beforehand and come in any order, whole or by rows.
+    """Writes a safetensors file whose tensors come in any order, whole or in blocks of rows.
+
+    Use it as a context manager; it checks at the end that every tensor was written.
 
     Args:
-        path: the file; it must not exist.
-        specs: name -> dtype and shape.
-
-    Use as a context manager; leaving it checks that every tensor was written.
+        path: the file to write; it must not exist.
+        specs: name of every tensor -> its dtype and shape.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -168,11 +171,13 @@ class TensorFileWriter:
         order = list(_DTYPES.values())
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name in sorted(specs, key=lambda name: order.index(specs[name].dtype)):  # stable: names keep their order
+        for name in sorted(
+            specs, key=lambda name: order.index(specs[name].dtype)
+        ):  # a stable sort: names of the same dtype keep their order
             spec = specs[name]
-            place = [end, end + spec.nbytes]
-            header[name] = {"dtype": spec.dtype_name, "shape": list(spec.shape), "data_offsets": place}
-            self._offsets[name], end = place
+            offsets = [end, end + spec.nbytes]
+            header[name] = {"dtype": spec.dtype_name, "shape": list(spec.shape), "data_offsets": offsets}
+            self._offsets[name], end = offsets
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._offsets = {name: 8 + len(text) + offset for name, offset in self._offsets.items()}
@@ -180,7 +185,7 @@ class TensorFileWriter:
         self._write(memoryview(len(text).to_bytes(8, "little") + text), 0)
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
-        """Write a tensor, or the rows of it that begin at `row`."""
+        """Write a whole tensor, or some of its rows from row number `row` on."""
         spec = self.specs[name]
         assert tensor.dtype == spec.dtype, (name, tensor.dtype, spec)
         assert tensor.shape[1:] == spec.shape[1:], (name, tensor.shape, spec)
@@ -204,4 +209,5 @@ class TensorFileWriter:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    """View the memory of a contiguous CPU tensor."""
+    return tensor.flatten().view(torch.uint8).numpy().data

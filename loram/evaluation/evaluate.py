@@ -1,4 +1,4 @@
-"""The evaluate stage: token-weighted perplexity of a model, with or without an adapter."""
+"""The evaluate stage: the perplexity of a model, with or without an adapter, averaged over tokens."""
 
 import math
 from collections.abc import Mapping
@@ -17,15 +17,17 @@ from loram.evaluation.options import EvaluateOptions
 
 
 class Report(BaseModel):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Args:
         perplexity: exp(loss).
-        loss: mean negative log-likelihood of the tokens in the loss, in nats.
-        tokens: how many those are (completion tokens; for text all but each piece's first).
-        rows: how many rows (or pieces of text) were scored; rows_truncated, rows_skipped: see `loram.data.tokens`.
-        parameters: of the model, adapter included; a tied weight once.
-        model, adapter, dataset: what was evaluated on what.
+        loss: the mean negative log-likelihood of the tokens in the loss, in nats per token.
+        tokens: how many tokens are in the loss: those of completions, or in a text all but the first of each piece.
+        rows: how many rows, or pieces of text, were scored.
+        rows_truncated, rows_skipped: how many rows were cut to the maximal length, and how many had no token in the
+            loss; see `loram.data.tokens.Tokens`.
+        parameters: the number of parameters, including the adapter's; a tied weight counts once.
+        model, adapter, dataset: the names of the model, the adapter and the data set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,28 +53,32 @@ def evaluate(
     device: str | None = None,
     **fields: Any,
 ) -> Report:
-    """Perplexity of a model on a data set: completion tokens where there is a prompt, all tokens of plain text.
+    """Compute the perplexity of a model on a data set.
+
+    If a row has a prompt, only its completion is scored. In plain text all tokens are scored.
 
     Args:
-        base: hub id, folder or GGUF file of a full model, or a pruned or merged folder.
-        adapter: LoRA folder that fits `base`: a recovered one on the full model, a trained one on its pruned model.
-        data: the rows (see `loram.data.tokens`).
-        options: how to evaluate; single options may be given by name instead: `stream=True`, which reads the model from
-            disk one decoder layer at a time, for models that fit in neither memory nor GPU, with the same result.
-        device: `cpu`, `cuda`, ...; the first GPU where there is one.
+        base: the hub id, folder or GGUF file of a full model, or a pruned or merged folder.
+        adapter: the folder of a LoRA adapter that fits `base`: a recovered adapter for the full model, or a trained
+            adapter for its pruned model.
+        data: the data set (see `loram.data.tokens`).
+        options: how to evaluate; single options may be given by name instead: `stream=True` reads the model from disk
+            one decoder layer at a time instead of loading it, with the same result.
+        device: `cpu`, `cuda`, ... (default: the first GPU, or the CPU if there is none).
         fields: single options by name, over `options`; see `EvaluateOptions`.
 
     Raises:
-        UserError: model, adapter or data cannot be used, or the adapter does not fit the model.
+        UserError: the model, the adapter or the data cannot be used, or the adapter does not fit the model.
+        FloatingPointError: the loss is not finite.
     """
     settings = EvaluateOptions.of(options, **fields)
     checkpoint, spec = open_model(base), as_spec(data)
-    update = None if adapter is None else load_for(checkpoint, Path(adapter))
-    chosen = pick_device(device)
+    loaded_adapter = None if adapter is None else load_for(checkpoint, Path(adapter))
+    compute_device = pick_device(device)
     tokens = load_scored(spec, checkpoint, load_tokenizer(checkpoint), settings.max_samples, settings.max_length)
     rows = tokens.rows
     score = streamed_loss if settings.stream else loaded_loss
-    loss, count, parameters = score(checkpoint, update, chosen, rows["input_ids"][:], rows["labels"][:])
+    loss, count, parameters = score(checkpoint, loaded_adapter, compute_device, rows["input_ids"][:], rows["labels"][:])
     if not math.isfinite(loss):
         raise FloatingPointError(f"{checkpoint.name}: the loss on {spec.path} is {loss}")
     return Report(

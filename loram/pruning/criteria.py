@@ -1,4 +1,4 @@
-"""Importance: small pure functions in one table. A criterion is one function and one row."""
+"""The criteria of structured pruning, as small pure functions in one table. A criterion is one function and one row."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,59 +10,67 @@ from torch import Tensor
 
 
 class InputStatistics:
-    """What a linear's inputs look like over the calibration text, gathered a micro-batch at a time.
+    """Statistics of a linear's inputs over the calibration text, gathered one micro-batch at a time.
+
+    All of them are float64. Mean and variance are updated as by Chan, Golub and LeVeque (1979).
 
     Args:
-        features: in_features.
-        width: how many neighbouring features are one head (1 for channels).
-
-    `mean` and `_squares` are (features,) float64, by Chan's update; `_norms` is (features / width,).
+        features: the in_features of the linear.
+        width: how many neighbouring features form one head (1 for channels).
+        device: the device that holds the statistics.
     """
 
     def __init__(self, features: int, width: int, device: torch.device) -> None:
         self.width, self.count = width, 0
         self.mean = torch.zeros(features, dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self.mean)  # summed squared distances from the mean
-        self._norms = torch.zeros(features // width, dtype=torch.float64, device=device)
+        self._squares = torch.zeros_like(self.mean)  # (features,) summed squared distances from the mean
+        self._norms = torch.zeros(features // width, dtype=torch.float64, device=device)  # squared
 
     def add_(self, inputs: Tensor, real: Tensor) -> None:
-        """Take in one micro-batch.
+        """Add one micro-batch.
 
         Args:
             inputs: (rows, width, features).
             real: (rows, width) bool, False where padded.
         """
-        x = inputs[real]
+        x = inputs[real]  # (tokens, features)
         variance, mean = torch.var_mean(x, 0, correction=0)
         added, shift = len(x), mean.double() - self.mean
         total = self.count + added
         self._squares += variance.double() * added + shift**2 * (self.count * added / total)
         self.mean += shift * (added / total)
         self.count = total
+        # norms of the heads of every token, 0 where padded: (rows, width, features / self.width)
         heads = inputs.unflatten(-1, (-1, self.width)).norm(dim=-1) * real[..., None]
         self._norms += ((heads.sum(1) / real.sum(1, keepdim=True)) ** 2).sum(0).double()
 
     @property
     def variance(self) -> Tensor:
-        """Variance of every feature over all tokens: (features,)."""
+        """The variance of each feature over all tokens: (features,)."""
         return self._squares / max(self.count - 1, 1)
 
     @property
     def norm(self) -> Tensor:
-        """Euclidean norm of every feature over all tokens: (features,)."""
+        """The Euclidean norm of each feature over all tokens: (features,)."""
         return (self._squares + self.count * self.mean**2).sqrt()
 
     @property
     def head_norm(self) -> Tensor:
-        """Norm of every head's features, mean over a row's tokens, Euclidean over rows: (features / width,)."""
+        """The norm of each head's features: its mean over a row's tokens, then the Euclidean norm over the rows.
+
+        (features / width,)
+        """
         return self._norms.sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What an importance may be told from: some rows of a weight, their gradient, and the linear's inputs.
+    """The evidence that a criterion judges some rows of a linear by.
 
-    `weight` and `gradient` are (rows, in_features); what the criterion does not read may be None.
+    Args:
+        weight: (rows, in_features).
+        gradient: (rows, in_features), the gradient of the loss; None if the criterion does not read it.
+        inputs: the statistics of the linear's inputs; None if the criterion does not read them.
     """
 
     weight: Tensor
@@ -72,16 +80,17 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """How to tell what matters.
+    """A rule that scores units (groups of heads, or channels) by their importance.
 
     Args:
         summary: one line for `--help` and reports.
-        reads: `nothing` (units are ranked at random), `weights`, `inputs` (one forward pass over calibration text, too)
-            or `gradient` (a backward pass, too).
-        importance: evidence -> importance of every element, (rows, in_features); of every input with `by_input`,
-            (in_features,). A unit's score is the sum over its part of the coupled matrices.
-        by_input: only the matrices that consume the units count (o_proj, down_proj), and not their single elements.
-        consumers: only the matrices that consume the units count.
+        reads: `nothing` (units are ranked at random), `weights`, `inputs` (which also takes a forward pass over
+            calibration text) or `gradient` (which also takes a backward pass).
+        importance: a function of the evidence. It returns the importance of every element, (rows, in_features), or
+            with `by_input` that of every input, (in_features,). The score of a unit is the sum over its part of the
+            matrices that shrink together.
+        by_input: whether `importance` judges whole inputs instead of single elements.
+        consumers: whether only the matrices count that read the units (o_proj, down_proj).
     """
 
     summary: str
@@ -92,35 +101,38 @@ class Criterion:
 
 
 def magnitude(evidence: Evidence) -> Tensor:
-    """|w|."""
+    """Return |w|."""
     return evidence.weight.abs()
 
 
 def magnitude_l2(evidence: Evidence) -> Tensor:
-    """w², so that a unit's score is its squared Euclidean norm."""
+    """Return w², which makes the score of a unit its squared Euclidean norm."""
     return evidence.weight**2
 
 
 def taylor(evidence: Evidence) -> Tensor:
-    """|w·g|: first-order estimate of the loss without the weight (LLM-Pruner, arXiv 2305.11627, equation 5)."""
+    """Return |w·g|, a first-order estimate of how the loss changes without w (LLM-Pruner, arXiv 2305.11627, eq. 5)."""
     assert evidence.gradient is not None
     return (evidence.weight * evidence.gradient).abs()
 
 
 def wanda(evidence: Evidence) -> Tensor:
-    """|w_ij|·‖x_j‖ (Wanda, arXiv 2306.11695, equation 1), summed over a structure (Wanda-sp in FLAP's comparison)."""
+    """Return |w_ij|·‖x_j‖ (Wanda, arXiv 2306.11695, equation 1). The sum over a unit is Wanda-sp in the FLAP paper."""
     assert evidence.inputs is not None
     return evidence.weight.abs() * evidence.inputs.norm.to(evidence.weight)
 
 
 def flap(evidence: Evidence) -> Tensor:
-    """Var(x_j)·w_ij²: how much the output changes when an input is replaced by its mean (FLAP, arXiv 2312.11983)."""
+    """Return Var(x_j)·w_ij²: how much the output changes if the mean replaces an input (FLAP, arXiv 2312.11983)."""
     assert evidence.inputs is not None
     return evidence.weight**2 * evidence.inputs.variance.to(evidence.weight)
 
 
 def activation(evidence: Evidence) -> Tensor:
-    """Norm of a head's or channel's activation: mean over the sequence, Euclidean over rows (Minitron, 2407.14679)."""
+    """Return the norm of a head's or channel's activations (Minitron, arXiv 2407.14679), shared out to its features.
+
+    See `InputStatistics.head_norm`.
+    """
     assert evidence.inputs is not None
     width = evidence.inputs.width
     return evidence.inputs.head_norm.repeat_interleave(width) / width

@@ -1,4 +1,4 @@
-"""Which weights of a linear stay, and what they become: small pure functions, a linear at a time."""
+"""Sparse pruning of one linear: small pure functions that choose the weights that stay, and their new values."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -9,25 +9,30 @@ from torch import Tensor
 from loram.model.sparsity import kept_values, n_of_m
 from loram.pruning.criteria import Evidence, InputStatistics, magnitude, wanda
 
-BLOCK_COLUMNS, DAMPING = 128, 0.01
-_BLOCK_ELEMENTS = 1 << 23
+BLOCK_COLUMNS, DAMPING = 128, 0.01  # the block size and the dampening of the SparseGPT paper
+_BLOCK_ELEMENTS = 1 << 23  # how many elements are sorted at a time
 
-# What a sparse criterion reads of the inputs: nothing, their norms, or how they go together.
+# Sparse criterion -> what it reads of the inputs: None, their norms, or the Hessian, which has all their correlations.
 READS: Mapping[str, str | None] = MappingProxyType(
     {"sparsegpt": "hessian", "wanda": "norms", "magnitude": None, "random": None}
 )
 
 
 class Hessian:
-    """The sum of x xᵀ over a linear's inputs, (features, features) float32."""
+    """The Hessian of a linear's output error: the sum of x xᵀ over its inputs x, (features, features) float32."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.count = 0
         self.total = torch.zeros(features, features, device=device)
 
     def add_(self, inputs: Tensor, real: Tensor) -> None:
-        """Take in one micro-batch: inputs (rows, width, features), and where they are not padding, (rows, width)."""
-        x = inputs[real].float()
+        """Add one micro-batch.
+
+        Args:
+            inputs: (rows, width, features).
+            real: (rows, width) bool, False where padded.
+        """
+        x = inputs[real].float()  # (tokens, features)
         self.total.addmm_(x.T, x)
         self.count += len(x)
 
@@ -40,21 +45,27 @@ def sparsify(
 ) -> tuple[Tensor, Tensor]:
     """Prune one linear.
 
-    Exactly `loram.model.sparsity.kept_values` weights stay. With n:m, exactly n of every m neighbouring inputs of an
-    output. Unstructured: `magnitude` and `random` compare all weights of the linear; `wanda` those of each output, as
-    its paper does, each keeping the count divided by the outputs, rounded down, and the first outputs one more until
-    the count is reached; `sparsegpt` those of each block of 128 inputs, the first c inputs together keeping
-    ceil(outputs * c * (1 - ratio)). Of equal importances the earlier stays.
+    Exactly `loram.model.sparsity.kept_values` weights stay. An n:m pattern keeps exactly n of every m neighbouring
+    inputs of each output. The unstructured pattern depends on the criterion:
+
+    - `magnitude` and `random` compare all weights of the linear.
+    - `wanda` compares the weights of each output, as its paper does. Every output keeps the same number, rounded down,
+      and the first outputs keep one more until the total is reached.
+    - `sparsegpt` compares the weights of each block of 128 inputs. The first c inputs together keep
+      ceil(outputs * c * (1 - ratio)) weights.
+
+    If two weights are equally important, the earlier one stays.
 
     Args:
         weight: (out_features, in_features) float32.
-        inputs: what the criterion reads of them: `READS`.
+        inputs: the statistics of the inputs that `READS` lists for the criterion.
         criterion: a key of `READS`.
-        pattern, ratio: see `loram.model.sparsity`.
-        generator: of the random criterion.
+        pattern, ratio: the sparse pattern; see `loram.model.sparsity`.
+        generator: the random generator of the random criterion.
 
     Returns:
-        The new weight, zero where pruned, and where it stays: (out_features, in_features), float32 and bool.
+        (the new weight, zero where pruned; a mask that is True where a weight stays), both (out_features, in_features),
+        float32 and bool.
     """
     if criterion == "sparsegpt":
         assert isinstance(inputs, Hessian)
@@ -69,19 +80,20 @@ def sparsify(
 
 
 def _kept(importance: Tensor, pattern: str, ratio: float, *, by_row: bool) -> Tensor:
-    """Where the most important weights are, (rows, columns) bool."""
+    """Mark the most important weights, (rows, columns) bool."""
     rows, columns = importance.shape
     if (group := n_of_m(pattern)) is not None:
-        return _best_of_rows(importance.view(-1, group[1]), torch.tensor(group[0])).view(rows, columns)
+        n, m = group
+        return _best_of_rows(importance.view(-1, m), torch.tensor(n)).view(rows, columns)
     count = kept_values(rows, columns, pattern, ratio)
     if not by_row:
         return best(importance.flatten(), count).view(rows, columns)
-    each, more = divmod(count, rows)
-    return _best_of_rows(importance, each + (torch.arange(rows) < more).long())
+    per_row, rest = divmod(count, rows)
+    return _best_of_rows(importance, per_row + (torch.arange(rows) < rest).long())
 
 
 def best(importance: Tensor, count: int) -> Tensor:
-    """Where the `count` highest of a vector are, as bool; of equal ones the first."""
+    """Mark the `count` highest values of a vector, as bool; of equal values the first ones."""
     if not 0 < count < len(importance):
         return torch.full_like(importance, count > 0, dtype=torch.bool)
     threshold = importance.kthvalue(len(importance) - count + 1).values
@@ -91,7 +103,12 @@ def best(importance: Tensor, count: int) -> Tensor:
 
 
 def _best_of_rows(importance: Tensor, counts: Tensor) -> Tensor:
-    """Where each row's highest are, as bool; `counts` is one for all rows, or one a row. Of equals the first."""
+    """Mark the highest values of each row, as bool; of equal values the first ones.
+
+    Args:
+        importance: (rows, columns).
+        counts: how many values to mark: a scalar for all rows, or (rows,).
+    """
     counts, kept = counts.to(importance.device).expand(len(importance)), []
     step = max(1, _BLOCK_ELEMENTS // importance.shape[1])
     for start in range(0, len(importance), step):
@@ -103,43 +120,47 @@ def _best_of_rows(importance: Tensor, counts: Tensor) -> Tensor:
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, *, pattern: str, ratio: float) -> tuple[Tensor, Tensor]:
-    """Prune, and let the weights that stay make up for those that go (SparseGPT, arXiv 2301.00774, algorithm 1).
+    """Prune weights, and update the others to make up for them (SparseGPT, arXiv 2301.00774, algorithm 1).
 
-    Columns are visited from the first to the last. What a pruned weight leaves undone is shared out over the columns
-    not yet visited, by the inverse Hessian's Cholesky factor; in a block at once, beyond it when the block is done. A
-    weight's importance is w² / d² with d its column's diagonal entry of that factor, as updated so far: at the start of
-    its block of 128 columns where unstructured, at the start of its group of m in n:m.
+    The columns (inputs) are visited from the first to the last. The error that a pruned weight causes is distributed
+    over the columns that have not been visited yet, through the Cholesky factor of the inverse Hessian: at once within
+    a block, and after the block for the columns beyond it.
+
+    The importance of a weight is w² / d², where w is its updated value and d the diagonal entry of the Cholesky factor
+    for its column. It is computed at the start of a block of 128 columns for the unstructured pattern, and at the start
+    of a group of m columns for n:m.
 
     Args:
         weight: (out_features, in_features).
-        hessian: (in_features, in_features), the sum of x xᵀ over the inputs; its scale makes no difference. 1% of its
-            mean diagonal is added to the diagonal; an input that never was anything but zero loses its weights' values.
-        pattern, ratio: see `loram.model.sparsity`.
+        hessian: (in_features, in_features), the sum of x xᵀ over the inputs; its scale makes no difference. 1% of the
+            mean of its diagonal is added to the diagonal. If an input was always zero, its weights become zero.
+        pattern, ratio: the sparse pattern; see `loram.model.sparsity`.
 
     Returns:
-        As `sparsify`, in the weight's dtype.
+        As in `sparsify`, in the dtype of `weight`.
     """
     weight, factor = weight.clone(), _inverse_factor(hessian)
     weight[:, hessian.diagonal() == 0] = 0
     rows, columns = weight.shape
     group, kept = n_of_m(pattern), torch.ones_like(weight, dtype=torch.bool)
     width = BLOCK_COLUMNS if group is None else max(1, BLOCK_COLUMNS // group[1]) * group[1]
-    so_far = 0
+    kept_so_far = 0
     for first in range(0, columns, width):
         block = slice(first, min(first + width, columns))
         part, square = weight[:, block].clone(), factor[block, block]
         importance = square.diagonal() ** -2.0
         if group is None:
-            count = kept_values(rows, block.stop, pattern, ratio) - so_far
+            count = kept_values(rows, block.stop, pattern, ratio) - kept_so_far
             chosen = best((part**2 * importance).flatten(), count).view_as(part)
-            so_far += count
+            kept_so_far += count
         else:
             chosen = torch.ones_like(part, dtype=torch.bool)
-        errors = torch.empty_like(part)
+        errors = torch.empty_like(part)  # (out_features, columns of the block)
         for column in range(part.shape[1]):
             if group is not None and column % group[1] == 0:
-                here = slice(column, column + group[1])
-                chosen[:, here] = _best_of_rows(part[:, here] ** 2 * importance[here], torch.tensor(group[0]))
+                columns_of_group = slice(column, column + group[1])
+                importances = part[:, columns_of_group] ** 2 * importance[columns_of_group]
+                chosen[:, columns_of_group] = _best_of_rows(importances, torch.tensor(group[0]))
             errors[:, column] = part[:, column] * ~chosen[:, column] / square[column, column]
             part[:, column] *= chosen[:, column]
             part[:, column + 1 :] -= errors[:, column, None] * square[column, column + 1 :]
@@ -149,10 +170,14 @@ def sparsegpt(weight: Tensor, hessian: Tensor, *, pattern: str, ratio: float) ->
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse: column by column, the inverses of what is left."""
+    """Return the upper Cholesky factor of the inverse of the damped Hessian, (in_features, in_features).
+
+    Its row i gives the update of the columns from i on, once the columns before i are fixed.
+    """
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor

@@ -1,8 +1,9 @@
-"""Correction at recovery: an adapter was trained on a base that alignment or 4 bits changed; the full model's is not.
+"""Corrections of a recovered adapter for the differences between the full model and the pruned one.
 
-EMLoC (arXiv 2506.12015) takes the difference of the two bases, as far as the adapter's own input directions see it, out
-of the adapter. And the update as a whole may be worth more or less on the full model than on the pruned one, so that a
-multiplier can be chosen on development rows.
+Alignment or 4 bits may have changed the weights that an adapter was trained on, while the full model's weights are
+unchanged. EMLoC (arXiv 2506.12015) subtracts this change from the adapter, as far as the adapter's own input directions
+can express it. Besides, the best strength of the update may be larger or smaller on the full model than on the pruned
+one; a multiplier for it can be chosen on development rows.
 """
 
 import dataclasses
@@ -22,24 +23,27 @@ from loram.model.resize import narrow
 
 logger = logging.getLogger(__name__)
 
-LIMIT = 3.0  # EMLoC's lambda
+LIMIT = 3.0  # lambda in EMLoC's paper
 MULTIPLIERS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 
 
 def correct_adapter(
     adapter: Adapter, plan: PruningPlan, base: Checkpoint, pruned: Checkpoint, *, in_4bit: bool
 ) -> Adapter:
-    """Take what changed in the kept part of the base out of an adapter, module by module, from the files.
+    """Correct an adapter, module by module, for the change of the weights that pruning kept.
+
+    Only the weights of one module are in memory at a time.
 
     Args:
-        adapter: as it was trained on the pruned model.
-        plan: what is kept.
+        adapter: the adapter as it was trained on the pruned model.
+        plan: the plan of the pruned model.
         base: the full model, in 16 or 32 bits.
-        pruned: the folder that the adapter was trained on.
-        in_4bit: whether its weights were in NF4 while training; they are then compared as NF4 has them.
+        pruned: the pruned model that the adapter was trained on.
+        in_4bit: whether the pruned model was in NF4 during the training; its weights are then rounded to NF4 before
+            they are compared.
 
     Returns:
-        An adapter of the same shapes, names and options.
+        An adapter with the same shapes, names and options.
     """
     tensors = dict(adapter.tensors)
     for module in track(list(adapter.modules), "Correcting"):
@@ -51,34 +55,35 @@ def correct_adapter(
             trained = trained.masked_scatter(kept, as_4bit(trained[kept]))
         change = (narrow(name, full, plan).float() - trained.float()) * kept
         factors = adapter.modules[module]
-        a, b = corrected(factors["A"], factors["B"], change, adapter.scaling(module))
+        a, b = correct_factors(factors["A"], factors["B"], change, adapter.scaling(module))
         for part, factor in (("A", a), ("B", b)):
             key = f"base_model.model.{module}.lora_{part}.weight"
             tensors[key] = factor.to(factors[part].dtype)
     return dataclasses.replace(adapter, tensors=tensors)
 
 
-def corrected(a: Tensor, b: Tensor, change: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """EMLoC's correction of one module (arXiv 2506.12015, section 3.3).
+def correct_factors(a: Tensor, b: Tensor, change: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Apply EMLoC's correction to the LoRA factors of one module (arXiv 2506.12015, section 3.3).
 
-    With A = U S V', the adapter is first written with orthonormal input directions, A' = V' and B' = B U S, which
-    changes nothing. Then what the base's change does to these directions is taken out: B' - clip(change V / scaling),
-    each column of it shortened so that its mean size is `LIMIT` times that of B''s column at most.
+    Let A = U S Vᵀ be the singular value decomposition of A. First the adapter is written with orthonormal input
+    directions, A' = Vᵀ and B' = B U S, which does not change the product. Then the effect of the change on these
+    directions is subtracted: B' - clip(change V / scaling). The clip shortens each column so that its mean absolute
+    value is at most `LIMIT` times that of the same column of B'.
 
     Args:
-        a: lora_A, (r, in_features), r at most in_features.
+        a: lora_A, (r, in_features), with r at most in_features.
         b: lora_B, (out_features, r).
-        change: full weight - weight that was trained on, (out_features, in_features).
-        scaling: what B·A is multiplied by.
+        change: the full model's weight minus the weight that the adapter was trained on, (out_features, in_features).
+        scaling: the factor that B·A is multiplied by.
 
     Returns:
-        (A', corrected B'), float32. Where `change` is 0 their product is B·A.
+        (A', corrected B'), both float32. If `change` is 0, their product is B·A.
     """
-    left, sizes, directions = torch.linalg.svd(a.float(), full_matrices=False)
+    left, sizes, directions = torch.linalg.svd(a.float(), full_matrices=False)  # (r, r), (r,), (r, in_features)
     b = b.float() @ (left * sizes)
-    seen = change @ directions.T / scaling
-    limit, size = LIMIT * b.abs().mean(0), seen.abs().mean(0)
-    return directions, b - seen * (limit / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
+    effect = change @ directions.T / scaling  # (out_features, r)
+    limit, size = LIMIT * b.abs().mean(0), effect.abs().mean(0)
+    return directions, b - effect * (limit / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
 
 
 def best_multiplier(
@@ -87,19 +92,19 @@ def best_multiplier(
     rows: tuple[Sequence[list[int]], Sequence[list[int]]],
     device: torch.device,
 ) -> tuple[float, dict[float, float]]:
-    """Which multiple of a recovered update the full model does best with on development rows.
+    """Find the multiple of a recovered update with which the full model has the lowest loss on development rows.
 
     Args:
-        base: the full model; loaded if it fits in memory, else streamed once a multiplier.
-        adapter: of the full model's shapes.
-        rows: (input ids, labels).
-        device: where it computes.
+        base: the full model. It is loaded if it fits in memory, and otherwise streamed once per multiplier.
+        adapter: the recovered adapter, in the full model's shapes.
+        rows: the token ids and the labels of the development rows.
+        device: the device to compute on.
 
     Returns:
-        (the best of `MULTIPLIERS`, mean loss in nats for each).
+        (the best of `MULTIPLIERS`, each multiplier -> its mean loss in nats per token).
     """
-    found = adapted_losses(base, [scaled(adapter, factor) for factor in MULTIPLIERS], device, *rows)
-    losses = dict(zip(MULTIPLIERS, found, strict=True))
+    values = adapted_losses(base, [scaled(adapter, factor) for factor in MULTIPLIERS], device, *rows)
+    losses = dict(zip(MULTIPLIERS, values, strict=True))
     best = min(losses, key=losses.__getitem__)
     logger.info("loss on development rows: %s", ", ".join(f"x{factor:g} {loss:.4f}" for factor, loss in losses.items()))
     return best, losses

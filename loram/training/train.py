@@ -34,7 +34,7 @@ from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model.plan import MASKS_NAME, find_plan
 from loram.trainer.arguments import as_user_error, checkpoints_activations
-from loram.trainer.checkpoints import Checkpoints, guarded, lasting
+from loram.trainer.checkpoints import Checkpoints, guard_trainer, reproducible_entries
 from loram.training.anchors import Course, anchored
 from loram.training.configs import build_configs
 from loram.training.liger import use_liger_
@@ -242,7 +242,7 @@ def _fit(
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours
     allocate_(device, lean=options.load_in_4bit or checkpoints_activations(arguments))
     kind = _Trainer if course is None else anchored(_Trainer, course)
-    runner = guarded(kind, checkpoints)(
+    runner = guard_trainer(kind, checkpoints)(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator
     )
     for callback in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results
@@ -252,7 +252,7 @@ def _fit(
     runner.train(resume_from_checkpoint=newest and str(newest))
     folder = checkpoints.staging / "trained"
     runner.save_model(str(folder))
-    return _Trained(folder=folder, log=lasting(runner.state.log_history, "loss"), lengths=lengths)
+    return _Trained(folder=folder, log=reproducible_entries(runner.state.log_history, "loss"), lengths=lengths)
 
 
 def _adapted(
@@ -377,4 +377,4 @@ def _finished(checkpoint: Path) -> _Trained | None:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] < state["max_steps"]:
         return None
-    return _Trained(folder=checkpoint, log=lasting(state["log_history"], "loss"))
+    return _Trained(folder=checkpoint, log=reproducible_entries(state["log_history"], "loss"))

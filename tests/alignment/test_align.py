@@ -20,10 +20,11 @@ from loram import cli
 from loram.alignment import judge
 from loram.alignment.align import align
 from loram.alignment.distill import AlignTrainer, divergence, top_k_divergence
-from loram.alignment.mixture import Rows, collate, draw, item
-from loram.alignment.probe import Found, Probe
+from loram.alignment.mixture import Rows, collate, draw, to_tensors
+from loram.alignment.probe import Probe, ProbeLosses
 from loram.alignment.teacher import TeacherCache
-from loram.compute.loss import chunked_loss, squashed
+from loram.compute.loss import apply_softcap as squashed
+from loram.compute.loss import chunked_loss
 from loram.disk.artifacts import find_manifest
 from loram.disk.checkpoint import EMBEDDING, HEAD
 
@@ -100,7 +101,7 @@ def test_gradients_are_those_of_the_dense_loss(
 ) -> None:
     """Of a live teacher, and of a cache that holds the whole vocabulary up to its 16 bits."""
     cache = taught(tiny_models[family], tmp_path / "cache", rows_file, 320)
-    batch = collate([item(cache[row]) for row in range(5)])
+    batch = collate([to_tensors(cache[row]) for row in range(5)])
     teacher = AutoModelForCausalLM.from_pretrained(tiny_models[family]).eval()
     student = loram.load_pruned(pruned_models[family])
     expected = dense(student, teacher, batch)
@@ -120,7 +121,7 @@ def test_the_error_of_top_k_falls_with_k_and_is_bounded(
     errors, losses = [], []
     for k in (1, 4, 16, 64, 256):
         cache = taught(tiny_llama, tmp_path / f"cache-{k}", rows_file, k)
-        batch = collate([item(cache[row]) for row in range(5)])
+        batch = collate([to_tensors(cache[row]) for row in range(5)])
         reference = gradients(dense(student, teacher, batch), student)["model.norm.weight"]
         found = loss_of(student, batch)
         errors.append(relative(gradients(found, student)["model.norm.weight"], reference))
@@ -154,7 +155,7 @@ def test_mix_is_the_weighted_mean_of_the_two(
     tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     cache = taught(tiny_llama, tmp_path / "cache", rows_file, 8)
-    batch = collate([item(cache[row]) for row in range(5)])
+    batch = collate([to_tensors(cache[row]) for row in range(5)])
     student = loram.load_pruned(pruned_models["llama"])
     distill, mix, clm = (loss_of(student, batch, clm_weight=weight).item() for weight in (0.0, 0.25, 1.0))
     assert mix == pytest.approx(0.75 * distill + 0.25 * clm)
@@ -292,7 +293,7 @@ def test_several_data_sets_and_caches_with_weights(
 
 def test_a_batch_has_the_predictions_where_they_are_made(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     cache = taught(tiny_llama, tmp_path / "cache", rows_file, 4)
-    batch = collate([item(cache[row]) for row in (3, 0, 7)])
+    batch = collate([to_tensors(cache[row]) for row in (3, 0, 7)])
     wanted = batch["labels"][:, 1:] != -100
     assert torch.equal(batch["teacher_ids"][:, :-1][wanted], torch.cat([cache[row].ids for row in (3, 0, 7)]))
     assert batch["attention_mask"].sum(1).tolist() == [len(cache[row].input_ids) for row in (3, 0, 7)]
@@ -308,9 +309,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[
     """Have probes find these recovered losses one after the other; returns the weights that each was made on."""
     left, seen = iter(losses), []
 
-    def measure(self: Probe, student: Any, *rest: Any) -> Found:
+    def measure(self: Probe, student: Any, *rest: Any) -> ProbeLosses:
         seen.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
-        return Found(recovered_loss=next(left), adapted_loss=1.0, student_loss=1.0)
+        return ProbeLosses(recovered_loss=next(left), adapted_loss=1.0, student_loss=1.0)
 
     monkeypatch.setattr(judge.Probe, "measure", measure)
     return seen

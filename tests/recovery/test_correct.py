@@ -11,7 +11,7 @@ import loram
 from loram.base.errors import UserError
 from loram.disk.adapter import Adapter
 from loram.disk.artifacts import find_manifest
-from loram.recovery.correct import LIMIT, MULTIPLIERS, corrected
+from loram.recovery.correct import LIMIT, MULTIPLIERS, correct_factors
 
 SCALING = 2.0
 
@@ -24,7 +24,7 @@ def factors() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_without_a_change_the_update_stays(factors: tuple[torch.Tensor, torch.Tensor]) -> None:
     a, b = factors
-    directions, fixed = corrected(a, b, torch.zeros(10, 12), SCALING)
+    directions, fixed = correct_factors(a, b, torch.zeros(10, 12), SCALING)
     torch.testing.assert_close(fixed @ directions, b @ a)
     torch.testing.assert_close(directions @ directions.T, torch.eye(4))
 
@@ -35,7 +35,7 @@ def test_the_full_model_does_to_the_adapters_inputs_what_the_changed_one_did(
     a, b = factors
     full = torch.randn(10, 12)
     changed = full + 0.1 * torch.randn(10, 12)
-    directions, fixed = corrected(a, b, full - changed, SCALING)
+    directions, fixed = correct_factors(a, b, full - changed, SCALING)
     inputs = torch.randn(5, 4) @ a  # what the adapter sees: its rows' span
     wanted = inputs @ (changed + SCALING * b @ a).T
     torch.testing.assert_close(inputs @ (full + SCALING * fixed @ directions).T, wanted, rtol=1e-4, atol=1e-4)
@@ -43,7 +43,7 @@ def test_the_full_model_does_to_the_adapters_inputs_what_the_changed_one_did(
 
 def test_the_correction_of_a_rank_is_at_most_so_large(factors: tuple[torch.Tensor, torch.Tensor]) -> None:
     a, b = factors
-    directions, fixed = corrected(a, b, 1000 * torch.randn(10, 12), SCALING)
+    directions, fixed = correct_factors(a, b, 1000 * torch.randn(10, 12), SCALING)
     uncorrected = b @ a @ directions.T
     size = (fixed - uncorrected).abs().mean(0)
     torch.testing.assert_close(size, LIMIT * uncorrected.abs().mean(0))
