@@ -10,10 +10,10 @@ from loram.data.spec import DataSpec, as_mapping
 from loram.model.architecture import Architecture, Geometry
 from loram.model.counts import kept_units, prunable_layers
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m, removed_share
+from loram.pruning.criteria import CRITERIA, NEEDS_TEXT, SPARSE
 
-# The criteria of each kind of pattern, the default first. (What they do: `criteria.py`, `sparsify.py`.)
-STRUCTURED_CRITERIA = ("taylor", "activation", "wanda", "flap", "magnitude", "magnitude_l2", "random")
-SPARSE_CRITERIA = ("sparsegpt", "wanda", "magnitude", "random")
+# The names of the criteria of each kind of pattern; the default comes first.
+STRUCTURED_CRITERIA, SPARSE_CRITERIA = tuple(CRITERIA), tuple(SPARSE)
 KEEP_FIRST, KEEP_LAST = 4, 2  # layers that structured pruning leaves whole; sparse patterns leave none
 
 
@@ -33,8 +33,8 @@ class PruneOptions(Options):
     )
     criterion: str | None = option(
         None,
-        f"What decides which units stay: {', '.join(STRUCTURED_CRITERIA)} (default: taylor); with a sparse pattern "
-        f"{', '.join(SPARSE_CRITERIA)} (default: sparsegpt).",
+        f"What decides which units stay: {', '.join(STRUCTURED_CRITERIA)} (default: {STRUCTURED_CRITERIA[0]}); with a sparse pattern "
+        f"{', '.join(SPARSE_CRITERIA)} (default: {SPARSE_CRITERIA[0]}).",
         common=True,
     )
     pattern: str = option(
@@ -110,7 +110,9 @@ class ResolvedPruneOptions(PruneOptions):
     @property
     def reads_text(self) -> bool:
         """Whether calibration text is needed."""
-        return self.bias_compensation or self.criterion not in ("magnitude", "magnitude_l2", "random")
+        if self.sparse:
+            return SPARSE[self.criterion].reads != "nothing"
+        return self.bias_compensation or self.criterion in NEEDS_TEXT
 
     def check_fits(self, geometry: Geometry, architecture: Architecture) -> None:
         """Refuse options that leave nothing of a model of these sizes, or whose pattern does not divide its linears.

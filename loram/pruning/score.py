@@ -13,7 +13,8 @@ from loram.compute.streaming import BATCH_TOKENS, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import CUTS, Cut, Geometry, Space, architecture_of
-from loram.pruning.criteria import CRITERIA, Criterion, Evidence, InputStatistics
+from loram.pruning.criteria import CRITERIA, Criterion
+from loram.pruning.evidence import Evidence, InputStatistics
 
 Scores = Mapping[int, Mapping[str, Tensor]]  # layer -> space name -> score of each unit, float64
 _BLOCK_ELEMENTS = 1 << 23

@@ -22,9 +22,10 @@ from loram.model.architecture import CUTS, Geometry, architecture_of
 from loram.model.counts import prunable_layers
 from loram.model.modeling_loram import pack
 from loram.model.plan import MASKS_NAME, BaseReference, PruningPlan
-from loram.pruning.criteria import InputStatistics
+from loram.pruning.criteria import SPARSE
+from loram.pruning.evidence import Hessian, Inputs, InputStatistics
 from loram.pruning.options import ResolvedPruneOptions
-from loram.pruning.sparsify import READS, Hessian, Inputs, sparsify
+from loram.pruning.sparsify import sparsify
 
 # Linears that read what another one reads: its inputs are looked at once.
 _READS_AS = {
@@ -147,7 +148,7 @@ def sparse_layers(
         UserError: there is no text, or what comes out is not finite.
     """
     job = _Job(checkpoint, settings, seed)
-    if READS[settings.criterion] is None:
+    if SPARSE[settings.criterion].reads == "nothing":
         names = {i: [n for n in checkpoint.names() if n.startswith(f"model.layers.{i}.")] for i in job.layers}
         loads = prefetched(job.layers, lambda i: {name: checkpoint.tensor(name) for name in names[i]})
         with contextlib.closing(loads):
@@ -185,7 +186,7 @@ class _Job:
             return
         if name not in self.inputs:
             features, device = inputs.shape[-1], inputs.device
-            hessian = READS[self.settings.criterion] == "hessian"
+            hessian = SPARSE[self.settings.criterion].reads == "hessian"
             self.inputs[name] = Hessian(features, device) if hessian else InputStatistics(features, 1, device)
         self.inputs[name].add_(inputs, real)
 

@@ -1,43 +1,13 @@
 """Sparse pruning of one linear: small pure functions that choose the weights that stay, and their new values."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import torch
 from torch import Tensor
 
 from loram.model.sparsity import kept_values, n_of_m
-from loram.pruning.criteria import Evidence, InputStatistics, magnitude, wanda
+from loram.pruning.criteria import SPARSE
+from loram.pruning.evidence import Evidence, Hessian, Inputs, InputStatistics
 
-BLOCK_COLUMNS, DAMPING = 128, 0.01  # the block size and the dampening of the SparseGPT paper
-_BLOCK_ELEMENTS = 1 << 23  # how many elements are sorted at a time
-
-# Sparse criterion -> what it reads of the inputs: None, their norms, or the Hessian, which has all their correlations.
-READS: Mapping[str, str | None] = MappingProxyType(
-    {"sparsegpt": "hessian", "wanda": "norms", "magnitude": None, "random": None}
-)
-
-
-class Hessian:
-    """The Hessian of a linear's output error: the sum of x xᵀ over its inputs x, (features, features) float32."""
-
-    def __init__(self, features: int, device: torch.device) -> None:
-        self.count = 0
-        self.total = torch.zeros(features, features, device=device)
-
-    def add_(self, inputs: Tensor, real: Tensor) -> None:
-        """Add one micro-batch.
-
-        Args:
-            inputs: (rows, width, features).
-            real: (rows, width) bool, False where padded.
-        """
-        x = inputs[real].float()  # (tokens, features)
-        self.total.addmm_(x.T, x)
-        self.count += len(x)
-
-
-Inputs = Hessian | InputStatistics
+BLOCK_COLUMNS, DAMPING = 128, 0.01
 
 
 def sparsify(
@@ -58,8 +28,8 @@ def sparsify(
 
     Args:
         weight: (out_features, in_features) float32.
-        inputs: the statistics of the inputs that `READS` lists for the criterion.
-        criterion: a key of `READS`.
+        inputs: the statistics of the inputs that the criterion reads.
+        criterion: a key of `SPARSE`.
         pattern, ratio: the sparse pattern; see `loram.model.sparsity`.
         generator: the random generator of the random criterion.
 
@@ -67,15 +37,16 @@ def sparsify(
         (the new weight, zero where pruned; a mask that is True where a weight stays), both (out_features, in_features),
         float32 and bool.
     """
-    if criterion == "sparsegpt":
+    row = SPARSE[criterion]
+    if row.reads == "hessian":
         assert isinstance(inputs, Hessian)
         return sparsegpt(weight, inputs.total, pattern=pattern, ratio=ratio)
-    if criterion == "random":
+    if row.importance is None:
         importance = torch.rand(weight.shape, generator=generator).to(weight.device)
     else:
         assert inputs is None or isinstance(inputs, InputStatistics)
-        importance = (wanda if criterion == "wanda" else magnitude)(Evidence(weight=weight, inputs=inputs))
-    kept = _kept(importance, pattern, ratio, by_row=criterion == "wanda")
+        importance = row.importance(Evidence(weight=weight, inputs=inputs))
+    kept = _kept(importance, pattern, ratio, by_row=row.by_row)
     return weight * kept, kept
 
 

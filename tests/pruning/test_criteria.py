@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import loram
 from loram.base.errors import UserError
 from loram.disk.checkpoint import Checkpoint
-from loram.pruning.criteria import CRITERIA, NEEDS_TEXT, InputStatistics
+from loram.pruning.criteria import CRITERIA, NEEDS_TEXT
+from loram.pruning.evidence import InputStatistics
 from loram.pruning.score import score
 
 # Of unlike lengths, so that a batch of them is padded; one is longer than the sliding windows of 8, one says nothing.

@@ -20,10 +20,10 @@ from loram.disk.checkpoint import Checkpoint
 from loram.model.modeling_loram import SparseLinear, dense, pack, unpack
 from loram.model.plan import MASKS_NAME
 from loram.model.sparsity import kept_values
-from loram.pruning.criteria import CRITERIA, NEEDS_TEXT
+from loram.pruning.criteria import CRITERIA, NEEDS_TEXT, SPARSE
 from loram.pruning.options import SPARSE_CRITERIA, STRUCTURED_CRITERIA, PruneOptions
 from loram.pruning.sparse import sparse_layers
-from loram.pruning.sparsify import READS, best, sparsegpt
+from loram.pruning.sparsify import best, sparsegpt
 
 TOKENS = torch.arange(3, 15)[None]
 PATTERNS = [("4:8", None), ("2:4", None), ("1:8", None), ("unstructured", 0.5), ("unstructured", 0.37)]
@@ -372,8 +372,9 @@ def test_settings_that_do_not_go_together_are_refused(tiny_llama: Path, tmp_path
 
 def test_the_tables_of_criteria_are_those_that_there_are() -> None:
     assert set(STRUCTURED_CRITERIA) == CRITERIA.keys()
-    assert set(SPARSE_CRITERIA) == READS.keys()
-    for names, reads in ((STRUCTURED_CRITERIA, NEEDS_TEXT), (SPARSE_CRITERIA, {n for n in READS if READS[n]})):
+    reading = {name for name, row in SPARSE.items() if row.reads != "nothing"}
+    assert set(SPARSE_CRITERIA) == SPARSE.keys()
+    for names, reads in ((STRUCTURED_CRITERIA, NEEDS_TEXT), (SPARSE_CRITERIA, reading)):
         sparse = names is SPARSE_CRITERIA
         for name in names:
             chosen = PruneOptions.of(pattern="4:8" if sparse else "structured", ratio=0.5, criterion=name).resolved()
