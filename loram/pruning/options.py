@@ -33,8 +33,8 @@ class PruneOptions(Options):
     )
     criterion: str | None = option(
         None,
-        f"What decides which units stay: {', '.join(STRUCTURED_CRITERIA)} (default: {STRUCTURED_CRITERIA[0]}); with a sparse pattern "
-        f"{', '.join(SPARSE_CRITERIA)} (default: {SPARSE_CRITERIA[0]}).",
+        f"What decides which units stay: {', '.join(STRUCTURED_CRITERIA)} (default: {STRUCTURED_CRITERIA[0]}); with a "
+        f"sparse pattern {', '.join(SPARSE_CRITERIA)} (default: {SPARSE_CRITERIA[0]}).",
         common=True,
     )
     pattern: str = option(

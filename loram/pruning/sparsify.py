@@ -7,7 +7,8 @@ from loram.model.sparsity import kept_values, n_of_m
 from loram.pruning.criteria import SPARSE
 from loram.pruning.evidence import Evidence, Hessian, Inputs, InputStatistics
 
-BLOCK_COLUMNS, DAMPING = 128, 0.01
+BLOCK_COLUMNS, DAMPING = 128, 0.01  # the block size and the dampening of the SparseGPT paper
+_BLOCK_ELEMENTS = 1 << 23  # how many elements are sorted at a time
 
 
 def sparsify(
