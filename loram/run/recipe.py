@@ -24,7 +24,8 @@ from loram.base.names import in_recipe
 from loram.data.spec import DataSpec
 from loram.model.sparsity import STRUCTURED
 from loram.pruning.settings import PruneSettings, prune_settings
-from loram.training.methods.table import LisaOptions, LoraSpOptions
+from loram.training.methods.lisa import LisaOptions
+from loram.training.methods.lora_sp import LoraSpOptions
 
 
 class _Section(BaseModel):

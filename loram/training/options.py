@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from loram.base.errors import UserError, first_problem
+from loram.base.errors import UserError
 from loram.compute.device import compute_dtype
 from loram.model.architecture import LINEARS
 from loram.trainer.arguments import as_user_error, check_names, checkpointing, option_names
-from loram.training.methods.table import OPTIONS, Method, frozen_ranks, method_of
+from loram.training.methods.table import check_method, method_of
 
 # The paper's LoRA settings (arXiv 2502.13533, section 4); lm_head on request.
 LORA_DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": list(LINEARS)}
@@ -100,15 +99,14 @@ def check_options(given: TrainOptions) -> TrainOptions:
     undropped = {"lora_dropout": 0.0} if given.mask_update else {}
     lora = {**LORA_DEFAULTS, **method.defaults, **undropped, "task_type": "CAUSAL_LM", **given.lora}
     trainer = {**TRAINER_DEFAULTS, **method.trainer, **given.trainer}
-    if given.mask_update:
-        _check_masked(given, lora)
+    if given.mask_update and lora["lora_dropout"]:
+        raise UserError(
+            "mask_update: needs lora_dropout 0: what is masked is the update itself, which no dropout comes before"
+        )
     _check_names(lora, trainer)
     _check_lora(lora)
-    _check_method(given, method)
+    check_method(given, lora)
     lora |= method.lora
-    own = _own_options(given)
-    if given.method == "lora-sp":
-        _check_sparse(lora, own["lora_sp"]["share"])
     if ours := sorted(_OURS & trainer.keys()):
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")
     if other := [key for key in _OTHER_LOSSES if trainer.get(key) not in (None, 0, "nll")]:
@@ -117,64 +115,14 @@ def check_options(given: TrainOptions) -> TrainOptions:
         raise UserError("trainer: max_length should be a number of tokens")
     if given.anchor_steps:
         trainer = _anchored(given, trainer)
-    return dataclasses.replace(given, lora=lora, trainer=trainer, **own)
-
-
-def _check_masked(given: TrainOptions, lora: Mapping[str, Any]) -> None:
-    """Refuse what does not go together with a masked update."""
-    if lora["lora_dropout"]:
-        raise UserError(
-            "mask_update: needs lora_dropout 0: what is masked is the update itself, which no dropout comes before"
-        )
-    if given.method not in ("lora", "rslora"):
-        raise UserError(f"mask_update: is for methods lora and rslora, and the method is {given.method}")
-
-
-def _check_method(given: TrainOptions, method: Method) -> None:
-    """Refuse options that contradict the method, or that it would ignore."""
-    for key, value in method.lora.items():
-        if given.lora.get(key, value) != value:
-            raise UserError(f"lora: {key} is {value} with method {given.method}; leave it out")
-    if given.lora.get("use_dora") and given.method != "dora":
-        raise UserError(f"lora: use_dora cannot be used with method {given.method}; take method dora")
-    if given.method == "dora" and given.lora_dtype != "float32":
-        raise UserError("lora_dtype: DoRA's magnitudes need float32; leave it out")
-    if not method.weights:
-        return
-    if given.lora_dtype != "float32":
-        raise UserError(f"lora_dtype: method {given.method} trains the weights themselves, in float32; leave it out")
-    if given.load_in_4bit:
-        raise UserError(
-            f"load_in_4bit: method {given.method} trains the weights themselves, and weights in 4 bits cannot be "
-            "trained; take lora, rslora, dora, lora-fa or lora-sp, or the model in 16 or 32 bits"
-        )
-
-
-def _own_options(given: TrainOptions) -> dict[str, Any]:
-    """The options that only the method has, with their defaults."""
-    for method, (section, _) in OPTIONS.items():
-        if getattr(given, section) is not None and given.method != method:
-            raise UserError(f"{section}: these are options of method {method}, and the method is {given.method}")
-    if given.method not in OPTIONS:
-        return {}
-    section, kind = OPTIONS[given.method]
-    try:
-        return {section: kind.model_validate(getattr(given, section) or {}).model_dump()}
-    except ValidationError as error:
-        raise UserError(f"{section}: {first_problem(error)}") from error
-
-
-def _check_sparse(lora: Mapping[str, Any], share: float) -> None:
-    """Refuse what LoRA-SP, which draws the factors itself, could not do exactly."""
-    for key in ("rank_pattern", "init_lora_weights"):
-        if lora.get(key, True) not in (True, None, {}):
-            raise UserError(f"lora: {key} cannot be used with method lora-sp, which splits and draws all ranks alike")
-    frozen_ranks(lora["r"], share)
+    own = method.own_options(given)
+    section: dict[str, Any] = {} if own is None else {str(method.section): own.model_dump()}
+    return dataclasses.replace(given, lora=lora, trainer=trainer, **section)
 
 
 def why_not_anchored(given: TrainOptions) -> str | None:
     """What keeps a training of a pruned model from staying on the full model's course, if anything does."""
-    if given.method == "dora" or method_of(given.method).weights:
+    if not method_of(given.method).anchored:
         return f"measures with the adapter recovered, which method {given.method} cannot be meanwhile"
     if given.mask_update:
         return "measures with the adapter recovered, which a masked update cannot be; drop mask_update"

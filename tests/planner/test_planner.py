@@ -35,8 +35,8 @@ from loram.planner.size import parse_size, show_size
 from loram.planner.weights import factors, frozen_bytes, optimizer_bytes
 from loram.planner.weights import trained as trained_parameters
 from loram.run.recipe import PruneSection, TrainSection
-from loram.training.methods.adapters import specialise_
-from loram.training.methods.table import ANCHOR_STEPS
+from loram.training.methods.lora_sp import LoraSpOptions
+from loram.training.methods.table import ANCHOR_STEPS, METHODS
 from loram.training.options import LORA_DEFAULTS, TRAINER_DEFAULTS, TrainOptions, build_configs, check_options
 
 LLAMA_31_70B = {**LLAMA_70B, "vocab_size": 128256}
@@ -58,7 +58,7 @@ def adapted(
 ) -> Any:
     config = LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
     found = get_peft_model(model, config).train()
-    specialise_(found, method, {"share": 0.5})
+    METHODS[method].specialise_(found, LoraSpOptions(share=0.5), pruned=True)
     return found
 
 

@@ -1,7 +1,7 @@
 """Methods that train the model's own weights: which ones, and how the outcome becomes a model or an adapter."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,55 +9,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import CUTS
-from loram.training.methods.lisa import Lisa
 
 logger = logging.getLogger(__name__)
 
 ENOUGH = 0.9  # of the squared update that the extracted one should keep
 
 
-def unfreeze_(model: Any, *, pruned: bool, around: bool) -> list[list[nn.Parameter]]:
+def unfreeze_(model: Any, *, pruned: bool, around: bool) -> None:
     """Let the weights of a model train, and nothing else.
 
-    Of a pruned model these are the linears of the decoder layers: what else could change has no place in an adapter,
-    so the full model could not be given it.
+    In a pruned model these are the linears of the decoder layers: an adapter has no place for anything else that could
+    change, so the full model could not be given it.
 
     Args:
         model: a causal language model.
         pruned: whether it is a pruned one.
-        around: of a full model: whether embedding, last norm and lm_head train too.
-
-    Returns:
-        What trains of each decoder layer.
+        around: whether the embedding, the last norm and lm_head of a full model train too.
     """
     model.requires_grad_(around and not pruned)
     linears = {f"{linear}.weight" for linear in CUTS}
-    layers = [
-        [parameter for name, parameter in layer.named_parameters() if not pruned or name in linears]
-        for layer in model.model.layers
-    ]
-    for layer in layers:
-        for parameter in layer:
-            parameter.requires_grad_(True)
-    return layers
+    for layer in model.model.layers:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not pruned or name in linears)
 
 
-def lisa_callback(layers: list[list[nn.Parameter]], options: Mapping[str, Any], seed: int) -> Lisa:
-    """The callback that draws layers.
-
-    Raises:
-        UserError: the model has fewer than are to train at a time.
-    """
-    if (asked := options["active_layers"]) > len(layers):
-        raise UserError(f"lisa.active_layers: {asked}, but the model has {len(layers)} layers")
-    interval = options["interval_steps"]
-    return Lisa(layers, active_layers=asked, interval_steps=interval, seed=seed)
+def trained_layers(model: Any) -> list[list[nn.Parameter]]:
+    """The parameters that train in each decoder layer."""
+    return [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in model.model.layers]
 
 
 def write_model(out: Path, trained: Checkpoint, base: Checkpoint) -> None:
@@ -114,4 +97,5 @@ def _config(r: int) -> dict[str, Any]:
 
     targets = [linear.rpartition(".")[2] for linear in CUTS]
     config = LoraConfig(r=r, lora_alpha=r, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
-    return {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    values: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    return {key: list(value) if isinstance(value, set) else value for key, value in values.items()}
