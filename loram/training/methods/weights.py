@@ -1,4 +1,4 @@
-"""Methods that train the model's own weights: which ones, and how the outcome becomes a model or an adapter."""
+"""Training of the model's own weights: which ones train, and how the result becomes a model or an adapter."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from loram.model.architecture import CUTS
 
 logger = logging.getLogger(__name__)
 
-ENOUGH = 0.9  # of the squared update that the extracted one should keep
+ENOUGH = 0.9  # the share of the squared update that the extracted adapter should keep
 
 
 def unfreeze_(model: Any, *, pruned: bool, around: bool) -> None:
@@ -44,7 +44,7 @@ def trained_layers(model: Any) -> list[list[nn.Parameter]]:
 
 
 def write_model(out: Path, trained: Checkpoint, base: Checkpoint) -> None:
-    """Write trained weights as the ordinary model folder that the base is: its names, dtypes, config and tokenizer."""
+    """Write trained weights as an ordinary model folder with the names, dtypes, config and tokenizer of the base."""
     with ShardedWriter(out, {name: base.spec(name) for name in base.names()}) as writer:
         for name in track(base.names(), "Writing the model"):
             source = EMBEDDING if name == HEAD and base.tied else name
@@ -55,18 +55,20 @@ def write_model(out: Path, trained: Checkpoint, base: Checkpoint) -> None:
 
 
 def extract(trained: Checkpoint, base: Checkpoint, r: int) -> tuple[dict[str, Any], dict[str, Tensor], float]:
-    """The LoRA adapter of rank `r` that is nearest to what training changed in the linears of the decoder layers.
+    """Extract the LoRA adapter of rank `r` that is nearest to what training changed in the decoder layers' linears.
 
-    Of each linear W_trained - W_start = U S Vᵀ, cut after the r largest singular values (Eckart, Young 1936): lora_B is
-    U √S and lora_A √S Vᵀ. A linear with a side below r needs no more than that; its factors have zeros beyond.
+    For each linear, W_trained - W_start = U S Vᵀ is cut after the r largest singular values (Eckart, Young 1936);
+    lora_B is U √S and lora_A is √S Vᵀ. A linear with a side below r has fewer singular values; its factors are padded
+    with zeros to rank r.
 
     Args:
-        trained: the model in the end.
-        base: the model it began as.
+        trained: the model after training.
+        base: the model before training.
         r: the rank.
 
     Returns:
-        adapter_config.json, adapter_model.safetensors, and the share of the squared update that is kept.
+        The values of adapter_config.json, the tensors of adapter_model.safetensors, and the share of the squared update
+        that the adapter keeps.
     """
     tensors, kept, total = {}, 0.0, 0.0
     for module in track(list(_linears(base)), "Extracting the update"):
@@ -92,7 +94,7 @@ def _linears(model: Checkpoint) -> Iterator[str]:
 
 
 def _config(r: int) -> dict[str, Any]:
-    """adapter_config.json, as PEFT writes it for what a training leaves."""
+    """The values of adapter_config.json, as PEFT writes it after a training."""
     from peft import LoraConfig
 
     targets = [linear.rpartition(".")[2] for linear in CUTS]
