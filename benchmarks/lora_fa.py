@@ -38,7 +38,7 @@ def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
     from loram.compute.device import peak_rss, reset_peak_rss, return_freed_memory_, rss
     from loram.compute.loss import use_chunked_loss_
     from loram.model.architecture import LINEARS
-    from loram.training.methods.adapters import specialise_
+    from loram.training.methods.table import METHODS
 
     return_freed_memory_()
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
     use_chunked_loss_(model)
     options = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(LINEARS), task_type="CAUSAL_LM")
     adapted = get_peft_model(model, options).train()
-    specialise_(adapted, method, None)
+    METHODS[method].specialise_(adapted, None, pruned=False)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
     ids = torch.randint(0, config["vocab_size"], (rows, tokens))
     known = {tensor.untyped_storage().data_ptr() for tensor in [*adapted.parameters(), *adapted.buffers()]}

@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from loram.base.errors import UserError, first_problem
 from loram.model.architecture import LINEARS
-from loram.training.methods.table import METHODS, LoraSpOptions, frozen_ranks, method_of
+from loram.training.methods.lora_sp import LoraSpOptions
+from loram.training.methods.table import METHODS, method_of
 
 # optim -> (bytes of state a trained parameter, or None for those of its dtype; whether the GPU's driver may page it)
 OPTIMIZERS: dict[str, tuple[int, bool]] = {
@@ -15,7 +16,7 @@ OPTIMIZERS: dict[str, tuple[int, bool]] = {
     "adamw_8bit": (2, False),
     "paged_adamw_8bit": (2, True),
 }
-PLANNED = ("lora", "rslora", "lora-fa", "lora-sp")  # the methods whose memory is known here
+PLANNED = tuple(method.name for method in METHODS.values() if method.planned)
 _DROPOUT = 0.05  # of LoRA: loram.training.options.LORA_DEFAULTS
 
 
@@ -67,10 +68,9 @@ class Settings(BaseModel):
     @property
     def trained_ranks(self) -> tuple[int, int]:
         """How many of the ranks train in lora_A, and in lora_B."""
-        if self.method == "lora-fa":
-            return 0, self.lora_r
-        frozen = frozen_ranks(self.lora_r, self.lora_sp_share) if self.method == "lora-sp" else 0
-        return self.lora_r - frozen, self.lora_r - frozen
+        method = METHODS[self.method]
+        own = LoraSpOptions(share=self.lora_sp_share) if method.options is LoraSpOptions else None
+        return method.trained_ranks(self.lora_r, own)
 
     @property
     def course_tokens(self) -> int:
@@ -121,8 +121,7 @@ def make_settings(**given: Any) -> Settings:
         raise UserError(f"optim {settings.optim!r} pages a GPU's memory; on a cpu take adamw_8bit")
     if settings.offload_embedding and not settings.load_in_4bit:
         raise UserError("offload_embedding leaves the embedding of a model in 4 bits in host memory; add load_in_4bit")
-    if settings.method != "lora-sp" and "lora_sp_share" in chosen:
+    if method.options is not LoraSpOptions and "lora_sp_share" in chosen:
         raise UserError(f"lora_sp_share is an option of method lora-sp, and the method is {settings.method}")
-    if settings.method == "lora-sp":
-        frozen_ranks(settings.lora_r, settings.lora_sp_share)
+    _ = settings.trained_ranks  # raises where the share cannot be had exactly
     return settings

@@ -38,9 +38,8 @@ from loram.run.recipe import Recipe
 from loram.run.stages import anchor_steps
 from loram.trainer.arguments import as_user_error, checkpoints_activations
 from loram.training.configs import build_configs
-from loram.training.methods.adapters import specialise_
 from loram.training.methods.table import METHODS
-from loram.training.methods.weights import unfreeze_
+from loram.training.methods.weights import trained_layers
 from loram.training.options import TrainOptions, resolve
 
 EXAMPLES = 2
@@ -230,17 +229,18 @@ def _training(
 ) -> Training:
     """Counted on a model without weights, with what the method and PEFT themselves make of it."""
     total = sum(parameter.numel() for parameter in model.parameters())
+    pruned = sizes.units is not None
     if METHODS[chosen.method].weights:
-        trained, held = _of_weights(model, chosen, pruned=sizes.units is not None)
+        trained, held = _of_weights(model, chosen, pruned=pruned)
         problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(held)}"
         return Training(parameters=total - trained, adapter_parameters=trained, memory=None, problem=problem)
-    trained = _of_adapter(model, adapter, chosen)
+    trained = _of_adapter(model, adapter, chosen, pruned=pruned)
     if not isinstance(settings, Settings):
         return Training(parameters=total, adapter_parameters=trained, memory=None, problem=str(settings))
     return Training(parameters=total, adapter_parameters=trained, memory=training_memory(sizes, settings, full))
 
 
-def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
+def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions, *, pruned: bool) -> int:
     """How many parameters of an adapter train."""
     from peft import get_peft_model
 
@@ -250,20 +250,21 @@ def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions) -> int:
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise as_user_error(error) from error
-    specialise_(adapted, chosen.method, chosen.lora_sp)
+    method = METHODS[chosen.method]
+    method.specialise_(adapted, method.own_options(chosen), pruned=pruned)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int, int]:
     """(weights that train, with LISA sooner or later; bytes of weights, gradients and AdamW's moments in float32)."""
-    layers = unfreeze_(model, pruned=pruned, around=not chosen.lisa or chosen.lisa.train_embeddings)
+    method = METHODS[chosen.method]
+    own = method.own_options(chosen)
+    method.specialise_(model, own, pruned=pruned)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    at_once = trained
-    if chosen.lisa:
-        per_layer = sorted(sum(parameter.numel() for parameter in layer) for layer in layers)
-        at_once -= sum(per_layer[: -chosen.lisa.active_layers])
-    return trained, 4 * total + 12 * at_once
+    per_layer = sorted(sum(parameter.numel() for parameter in layer) for layer in trained_layers(model))
+    waiting = len(per_layer) - method.layers_at_once(len(per_layer), own)
+    return trained, 4 * total + 12 * (trained - sum(per_layer[:waiting]))
 
 
 def _settings(
@@ -282,7 +283,7 @@ def _settings(
             lora_target_modules=tuple(sorted(adapter.target_modules)),
             lora_dtype=chosen.lora_dtype,
             lora_dropout=adapter.lora_dropout,
-            lora_sp_share=None if chosen.lora_sp is None else chosen.lora_sp.share,
+            lora_sp_share=getattr(METHODS[chosen.method].own_options(chosen), "share", None),
             max_length=arguments.max_length if arguments.packing else longest,
             optim=str(getattr(arguments.optim, "value", arguments.optim)),
             per_device_train_batch_size=arguments.per_device_train_batch_size,

@@ -9,7 +9,7 @@ from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
 from loram.model.architecture import LINEARS
 from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
-from loram.training.methods.table import METHODS, OPTIONS, Method, frozen_ranks, method_of
+from loram.training.methods.table import METHODS, check_method, method_of
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the model's weights as they are
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
@@ -113,8 +113,9 @@ else:  # with a section for each method that has options of its own
         __module__=__name__,
         __doc__=_TrainOptions.__doc__,
         **{
-            section: (kind | None, option(None, f"The options of method {method}."))
-            for method, (section, kind) in OPTIONS.items()
+            method.section: (method.options | None, option(None, f"The options of method {method.name}."))
+            for method in METHODS.values()
+            if method.section is not None
         },
     )
 
@@ -137,18 +138,18 @@ def resolve(options: TrainOptions) -> TrainOptions:
     undropped = {"lora_dropout": 0.0} if options.mask_update else {}
     lora = {**lora_defaults(), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}
     trainer = {**defaults_of(SftFlags), **method.trainer, **options.trainer}
-    if options.mask_update:
-        _check_masked(options, lora)
+    if options.mask_update and lora["lora_dropout"]:
+        raise UserError(
+            "mask_update: needs lora_dropout 0: what is masked is the update itself, which no dropout comes before"
+        )
     _check_names(lora, trainer)
     _check_lora(lora)
-    _check_method(options, method)
+    check_method(options, lora)
     lora |= method.lora
-    own = _own_options(options)
-    if options.method == "lora-sp":
-        _check_sparse(lora, own["lora_sp"].share)
     _check_trainer(trainer)
     if options.anchor_steps:
         trainer = _anchored(options, trainer)
+    own = {} if method.section is None else {method.section: method.own_options(options)}
     return options.model_copy(update={"lora": lora, "trainer": trainer, **own})
 
 
@@ -162,58 +163,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         raise UserError("trainer: max_length should be a number of tokens")
 
 
-def _check_masked(options: TrainOptions, lora: Mapping[str, Any]) -> None:
-    """Refuse what does not go together with a masked update."""
-    if lora["lora_dropout"]:
-        raise UserError(
-            "mask_update: needs lora_dropout 0: what is masked is the update itself, which no dropout comes before"
-        )
-    if options.method not in ("lora", "rslora"):
-        raise UserError(f"mask_update: is for methods lora and rslora, and the method is {options.method}")
-
-
-def _check_method(options: TrainOptions, method: Method) -> None:
-    """Refuse options that contradict the method, or that it would ignore."""
-    for key, value in method.lora.items():
-        if options.lora.get(key, value) != value:
-            raise UserError(f"lora: {key} is {value} with method {options.method}; leave it out")
-    if options.lora.get("use_dora") and options.method != "dora":
-        raise UserError(f"lora: use_dora cannot be used with method {options.method}; take method dora")
-    if options.method == "dora" and options.lora_dtype != "float32":
-        raise UserError("lora_dtype: DoRA's magnitudes need float32; leave it out")
-    if not method.weights:
-        return
-    if options.lora_dtype != "float32":
-        raise UserError(f"lora_dtype: method {options.method} trains the weights themselves, in float32; leave it out")
-    if options.load_in_4bit:
-        raise UserError(
-            f"load_in_4bit: method {options.method} trains the weights themselves, and weights in 4 bits cannot be "
-            "trained; take lora, rslora, dora, lora-fa or lora-sp, or the model in 16 or 32 bits"
-        )
-
-
-def _own_options(options: TrainOptions) -> dict[str, Any]:
-    """The section of the method's own options, with its defaults, where the method has one."""
-    for method, (section, _) in OPTIONS.items():
-        if getattr(options, section) is not None and options.method != method:
-            raise UserError(f"{section}: these are options of method {method}, and the method is {options.method}")
-    if options.method not in OPTIONS:
-        return {}
-    section, kind = OPTIONS[options.method]
-    return {section: getattr(options, section) or kind()}
-
-
-def _check_sparse(lora: Mapping[str, Any], share: float) -> None:
-    """Refuse what LoRA-SP, which draws the factors itself, could not do exactly."""
-    for key in ("rank_pattern", "init_lora_weights"):
-        if lora.get(key, True) not in (True, None, {}):
-            raise UserError(f"lora: {key} cannot be used with method lora-sp, which splits and draws all ranks alike")
-    frozen_ranks(lora["r"], share)
-
-
 def why_not_anchored(options: TrainOptions) -> str | None:
     """What keeps a training of a pruned model from staying on the full model's course, if anything does."""
-    if options.method == "dora" or method_of(options.method).weights:
+    if not method_of(options.method).anchored:
         return f"measures with the adapter recovered, which method {options.method} cannot be meanwhile"
     if options.mask_update:
         return "measures with the adapter recovered, which a masked update cannot be; drop mask_update"

@@ -37,8 +37,8 @@ from loram.planner.weights import trained as trained_parameters
 from loram.pruning.options import PruneOptions
 from loram.trainer.arguments import defaults_of
 from loram.training.configs import build_configs
-from loram.training.methods.adapters import specialise_
-from loram.training.methods.table import ANCHOR_STEPS, LoraSpOptions
+from loram.training.methods.lora_sp import LoraSpOptions
+from loram.training.methods.table import ANCHOR_STEPS, METHODS
 from loram.training.options import SftFlags, TrainOptions, lora_defaults, resolve
 
 LLAMA_31_70B = {**LLAMA_70B, "vocab_size": 128256}
@@ -60,7 +60,7 @@ def adapted(
 ) -> Any:
     config = LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
     found = get_peft_model(model, config).train()
-    specialise_(found, method, LoraSpOptions(share=0.5))
+    METHODS[method].specialise_(found, LoraSpOptions(share=0.5), pruned=True)
     return found
 
 

@@ -1,6 +1,6 @@
 """SIGKILL at the points of a save, and a full disk: what is in place is whole, and the same command goes on from it.
 
-`LORAM_KILL_EVERY=1 pytest tests/test_kill.py` kills at every single point; by default at every so-manyth.
+`LORAM_KILL_EVERY=1 pytest tests/test_kill.py` kills at every single point; by default at every 13th.
 """
 
 import json
@@ -18,7 +18,7 @@ EVERY = int(os.environ.get("LORAM_KILL_EVERY", "13"))
 SCRIPT = """
 import itertools, json, os, pathlib, shutil, signal, sys
 import safetensors.torch, torch
-import loram, loram.train
+import loram, loram.training.train
 from loram.disk import artifacts
 from loram.disk import adapter
 import peft, trl, transformers.models.mistral.modeling_mistral

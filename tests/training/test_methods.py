@@ -4,6 +4,8 @@ import importlib
 import itertools
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from loram.planner.size import show_size
 from loram.run.dry_run import dry_run
 from loram.run.pipeline import run
 from loram.run.recipe import Recipe, load_recipe
-from loram.training.methods.adapters import row_lengths, specialise_
-from loram.training.methods.lisa import Lisa
-from loram.training.methods.table import METHODS, LoraSpOptions, frozen_ranks
+from loram.training.methods.dora import row_lengths
+from loram.training.methods.layer_draws import LayerDraws
+from loram.training.methods.lora_sp import LoraSpOptions, frozen_ranks
+from loram.training.methods.table import METHODS
 
 TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50]])
 STEPS: dict[str, Any] = {"max_steps": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
@@ -53,6 +56,12 @@ def logits(model: Any) -> Tensor:
     with torch.inference_mode():
         found: Tensor = model.eval()(TOKENS).logits
     return found
+
+
+def test_the_table_imports_nothing_heavy() -> None:
+    """The command line and the planner read it."""
+    code = "import sys, loram.training.methods.table; assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,7 +152,7 @@ def test_a_training_that_is_over_is_only_written(
     def stop(*_: Any) -> None:
         raise Stopped
 
-    monkeypatch.setattr(stage, "_write_adapter", stop)
+    monkeypatch.setattr(stage, "write_adapter", stop)
     with pytest.raises(Stopped):
         train(pruned_models["qwen3"], tmp_path / "b", rows_file, method)
     monkeypatch.undo()
@@ -196,7 +205,7 @@ def test_what_an_adapted_linear_keeps_for_backward(method: str, dropout: float, 
     """x (here with dropout its mask, of its size) is kept for lora_A's gradient alone, z = lora_A x for lora_B's."""
     config = LoraConfig(r=4, lora_dropout=dropout, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(24, 16)), config).train()
-    specialise_(model, method, LoraSpOptions(share=0.5))
+    METHODS[method].specialise_(model, LoraSpOptions(share=0.5), pruned=False)
     shapes = Shapes(model)
     x = torch.randn(5, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(shapes, lambda tensor: tensor):
@@ -248,7 +257,7 @@ def test_lora_sp_begins_as_the_model_itself() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(24, 16)), LoraConfig(r=4, target_modules=["0"]))
     x = torch.randn(5, 24)
     before = model(x)
-    specialise_(model, "lora-sp", LoraSpOptions(share=0.5))
+    METHODS["lora-sp"].specialise_(model, LoraSpOptions(share=0.5), pruned=False)
     assert torch.equal(model(x), before)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -314,7 +323,7 @@ def test_checkpointed_activations_change_nothing(
 
 def test_lisas_draws_follow_from_the_seed() -> None:
     def draws(seed: int) -> list[frozenset[int]]:
-        lisa = Lisa([[]] * 16, active_layers=2, interval_steps=5, seed=seed)
+        lisa = LayerDraws([[]] * 16, active_layers=2, interval_steps=5, seed=seed)
         return [lisa.drawn(step) for step in range(200)]
 
     assert draws(1) == draws(1) != draws(2)

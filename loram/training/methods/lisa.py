@@ -1,46 +1,82 @@
-"""LISA (arXiv 2403.17919): of all decoder layers a few train at a time, others every so many steps."""
+"""LISA (arXiv 2403.17919): all weights train, but only a few decoder layers at a time, which are drawn anew."""
 
-import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import TrainerCallback
+from pydantic import PositiveInt
+
+from loram.base import processes
+from loram.base.options import Options, option
+from loram.training.methods.full import Full
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerCallback
+
+    from loram.training.options import TrainOptions
 
 
-class Lisa(TrainerCallback):  # type: ignore[misc]
-    """Freezes all decoder layers but a few, drawn anew every `interval_steps`, and drops the state of the frozen ones.
+class LisaOptions(Options):
+    """The options of LISA."""
 
-    The optimiser is made with every layer in it; a frozen layer has no gradients, so it takes no part in a step. Which
-    layers train follows from seed and step alone, so a training that was interrupted goes on with the same ones.
+    active_layers: PositiveInt = option(
+        2,
+        "LISA: how many decoder layers train at a time.",
+        flag="lisa-layers",
+        also="lisa_n_layers lisa_activated_layers",
+    )
+    interval_steps: PositiveInt = option(
+        20, "LISA: other layers are drawn after so many steps.", flag="lisa-interval-steps", also="lisa_step_interval"
+    )
+    train_embeddings: bool = option(
+        True,
+        "LISA on a full model: the embedding, the last norm and lm_head train throughout.",
+        flag="lisa-train-embeddings",
+    )
 
-    Args:
-        layers: parameters of each decoder layer that may train.
-        active_layers: how many layers train at a time.
-        interval_steps: after how many steps others are drawn.
-        seed: of the draws.
-    """
 
-    def __init__(
-        self, layers: Sequence[Sequence[nn.Parameter]], *, active_layers: int, interval_steps: int, seed: int
-    ) -> None:
-        self.layers, self.active_layers, self.interval_steps, self.seed = layers, active_layers, interval_steps, seed
-        self.active: frozenset[int] | None = None
+@dataclass(frozen=True, kw_only=True)
+class Lisa(Full):
+    """Full fine-tuning of a few decoder layers at a time."""
 
-    def drawn(self, step: int) -> frozenset[int]:
-        """Indices of the layers that train in a step, counted from 0."""
-        draw = random.Random(f"{self.seed} {step // self.interval_steps}")
-        return frozenset(draw.sample(range(len(self.layers)), self.active_layers))
+    def refusals(self, options: "TrainOptions", lora: Mapping[str, Any]) -> Iterator[str]:
+        """Also refuse to train in several processes."""
+        yield from super().refusals(options, lora)
+        if processes.count() > 1:
+            yield (
+                f"method {self.name}: trains in one process; several would wait for gradients of the layers it freezes"
+            )
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **rest: Any) -> None:
-        """Switch layers where it is time."""
-        drawn = self.drawn(state.global_step)
-        if drawn == self.active:
-            return
-        self.active = drawn
-        for index, parameters in enumerate(self.layers):
-            for parameter in parameters:
-                parameter.requires_grad_(index in drawn)
-                if index not in drawn:
-                    parameter.grad = None
-                    optimizer.state.pop(parameter, None)
+    def specialise_(self, model: "nn.Module", own: Options | None, *, pruned: bool) -> None:
+        """Let all decoder layers train, since the optimiser is made with all of them, and what is around them."""
+        from loram.training.methods.weights import unfreeze_
+
+        assert isinstance(own, LisaOptions)
+        unfreeze_(model, pruned=pruned, around=own.train_embeddings)
+
+    def callbacks(self, model: "nn.Module", own: Options | None, seed: int) -> Sequence["TrainerCallback"]:
+        """The callback that draws layers.
+
+        Raises:
+            UserError: the model has fewer layers than should train at a time.
+        """
+        from loram.training.methods.layer_draws import LayerDraws
+        from loram.training.methods.weights import trained_layers
+
+        assert isinstance(own, LisaOptions)
+        layers = trained_layers(model)
+        return [LayerDraws(layers, active_layers=own.active_layers, interval_steps=own.interval_steps, seed=seed)]
+
+    def layers_at_once(self, layers: int, own: Options | None) -> int:
+        """As many as `active_layers` says."""
+        assert isinstance(own, LisaOptions)
+        return min(own.active_layers, layers)
+
+
+LISA = Lisa(
+    name="lisa",
+    summary="all weights, those of a few decoder layers at a time (arXiv 2403.17919)",
+    section="lisa",
+    options=LisaOptions,
+)

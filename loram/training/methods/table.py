@@ -1,134 +1,92 @@
-"""The methods as a table, and the options that only one of them has. Imports nothing heavy."""
+"""The methods as a table. It imports nothing heavy, since the command line and the planner read it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
-
-from pydantic import PositiveInt
+from typing import TYPE_CHECKING, Any
 
 from loram.base.errors import UserError
-from loram.base.options import Options, option
+from loram.training.methods.dora import DORA
+from loram.training.methods.full import FULL
+from loram.training.methods.lisa import LISA
+from loram.training.methods.lora_fa import LORA_FA
+from loram.training.methods.lora_sp import LORA_SP
+from loram.training.methods.method import Method
 
-ANCHOR_STEPS = 8  # of recipes that prune, where the full model is at hand
+if TYPE_CHECKING:
+    from loram.training.options import TrainOptions
 
+ANCHOR_STEPS = 8  # the default of recipes that prune, where the full model is at hand
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One way to train.
-
-    Args:
-        summary: in one line.
-        weights: whether it trains the model's own weights, and not an adapter.
-        lora: options of PEFT's LoraConfig that make the method; they cannot be set otherwise.
-        defaults: options of LoraConfig with another default than plain LoRA's.
-        trainer: options of the Trainer with another default.
-    """
-
-    summary: str
-    weights: bool = False
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-
-
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "lora": Method(summary="both factors of every adapted linear (arXiv 2106.09685)"),
-        "rslora": Method(
-            summary="the same, scaled by alpha / sqrt(r) (arXiv 2312.03732)",
-            lora={"use_rslora": True},
-        ),
-        "dora": Method(
-            summary="both factors, and the length of every row of the adapted weight (arXiv 2402.09353)",
-            lora={"use_dora": True},
-            defaults={"lora_dropout": 0.0},  # with one, PEFT computes the base's output a second time
-        ),
-        "lora-fa": Method(
-            summary="lora_B; lora_A stays as drawn, so no input is kept for it (arXiv 2308.03303)",
-            defaults={"lora_dropout": 0.0},
-        ),
-        "lora-sp": Method(
-            summary="a share of the factors' parameters; the others stay as drawn (arXiv 2403.08822)",
-        ),
-        "lisa": Method(
-            summary="all weights, those of a few decoder layers at a time (arXiv 2403.17919)",
-            weights=True,
-            defaults={"r": 64},
-            trainer={"learning_rate": 2e-5},
-        ),
-        "full": Method(
-            summary="all weights",
-            weights=True,
-            defaults={"r": 64},
-            trainer={"learning_rate": 2e-5},
-        ),
-    }
+_ROWS = (
+    Method(name="lora", summary="both factors of every adapted linear (arXiv 2106.09685)", masked=True, planned=True),
+    Method(
+        name="rslora",
+        summary="the same, scaled by alpha / sqrt(r) (arXiv 2312.03732)",
+        lora={"use_rslora": True},
+        masked=True,
+        planned=True,
+    ),
+    DORA,
+    LORA_FA,
+    LORA_SP,
+    LISA,
+    FULL,
 )
-
-
-class LisaOptions(Options):
-    """The options of LISA (arXiv 2403.17919)."""
-
-    active_layers: PositiveInt = option(
-        2,
-        "LISA: how many decoder layers train at a time.",
-        flag="lisa-layers",
-        also="lisa_n_layers lisa_activated_layers",
-    )
-    interval_steps: PositiveInt = option(
-        20, "LISA: other layers are drawn after so many steps.", flag="lisa-interval-steps", also="lisa_step_interval"
-    )
-    train_embeddings: bool = option(
-        True,
-        "LISA on a full model: the embedding, the last norm and lm_head train throughout.",
-        flag="lisa-train-embeddings",
-    )
-
-
-class LoraSpOptions(Options):
-    """The options of LoRA-SP (arXiv 2403.08822)."""
-
-    share: float = option(
-        0.5,
-        "LoRA-SP: the share of the adapter's parameters that trains, from 0.5 to 1.",
-        ge=0.5,
-        le=1,
-        flag="lora-sp-share",
-    )
-
-
-# method -> (its section in a recipe and parameter of `train`, what stands there)
-OPTIONS: Mapping[str, tuple[str, type[Options]]] = MappingProxyType(
-    {"lisa": ("lisa", LisaOptions), "lora-sp": ("lora_sp", LoraSpOptions)}
-)
+METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
 
 
 def method_of(name: str) -> Method:
     """A row of the table.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no method has that name.
     """
     if name not in METHODS:
         raise UserError(f"method {name!r} is not known; known are {', '.join(METHODS)}")
     return METHODS[name]
 
 
-def frozen_ranks(r: int, share: float) -> int:
-    """Of how many ranks LoRA-SP freezes lora_A; of as many others it freezes lora_B.
+def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
+    """Refuse options that contradict the method, that it would ignore, or that make another method.
 
-    A rank whose both factors were frozen would add nothing, so no share is below a half; and since both sides freeze
-    as many, a share is the same in every linear, whatever its shape: (r - k) / r for k frozen on each side.
+    Args:
+        options: the options as the user gave them.
+        lora: the options of LoraConfig with every default filled in.
 
     Raises:
-        UserError: no k gives the share exactly; names the nearest that can be had.
-
-    Example: of r 8, a share of 0.5 freezes four, 0.75 two.
+        UserError: names the option and what to do.
     """
-    nearest = min(range(r // 2 + 1), key=lambda k: abs((r - k) / r - share))
-    if abs((r - nearest) / r - share) < 1e-6:  # two thirds have no end as a decimal
-        return nearest
-    raise UserError(
-        f"lora_sp.share: {share} of a rank {r} adapter cannot be had exactly; the nearest is {(r - nearest) / r:g}"
-    )
+    method = method_of(options.method)
+    for other in METHODS.values():
+        if other is not method:
+            _check_other(other, options)
+    if options.mask_update and not method.masked:
+        names = " and ".join(row.name for row in METHODS.values() if row.masked)
+        raise UserError(f"mask_update: is for methods {names}, and the method is {method.name}")
+    if method.weights:
+        _check_weights(method, options)
+    method.check(options, lora)
+
+
+def _check_other(other: Method, options: "TrainOptions") -> None:
+    """Refuse what belongs to a method that is not the one that trains."""
+    if other.section is not None and getattr(options, other.section) is not None:
+        raise UserError(
+            f"{other.section}: these are options of method {other.name}, and the method is {options.method}"
+        )
+    if other.adds_files:  # PEFT's switch alone would leave them out, and the adapter could not be recovered
+        for key, value in other.lora.items():
+            if options.lora.get(key) == value:
+                raise UserError(f"lora: {key} cannot be used with method {options.method}; take method {other.name}")
+
+
+def _check_weights(method: Method, options: "TrainOptions") -> None:
+    """Refuse what only an adapter can have."""
+    if options.lora_dtype != "float32":
+        raise UserError(f"lora_dtype: method {method.name} trains the weights themselves, in float32; leave it out")
+    if options.load_in_4bit:
+        *names, last = [row.name for row in METHODS.values() if not row.weights]
+        raise UserError(
+            f"load_in_4bit: method {method.name} trains the weights themselves, and weights in 4 bits cannot be "
+            f"trained; take {', '.join(names)} or {last}, or the model in 16 or 32 bits"
+        )

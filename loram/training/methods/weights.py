@@ -1,4 +1,4 @@
-"""Methods that train the model's own weights: which ones, and how the outcome becomes a model or an adapter."""
+"""Training of the model's own weights: which ones train, and how the result becomes a model or an adapter."""
 
 import logging
 from collections.abc import Iterator
@@ -9,60 +9,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import CUTS
-from loram.training.methods.lisa import Lisa
-from loram.training.methods.table import LisaOptions
 
 logger = logging.getLogger(__name__)
 
-ENOUGH = 0.9  # of the squared update that the extracted one should keep
+ENOUGH = 0.9  # the share of the squared update that the extracted adapter should keep
 
 
-def unfreeze_(model: Any, *, pruned: bool, around: bool) -> list[list[nn.Parameter]]:
+def unfreeze_(model: Any, *, pruned: bool, around: bool) -> None:
     """Let the weights of a model train, and nothing else.
 
-    Of a pruned model these are the linears of the decoder layers: what else could change has no place in an adapter,
-    so the full model could not be given it.
+    In a pruned model these are the linears of the decoder layers: an adapter has no place for anything else that could
+    change, so the full model could not be given it.
 
     Args:
         model: a causal language model.
         pruned: whether it is a pruned one.
-        around: of a full model: whether embedding, last norm and lm_head train too.
-
-    Returns:
-        What trains of each decoder layer.
+        around: whether the embedding, the last norm and lm_head of a full model train too.
     """
     model.requires_grad_(around and not pruned)
     linears = {f"{linear}.weight" for linear in CUTS}
-    layers = [
-        [parameter for name, parameter in layer.named_parameters() if not pruned or name in linears]
-        for layer in model.model.layers
-    ]
-    for layer in layers:
-        for parameter in layer:
-            parameter.requires_grad_(True)
-    return layers
+    for layer in model.model.layers:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not pruned or name in linears)
 
 
-def lisa_callback(layers: list[list[nn.Parameter]], options: LisaOptions, seed: int) -> Lisa:
-    """The callback that draws layers.
-
-    Raises:
-        UserError: the model has fewer than are to train at a time.
-    """
-    if (asked := options.active_layers) > len(layers):
-        raise UserError(f"lisa.active_layers: {asked}, but the model has {len(layers)} layers")
-    interval = options.interval_steps
-    return Lisa(layers, active_layers=asked, interval_steps=interval, seed=seed)
+def trained_layers(model: Any) -> list[list[nn.Parameter]]:
+    """The parameters that train in each decoder layer."""
+    return [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in model.model.layers]
 
 
 def write_model(out: Path, trained: Checkpoint, base: Checkpoint) -> None:
-    """Write trained weights as the ordinary model folder that the base is: its names, dtypes, config and tokenizer."""
+    """Write trained weights as an ordinary model folder with the names, dtypes, config and tokenizer of the base."""
     with ShardedWriter(out, {name: base.spec(name) for name in base.names()}) as writer:
         for name in track(base.names(), "Writing the model"):
             source = EMBEDDING if name == HEAD and base.tied else name
@@ -73,18 +55,20 @@ def write_model(out: Path, trained: Checkpoint, base: Checkpoint) -> None:
 
 
 def extract(trained: Checkpoint, base: Checkpoint, r: int) -> tuple[dict[str, Any], dict[str, Tensor], float]:
-    """The LoRA adapter of rank `r` that is nearest to what training changed in the linears of the decoder layers.
+    """Extract the LoRA adapter of rank `r` that is nearest to what training changed in the decoder layers' linears.
 
-    Of each linear W_trained - W_start = U S Vᵀ, cut after the r largest singular values (Eckart, Young 1936): lora_B is
-    U √S and lora_A √S Vᵀ. A linear with a side below r needs no more than that; its factors have zeros beyond.
+    For each linear, W_trained - W_start = U S Vᵀ is cut after the r largest singular values (Eckart, Young 1936);
+    lora_B is U √S and lora_A is √S Vᵀ. A linear with a side below r has fewer singular values; its factors are padded
+    with zeros to rank r.
 
     Args:
-        trained: the model in the end.
-        base: the model it began as.
+        trained: the model after training.
+        base: the model before training.
         r: the rank.
 
     Returns:
-        adapter_config.json, adapter_model.safetensors, and the share of the squared update that is kept.
+        The values of adapter_config.json, the tensors of adapter_model.safetensors, and the share of the squared update
+        that the adapter keeps.
     """
     tensors, kept, total = {}, 0.0, 0.0
     for module in track(list(_linears(base)), "Extracting the update"):
@@ -110,9 +94,10 @@ def _linears(model: Checkpoint) -> Iterator[str]:
 
 
 def _config(r: int) -> dict[str, Any]:
-    """adapter_config.json, as PEFT writes it for what a training leaves."""
+    """The values of adapter_config.json, as PEFT writes it after a training."""
     from peft import LoraConfig
 
     targets = [linear.rpartition(".")[2] for linear in CUTS]
     config = LoraConfig(r=r, lora_alpha=r, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
-    return {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    values: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    return {key: list(value) if isinstance(value, set) else value for key, value in values.items()}

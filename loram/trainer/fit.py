@@ -1,0 +1,75 @@
+"""Training with transformers' Trainer, as train and align set it up."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from loram.base.progress import training_progress
+from loram.compute.device import allocate_
+from loram.trainer.arguments import checkpoints_activations
+from loram.trainer.checkpoints import Checkpoints, guard_trainer, reproducible_entries
+
+
+def fit_model_(
+    kind: type[Trainer],
+    model: nn.Module,
+    arguments: TrainingArguments,
+    *,
+    rows: Any,
+    collator: Callable[[Sequence[Any]], Mapping[str, Any]],
+    checkpoints: Checkpoints,
+    newest: Path | None,
+    lean: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    **own: Any,
+) -> Trainer:
+    """Train a model, stop at the first value that is not finite, and save whole checkpoints.
+
+    Args:
+        kind: the Trainer class.
+        model: the model; what requires gradients trains.
+        arguments: the Trainer's arguments.
+        rows: the data set.
+        collator: makes a batch of rows.
+        checkpoints: where checkpoints go.
+        newest: the checkpoint to go on from; None to begin.
+        lean: on a CPU, spare memory even where activations are not checkpointed.
+        callbacks: callbacks of transformers, after ours.
+        own: what the class takes beyond transformers' Trainer.
+
+    Returns:
+        The Trainer after its last step.
+
+    Raises:
+        FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
+    """
+    allocate_(arguments.device, lean=lean or checkpoints_activations(arguments))
+    trainer: Trainer = guard_trainer(kind, checkpoints)(
+        model=model, args=arguments, train_dataset=rows, data_collator=collator, **own
+    )
+    for printing in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results
+        trainer.remove_callback(printing)
+    for callback in (training_progress(), *callbacks):
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    return trainer
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The Trainer's state in a checkpoint: its step and its log."""
+    state: TrainerState = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state
+
+
+def is_over(state: TrainerState) -> bool:
+    """Whether a training was stopped after its last step; transformers would take one step more."""
+    return state.global_step >= state.max_steps
+
+
+def losses(state: TrainerState, *kinds: str) -> list[dict[str, Any]]:
+    """The log entries that hold one of `kinds`, with sorted keys and without what changes with interruptions."""
+    return [dict(sorted(entry.items())) for entry in reproducible_entries(state.log_history, *kinds)]

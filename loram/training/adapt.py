@@ -1,0 +1,84 @@
+"""The model that trains: frozen with PEFT's adapter on it, or with its own weights unfrozen."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loram.compute.device import compute_dtype
+from loram.compute.loading import load_model
+from loram.compute.masked import mask_updates_
+from loram.disk.checkpoint import Checkpoint
+from loram.model.plan import find_plan
+from loram.trainer.arguments import as_user_error
+from loram.training.methods.table import METHODS
+from loram.training.options import TrainOptions
+
+
+def trainable_model(
+    checkpoint: Checkpoint,
+    adapter: LoraConfig,
+    options: TrainOptions,
+    device: torch.device,
+    batches: Callable[[], Sequence[Mapping[str, Tensor]]],
+) -> PreTrainedModel | PeftModel:
+    """The model with the parameters that the method trains; everything else is frozen.
+
+    Args:
+        checkpoint: the pruned or full model.
+        adapter: PEFT's options.
+        options: the options of the training.
+        device: the device that computes; it decides the dtype of frozen weights.
+        batches: gives batches of the training rows, for an adapter that begins with directions of the data.
+
+    Raises:
+        UserError: PEFT refuses the adapter's options.
+    """
+    method = METHODS[options.method]
+    own, pruned = method.own_options(options), find_plan(checkpoint.folder) is not None
+    if method.weights:  # in float32; a GPU computes with them in 16 bits
+        model = load_model(checkpoint, dtype=torch.float32)
+        method.specialise_(model, own, pruned=pruned)
+        return model
+    frozen = _frozen_model(checkpoint, options, device)
+    from_data = options.lora.get("init_lora_weights") == "eva"
+    try:
+        adapted = get_peft_model(frozen, adapter, low_cpu_mem_usage=from_data)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise as_user_error(error) from error
+    assert isinstance(adapted, PeftModel)
+    if from_data:
+        _draw_from_data_(adapted, batches())
+    method.specialise_(adapted, own, pruned=pruned)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(getattr(torch, options.lora_dtype))
+    if options.mask_update:
+        mask_updates_(adapted)
+    return adapted
+
+
+def _frozen_model(checkpoint: Checkpoint, options: TrainOptions, device: torch.device) -> PreTrainedModel:
+    """The model that gets an adapter, in 4 bits or in the device's dtype."""
+    dtype = compute_dtype(device)
+    if not options.load_in_4bit:
+        return load_model(checkpoint, dtype=dtype)
+    from loram.compute.nf4 import load_4bit
+
+    return load_4bit(checkpoint, device=device, dtype=dtype, offload_embedding=options.offload_embedding)
+
+
+def _draw_from_data_(adapted: PeftModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Draw lora_A from the directions that a linear's inputs vary most in, with more ranks where they explain more.
+
+    This is EVA (arXiv 2410.07170), as PEFT does it.
+
+    Args:
+        adapted: a model whose adapter has `init_lora_weights` "eva".
+        batches: the batches that the inputs are gathered on.
+    """
+    device = next(adapted.parameters()).device
+    inputs = [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]
+    initialize_lora_eva_weights(adapted.eval(), inputs, show_progress_bar=False)

@@ -1,0 +1,56 @@
+"""DoRA (arXiv 2402.09353): an adapter that also learns the length of every row of the adapted weight."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loram.training.methods.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from loram.training.options import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dora(Method):
+    """PEFT's DoRA; recovery must know the lengths that the learnt ones began as."""
+
+    def refusals(self, options: "TrainOptions", lora: Mapping[str, Any]) -> Iterator[str]:
+        """Also refuse an adapter in 16 bits."""
+        yield from super().refusals(options, lora)
+        if options.lora_dtype != "float32":
+            yield "lora_dtype: DoRA's magnitudes need float32; leave it out"
+
+    def added_files(self, model: "nn.Module") -> Mapping[str, Mapping[str, "Tensor"]]:
+        """The lengths of the rows of the frozen weights."""
+        from loram.disk.adapter import ROW_LENGTHS_NAME
+
+        return {ROW_LENGTHS_NAME: row_lengths(model)}
+
+
+def row_lengths(model: "nn.Module") -> dict[str, "Tensor"]:
+    """The length ‖W‖ of every row of each frozen weight that has an adapter, as DoRA's magnitudes begin.
+
+    Returns:
+        Module path in the base model -> (out_features,) float32, in host memory.
+    """
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    from loram.training.methods.adapters import adapted_linears
+
+    return {
+        path: torch.linalg.vector_norm(dequantize_module_weight(layer.base_layer).detach().float(), dim=1).cpu()
+        for path, layer in adapted_linears(model)
+    }
+
+
+DORA = Dora(
+    name="dora",
+    summary="both factors, and the length of every row of the adapted weight (arXiv 2402.09353)",
+    lora={"use_dora": True},
+    defaults={"lora_dropout": 0.0},  # with dropout, PEFT computes the base's output a second time
+    anchored=False,
+    adds_files=True,
+)

@@ -1,0 +1,51 @@
+"""The rows of a training: their fingerprint, their order, and how they become batches."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+
+def rows_digest(rows: Dataset) -> str:
+    """SHA-256 of the rows' token ids and labels, in order."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("numpy").iter(1000):
+        for column in ("input_ids", "labels"):
+            for row in batch[column]:
+                digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def arrange(
+    rows: Dataset, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, DataCollatorForLanguageModeling]:
+    """The rows, shuffled and packed where the arguments say so, and TRL's collator, which makes batches of them."""
+    if arguments.shuffle_dataset:
+        rows = rows.shuffle(seed=arguments.seed)
+    if arguments.packing:
+        rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+    collator = DataCollatorForLanguageModeling(
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        padding_free=arguments.padding_free or (arguments.packing and arguments.packing_strategy != "wrapped"),
+        pad_to_multiple_of=arguments.pad_to_multiple_of,
+    )
+    return rows, collator
+
+
+def first_batches(
+    rows: Dataset, collator: DataCollatorForLanguageModeling, size: int, count: int
+) -> list[Mapping[str, Tensor]]:
+    """The first `count` batches of `size` rows, or as many as there are."""
+
+    def batches() -> Iterator[Any]:
+        for start in range(0, len(rows), size):
+            yield collator(list(rows.select(range(start, min(start + size, len(rows))))))
+
+    return list(islice(batches(), count))

@@ -1,0 +1,62 @@
+"""What a training leaves, written as a folder: a stock PEFT adapter, or an ordinary model."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loram.disk.adapter import Adapter, save_adapter
+from loram.disk.checkpoint import Checkpoint
+from loram.model.plan import MASKS_NAME, PruningPlan
+from loram.trainer.frame import Outcome
+from loram.training.methods.table import METHODS
+from loram.training.methods.weights import extract
+from loram.training.options import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Outcome):
+    """The outcome of a training.
+
+    Args:
+        folder: the trained adapter or model, as transformers and PEFT save it.
+        added_files: the method's files beside the adapter: name -> tensors.
+    """
+
+    folder: Path
+    added_files: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def write_adapter(
+    out: Path, trained: Trained, checkpoint: Checkpoint, plan: PruningPlan | None, options: TrainOptions
+) -> dict[str, float]:
+    """Write an outcome as a PEFT adapter, with the plan and what else recovery needs.
+
+    Args:
+        out: the folder to write into.
+        trained: the outcome.
+        checkpoint: the model that it was trained on.
+        plan: the plan of that model; None where it is a full one.
+        options: the options of the training.
+
+    Returns:
+        Where weights trained, `kept_share`: the share of the squared update that the extracted adapter keeps.
+    """
+    figures = {}
+    if METHODS[options.method].weights:
+        config, tensors, figures["kept_share"] = extract(Checkpoint(trained.folder), checkpoint, options.lora["r"])
+    else:
+        adapter = Adapter.load(trained.folder)
+        config, tensors = adapter.config, adapter.tensors
+    save_adapter(out, {**config, "base_model_name_or_path": checkpoint.name}, tensors)
+    if plan is None:
+        return figures
+    plan.save(out)
+    if options.mask_update:  # says that the update is masked, and by what
+        shutil.copyfile(checkpoint.folder / MASKS_NAME, out / MASKS_NAME)
+    for name, values in trained.added_files.items():
+        save_file(dict(values), out / name, {"format": "pt"})
+    return figures
