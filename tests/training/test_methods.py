@@ -315,7 +315,7 @@ def test_checkpointed_activations_change_nothing(
 def test_lisas_draws_follow_from_the_seed() -> None:
     def draws(seed: int) -> list[frozenset[int]]:
         lisa = Lisa([[]] * 16, active_layers=2, interval_steps=5, seed=seed)
-        return [lisa.drawn(step) for step in range(200)]
+        return [lisa.draw(step) for step in range(200)]
 
     assert draws(1) == draws(1) != draws(2)
     assert set().union(*draws(1)) == set(range(16))  # no layer is forgotten

@@ -1,24 +1,26 @@
-"""LISA (arXiv 2403.17919): of all decoder layers a few train at a time, others every so many steps."""
+"""LISA (arXiv 2403.17919): only a few decoder layers train at a time, and they are drawn again after some steps."""
 
 import random
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class Lisa(TrainerCallback):  # type: ignore[misc]
-    """Freezes all decoder layers but a few, drawn anew every `interval_steps`, and drops the state of the frozen ones.
+class Lisa(TrainerCallback):
+    """Freezes all decoder layers but a few, which are drawn every `interval_steps` steps.
 
-    The optimiser is made with every layer in it; a frozen layer has no gradients, so it takes no part in a step. Which
-    layers train follows from seed and step alone, so a training that was interrupted goes on with the same ones.
+    The optimiser has the parameters of all layers from the beginning. It skips a frozen layer, because that layer has
+    no gradients, and the optimiser's state for it is deleted. The draw depends on the seed and the step alone, so a
+    training that was interrupted continues with the same layers.
 
     Args:
-        layers: parameters of each decoder layer that may train.
+        layers: the trainable parameters of each decoder layer.
         active_layers: how many layers train at a time.
-        interval_steps: after how many steps others are drawn.
-        seed: of the draws.
+        interval_steps: after how many steps the layers are drawn again.
+        seed: the seed of the draws.
     """
 
     def __init__(
@@ -27,20 +29,28 @@ class Lisa(TrainerCallback):  # type: ignore[misc]
         self.layers, self.active_layers, self.interval_steps, self.seed = layers, active_layers, interval_steps, seed
         self.active: frozenset[int] | None = None
 
-    def drawn(self, step: int) -> frozenset[int]:
-        """Indices of the layers that train in a step, counted from 0."""
-        draw = random.Random(f"{self.seed} {step // self.interval_steps}")
-        return frozenset(draw.sample(range(len(self.layers)), self.active_layers))
+    def draw(self, step: int) -> frozenset[int]:
+        """Draw the layers that train in a step; returns their indices, counted from 0."""
+        generator = random.Random(f"{self.seed} {step // self.interval_steps}")
+        return frozenset(generator.sample(range(len(self.layers)), self.active_layers))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **rest: Any) -> None:
-        """Switch layers where it is time."""
-        drawn = self.drawn(state.global_step)
-        if drawn == self.active:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **rest: Any,
+    ) -> None:
+        """Freeze and unfreeze layers if it is time to change them."""
+        active = self.draw(state.global_step)
+        if active == self.active:
             return
-        self.active = drawn
+        assert optimizer is not None
+        self.active = active
         for index, parameters in enumerate(self.layers):
             for parameter in parameters:
-                parameter.requires_grad_(index in drawn)
-                if index not in drawn:
+                parameter.requires_grad_(index in active)
+                if index not in active:
                     parameter.grad = None
                     optimizer.state.pop(parameter, None)
