@@ -1,11 +1,12 @@
-"""A training killed again and again at random moments ends with the same bytes as an undisturbed one.
+"""Does a training that is killed again and again end with the same bytes as an undisturbed one?
 
-Prunes the model, trains the quickstart's adapter once undisturbed, then once more with SIGKILL after random times, each
-time giving the same command again until it ends, and compares every file of the two adapter folders.
+The script prunes the model and trains the quickstart's adapter once without interruption. Then it trains the adapter
+once more, sends SIGKILL after random times, and gives the same command again each time until it ends. Last it compares
+every file of the two adapter folders.
 
     python benchmarks/kills.py --model models/SmolLM2-135M-Instruct --dataset data/word_problems/train.jsonl
 
-Prints a table and writes kills.json beside this script.
+It prints a table and writes kills.json beside itself.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from pathlib import Path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """File name -> content."""
+    """Read a folder: file name -> content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
@@ -49,7 +50,7 @@ def main() -> None:
         with subprocess.Popen([*train, root / "undisturbed"], text=True) as process:
             while process.poll() is None and not (root / "undisturbed-checkpoints" / "checkpoint-1").exists():
                 time.sleep(0.1)
-            startup = time.monotonic() - started  # imports, tokenising, loading, the first step
+            startup = time.monotonic() - started  # imports, tokenising, loading and the first step
         undisturbed = time.monotonic() - started
         if process.returncode:
             sys.exit("the undisturbed training failed")
@@ -58,7 +59,7 @@ def main() -> None:
         while not (root / "killed").exists():
             with subprocess.Popen([*train, root / "killed"], stderr=subprocess.PIPE, text=True) as process:
                 try:
-                    # so that all kills together take about three quarters of the training's time beyond the startups
+                    # all kills together take about three quarters of the training's time, not counting the startups
                     room = 1.5 * (undisturbed - startup) / options.kills
                     wait = startup * chance.uniform(0.9, 1) + chance.uniform(0, room) if kills < options.kills else None
                     _, log = process.communicate(timeout=wait)
@@ -69,8 +70,8 @@ def main() -> None:
                     kills += 1
             print(f"{kills} kills, {len(list(root.glob('killed-checkpoints/checkpoint-*')))} checkpoints", flush=True)
         killed = time.monotonic() - started
-        expected, found = contents(root / "undisturbed"), contents(root / "killed")
-        differing = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+        expected, actual = contents(root / "undisturbed"), contents(root / "killed")
+        differing = sorted(name for name in {**expected, **actual} if expected.get(name) != actual.get(name))
         left = sorted(path.name for path in root.iterdir())
     result = {
         "steps": options.max_steps,

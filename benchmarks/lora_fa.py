@@ -1,12 +1,13 @@
-"""What LoRA-FA keeps of activations, beside LoRA at equal settings.
+"""How many bytes of activations does LoRA-FA save compared with LoRA at equal settings?
 
-Takes a random LLaMA in float32 and, each configuration in a process of its own, two training steps: bytes that autograd
-keeps between forward and backward, each storage once and weights not counted; and the growth of resident memory in the
-steps, with freed blocks handed back as in trainings that asked for less memory. Beside them what the planner says.
+Each configuration takes two training steps on a random LLaMA in float32, in a process of its own. The script measures
+the bytes that autograd keeps between the forward and the backward pass (each storage once, without the weights), and
+the growth of resident memory during the steps, with the allocator set for little memory. The planner's prediction is
+shown beside them.
 
     python benchmarks/lora_fa.py --shape 160m --tokens 512 --rows 2
 
-Prints a table and writes lora_fa.json beside this script. A second call does only what is missing there.
+It prints a table and writes lora_fa.json beside itself. A second call only does what is missing there.
 """
 
 import argparse
@@ -30,7 +31,7 @@ CONFIGURATIONS: dict[str, tuple[str, float]] = {
 
 
 def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> dict[str, int]:
-    """Two steps in this process: `kept` by autograd, `peak` growth of resident memory."""
+    """Take two steps; returns the bytes that autograd kept (`kept`) and the growth of resident memory (`peak`)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,12 +51,12 @@ def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
     METHODS[method].specialise_(adapted, None, pruned=False)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
     ids = torch.randint(0, config["vocab_size"], (rows, tokens))
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*adapted.parameters(), *adapted.buffers()]}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*adapted.parameters(), *adapted.buffers()]}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -72,10 +73,10 @@ def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
 
 
 def predict(shape: str, rows: int, tokens: int, method: str, dropout: float) -> int:
-    """Bytes of activations by the planner, which takes LoRA to have dropout."""
+    """Predict the bytes of activations with the planner."""
     from loram.planner import estimate
 
-    found = estimate(
+    result = estimate(
         config_of(shape),
         device="cpu",
         method=method,
@@ -84,7 +85,7 @@ def predict(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
         max_length=tokens,
         per_device_train_batch_size=rows,
     )
-    return found.training.activations
+    return result.training.activations
 
 
 def show(settings: dict[str, int], rows: dict[str, dict[str, int]]) -> None:
@@ -102,20 +103,20 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="160m", choices=SHAPES)
-    parser.add_argument("--tokens", type=int, default=512, help="of a row")
-    parser.add_argument("--rows", type=int, default=2, help="of a batch")
-    given = parser.parse_args()
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per row")
+    parser.add_argument("--rows", type=int, default=2, help="rows per batch")
+    args = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = results.setdefault(f"{given.shape}, {given.rows} x {given.tokens} tokens, r {RANK}", {})
+    rows = results.setdefault(f"{args.shape}, {args.rows} x {args.tokens} tokens, r {RANK}", {})
     for name, (method, dropout) in CONFIGURATIONS.items():
-        setting = {**vars(given), "method": method, "dropout": dropout}
-        if name not in found:
+        setting = {**vars(args), "method": method, "dropout": dropout}
+        if name not in rows:
             command = [sys.executable, __file__, "--measure", json.dumps(setting)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[name] = json.loads(done.stdout.splitlines()[-1])
-        found[name]["planned"] = predict(**setting)
+            rows[name] = json.loads(done.stdout.splitlines()[-1])
+        rows[name]["planned"] = predict(**setting)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    show({"rows": given.rows, "tokens": given.tokens, "rank": RANK}, found)
+    show({"rows": args.rows, "tokens": args.tokens, "rank": RANK}, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real `loram.train` in a process of its own: what it held at its peak, and how fast it was."""
+"""Run `loram.train` in a process of its own, and measure its peak memory and its speed."""
 
 import json
 import resource
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import loram
 from loram.compute.device import peak_rss, reset_peak_rss, rss
@@ -20,59 +21,68 @@ from loram.compute.nf4 import nbytes
 GIB = 1 << 30
 
 
-class Meter(TrainerCallback):  # type: ignore[misc]
-    """Seconds of every step, and the bytes of the frozen weights."""
+class Meter(TrainerCallback):
+    """Measures the seconds of each step and the bytes of the frozen weights."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.weight_bytes = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
-        """Count the weights, constants of 4-bit ones included."""
-        trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-        self.weight_bytes = nbytes(model) - trained
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **rest: Any,
+    ) -> None:
+        """Count the bytes of the weights, including the constants of 4-bit weights."""
+        assert model is not None
+        trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        self.weight_bytes = nbytes(model) - trainable
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Start the clock, once the device has caught up."""
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        """Start the clock when the device has finished its work."""
         _wait()
         self.started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Stop it."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        """Stop the clock when the device has finished its work."""
         _wait()
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def measured(
+def measure_in_process(
     folder: Path, tokens: int, *, steps: int, device: str, cap: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Train on rows of exactly `tokens` tokens, one a step.
+    """Train in a process of its own on rows of exactly `tokens` tokens, one row per step.
 
     Args:
-        folder: the model.
-        tokens: of a row.
-        steps: how many; the first is not in the speed.
-        device: where.
-        cap: bytes that the device may give out, its context included; on a CPU nothing is capped.
-        options: of `loram.train`.
+        folder: the folder of the model.
+        tokens: the number of tokens per row.
+        steps: the number of steps; the first one does not count for the speed.
+        device: the device to train on.
+        cap: how many bytes may be allocated on a GPU, including its context; a CPU has no cap.
+        options: options of `loram.train`.
 
     Returns:
-        `peak` (on a CPU the growth of resident memory, on a GPU what the allocator reserved at most), `context` (what
-        the GPU held before any tensor), `weight_bytes`, `tokens_per_second`, and `host_peak`: of resident memory.
+        `peak` (bytes; on a CPU the growth of resident memory, on a GPU the maximum that the allocator reserved),
+        `context` (bytes that the GPU used before any tensor), `weight_bytes`, `tokens_per_second`, and `host_peak` (the
+        maximum of resident memory in bytes).
     """
     request = {"folder": str(folder), "tokens": tokens, "steps": steps, "device": device, "cap": cap}
     line = json.dumps({**request, "options": options})
     done = subprocess.run([sys.executable, __file__, line], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"training on {folder} with {tokens} tokens failed")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def measure(
     folder: str, tokens: int, steps: int, device: str, cap: int | None, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the process does that `measured` starts."""
+    """Train and measure in this process, which `measure_in_process` starts."""
     context = 0
     if device == "cuda":
         torch.empty(1, device=device)
@@ -108,7 +118,7 @@ def measure(
 
 
 def device_name(device: str) -> str:
-    """What results are filed under."""
+    """Return the name of the device for the results."""
     return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 

@@ -1,13 +1,14 @@
-"""Every method beside LoRAM's pruners: quality of the full model, memory, time, what trains, in one sitting.
+"""How do the training methods compare in quality, memory, time and number of trainable parameters?
 
-SmolLM2-135M-Instruct, GSM8K training rows, the same steps, rows and seed for all; perplexity of GSM8K test answers of
-the full model with what was trained. It is recipes/compare.yaml with other data. Each variant runs in a process of its
-own; peak memory is that of the training, the process's resident memory with all libraries in it.
+All methods train SmolLM2-135M-Instruct with the same steps, rows and seed on GSM8K training rows. The quality is the
+perplexity of GSM8K test answers under the full model with the result of the training. This script runs
+recipes/compare.yaml with other data. Each variant runs in a process of its own; its peak memory is the resident memory
+of that process during the training, including all libraries.
 
     python benchmarks/methods.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/methods
 
-DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl. A second call does only what is missing. Writes methods.json,
-methods.md (the table) and methods.png beside this script.
+DIR contains gsm8k_train.jsonl and gsm8k_test.jsonl. A second call only does what is missing. The script writes
+methods.json, methods.md (the table) and methods.png beside itself.
 """
 
 import argparse
@@ -33,33 +34,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    given = parser.parse_args()
+    args = parser.parse_args()
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("loram").setLevel(logging.INFO)
     recipe = load_recipe(
         RECIPE,
         [
-            f"model_name_or_path={given.model}",
-            f"output_dir={given.output_dir}",
-            f"dataset={{path: {given.data / 'gsm8k_train.jsonl'}, max_samples: 512}}",
-            f"eval_dataset={{gsm8k: {{path: {given.data / 'gsm8k_test.jsonl'}, max_samples: {given.samples}}}}}",
-            f"train.trainer.max_steps={given.steps}",
+            f"model_name_or_path={args.model}",
+            f"output_dir={args.output_dir}",
+            f"dataset={{path: {args.data / 'gsm8k_train.jsonl'}, max_samples: 512}}",
+            f"eval_dataset={{gsm8k: {{path: {args.data / 'gsm8k_test.jsonl'}, max_samples: {args.samples}}}}}",
+            f"train.trainer.max_steps={args.steps}",
         ],
     )
     rows = compare(recipe)
     Console(width=140).print(table(rows))
     result = {
         "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
-        "steps": given.steps,
-        "samples": given.samples,
+        "steps": args.steps,
+        "samples": args.samples,
         "seed": recipe.seed,
         "rows": [row.model_dump() for row in rows],
     }
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(given.output_dir / TABLE_NAME, given.json.with_suffix(".md"))
-    if (given.output_dir / PLOT_NAME).is_file():
-        shutil.copyfile(given.output_dir / PLOT_NAME, given.json.with_suffix(".png"))
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(args.output_dir / TABLE_NAME, args.json.with_suffix(".md"))
+    if (args.output_dir / PLOT_NAME).is_file():
+        shutil.copyfile(args.output_dir / PLOT_NAME, args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

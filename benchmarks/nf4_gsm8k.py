@@ -1,14 +1,14 @@
-"""What does keeping the pruned model in 4 bits while training change, for the full model with the recovered adapter?
+"""How does it affect the recovered adapter if the pruned model is in 4 bits during the training?
 
-SmolLM2-135M-Instruct, structured Taylor pruning at 0.5, no alignment, the same rows, steps and seeds once with the
-pruned weights in full precision and once in NF4 (`load_in_4bit`); perplexity of GSM8K test answers and of WikiText-2
-test text. The recovered adapter is judged on the untouched full model in full precision both times. About half an hour
-a seed on two CPU cores.
+SmolLM2-135M-Instruct is pruned at 0.5 by Taylor importance, without alignment. The adapter is trained with the same
+rows, steps and seeds on pruned weights in full precision and in NF4 (`load_in_4bit`). Both recovered adapters are
+evaluated on the original full model in full precision, by the perplexity of GSM8K test answers and of WikiText-2 test
+text. On two CPU cores this takes about half an hour per seed.
 
     python benchmarks/nf4_gsm8k.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/nf4
 
-DIR holds gsm8k_train.jsonl, gsm8k_test.jsonl (question / answer rows) and wikitext2_test.txt. Writes nf4_gsm8k.json
-beside this script. A second call does only what is missing.
+DIR contains gsm8k_train.jsonl and gsm8k_test.jsonl (rows of question and answer) and wikitext2_test.txt. The script
+writes nf4_gsm8k.json beside itself. A second call only does what is missing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from loram.run.report import RunReport
 
 
 def compare(reports: dict[int, tuple[RunReport, RunReport]]) -> Table:
-    """A line a seed: the recovered model's perplexities after training on full-precision and on 4-bit weights."""
+    """Tabulate the full model's perplexities: untuned, and with adapters from full-precision and 4-bit weights."""
     first = next(iter(reports.values()))[0]
     names = list(first.rows[0].perplexity)
     result = Table(title="full model + recovered adapter, trained on pruned weights in ...")
@@ -54,19 +54,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    given = parser.parse_args()
+    args = parser.parse_args()
 
     reports = {}
-    for seed in given.seeds:
-        found = []
+    for seed in args.seeds:
+        pair = []
         for load_in_4bit in (False, True):
-            out = given.output_dir / ("nf4" if load_in_4bit else "full")
-            chosen = recipe(given.model, given.data, out, seed, given.ratio, given.steps, given.samples)
-            trainer = {**chosen.train.trainer, "per_device_train_batch_size": given.batch}
+            out = args.output_dir / ("nf4" if load_in_4bit else "full")
+            chosen = recipe(args.model, args.data, out, seed, args.ratio, args.steps, args.samples)
+            trainer = {**chosen.train.trainer, "per_device_train_batch_size": args.batch}
             train = chosen.train.model_copy(update={"load_in_4bit": load_in_4bit, "trainer": trainer})
             evaluate = chosen.evaluate.model_copy(update={"full_lora": False})
-            found.append(run(chosen.model_copy(update={"train": train, "evaluate": evaluate})))
-        reports[seed] = (found[0], found[1])
+            pair.append(run(chosen.model_copy(update={"train": train, "evaluate": evaluate})))
+        reports[seed] = (pair[0], pair[1])
     Console(width=120).print(compare(reports))
     result = {
         "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
@@ -77,7 +77,7 @@ def main() -> None:
             for seed, pair in reports.items()
         },
     }
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How much of what LoRA on the full model gains does an adapter keep that was trained on the pruned one?
+"""How much of the gain of LoRA on the full model does an adapter keep that was trained on the pruned model?
 
-SmolLM2-135M-Instruct, GSM8K training rows, WikiText-2 validation text to align on; judged by perplexity of GSM8K test
-answers and of WikiText-2 test text under the full model with the recovered adapter, never by the pruned model. All rows
-take the same steps, batch, rank and learning rate. Kept gain is (ln untuned - ln recovered) / (ln untuned - ln LoRA on
-the full model), per seed.
+SmolLM2-135M-Instruct is trained on GSM8K training rows and aligned on WikiText-2 validation text. The results are
+judged by the perplexity of GSM8K test answers and of WikiText-2 test text under the full model with the recovered
+adapter, never by the pruned model. All rows of the table take the same steps, batch, rank and learning rate. The kept
+gain, per seed, is (ln untuned - ln recovered) / (ln untuned - ln LoRA on the full model), of GSM8K perplexities.
 
     python benchmarks/quality.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/quality
 
-DIR holds gsm8k_train.jsonl, gsm8k_test.jsonl, wikitext2_valid.txt and wikitext2_test.txt. `--grid full` is for a GPU;
-the default is what two CPU cores do in some hours. A second call does only what is missing, row by row. Writes
-quality.json, quality.md (the table) and quality.png beside this script.
+DIR contains gsm8k_train.jsonl, gsm8k_test.jsonl, wikitext2_valid.txt and wikitext2_test.txt. `--grid full` is for a
+GPU; the default grid takes some hours on two CPU cores. A second call only does what is missing, row by row. The script
+writes quality.json, quality.md (the table) and quality.png beside itself.
 """
 
 import argparse
@@ -18,14 +18,15 @@ import math
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from quality_jobs import Job, jobs
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import loram
 from loram.disk.artifacts import find_manifest
@@ -33,147 +34,25 @@ from loram.model.plan import PruningPlan
 from loram.model.resize import narrow, widen
 
 TASK, TEXT = "gsm8k", "wikitext2"
-CRITERIA = ("taylor", "magnitude", "activation", "wanda", "flap", "random")
-RATIOS = (0.5, 0.65, 0.75, 0.85)
 STAGES = ("prune", "align", "train", "recover", "polish")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One row of the table, for one seed.
-
-    Args:
-        base: trained on `pruned`, or on `full` (baselines; in 4 bits with `nf4`), on `full` but only those parts of the
-            factors that pruning keeps (`kept`: what a perfect stand-in for the full model could reach), or not at all
-            (`untuned`).
-        ratio, criterion, prune: of pruning; the last are options beyond the defaults, calibration text by file name.
-        alignment: `none`, or objective, steps and, if not the usual one, learning rate: `distill 50 3e-4`.
-        recovery: `plain`, `corrected` (EMLoC), `scaled` (multiplier on development rows), `polished N RATE` (N more
-            steps, on the streamed full model), or `none`: the pruned model with its adapter is judged.
-        steps: of training, where not as many as given for all.
-        train: options of the train stage beyond the common ones.
-        seed: of pruning, alignment and training.
-    """
-
-    base: str = "pruned"
-    ratio: float = 0.5
-    criterion: str = "taylor"
-    alignment: str = "none"
-    recovery: str = "plain"
-    nf4: bool = False
-    steps: int | None = None
-    prune: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    seed: int = 42
-
-    @property
-    def name(self) -> str:
-        """What it is, but for the seed."""
-        if self.base == "untuned":
-            return "untuned"
-        options = {**self.train, **self.train.get("lora", {}), **self.prune}
-        extra = "".join(f", {key} {value}" for key, value in sorted(options.items()) if key != "lora")
-        extra += f", {self.steps} steps" if self.steps else ""
-        if self.base == "full":
-            return ("QLoRA" if self.nf4 else "LoRA") + f" on the full model{extra}"
-        if self.base == "kept":
-            return f"LoRA on the full model, only where p={self.ratio} {self.criterion}{extra} keeps it"
-        recovery = {"plain": "", "none": ", no recovery"}.get(self.recovery, f", {self.recovery}")
-        quantised = ", NF4" if self.nf4 else ""
-        return f"p={self.ratio} {self.criterion}, align {self.alignment}{quantised}{extra}{recovery}"
-
-    @property
-    def tag(self) -> str:
-        """What distinguishes its adapter among those of the same model."""
-        options = [f"{key}-{value}" for key, value in sorted(self.train.items())]
-        parts = [*(["nf4"] if self.nf4 else []), *([f"{self.steps}steps"] if self.steps else []), *options]
-        return "-".join([*parts, f"s{self.seed}"]).translate(str.maketrans(" {}':,/", "_" * 7))
-
-
-def jobs(grid: str, seeds: Sequence[int], steps: int) -> Iterator[Job]:
-    """The rows, those that the others are compared with first."""
-    for seed in seeds:
-        yield Job(base="untuned", seed=seed)
-        yield Job(base="full", seed=seed)
-    yield from (small if grid == "small" else large)(seeds, steps)
-
-
-def small(seeds: Sequence[int], steps: int) -> Iterator[Job]:
-    """What two cores can do in some hours, the rows that say most first: stop it when time is up."""
-    first, often, last = seeds[0], {"anchor_steps": max(1, steps // 4)}, 2 * steps // 5
-    # as many steps in all as the other rows
-    polished: dict[str, Any] = {"steps": steps - last, "recovery": f"polished {last} 0.001"}
-    for ratio, train in product((0.5, 0.75), ({}, often)):
-        yield from (Job(ratio=ratio, train=train, seed=seed) for seed in seeds)
-    yield from (Job(train=often, **polished, seed=seed) for seed in seeds)
-    yield from (Job(ratio=ratio, train=often, **polished, seed=first) for ratio in (0.75, 0.85))
-    yield Job(train=often, steps=steps - last, recovery=f"polished {last} 0.0005", seed=first)
-    yield Job(**polished, seed=first)
-    yield Job(base="full", steps=last, seed=first)
-    yield from (Job(base="kept", ratio=ratio, seed=first) for ratio in (0.5, 0.75))
-    yield Job(train={**often, "anchor_gradients": False}, seed=first)
-    for alignment in ("distill 25", "clm 25"):
-        yield from (Job(alignment=alignment, seed=seed) for seed in seeds)
-    yield from (Job(alignment="distill 25", recovery="corrected", seed=seed) for seed in seeds)
-    yield from (Job(alignment=alignment, seed=first) for alignment in ("distill 100", "distill 25 3e-4"))
-    yield Job(alignment="distill 25", train=often, seed=first)
-    yield from small_ablations(seeds, often)
-
-
-def small_ablations(seeds: Sequence[int], often: dict[str, Any]) -> Iterator[Job]:
-    """Of the same, what may or may not help, one at a time."""
-    first = seeds[0]
-    yield Job(recovery="none", seed=first)
-    yield from (Job(criterion=criterion, seed=first) for criterion in CRITERIA[1:])
-    yield from (Job(criterion=criterion, seed=seed) for criterion in ("flap", "activation") for seed in seeds[1:])
-    yield Job(ratio=0.75, criterion="flap", seed=first)
-    yield from (Job(criterion=name, prune={"bias_compensation": True}, seed=first) for name in ("taylor", "flap"))
-    task = {"calibration": "gsm8k_train.jsonl"}
-    yield from (Job(prune=task, seed=seed) for seed in seeds)
-    much = {"calibration_samples": 64, "calibration_length": 256}
-    for prune in (task, {**task, **much}):
-        yield Job(base="kept", prune=prune, seed=first)
-    yield Job(base="kept", criterion="flap", seed=first)
-    yield from (Job(prune={**task, **much}, seed=seed) for seed in seeds)
-    yield Job(prune={"calibration": "wikitext2_valid.txt", **much}, seed=first)
-    yield from (Job(ratio=ratio, seed=first) for ratio in (0.65, 0.85))
-    yield Job(prune={"keep_first": 8, "keep_last": 6}, seed=first)
-    for lora in ({"use_rslora": True}, {"init_lora_weights": "eva"}, {"lora_alpha": 32}, {"r": 32, "lora_alpha": 64}):
-        yield Job(train={"lora": lora}, seed=first)
-    yield Job(base="full", train={"lora": {"use_rslora": True}}, seed=first)
-    yield Job(base="full", nf4=True, seed=first)
-    yield from (Job(nf4=True, recovery=recovery, seed=first) for recovery in ("plain", "corrected"))
-    yield Job(nf4=True, train=often, seed=first)
-    yield from (Job(recovery="scaled", seed=seed) for seed in seeds)
-    yield Job(train=often, recovery="scaled", seed=first)
-
-
-def large(seeds: Sequence[int], steps: int) -> Iterator[Job]:
-    """All of it."""
-    alignments, last = ("none", "clm 100", "distill 100", "distill 400"), 2 * steps // 5
-    anchors: tuple[dict[str, Any], ...] = ({}, {"anchor_steps": max(1, steps // 8)})
-    for seed in seeds:
-        yield Job(base="full", nf4=True, seed=seed)
-        for ratio, criterion, alignment, train in product(RATIOS, CRITERIA, alignments, anchors):
-            for recovery in ("plain",) if alignment == "none" else ("plain", "corrected"):
-                yield Job(
-                    ratio=ratio, criterion=criterion, alignment=alignment, recovery=recovery, train=train, seed=seed
-                )
-        yield from (
-            Job(alignment=alignment, recovery=how, seed=seed) for alignment in alignments for how in ("none", "scaled")
-        )
-        for ratio, train in product(RATIOS, anchors):
-            yield Job(ratio=ratio, train=train, steps=steps - last, recovery=f"polished {last} 0.001", seed=seed)
-
-
-class OnlyKept(TrainerCallback):  # type: ignore[misc]
-    """Keeps the factors of an adapter on the full model zero wherever a plan prunes."""
+class KeptOnly(TrainerCallback):
+    """Keeps the factors of an adapter on the full model at zero wherever a plan prunes."""
 
     def __init__(self, plan: PruningPlan) -> None:
         self.plan = plan
 
-    def on_train_begin(self, *args: Any, model: Any, **options: Any) -> None:
-        """Mask the factors as they start, and all gradients."""
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **rest: Any,
+    ) -> None:
+        """Mask the factors' first values and all their gradients."""
+        assert model is not None
         for name, factor in model.named_parameters():
             if ".lora_" in name:
                 plain = name.replace(".default", "")
@@ -183,28 +62,28 @@ class OnlyKept(TrainerCallback):  # type: ignore[misc]
 
 
 class Bench:
-    """Makes what rows need, each folder once, and remembers the seconds that it took."""
+    """Makes the folders that the rows need, each one once, and records the seconds that this took."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given, self.out = given, Path(given.output_dir)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, Path(args.output_dir)
         self.out.mkdir(parents=True, exist_ok=True)
         self.clock = self.out / "seconds.json"
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of every folder; read anew each time, since two processes may share the work."""
-        found: dict[str, float] = json.loads(self.clock.read_text()) if self.clock.is_file() else {}
-        return found
+        """Name of a folder -> seconds. The file is read anew each time, because two processes may share the work."""
+        seconds: dict[str, float] = json.loads(self.clock.read_text()) if self.clock.is_file() else {}
+        return seconds
 
     def data(self, name: str, **options: Any) -> dict[str, Any]:
-        """A data set of the given folder."""
-        return {"path": str(self.given.data / name), **options}
+        """Name a file in the folder of the data."""
+        return {"path": str(self.args.data / name), **options}
 
-    def made(self, name: str, action: Callable[[Path], Any]) -> Path:
-        """A folder, made unless it is there."""
+    def make(self, name: str, action: Callable[[Path], Any]) -> Path:
+        """Make a folder by `action`, unless it exists."""
         folder = self.out / name
         if not folder.exists() or name not in self.seconds:
-            shutil.rmtree(folder, ignore_errors=True)  # whole, but of unknown cost
+            shutil.rmtree(folder, ignore_errors=True)  # it is whole, but nobody knows how long it took
             started = time.monotonic()
             action(folder)
             seconds = {**self.seconds, name: time.monotonic() - started}
@@ -212,59 +91,59 @@ class Bench:
         return folder
 
     def run(self, job: Job) -> dict[str, Any]:
-        """The figures of a row."""
-        model, stages = self.given.model, {}
+        """Compute a row: its perplexities, and the seconds of its stages."""
+        model, stages = self.args.model, {}
         adapter = None
         if job.base == "full":
             tag = f"lora-{job.tag}"
-            adapter = self.made(tag, lambda out: self.train(job, model, out))
+            adapter = self.make(tag, lambda out: self.train(job, model, out))
             stages["train"] = self.seconds[tag]
         if job.base == "kept":
             small = self.small(job)[0]
             plan = PruningPlan.load(small)
             tag = f"lora-kept-{small.name}-{job.tag}"
-            adapter = self.made(tag, lambda out: self.train(job, model, out, callbacks=[OnlyKept(plan)]))
+            adapter = self.make(tag, lambda out: self.train(job, model, out, callbacks=[KeptOnly(plan)]))
             stages["train"] = self.seconds[tag]
         if job.base == "pruned":
             small, stages = self.small(job)
             tag = f"{small.name}-adapter-{job.tag}"
-            trained = self.made(tag, lambda out: self.train(job, small, out))
+            trained = self.make(tag, lambda out: self.train(job, small, out))
             stages["train"] = self.seconds[tag]
             if job.recovery == "none":
                 return {**self.judge(small, trained), "seconds": stages}
             options: dict[str, Any] = {"correct": job.recovery == "corrected"}
             if job.recovery == "scaled":
-                options["dev_data"] = self.data("gsm8k_train.jsonl", max_samples=self.given.dev_samples)
+                options["dev_data"] = self.data("gsm8k_train.jsonl", max_samples=self.args.dev_samples)
             polishing = job.recovery.startswith("polished")
             kind = "plain" if polishing else job.recovery
-            adapter = recovered = self.made(f"{tag}-{kind}", lambda out: loram.recover(trained, out, **options))
+            adapter = recovered = self.make(f"{tag}-{kind}", lambda out: loram.recover(trained, out, **options))
             stages["recover"] = self.seconds[adapter.name]
             if polishing:
                 name = f"{tag}-{job.recovery.replace(' ', '-')}"
-                adapter = self.made(name, lambda out: self.polish(job, recovered, out))
+                adapter = self.make(name, lambda out: self.polish(job, recovered, out))
                 stages["polish"] = self.seconds[adapter.name]
         return {**self.judge(model, adapter), "seconds": stages}
 
     def small(self, job: Job) -> tuple[Path, dict[str, float]]:
-        """The folder to train on, and the seconds of its stages."""
+        """Make the pruned, and perhaps aligned, model to train on; returns its folder and the seconds of its stages."""
         tag = f"p{job.ratio}-{job.criterion}" + "".join(f"-{key}-{value}" for key, value in sorted(job.prune.items()))
         tag += f"-s{job.seed}" if job.criterion == "random" else ""
         options = {"ratio": job.ratio, "criterion": job.criterion, "seed": job.seed, **job.prune}
         if "calibration" in options:
             options["calibration"] = self.data(options["calibration"])
-        pruned = self.made(tag, lambda out: loram.prune(self.given.model, out, **options))
+        pruned = self.make(tag, lambda out: loram.prune(self.args.model, out, **options))
         if job.alignment == "none":
             return pruned, {"prune": self.seconds[tag]}
         objective, steps, *rate = job.alignment.split()
         trainer = {
             "max_steps": int(steps),
-            "per_device_train_batch_size": self.given.batch,
+            "per_device_train_batch_size": self.args.batch,
             "max_length": 256,
-            "learning_rate": float(rate[0]) if rate else self.given.align_learning_rate,
+            "learning_rate": float(rate[0]) if rate else self.args.align_learning_rate,
         }
         name = "-".join([tag, f"{objective}{steps}", *rate, f"s{job.seed}"])
-        text = self.data("wikitext2_valid.txt", max_samples=self.given.batch * int(steps))
-        aligned = self.made(
+        text = self.data("wikitext2_valid.txt", max_samples=self.args.batch * int(steps))
+        aligned = self.make(
             name,
             lambda out: loram.align(
                 pruned, out, data=text, objective=objective, probe=False, trainer=trainer, seed=job.seed
@@ -273,19 +152,19 @@ class Bench:
         return aligned, {"prune": self.seconds[tag], "align": self.seconds[name]}
 
     def train(self, job: Job, model: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """The same steps for every row."""
+        """Train with the same options for every row, but for those of the job."""
         options = dict(job.train)
         lora = {"lora_dropout": 0.0, **options.pop("lora", {})}
         trainer = {
-            "max_steps": job.steps or self.given.steps,
-            "per_device_train_batch_size": self.given.batch,
-            "learning_rate": self.given.learning_rate,
+            "max_steps": job.steps or self.args.steps,
+            "per_device_train_batch_size": self.args.batch,
+            "learning_rate": self.args.learning_rate,
             "logging_steps": 5,
         }
         loram.train(
             model,
             out,
-            data=self.data("gsm8k_train.jsonl", max_samples=self.given.train_samples),
+            data=self.data("gsm8k_train.jsonl", max_samples=self.args.train_samples),
             lora=lora,
             trainer=trainer,
             load_in_4bit=job.nf4,
@@ -295,38 +174,40 @@ class Bench:
         )
 
     def polish(self, job: Job, adapter: Path, out: Path) -> None:
-        """A few exact steps on the full model."""
+        """Polish an adapter by a few exact steps on the full model."""
         _, steps, rate = job.recovery.split()
         options = loram.PolishOptions(
-            max_steps=int(steps), per_device_train_batch_size=self.given.batch, learning_rate=float(rate)
+            max_steps=int(steps), per_device_train_batch_size=self.args.batch, learning_rate=float(rate)
         )
         loram.polish(
-            self.given.model,
+            self.args.model,
             adapter,
             out,
-            data=self.data("gsm8k_train.jsonl", max_samples=self.given.train_samples),
+            data=self.data("gsm8k_train.jsonl", max_samples=self.args.train_samples),
             options=options,
             seed=job.seed,
         )
 
     def judge(self, model: Path, adapter: Path | None) -> dict[str, float]:
-        """Perplexities of a model, once for each adapter's content."""
+        """Compute the perplexities of a model; adapters with the same content are evaluated once."""
         manifest = find_manifest(adapter) if adapter is not None else None
         key = f"{Path(model).name}-{'alone' if manifest is None else manifest.fingerprint[:16]}"
         path = self.out / f"judged-{key}.json"
         if not path.is_file():
             tests = {
-                TASK: self.data("gsm8k_test.jsonl", max_samples=self.given.samples),
-                TEXT: self.data("wikitext2_test.txt", max_samples=self.given.pieces, max_length=256),
+                TASK: self.data("gsm8k_test.jsonl", max_samples=self.args.samples),
+                TEXT: self.data("wikitext2_test.txt", max_samples=self.args.pieces, max_length=256),
             }
-            found = {name: loram.evaluate(model, adapter=adapter, data=spec).perplexity for name, spec in tests.items()}
-            path.write_text(json.dumps(found) + "\n")
+            perplexities = {
+                name: loram.evaluate(model, adapter=adapter, data=spec).perplexity for name, spec in tests.items()
+            }
+            path.write_text(json.dumps(perplexities) + "\n")
         result: dict[str, float] = json.loads(path.read_text())
         return result
 
 
-def with_gain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their kept gain, against the untuned model and LoRA on the full one of the same seed."""
+def add_kept_gain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the kept gain to rows, from the untuned model and LoRA on the full model with the same seed."""
     log = {(row["name"], row["job"]["seed"]): math.log(row[TASK]) for row in rows}
     for row in rows:
         seed = row["job"]["seed"]
@@ -337,14 +218,14 @@ def with_gain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Row name -> its runs, best mean kept gain first."""
+    """Group the rows by name, over the seeds; the best mean kept gain comes first."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     groups = {name: [row for row in rows if row["name"] == name] for name in names}
     return dict(sorted(groups.items(), key=lambda item: -_mean([row.get("kept_gain", 0.0) for row in item[1]])))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: means over seeds, least and greatest in brackets where there are several."""
+    """Format the table: means over the seeds, and if there are several, the lowest and the highest in brackets."""
     lines = [
         "| | seeds | GSM8K perplexity | WikiText-2 | kept gain | seconds: prune, align, train, recover, polish |",
         "|---|---|---|---|---|---|",
@@ -374,7 +255,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Kept gain of every row as bars, and one dot a run."""
+    """Plot the mean kept gain of each row as a bar, and each seed as a dot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -392,7 +273,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(groups)), [textwrap.fill(name, 90) for name in groups], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("kept gain of the full model with the recovered adapter, % (a dot a seed)")
+    axes.set_xlabel("kept gain of the full model with the recovered adapter, % (one dot per seed)")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -408,31 +289,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--align-learning-rate", type=float, default=1e-4)
-    parser.add_argument("--train-samples", type=int, default=512, help="GSM8K training rows to draw from")
-    parser.add_argument("--samples", type=int, default=40, help="GSM8K test answers")
-    parser.add_argument("--pieces", type=int, default=16, help="WikiText-2 test pieces of 256 tokens")
-    parser.add_argument("--dev-samples", type=int, default=24, help="rows that choose the multiplier")
+    parser.add_argument("--train-samples", type=int, default=512, help="how many GSM8K training rows to use")
+    parser.add_argument("--samples", type=int, default=40, help="how many GSM8K test answers to score")
+    parser.add_argument("--pieces", type=int, default=16, help="how many WikiText-2 test pieces of 256 tokens to score")
+    parser.add_argument("--dev-samples", type=int, default=24, help="how many rows choose the multiplier")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    bench, rows = Bench(given), []
-    for job in jobs(given.grid, given.seeds, given.steps):
+    bench, rows = Bench(args), []
+    for job in jobs(args.grid, args.seeds, args.steps):
         rows.append({"name": job.name, "job": asdict(job), **bench.run(job)})
         print(json.dumps({**rows[-1], "job": job.seed}), flush=True)
-        write(given, with_gain(rows))
+        write(args, add_kept_gain(rows))
     print(markdown(rows))
 
 
-def write(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """What is known so far: numbers, table, plot."""
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the results so far: numbers, table and plot."""
     result = {
         "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
-        "options": {key: value for key, value in vars(given).items() if not isinstance(value, Path)},
+        "options": {key: value for key, value in vars(args).items() if not isinstance(value, Path)},
         "rows": rows,
     }
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    given.json.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
-    plot(rows, given.json.with_suffix(".png"))
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.json.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    plot(rows, args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

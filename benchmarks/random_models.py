@@ -1,4 +1,4 @@
-"""Models with random weights in the shapes of real ones, written to disk a block at a time: bf16, pruned, in 4 bits."""
+"""Models with random weights in the shapes of real ones, in bf16 or 4 bits, full or pruned, written block by block."""
 
 import json
 import sys
@@ -36,11 +36,11 @@ SHAPES = {
     "tiny": (512, 1536, 12, 8, 4, 8000),
 }
 LAYERS = ARCHITECTURES["llama"]
-_ROWS = 4096  # of a matrix that are made at a time
+_ROWS = 4096  # how many rows of a matrix are made at a time
 
 
 def config_of(shape: str) -> dict[str, Any]:
-    """config.json of a LLaMA."""
+    """Return the config.json of a LLaMA of this shape."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -54,7 +54,7 @@ def config_of(shape: str) -> dict[str, Any]:
 
 
 def plan_of(config: dict[str, Any], ratio: float) -> PruningPlan:
-    """A plan that keeps as many units as `prune` would; which ones makes no difference here."""
+    """Return a plan that keeps as many units as `prune` would; which units it keeps makes no difference here."""
     geometry = Geometry.from_config(config)
     blank = {space.name: torch.zeros(geometry.units(space)) for space in LAYERS.spaces}
     return choose(
@@ -71,13 +71,16 @@ def plan_of(config: dict[str, Any], ratio: float) -> PruningPlan:
 
 
 def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = None, in_4bit: bool = False) -> Path:
-    """Write a model: normal weights of deviation 0.02, norms of 1, a byte-level tokenizer.
+    """Write a model with normally distributed weights (deviation 0.02), norms of 1 and a byte-level tokenizer.
 
     Args:
-        folder: to make.
-        config: of the full model.
-        ratio: write what pruning by this leaves of it, if given.
-        in_4bit: write it as `loram quantize` would; all weights are then pieces of the same random ones.
+        folder: the folder to make.
+        config: the config.json of the full model.
+        ratio: the ratio to prune the model by (default: write the full model).
+        in_4bit: write the model as `loram quantize` would. All weights then repeat the same random block.
+
+    Returns:
+        `folder`.
     """
     plan = None if ratio is None else plan_of(config, ratio)
     shapes = Geometry.from_config(config).tensor_shapes(LAYERS)
@@ -122,13 +125,13 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _pieces() -> dict[str, torch.Tensor]:
-    """The tensors of one quantised block of random weights, by what follows the weight's name."""
+    """Quantise one block of random weights; returns the end of a tensor's name, after the weight's -> the tensor."""
     block = 0.02 * torch.randn(_ROWS, 4096, generator=torch.Generator().manual_seed(0))
     return {name.removeprefix("weight"): tensor for name, tensor in packed_tensors("weight", block.bfloat16()).items()}
 
 
 def _tiled(piece: torch.Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight's tensor out of the block's, over and over; the JSON one tells the weight's shape."""
+    """Fill a tensor of a quantised weight by repeating the block's; the state, which is JSON, gets the real shape."""
     if len(piece) == spec.shape[0] and piece.dtype == torch.uint8 and bytes(piece[:1].tolist()) == b"{":
         state = {**json.loads(bytes(piece.tolist())), "shape": list(shape)}
         return torch.frombuffer(bytearray(json.dumps(state).encode().ljust(len(piece))), dtype=torch.uint8)
@@ -138,13 +141,13 @@ def _tiled(piece: torch.Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> tor
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of the parts that a tensor is written in."""
+    """Yield (index of the first row, number of rows) of the blocks that a tensor is written in."""
     for start in range(0, shape[0], _ROWS):
         yield start, min(_ROWS, shape[0] - start)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
+    """Make a tokenizer with one token per byte."""
     alphabet = {letter: number for number, letter in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
     inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

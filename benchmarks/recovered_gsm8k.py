@@ -1,12 +1,13 @@
-"""Does an adapter trained on the pruned model improve the full one, and by how much of what LoRA on the full one does?
+"""How much does an adapter from the pruned model improve the full one, compared with LoRA on the full one itself?
 
-SmolLM2-135M-Instruct, structured Taylor pruning at 0.5, no alignment, 50 steps x 8 GSM8K problems; perplexity of 100
-GSM8K test answers and of 40 x 256 tokens of WikiText-2 test text. About half an hour a seed on two CPU cores.
+SmolLM2-135M-Instruct is pruned at 0.5 by Taylor importance, without alignment, and trained for 50 steps of 8 GSM8K
+problems. The models are compared by the perplexity of 100 GSM8K test answers and of 40 pieces of 256 tokens of
+WikiText-2 test text. On two CPU cores this takes about half an hour per seed.
 
     python benchmarks/recovered_gsm8k.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/gsm8k
 
-DIR holds gsm8k_train.jsonl, gsm8k_test.jsonl (question / answer rows) and wikitext2_test.txt. Writes
-recovered_gsm8k.json beside this script. A second call does only what is missing.
+DIR contains gsm8k_train.jsonl and gsm8k_test.jsonl (rows of question and answer) and wikitext2_test.txt. The script
+writes recovered_gsm8k.json beside itself. A second call only does what is missing.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from loram.run.report import RunReport, table
 
 
 def recipe(model: Path, data: Path, out: Path, seed: int, ratio: float, steps: int, samples: int) -> Recipe:
-    """The recipe of one seed."""
+    """Return the recipe of one seed."""
     return Recipe.model_validate(
         {
             "model_name_or_path": str(model),
@@ -50,17 +51,17 @@ def recipe(model: Path, data: Path, out: Path, seed: int, ratio: float, steps: i
 
 
 def mean_and_spread(reports: dict[int, RunReport]) -> Table:
-    """Mean over seeds of each row's perplexities, with the least and the greatest where there are several."""
+    """Tabulate each row's mean perplexities over the seeds, with the lowest and the highest in brackets."""
     first = next(iter(reports.values()))
-    result = Table(title=f"mean of {len(reports)} seed(s), least and greatest in brackets")
+    result = Table(title=f"mean of {len(reports)} seed(s), lowest and highest in brackets")
     result.add_column("model")
     for name in first.rows[0].perplexity:
         result.add_column(f"perplexity {name}", justify="right")
     for row in first.rows:
         cells = []
         for name in row.perplexity:
-            found = [report.row(row.name).perplexity[name] for report in reports.values()]
-            cells.append(f"{sum(found) / len(found):.3f} [{min(found):.3f}, {max(found):.3f}]")
+            values = [report.row(row.name).perplexity[name] for report in reports.values()]
+            cells.append(f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]")
         result.add_row(row.name, *cells)
     return result
 
@@ -75,12 +76,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    given = parser.parse_args()
+    args = parser.parse_args()
 
     console = Console(width=120)
     reports = {}
-    for seed in given.seeds:
-        chosen = recipe(given.model, given.data, given.output_dir, seed, given.ratio, given.steps, given.samples)
+    for seed in args.seeds:
+        chosen = recipe(args.model, args.data, args.output_dir, seed, args.ratio, args.steps, args.samples)
         reports[seed] = run(chosen)
         console.print(f"seed {seed}, kept gain {reports[seed].kept_gain}")
         console.print(table(reports[seed]))
@@ -89,7 +90,7 @@ def main() -> None:
         "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
         "runs": {str(seed): report.model_dump(mode="json") for seed, report in reports.items()},
     }
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What training on sparse weights takes where only the weights that stay are stored, beside the same weights dense.
+"""How much memory does training on sparse weights save, if only the weights that stay are stored?
 
-Makes a LLaMA of random weights, prunes it at 4:8, writes the pruned weights a second time as a plain dense folder, and
-trains two steps on each, in 32 bits and in NF4, every time in a process of its own. Figures are the growth of resident
-memory from just before the model is loaded, at its peak while it is loaded and while it is trained; beside the latter
-stands what `loram estimate` predicts.
+The script makes a LLaMA with random weights, prunes it at 4:8, and writes the pruned weights a second time as a plain
+dense folder. Then it trains two steps on each folder, in 32 bits and in NF4, always in a process of its own. It
+measures how much resident memory grows from just before the model is loaded to its peak, while loading and while
+training, and shows the prediction of `loram estimate` beside the latter.
 
     python benchmarks/sparse_memory.py --output-dir runs/sparse
 
-Prints a table and writes sparse_memory.json beside this script.
+It prints a table and writes sparse_memory.json beside itself.
 """
 
 import argparse
@@ -42,24 +42,24 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class Peaks(TrainerCallback):  # type: ignore[misc]
-    """Peak memory until training begins, and from then on."""
+class Peaks(TrainerCallback):
+    """Measures the peak memory until the training begins, and from then on."""
 
     loading = training = 0
 
     def on_train_begin(self, *args: Any, **rest: Any) -> None:
-        """The model is loaded."""
+        """Record the peak of loading the model."""
         gc.collect()
         self.loading = device.peak_rss()
         device.reset_peak_rss()
 
     def on_train_end(self, *args: Any, **rest: Any) -> None:
-        """The last step is done."""
+        """Record the peak of the training."""
         self.training = device.peak_rss()
 
 
 def measure(model: str, dataset: str, options: dict[str, Any]) -> dict[str, int]:
-    """Train in this process, once at hardly any size first: what libraries set up when first used is not counted."""
+    """Train in this process. A tiny training comes first, so that what libraries set up on first use is not counted."""
     for module in ("peft", "trl", "trl.trainer.sft_trainer", "bitsandbytes", "bitsandbytes.optim"):
         importlib.import_module(module)
     out = Path(model).with_name("adapter")
@@ -72,16 +72,16 @@ def measure(model: str, dataset: str, options: dict[str, Any]) -> dict[str, int]
     return {"loading": peaks.loading - before, "measured": peaks.training - before}
 
 
-def in_process(folder: Path, dataset: Path, options: dict[str, Any]) -> dict[str, int]:
-    """`measure` in a process of its own."""
+def measure_in_process(folder: Path, dataset: Path, options: dict[str, Any]) -> dict[str, int]:
+    """Call `measure` in a process of its own."""
     command = [sys.executable, __file__, "--measure", str(folder), str(dataset), json.dumps(options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
-def written_dense(sparse: Path, base: Path, out: Path) -> Path:
-    """The weights that a sparse folder stands for, as a plain folder of the full model's family."""
+def write_dense(sparse: Path, base: Path, out: Path) -> None:
+    """Write the weights of a sparse folder as a plain dense folder of the full model's family."""
     checkpoint = Checkpoint(sparse)
     with publish(out, kind="base", made_from={}) as staging:
         for path in base.iterdir():
@@ -90,34 +90,33 @@ def written_dense(sparse: Path, base: Path, out: Path) -> Path:
         with ShardedWriter(staging, {name: checkpoint.spec(name) for name in checkpoint.names()}) as writer:
             for name in checkpoint.names():
                 writer.copy(name, checkpoint)
-    return out
 
 
-def rows(given: argparse.Namespace) -> dict[str, Any]:
-    """Every way to train, and what it took."""
-    root = Path(given.output_dir)
+def rows(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every combination of folder and precision."""
+    root = Path(args.output_dir)
     base, sparse, dense = root / "base", root / "sparse", root / "dense"
     if not base.exists():
-        make_model(base, config_of(given.shape))
+        make_model(base, config_of(args.shape))
     if not sparse.exists():
         loram.prune(base, sparse, pattern=PATTERN, criterion="magnitude")
     if not dense.exists():
-        written_dense(sparse, base, dense)
+        write_dense(sparse, base, dense)
     text = root / "text.txt"
     text.write_text("".join(chr(97 + number * number % 26) for number in range(2048)), encoding="utf-8")
-    found = {}
+    results = {}
     for in_4bit in (False, True):
         for folder in (dense, sparse):
             options = {**OPTIONS, "load_in_4bit": in_4bit}
             predicted = estimate(base, pattern=PATTERN if folder is sparse else "structured", **options)
             name = f"{folder.name}, {'NF4' if in_4bit else '32 bits'}"
-            found[name] = {
+            results[name] = {
                 "stored_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
                 "weight_bytes": predicted.weight_bytes,
                 "predicted": predicted.training.total,
-                **in_process(folder, text, options),
+                **measure_in_process(folder, text, options),
             }
-    return found
+    return results
 
 
 def main() -> None:
@@ -128,11 +127,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--shape", default="170m", choices=SHAPES)
-    given = parser.parse_args()
-    found = {"shape": given.shape, "pattern": PATTERN, **OPTIONS, "rows": rows(given)}
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    args = parser.parse_args()
+    results = {"shape": args.shape, "pattern": PATTERN, **OPTIONS, "rows": rows(args)}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(f"{'weights':<18}{'on disk':>12}{'in memory':>12}{'predicted':>12}{'measured':>12}{'loading':>12}")
-    for name, row in found["rows"].items():
+    for name, row in results["rows"].items():
         keys = ("stored_bytes", "weight_bytes", "predicted", "measured", "loading")
         print(f"{name:<18}" + "".join(f"{row[key] / 1e6:>9,.0f} MB" for key in keys))
 

@@ -1,13 +1,14 @@
-"""What the publisher's part costs when the large model is streamed: peak memory, bytes read and written, seconds.
+"""What do pruning, merging and recovering cost if the large model is streamed from disk?
 
-Makes a random bf16 LLaMA checkpoint on disk (13b: LLaMA-2-13B's shape, 26 GB; it asks for twice that while it runs),
-then, each as the command a user would type in a process of its own: a plain copy of the files; `loram prune` by
-magnitude, at random and by Taylor importance (10 x 128 tokens); `loram merge` of a random adapter. Last `loram recover`
-of an adapter for LLaMA-2-70B's shape. The files are dropped from the page cache before every step.
+The script makes a random bf16 LLaMA checkpoint on disk (13b is LLaMA-2-13B's shape, with 26 GB; the script needs twice
+that space). Then it measures peak memory, bytes read and written, and seconds of these steps, each a command in a
+process of its own: a plain copy of the files; `loram prune` by magnitude, at random and by Taylor importance (10 rows
+of 128 tokens); `loram merge` of a random adapter; and `loram recover` of an adapter for LLaMA-2-70B's shape. Before
+every step the files are dropped from the page cache.
 
     python benchmarks/streaming.py --shape 13b --output-dir runs/streaming
 
-Prints a table and writes streaming.json beside this script. A second call does only what is missing there.
+It prints a table and writes streaming.json beside itself. A second call only does what is missing there.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from random_models import LAYERS, SHAPES, config_of, make_model, plan_of
 
 
 def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) -> None:
-    """Write a random LoRA adapter (r 8) on weights of these shapes."""
+    """Write a random LoRA adapter (r 8) for linears of these shapes."""
     import torch
     from peft import LoraConfig
 
@@ -45,7 +46,7 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) ->
 
 
 def make_70b_adapter(folder: Path) -> None:
-    """An adapter as trained on LLaMA-2-70B's shape pruned at 0.85, with its plan; no weights are needed for that."""
+    """Write a random adapter for LLaMA-2-70B's shape pruned at 0.85, with its plan; no weights are needed."""
     plan = plan_of(config_of("70b"), 0.85)
     shapes = plan.linear_shapes()
     shapes.pop("lm_head")
@@ -53,8 +54,8 @@ def make_70b_adapter(folder: Path) -> None:
     plan.save(folder)
 
 
-def measured(arguments: list[str]) -> dict[str, Any]:
-    """Run a loram command in a process of its own: seconds, peak RSS and bytes through read and write calls."""
+def measure_in_process(arguments: list[str]) -> dict[str, Any]:
+    """Run a loram command in a process of its own; returns seconds, peak RSS and the bytes that it read and wrote."""
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, __file__, "--measure", json.dumps(arguments)], stdout=subprocess.PIPE, text=True, check=True
@@ -63,7 +64,7 @@ def measured(arguments: list[str]) -> dict[str, Any]:
 
 
 def measure(arguments: list[str]) -> None:
-    """The process that `measured` starts."""
+    """Run a loram command in this process, which `measure_in_process` starts, and print the figures."""
     sys.argv[0] = "loram"
     from loram import cli
 
@@ -84,15 +85,15 @@ def measure(arguments: list[str]) -> None:
 
 
 def drop_cache(folder: Path) -> None:
-    """Let the system forget what it has of a folder's files in memory."""
+    """Drop a folder's files from the page cache."""
     for path in folder.glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def copied(model: Path, out: Path) -> dict[str, Any]:
-    """A plain copy of the files, synced."""
+def copy(model: Path, out: Path) -> dict[str, Any]:
+    """Copy the files of a model and sync them; returns the same figures as `measure_in_process`."""
     started = time.monotonic()
     shutil.copytree(model, out)
     for path in out.iterdir():
@@ -103,8 +104,8 @@ def copied(model: Path, out: Path) -> dict[str, Any]:
     return {"seconds": time.monotonic() - started, "peak_rss": None, "bytes_read": size, "bytes_written": size}
 
 
-def named_compute(model: Path, pruned: Path, layers: int) -> dict[str, float]:
-    """Seconds of magnitude pruning that are not input or output: scoring and narrowing, and the manifest's SHA-256."""
+def time_compute(model: Path, pruned: Path, layers: int) -> dict[str, float]:
+    """Measure the seconds of magnitude pruning that are not input or output: scoring, narrowing and SHA-256."""
     import torch
 
     from loram.disk.checkpoint import Checkpoint
@@ -136,52 +137,52 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/streaming"))
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        measure(json.loads(given.measure))
+    args = parser.parse_args()
+    if args.measure:
+        measure(json.loads(args.measure))
         return
 
     from loram.disk.checkpoint import Checkpoint
     from loram.model.architecture import Geometry
     from loram.planner import estimate
 
-    config = config_of(given.shape)
-    root = given.output_dir / given.shape
+    config = config_of(args.shape)
+    root = args.output_dir / args.shape
     model, adapter = root / "model", root / "adapter"
     if not model.exists():
         make_model(model, config)
-    counted = estimate(config, ratio=given.ratio)
-    same = {"shape": given.shape, "ratio": given.ratio, "device": f"cpu, {os.cpu_count()} cores"}
+    counted = estimate(config, ratio=args.ratio)
+    same = {"shape": args.shape, "ratio": args.ratio, "device": f"cpu, {os.cpu_count()} cores"}
     result: dict[str, Any] = {**same, "estimate": counted.model_dump(), "rows": {}}
-    if given.json.exists() and same.items() <= (before := json.loads(given.json.read_text())).items():
+    if args.json.exists() and same.items() <= (before := json.loads(args.json.read_text())).items():
         result["rows"] = before["rows"]
     rows = result["rows"]
 
     def step(name: str, source: Path, out: Path, arguments: list[str] | None) -> dict[str, Any] | None:
-        """Do what is not done yet; the row, where it is new."""
+        """Do a step unless it was done before; returns its row if it is new."""
         if name in rows:
             return None
         shutil.rmtree(out, ignore_errors=True)
         drop_cache(source)
-        row = copied(source, out) if arguments is None else measured(arguments)
+        row = copy(source, out) if arguments is None else measure_in_process(arguments)
         print(name, json.dumps(row), file=sys.stderr)
         return row
 
     def keep(name: str, row: dict[str, Any], out: Path) -> None:
         shutil.rmtree(out)
         rows[name] = row
-        given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     if row := step("copy", model, root / "copy", None):
         keep("copy", row, root / "copy")
-    for criterion in given.criteria:
+    for criterion in args.criteria:
         name, out = f"prune, {criterion}", root / "pruned"
-        options = ["--ratio", str(given.ratio), "--criterion", criterion, "--device", "cpu"]
+        options = ["--ratio", str(args.ratio), "--criterion", criterion, "--device", "cpu"]
         if row := step(name, model, out, ["prune", str(model), str(out), *options]):
-            found = sum(math.prod(Checkpoint(out).shape(name)) for name in Checkpoint(out).names())
-            assert found == counted.pruned_parameters, (found, counted)
+            parameters = sum(math.prod(Checkpoint(out).shape(name)) for name in Checkpoint(out).names())
+            assert parameters == counted.pruned_parameters, (parameters, counted)
             if criterion == "magnitude":
-                row["compute"] = named_compute(model, out, counted.pruned_layers)
+                row["compute"] = time_compute(model, out, counted.pruned_layers)
             keep(name, row, out)
     if not adapter.exists():
         shapes = Geometry.from_config(config).linear_shapes(LAYERS.linears)
@@ -189,13 +190,13 @@ def main() -> None:
         make_adapter(adapter, shapes, str(model.absolute()))
     if row := step("merge", model, root / "merged", ["merge", str(model), str(adapter), str(root / "merged")]):
         keep("merge", row, root / "merged")
-    trained, recovered = given.output_dir / "adapter-70b", given.output_dir / "recovered-70b"
+    trained, recovered = args.output_dir / "adapter-70b", args.output_dir / "recovered-70b"
     if not trained.exists():
         make_70b_adapter(trained)
     if row := step("recover, 70B shape", trained, recovered, ["recover", str(trained), str(recovered)]):
         keep("recover, 70B shape", row, recovered)
 
-    print(f"{given.shape}, ratio {given.ratio}: {counted.parameters:,} -> {counted.pruned_parameters:,} parameters")
+    print(f"{args.shape}, ratio {args.ratio}: {counted.parameters:,} -> {counted.pruned_parameters:,} parameters")
     print(f"{'':22}{'seconds':>9}{'peak RSS':>12}{'read':>12}{'written':>12}")
     for name, row in rows.items():
         peak = "" if row["peak_rss"] is None else f"{row['peak_rss'] / 2**30:.2f} GiB"

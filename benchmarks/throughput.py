@@ -1,12 +1,12 @@
-"""How much faster is training on the pruned model than on the full one, and does it come near what the FLOPs allow?
+"""How much faster is training on the pruned model than on the full one, and how close is that to the FLOPs' limit?
 
-LoRA and QLoRA on a full model with random weights, LoRAM and QLoRAM on what pruning leaves of it, in one run: tokens/s,
-peak memory, weight bytes, and beside the speed-up over LoRA the ratio of FLOPs a token, which is its limit.
+One run measures LoRA and QLoRA on a full model with random weights, and LoRAM and QLoRAM on its pruned model: tokens
+per second, peak memory and bytes of weights. The limit of the speed-up over LoRA is the ratio of the FLOPs per token.
 
-    python benchmarks/throughput.py                                   # a GPU; 7b: 14 GB of disk, 13 GB of the card
-    python benchmarks/throughput.py --shape 160m --device cpu         # anywhere
+    python benchmarks/throughput.py                            # on a GPU; 7b takes 14 GB of disk and 13 GB of the card
+    python benchmarks/throughput.py --shape 160m --device cpu  # on any machine
 
-Writes throughput.json beside this script when it ran on a GPU, and where --json says.
+The script writes throughput.json beside itself if it runs on a GPU, or the file that --json names.
 """
 
 import argparse
@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured_training import GIB, device_name, measured
+from measured_training import GIB, device_name, measure_in_process
 from random_models import SHAPES, config_of, make_model
 from rich.console import Console
 from rich.table import Table
 
 from loram.planner import estimate
 
-# name -> (pruned, in 4 bits)
+# name -> (whether the model is pruned, whether it is in 4 bits)
 METHODS = {"LoRA": (False, False), "QLoRA": (False, True), "LoRAM": (True, False), "QLoRAM": (True, True)}
 
 
 def rows(
     shape: str, ratio: float, tokens: int, steps: int, rounds: int, device: str, root: Path
 ) -> list[dict[str, Any]]:
-    """A row a method; the methods take turns, and the fastest of their rounds counts, since others use the machine."""
+    """Measure one row per method. The methods take turns, and the fastest round counts: others use the machine."""
     config, folders = config_of(shape), {pruned: root / ("pruned" if pruned else "full") for pruned in (False, True)}
     for pruned, folder in folders.items():
         if not folder.exists():
@@ -38,24 +38,26 @@ def rows(
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for _ in range(rounds):
         for name, (pruned, in_4bit) in METHODS.items():
-            runs[name].append(measured(folders[pruned], tokens, steps=steps, device=device, load_in_4bit=in_4bit))
-    found = []
+            runs[name].append(
+                measure_in_process(folders[pruned], tokens, steps=steps, device=device, load_in_4bit=in_4bit)
+            )
+    table_rows = []
     for name, (pruned, in_4bit) in METHODS.items():
         best = max(runs[name], key=lambda run: float(run["tokens_per_second"]))
         planned = estimate(config, ratio=ratio if pruned else None, load_in_4bit=in_4bit, device=device)
         spread = [run["tokens_per_second"] for run in runs[name]]
         flops = planned.arithmetic
-        found.append({"method": name, **best, "all_tokens_per_second": spread, "flop_ratio": flops.times_fewer})
-    return found
+        table_rows.append({"method": name, **best, "all_tokens_per_second": spread, "flop_ratio": flops.times_fewer})
+    return table_rows
 
 
-def show(found: list[dict[str, Any]], title: str) -> Table:
-    """The rows for people."""
+def show(results: list[dict[str, Any]], title: str) -> Table:
+    """Format the rows as a table."""
     table = Table(title=title)
     for heading in ("method", "tokens/s", "over LoRA", "FLOPs allow", "share of that", "peak", "weights"):
         table.add_column(heading, justify="right")
-    for row in found:
-        speedup = row["tokens_per_second"] / found[0]["tokens_per_second"]
+    for row in results:
+        speedup = row["tokens_per_second"] / results[0]["tokens_per_second"]
         table.add_row(
             row["method"],
             f"{row['tokens_per_second']:.1f}",
@@ -78,18 +80,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/throughput"))
     parser.add_argument("--json", type=Path, default=None)
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    root = given.output_dir / given.shape
-    found = rows(given.shape, given.ratio, given.tokens, given.steps, given.rounds, given.device, root)
+    root = args.output_dir / args.shape
+    results = rows(args.shape, args.ratio, args.tokens, args.steps, args.rounds, args.device, root)
     shutil.rmtree(root)
-    device = device_name(given.device)
-    title = f"{given.shape}, ratio {given.ratio}, rows of {given.tokens} tokens, {device}"
-    Console(width=140).print(show(found, title))
-    path = given.json or (Path(__file__).with_suffix(".json") if given.device == "cuda" else None)
+    device = device_name(args.device)
+    title = f"{args.shape}, ratio {args.ratio}, rows of {args.tokens} tokens, {device}"
+    Console(width=140).print(show(results, title))
+    path = args.json or (Path(__file__).with_suffix(".json") if args.device == "cuda" else None)
     if path is not None:
-        about = {"device": device, "shape": given.shape, "ratio": given.ratio, "tokens": given.tokens}
-        path.write_text(json.dumps({**about, "rows": found}, indent=2) + "\n", encoding="utf-8")
+        about = {"device": device, "shape": args.shape, "ratio": args.ratio, "tokens": args.tokens}
+        path.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Write the quickstart's data set: seeded multi-step word problems with worked answers, train and test disjoint.
+"""Write the quickstart's data set: word problems of several steps with worked answers, the same for the same seed.
 
     python recipes/make_word_problems.py OUT_DIR [--train 2000] [--test 200] [--seed 42]
 
-OUT_DIR gets train.jsonl and test.jsonl, rows of `question` and `answer`. Every step of an answer carries its sum as
-<<48/2=24>>, and the last line is `#### ` and the result. No two rows, in either file, have the same template and
-numbers: names alone do not make a problem new.
+The script writes train.jsonl and test.jsonl to OUT_DIR, with rows of `question` and `answer`. Each step of an answer
+contains its calculation as <<48/2=24>>, and the last line is `#### ` and the result. No two rows of the two files have
+the same template and numbers; other names alone do not make a new problem.
 """
 
 import argparse
@@ -64,14 +64,14 @@ Row = dict[str, str]
 
 
 class Answer:
-    """The steps of a worked answer. Every sum is computed here, so no written result can be wrong."""
+    """The steps of a worked answer. Every result is computed here, so none that is written can be wrong."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.result = 0
 
     def step(self, sentence: str, *numbers: int, sign: str) -> int:
-        """Add a step and return its result; `{}` in the sentence becomes `3*4 = <<3*4=12>>12`."""
+        """Add a step and return its result. In the sentence `{}` becomes `3*4 = <<3*4=12>>12`."""
         first, *rest = numbers
         value = {
             "+": Fraction(sum(numbers)),
@@ -87,12 +87,12 @@ class Answer:
         return self.result
 
 
-# A template draws its numbers, works the answer, and returns the question and what makes this problem this one.
+# A template draws its numbers, works out the answer, and returns the question and the values that identify the problem.
 Template = Callable[[random.Random, Answer, str, str], tuple[str, tuple[object, ...]]]
 
 
 def shopping(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Change from a bill."""
+    """Two purchases and the change from a bill."""
     n, p, m, q = (rng.randint(2, 12) for _ in range(4))
     one, other = rng.sample(GOODS, 2)
     paid = 50 * ((n * p + m * q + 1) // 50 + 1)  # never 1 dollar of change
@@ -105,7 +105,7 @@ def shopping(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[
 
 
 def discount(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """A share off the price."""
+    """Several things at a reduced price."""
     price, share, n = rng.randint(2, 30) * 20, rng.choice([2, 4, 5, 10]), rng.randint(2, 8)
     thing = rng.choice(["chair", "jacket", "radio", "tent", "bicycle", "desk"])
     off = w.step("The discount is {} dollars.", price, share, sign="/")
@@ -116,7 +116,7 @@ def discount(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[
 
 
 def journey(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Distance at two speeds."""
+    """The distance of a journey at two speeds."""
     v, t, u, s = rng.randint(8, 20), rng.randint(2, 6), rng.randint(3, 7), rng.randint(2, 5)
     vehicle = rng.choice(["bicycle", "scooter"])
     ridden = w.step(f"On the {vehicle} {a} covers {{}} kilometres.", v, t, sign="*")
@@ -127,7 +127,7 @@ def journey(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[o
 
 
 def sharing(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Equal shares after some are gone."""
+    """Equal shares after some are lost."""
     friends, each, eaten, bags = rng.randint(3, 9), rng.randint(2, 12), rng.randint(2, 20), rng.randint(2, 6)
     sweets = rng.choice(["marbles", "cherries", "stickers", "walnuts", "beads"])
     total = friends * each + eaten
@@ -143,7 +143,7 @@ def sharing(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[o
 
 
 def ages(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Ages in some years."""
+    """The ages of two people in some years."""
     young, times, years = rng.randint(3, 20), rng.randint(2, 4), rng.randint(2, 25)
     old = w.step(f"{b} is {{}} years old.", young, times, sign="*")
     then = w.step(f"In {years} years {b} will be {{}}.", old, years, sign="+")
@@ -154,7 +154,7 @@ def ages(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[obje
 
 
 def baking(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """A recipe scaled up."""
+    """A recipe for more people."""
     serves, times, grams, sugar = rng.randint(2, 8), rng.randint(2, 6), rng.randint(6, 40) * 10, rng.randint(3, 20) * 10
     cake = rng.choice(["bread", "pancakes", "dumplings", "muffins"])
     factor = w.step("The recipe must be made {} times.", serves * times, serves, sign="/")
@@ -162,23 +162,23 @@ def baking(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[ob
     sweet = w.step("It takes {} grams of sugar.", sugar, factor, sign="*")
     w.step("Together that is {} grams.", flour, sweet, sign="+")
     text = f"A recipe for {cake} for {serves} people needs {grams} grams of flour and {sugar} grams of sugar"
-    asked = f"How many grams of flour and sugar together does {a} need for {serves * times} people?"
-    return f"{text}. {asked}", (serves, times, grams, sugar, cake)
+    question = f"How many grams of flour and sugar together does {a} need for {serves * times} people?"
+    return f"{text}. {question}", (serves, times, grams, sugar, cake)
 
 
 def work(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Two people at two rates."""
-    x, y, hours, made = rng.randint(3, 15), rng.randint(3, 15), rng.randint(2, 9), rng.randint(5, 40)
+    """Two people who pack at two rates."""
+    x, y, hours, packed_before = rng.randint(3, 15), rng.randint(3, 15), rng.randint(2, 9), rng.randint(5, 40)
     things = rng.choice(["envelopes", "toys", "parcels", "baskets"])
     rate = w.step(f"In an hour they pack {{}} {things}.", x, y, sign="+")
     packed = w.step(f"In {hours} hours they pack {{}} {things}.", rate, hours, sign="*")
-    w.step(f"With those from before there are {{}} {things}.", packed, made, sign="+")
-    text = f"{a} packs {x} {things} an hour and {b} packs {y} an hour. {made} {things} are packed already"
-    return f"{text}. How many are packed after both have worked {hours} hours?", (x, y, hours, made, things)
+    w.step(f"With those from before there are {{}} {things}.", packed, packed_before, sign="+")
+    text = f"{a} packs {x} {things} an hour and {b} packs {y} an hour. {packed_before} {things} are packed already"
+    return f"{text}. How many are packed after both have worked {hours} hours?", (x, y, hours, packed_before, things)
 
 
 def saving(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Weeks until something can be bought."""
+    """The weeks until something can be bought."""
     weekly, spent, weeks, start = rng.randint(12, 40), rng.randint(2, 10), rng.randint(3, 20), rng.randint(5, 60)
     price = start + (weekly - spent) * weeks
     thing = rng.choice(["guitar", "camera", "telescope", "skateboard", "drum"])
@@ -190,7 +190,7 @@ def saving(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[ob
 
 
 def seats(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Rows of seats, some empty, at a price."""
+    """The price of the seats in some rows, of which some are empty."""
     rows, wide, empty, price = rng.randint(5, 25), rng.randint(6, 24), rng.randint(3, 25), rng.randint(2, 15)
     place = rng.choice(["theatre", "cinema", "circus tent", "concert hall"])
     all_ = w.step(f"The {place} has {{}} seats.", rows, wide, sign="*")
@@ -201,7 +201,7 @@ def seats(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[obj
 
 
 def comparing(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """More and fewer than somebody else."""
+    """More and fewer things than somebody else."""
     n, times, less = rng.randint(6, 40), rng.randint(2, 5), rng.randint(2, 9)
     things = rng.choice(["stamps", "shells", "postcards", "coins", "badges"])
     many = w.step(f"{times} times as many would be {{}}.", n, times, sign="*")
@@ -212,7 +212,7 @@ def comparing(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple
 
 
 def units(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Hours and minutes."""
+    """A time in hours and minutes on several days."""
     hours, minutes, days, used = rng.randint(2, 9), rng.randint(1, 11) * 5, rng.randint(2, 7), rng.randint(10, 100)
     doing = rng.choice(["practises the piano", "paints", "trains for a race", "works in the garden"])
     whole = w.step("The whole hours are {} minutes.", hours, 60, sign="*")
@@ -220,12 +220,12 @@ def units(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[obj
     total = w.step(f"In {days} days that is {{}} minutes.", daily, days, sign="*")
     w.step("Without the breaks it is {} minutes.", total, used, sign="-")
     text = f"{a} {doing} for {hours} hours and {minutes} minutes on each of {days} days"
-    asked = f"Of the whole time {used} minutes are breaks. How many minutes are left without the breaks?"
-    return f"{text}. {asked}", (hours, minutes, days, used, doing)
+    question = f"Of the whole time {used} minutes are breaks. How many minutes are left without the breaks?"
+    return f"{text}. {question}", (hours, minutes, days, used, doing)
 
 
 def packing(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """What is left over after filling boxes."""
+    """The number of things that are left over after boxes are filled."""
     trays, eggs, size, boxes = rng.randint(3, 12), rng.randint(8, 30), rng.randint(4, 12), rng.randint(3, 12)
     if trays * eggs <= size * boxes + 1:
         trays, eggs = trays + size, eggs + boxes
@@ -238,7 +238,7 @@ def packing(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[o
 
 
 def fence(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Perimeter and its price."""
+    """The price of a fence around a rectangle."""
     length, width, price, gate = rng.randint(8, 60), rng.randint(5, 40), rng.randint(2, 12), rng.randint(2, 6)
     land = rng.choice(["garden", "meadow", "yard", "playground"])
     half = w.step("Length and width are {} metres.", length, width, sign="+")
@@ -250,7 +250,7 @@ def fence(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[obj
 
 
 def tiling(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Areas of two rooms."""
+    """The tiles for two rooms."""
     j, k, m, n = (rng.randint(3, 15) for _ in range(4))
     tiles = rng.randint(4, 16)
     kitchen = w.step("The kitchen has {} square metres.", j, k, sign="*")
@@ -262,7 +262,7 @@ def tiling(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[ob
 
 
 def reading(rng: random.Random, w: Answer, a: str, b: str) -> tuple[str, tuple[object, ...]]:
-    """Pages left, spread over days."""
+    """The days that the rest of a book takes."""
     slow, days, fast, more = rng.randint(8, 30), rng.randint(3, 9), rng.randint(10, 40), rng.randint(3, 12)
     pages = slow * days + fast * more
     book = rng.choice(["novel", "travel book", "history book", "biography"])
@@ -280,7 +280,7 @@ TEMPLATES: tuple[Template, ...] = (
 
 
 def problems(seed: int) -> Iterator[Row]:
-    """Endless distinct problems, the templates in turn; ends when they repeat themselves too often."""
+    """Yield distinct problems, the templates in turn, until they repeat themselves too often."""
     rng, repeats = random.Random(seed), 0
     seen: set[tuple[object, ...]] = set()
     while repeats < 10_000:
@@ -297,31 +297,31 @@ def problems(seed: int) -> Iterator[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Write rows as JSON lines; the file appears whole or not at all."""
+    """Write rows as JSON lines. The file appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(partial, path)
 
 
 def main() -> None:
-    """Command line; exit code 2 for numbers that cannot be served."""
+    """Run the command line; it exits with code 2 if it cannot make as many problems as it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write train.jsonl and test.jsonl into")
-    parser.add_argument("--train", type=int, default=2000, help="rows for training")
-    parser.add_argument("--test", type=int, default=200, help="rows held out")
-    parser.add_argument("--seed", type=int, default=42)
-    given = parser.parse_args()
-    if given.train < 1 or given.test < 1:
+    parser.add_argument("out", type=Path, help="the folder to write train.jsonl and test.jsonl to")
+    parser.add_argument("--train", type=int, default=2000, help="the number of training rows")
+    parser.add_argument("--test", type=int, default=200, help="the number of held-out test rows")
+    parser.add_argument("--seed", type=int, default=42, help="the seed of all draws")
+    args = parser.parse_args()
+    if args.train < 1 or args.test < 1:
         parser.error("--train and --test must be at least 1")
-    wanted = given.train + given.test
-    rows = [row for row, _ in zip(problems(given.seed), range(wanted), strict=False)]
-    if len(rows) < wanted:
-        parser.error(f"only {len(rows)} distinct problems can be made, but {wanted} were asked for")
-    random.Random(given.seed).shuffle(rows)
-    given.out.mkdir(parents=True, exist_ok=True)
-    write(given.out / "train.jsonl", rows[: given.train])
-    write(given.out / "test.jsonl", rows[given.train :])
-    print(f"{given.out}: {given.train:,} training and {given.test:,} test problems", file=sys.stderr)
+    count = args.train + args.test
+    rows = [row for row, _ in zip(problems(args.seed), range(count), strict=False)]
+    if len(rows) < count:
+        parser.error(f"--train and --test: only {len(rows)} distinct problems can be made, not {count}")
+    random.Random(args.seed).shuffle(rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out / "train.jsonl", rows[: args.train])
+    write(args.out / "test.jsonl", rows[args.train :])
+    print(f"{args.out}: {args.train:,} training and {args.test:,} test problems", file=sys.stderr)
 
 
 if __name__ == "__main__":

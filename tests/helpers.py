@@ -1,4 +1,4 @@
-"""What tests of several rooms use: counting live tensors, and stopping a training in the middle."""
+"""Helpers for the tests of several rooms: they count live tensors, compare folders and stop trainings."""
 
 import itertools
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import Trainer
 
 
 class Live(TorchDispatchMode):  # type: ignore[misc]
-    """Bytes of all tensors that are alive, each storage once, after every operation; and the most there were."""
+    """Counts the bytes of all live tensors after each operation, each storage once, and remembers the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Live(TorchDispatchMode):  # type: ignore[misc]
 
 
 class Stopped(BaseException):
-    """What a test throws into a training."""
+    """The exception that a test raises in a training."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stop(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
-    """Have the training that comes stopped in its so-manyth batch."""
+    """Make the next training raise `error` in the batch with this number, counted from 1."""
     count, step = itertools.count(1), Trainer.training_step
 
     def training_step(self: Trainer, *args: Any, **options: Any) -> Any:

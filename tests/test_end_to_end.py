@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M-Instruct, from its GGUF package: laws 2 and 3, and a short run that improves the full model."""
+"""The real SmolLM2-135M-Instruct, from its GGUF package: laws 2 and 3, and a short run improves the full model."""
 
 import contextlib
 import importlib.util
@@ -53,7 +53,7 @@ def base(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(root: Path) -> Path:
-    """The quickstart's own data."""
+    """The data of the quickstart."""
     script = ROOT / "recipes" / "make_word_problems.py"
     subprocess.run([sys.executable, script, root / "data"], check=True, capture_output=True)
     return root / "data"
@@ -90,7 +90,7 @@ def test_law_6_streamed_taylor_scores_are_the_whole_models(base: Path, pruned: P
     model = AutoModelForCausalLM.from_pretrained(base)
     targets = torch.tensor([token for sample in samples for token in sample[1:]])
     logits = torch.cat([model(torch.tensor([sample])).logits[0, :-1] for sample in samples])
-    # not cross_entropy: its float32 softmax over 49,152 tokens is off by 1e-5, and so would all gradients be
+    # not cross_entropy: its float32 softmax over 49,152 tokens has errors of 1e-5, which all gradients would get
     (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).mean().backward()
     for layer in layers:
         parts = dict(model.model.layers[layer].named_modules())
@@ -139,7 +139,7 @@ def test_a_gguf_base_is_used_as_it_is(base: Path, rows: Path, monkeypatch: pytes
 def test_quickstart_in_short_improves_the_full_model(
     base: Path, pruned: Path, rows: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The quickstart's recipe with fewer steps and rows: the recovered model must beat the untuned one."""
+    """With the quickstart's recipe, in fewer steps and rows, the recovered model must beat the untuned one."""
     overrides = [
         f"model_name_or_path={base}",
         f"output_dir={root / 'run'}",
@@ -155,7 +155,7 @@ def test_quickstart_in_short_improves_the_full_model(
     report = json.loads(capfd.readouterr().out)
     perplexity = {row["name"]: row["perplexity"]["eval"] for row in report["rows"]}
     assert perplexity["recovered"] < 0.93 * perplexity["base"]
-    assert perplexity["pruned"] > 2 * perplexity["base"]  # so there was something to stay on course against
+    assert perplexity["pruned"] > 2 * perplexity["base"]  # pruning did damage that the anchors had to compensate
 
     shutil.rmtree(root / "merged", ignore_errors=True)
     loram.merge(base, root / "run" / "recovered", root / "merged")
@@ -173,7 +173,7 @@ def last_weights(layers: Iterable[SparseLayer]) -> dict[str, torch.Tensor]:
 
 
 def test_sparsegpt_distorts_a_real_layer_least(base: Path) -> None:
-    """Outputs of its third layer on real text: less than Wanda does, and Wanda less than magnitude."""
+    """SparseGPT changes the outputs of the third layer on real text less than Wanda, and Wanda less than magnitude."""
     checkpoint, prefix = Checkpoint(base), "model.layers.2"
     names = [f"{prefix}.{linear}.weight" for linear in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
     tokens = load_calibration(checkpoint, load_tokenizer(checkpoint), None, 10, 128)

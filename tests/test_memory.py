@@ -1,4 +1,4 @@
-"""What needs no model in memory takes none: peak memory of the commands that stream, each in a process of its own."""
+"""Commands that stream never hold a model in memory: their peak memory, each in a process of its own."""
 
 import json
 import os
@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-# Imports all that a command needs, does what the command line does, and tells what that took beyond the imports.
+# The script imports what a command needs, runs the command, and prints the memory that it took beyond the imports.
 CHILD = """
 import sys
 import datasets, peft, torch, transformers.models.llama.modeling_llama, loram.export.merge, loram.pruning.prune
@@ -58,7 +58,7 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA of 0.55 GB in bfloat16, 1.1 GB in float32; all layers alike, since only their number matters."""
+    """A LLaMA of 0.55 GB in bfloat16, 1.1 GB in float32. All layers are the same, since only their number matters."""
     folder = tmp_path_factory.mktemp("large") / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -88,7 +88,7 @@ def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
 
 
 def write_adapter(folder: Path, base: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> Path:
-    """An adapter on the linears of the decoder layers, all of it ones."""
+    """An adapter on the linears of the decoder layers, whose factors are all ones."""
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(LINEARS)}
     tensors = {}
     for module, (rows, columns) in shapes.items():
@@ -118,7 +118,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def extra_memory(*arguments: str | Path) -> int:
-    """Bytes of memory that a command takes at its peak beyond what importing its libraries takes."""
+    """Return the peak memory of a command in bytes, without the memory that importing its libraries takes."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, arguments)],
         capture_output=True,
@@ -130,7 +130,7 @@ def extra_memory(*arguments: str | Path) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-# A decoder layer is 45 MB in float32, and its gradients are as much; the next one is 23 MB on its way in.
+# A decoder layer has 45 MB in float32, and so do its gradients; the next layer has 23 MB while it is read.
 def test_pruning_takes_a_few_layers_memory(model: Path, text: Path, tmp_path: Path) -> None:
     options = ["--calibration", text, "--calibration-samples", "2", "--calibration-length", "64", "--device", "cpu"]
     assert extra_memory("prune", model, tmp_path / "pruned", "--ratio", "0.5", *options) < 400 * MB
@@ -153,7 +153,7 @@ def test_quantising_takes_a_tensors_memory(model: Path, tmp_path: Path) -> None:
 
 
 def test_training_in_4_bits_never_has_the_model_in_16(model: Path, tmp_path: Path) -> None:
-    """The model has 550 MB in 16 bits and 142 in 4; the rest is an adapter, activations, and imports."""
+    """The model has 550 MB in 16 bits and 142 MB in 4; the rest is an adapter, activations and imports."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one plus two is three."}\n')
     options = ["--max-steps", "1", "--lora-r", "1", "--device", "cpu", "--load-in-4bit"]
@@ -161,7 +161,7 @@ def test_training_in_4_bits_never_has_the_model_in_16(model: Path, tmp_path: Pat
 
 
 def test_recovering_takes_the_adapters_memory(model: Path, tmp_path: Path) -> None:
-    """The adapter before and after, some 80 MB together; the model, which it never reads, has 550."""
+    """The adapter before and after recovery has about 80 MB; the model, which is never read, has 550 MB."""
     plan = loram.prune(model, tmp_path / "pruned", ratio=0.65, criterion="random")
     (tmp_path / "adapter").mkdir()
     plan.save(tmp_path / "adapter")

@@ -155,11 +155,11 @@ def tokenize(
         raise UserError(f"{name}: no token of any row is in the loss within max_length {max_length}; make it longer")
     if truncated or skipped:
         logger.warning(
-            "%s: %d of %d rows were cut to max_length %d, and %d were skipped because they had no token in the loss",
+            "%s: of %d rows, max_length %d cut %d, and %d were skipped because they had no token in the loss",
             name,
-            truncated,
             len(encoded),
             max_length,
+            truncated,
             skipped,
         )
     return Tokens(rows=kept, truncated=truncated, skipped=skipped)

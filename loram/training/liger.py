@@ -1,31 +1,36 @@
-"""Liger's Triton kernels in a model, pruned ones included, with the loss left alone."""
+"""Liger's Triton kernels in full and pruned models, without Liger's losses."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from loram.base.errors import UserError
 
 
-def use_liger_(model: Any, options: Mapping[str, bool] | None = None) -> None:
+def use_liger_(model: nn.Module, options: Mapping[str, bool] | None = None) -> None:
     """Put Liger's kernels for norms, rotary embeddings and gated MLPs into a causal language model.
 
-    Its losses stay out: they read lm_head's weight, which an adapter, or 4 bits, makes the wrong one.
+    Liger's losses stay out. They read the weight of lm_head, which is not what the model computes with if lm_head has
+    an adapter or is in 4 bits.
 
     Args:
-        model: of a supported family, full or pruned; linears may have adapters.
-        options: which kernels, under Liger's own names.
+        model: a model of a supported family, full or pruned; its linears may have adapters.
+        options: the kernels to use, under Liger's own names (default: all).
 
     Raises:
         UserError: Liger is not installed, or has no kernels for the family.
     """
     try:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as APPLY_FUNCTIONS
     except ImportError as error:
         raise UserError("trainer: use_liger_kernel needs Liger (pip install liger-kernel)") from error
-    family = model.config.model_type.removeprefix("loram_")
-    if family not in KNOWN:
+    config: Any = model.config  # Any: nn.Module does not declare it
+    family = config.model_type.removeprefix("loram_")
+    if family not in APPLY_FUNCTIONS:
         raise UserError(f"trainer: use_liger_kernel: Liger has no kernels for {family}; leave it out")
-    apply = KNOWN[family]
-    chosen = {**(options or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
-    apply(model=model, **{key: value for key, value in chosen.items() if key in inspect.signature(apply).parameters})
+    apply = APPLY_FUNCTIONS[family]
+    parameters = inspect.signature(apply).parameters
+    kernels = {**(options or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply(model=model, **{key: value for key, value in kernels.items() if key in parameters})

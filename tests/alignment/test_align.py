@@ -1,4 +1,4 @@
-"""Alignment: the loss is the plain one, probes leave no trace, resumed is undisturbed, the best weights are kept."""
+"""Alignment has the plain loss and keeps the best weights; probes and interruptions change nothing."""
 
 import filecmp
 import itertools
@@ -61,7 +61,7 @@ def taught(model: Path, out: Path, rows: Path, k: int) -> TeacherCache:
 
 
 def dense(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """KL of the models' own logits, all at once."""
+    """Compute the KL divergence from the logits of both whole models."""
     wanted = batch["labels"][:, 1:] != -100
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
@@ -77,7 +77,7 @@ def gradients(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
 
 
 class Alone:
-    """An accelerator that is one process."""
+    """An accelerator with only one process."""
 
     num_processes = 1
 
@@ -89,7 +89,7 @@ class Alone:
 
 
 def loss_of(student: Any, batch: dict[str, torch.Tensor], teacher: Any = None, clm_weight: float = 0.0) -> torch.Tensor:
-    """What the Trainer makes of a batch."""
+    """Compute the Trainer's loss of a batch."""
     trainer = AlignTrainer.__new__(AlignTrainer)
     trainer.clm_weight, trainer.teacher, trainer.accelerator = clm_weight, teacher, Alone()
     return trainer.compute_loss(student, batch)
@@ -99,7 +99,7 @@ def loss_of(student: Any, batch: dict[str, torch.Tensor], teacher: Any = None, c
 def test_gradients_are_those_of_the_dense_loss(
     family: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Of a live teacher, and of a cache that holds the whole vocabulary up to its 16 bits."""
+    """This holds for a live teacher, and within 16 bits for a cache with the whole vocabulary."""
     cache = taught(tiny_models[family], tmp_path / "cache", rows_file, 320)
     batch = collate([to_tensors(cache[row]) for row in range(5)])
     teacher = AutoModelForCausalLM.from_pretrained(tiny_models[family]).eval()
@@ -126,7 +126,7 @@ def test_the_error_of_top_k_falls_with_k_and_is_bounded(
         found = loss_of(student, batch)
         errors.append(relative(gradients(found, student)["model.norm.weight"], reference))
         losses.append(found.item())
-        # at a place the gradient by the logits is off by q_j (1 - p_rest / q_rest) - (q_j - p_j) at most
+        # per position the gradient of the logits differs by q_j (1 - p_rest / q_rest) - (q_j - p_j) at most
         rest = torch.cat([cache[row].log_rest for row in range(5)]).exp().mean().item()
         assert errors[-1] < 20 * rest + 1e-2
     assert errors == sorted(errors, reverse=True)
@@ -241,7 +241,7 @@ def test_a_cache_of_the_whole_vocabulary_aligns_as_the_live_teacher(
 def test_what_a_gpu_does_by_default(
     options: dict[str, bool], tolerance: float, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Autocast and activation checkpointing, with probes in between."""
+    """On a GPU, autocast and activation checkpointing are on by default; probes happen in between."""
     rows = {"data": rows_file, "probe_data": rows_file, "probe": True, "probe_steps": 1, "eval_steps": 3}
     plain = run(pruned_models["gemma2"], tmp_path / "plain", **rows)
     other = run(pruned_models["gemma2"], tmp_path / "other", **rows, trainer=options)
@@ -306,7 +306,7 @@ PROBE: dict[str, Any] = {"probe": True, "probe_steps": 2, "eval_steps": 2}
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[str, torch.Tensor]]:
-    """Have probes find these recovered losses one after the other; returns the weights that each was made on."""
+    """Make the probes return these recovered losses in turn; returns the list of the weights that each probe gets."""
     left, seen = iter(losses), []
 
     def measure(self: Probe, student: Any, *rest: Any) -> ProbeLosses:
@@ -354,7 +354,7 @@ def test_it_stops_when_probes_no_longer_improve(
 def test_a_probe_leaves_no_trace(
     family: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Alignment with probes goes through the same weights as without them."""
+    """Alignment takes the same steps with probes as without them."""
     plain = run(pruned_models[family], tmp_path / "plain", data=rows_file)
     probed = run(pruned_models[family], tmp_path / "probed", data=rows_file, probe_data=rows_file, **PROBE)
     assert entries(plain) == entries(probed)
@@ -372,7 +372,7 @@ def test_a_probe_leaves_no_trace(
 def test_a_probe_is_train_recover_evaluate(
     tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Its recovered loss is what the stages find for the adapter it trains, so it has learnt something."""
+    """The probe's recovered loss is the one that the stages give for its adapter, which has learnt something."""
     from loram.compute.device import pick_device
     from loram.disk.checkpoint import Checkpoint
     from loram.model.plan import PruningPlan
@@ -401,15 +401,15 @@ def test_a_probe_is_train_recover_evaluate(
     assert not any(module._forward_hooks for module in student.modules())
 
 
-# Interrupted
+# Interruptions
 
 
 class Stopped(BaseException):
-    """What a test throws into an alignment."""
+    """The exception that a test raises in an alignment."""
 
 
 def interrupted(batch: int, pruned: Path, out: Path, **options: Any) -> None:
-    """An alignment that is stopped in its so-manyth batch."""
+    """Start an alignment that is stopped in the batch with this number."""
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, batch)
         with pytest.raises(Stopped):
@@ -417,7 +417,7 @@ def interrupted(batch: int, pruned: Path, out: Path, **options: Any) -> None:
 
 
 def interrupted_at_the_end(losses: list[float], pruned: Path, out: Path, **options: Any) -> None:
-    """An alignment whose probes find these losses, stopped when its last step is done."""
+    """Start an alignment whose probes return these losses, and stop it after its last step."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise Stopped
@@ -491,7 +491,7 @@ def test_going_on_with_other_settings_is_refused_and_fresh_starts_over(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

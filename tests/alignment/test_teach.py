@@ -1,4 +1,4 @@
-"""The teacher cache: what the full model says, row by row; resumed after a stop; refused when it is another request."""
+"""The teacher cache has the full model's predictions of each row; `teach` resumes, but not with other settings."""
 
 import filecmp
 import importlib
@@ -66,7 +66,7 @@ def test_of_a_text_every_token_but_the_first_of_a_piece_is_taught(tiny_llama: Pa
 
 
 def stop_at(part: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Press Ctrl-C while a part (counted from 1) is half written; returns the names of all parts written since."""
+    """Press Ctrl-C when a part (counted from 1) is half written; returns the list of the parts that are written."""
     calls: list[str] = []
     write = MODULE.write_part
 
@@ -91,7 +91,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
     assert not (tmp_path / "cache").exists()
     loram.teach(tiny_llama, tmp_path / "cache", data=rows_file, **OPTIONS)
     parts = [path.name for path in (tmp_path / "whole").glob("part-*")]
-    assert len(calls) == 3 + len(parts) - 2  # the first two were not made again
+    assert len(calls) == 3 + len(parts) - 2  # the first two parts were not written again
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "cache", files, shallow=False) == (files, [], [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "whole"]

@@ -1,4 +1,4 @@
-"""`loram doctor`: what it finds here, in words and as one JSON object."""
+"""`loram doctor` reports on this machine, in words and as one JSON object."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""A pruned folder loads everywhere it should, and fails loudly where it cannot."""
+"""A pruned folder loads wherever it should, and gives a clear error where it cannot."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_folder_is_ordinary_and_complete(pruned_models: dict[str, Path]) -> None
     folder = pruned_models["gemma2"]
     config = json.loads((folder / "config.json").read_text())
     assert config["per_layer_config"].keys() == {"2", "3"}
-    # half of 40 channels, and half of 4 groups of two heads
+    # half of 40 channels, and half of 4 groups of 2 heads
     assert config["per_layer_config"]["2"] == {
         "intermediate_size": 20,
         "num_attention_heads": 4,

@@ -1,4 +1,4 @@
-"""The chunked loss is the plain loss: value, and gradients of adapters on lm_head and below it."""
+"""The chunked loss equals the plain loss, and so do the gradients of adapters on lm_head and below it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""4-bit models: equal to dense ones of the dequantised weights, in forward, backward, training, folders and bytes."""
+"""A 4-bit model equals a dense one with the dequantised weights: forward, backward, training, folders and bytes."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 5e-3
 
 @pytest.fixture(scope="module")
 def wide_models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models whose hidden size is a whole number of NF4 blocks, as in all real ones, pruned in layers 2 and 3."""
+    """Models, pruned in layers 2 and 3, whose hidden size is a whole number of NF4 blocks, as in all real models."""
     root = tmp_path_factory.mktemp("wide")
     found = {}
     for family, tied in (("llama", True), ("qwen3", False), ("gemma3_text", True)):
@@ -38,7 +38,7 @@ def wide_models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def dense_(folder: Path, *, embedding: bool = True) -> Any:
-    """The model in full precision with every linear, and the embedding, rounded to what NF4 makes of it."""
+    """Return the model in full precision, with every linear and the embedding rounded to NF4."""
     model = load_model(Checkpoint(folder), dtype=torch.float32)
     tied = model.get_input_embeddings().weight is model.lm_head.weight
     for module in model.modules():
@@ -51,13 +51,13 @@ def dense_(folder: Path, *, embedding: bool = True) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_dequantised_weights(family: str, pruned_models: dict[str, Path]) -> None:
-    """hidden_size 32 here, so blocks straddle the embedding's rows."""
+    """The hidden size is 32, so that one block spans two rows of the embedding."""
     model = load_4bit(Checkpoint(pruned_models[family]), **CPU)
     with torch.no_grad():
         expected = dense_(pruned_models[family])(input_ids=IDS).logits
         assert relative(model(input_ids=IDS).logits, expected) < 1e-5
         plain = load_model(Checkpoint(pruned_models[family]), dtype=torch.float32).eval()
-        assert relative(plain(input_ids=IDS).logits, expected) > 1e-3  # so NF4 did change something
+        assert relative(plain(input_ids=IDS).logits, expected) > 1e-3  # NF4 made a difference
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
@@ -82,7 +82,7 @@ def test_an_embedding_in_host_memory_is_exact(wide_models: dict[str, Path]) -> N
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_gradients_through_frozen_4_bit_weights(family: str, checkpointing: bool, wide_models: dict[str, Path]) -> None:
-    """Of adapters below a frozen 4-bit lm_head and on it, against the plain loss of the dense model."""
+    """The adapters are on a frozen 4-bit lm_head and below it; the reference is the plain loss of the dense model."""
     options = LoraConfig(
         r=3, target_modules=["lm_head", "q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
@@ -126,7 +126,7 @@ def test_a_folder_that_is_quantised_already(family: str, wide_models: dict[str, 
 
 
 def test_transformers_itself_loads_a_quantised_folder(wide_models: dict[str, Path], tmp_path: Path) -> None:
-    """And finds in it what it makes of the original itself; only the embedding is not quantised there."""
+    """It gets the same weights as from the original folder, except for the embedding, which it never quantises."""
     folder = loram.quantize(wide_models["qwen3"], tmp_path / "small")
     options = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -178,7 +178,7 @@ def test_training_in_4_bits_recovers(
 def test_a_quantised_folder_trains_and_evaluates_as_the_original_does(
     wide_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Without being asked for 4 bits, to the same bytes; what was made for one goes with the other, no third."""
+    """The bytes are the same without load_in_4bit. Adapters fit both folders, but not a third one."""
     small = loram.quantize(wide_models["qwen3"], tmp_path / "small")
     loram.train(wide_models["qwen3"], tmp_path / "direct", data=rows_file, trainer=STEPS, load_in_4bit=True)
     loram.train(small, tmp_path / "stored", data=rows_file, trainer=STEPS)
@@ -230,7 +230,7 @@ def test_a_merge_into_4_bits_is_refused(wide_models: dict[str, Path], rows_file:
 
 
 def test_bytes(wide_models: dict[str, Path], tmp_path: Path) -> None:
-    """What is counted is what is there: 4 bits a weight, 8 a block of 64, 32 a block of 256 blocks, and codes."""
+    """The planner counts 4 bits per weight, 8 per block of 64 weights, 32 per 256 blocks, and the codes."""
     model = load_4bit(Checkpoint(wide_models["qwen3"]), **CPU)
     expected = 0
     for name, parameter in load_model(Checkpoint(wide_models["qwen3"]), dtype=torch.float32).named_parameters():

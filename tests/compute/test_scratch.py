@@ -1,4 +1,4 @@
-"""Activations are the same in memory and in a file, and neither is held longer than they are needed."""
+"""Activations are the same in memory and in a file, and neither is held longer than it is needed."""
 
 import sys
 import weakref
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from loram.compute.scratch import Activations, Scratch
 
-SHAPES = [(2, 3, 5), (1, 7, 5), (0, 5), (1030, 5), ()]  # one of several pages, one of nothing, one number
+SHAPES = [(2, 3, 5), (1, 7, 5), (0, 5), (1030, 5), ()]  # the last three have no element, several pages and one number
 
 
 def filled(room: Activations, order: list[int], seed: int = 0) -> list[Tensor]:
-    """Set all to random values; what was set, by index."""
+    """Set all tensors to random values; returns index -> values."""
     torch.manual_seed(seed)
     values = [torch.randn(shape) for shape in room.shapes]
     for index in order:
@@ -61,7 +61,7 @@ def test_the_budget_is_taken_and_given_back(tmp_path: Path) -> None:
     assert scratch.free_bytes == 60
     second = scratch.room([(5, 5)], torch.bfloat16)
     assert scratch.free_bytes == 10
-    beyond = scratch.room([(3,)], torch.float32)  # 12 bytes: to a file
+    beyond = scratch.room([(3,)], torch.float32)  # these 12 bytes go to a file
     assert scratch.free_bytes == 10
     filled(beyond, [0])
     beyond.close()
@@ -99,7 +99,7 @@ def test_what_lies_in_a_file_is_not_in_memory(tmp_path: Path) -> None:
     size, count = 1 << 20, 24
 
     def resident() -> int:
-        """Bytes of the scratch file's map that count as this process's memory."""
+        """Return how many bytes of the mapped scratch file count as memory of this process."""
         maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
         [ours] = [entry for entry in maps if str(tmp_path) in entry]
         return int(next(line.split()[1] for line in ours.splitlines() if line.startswith("Rss:"))) * 1024

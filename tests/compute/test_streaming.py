@@ -1,4 +1,4 @@
-"""A streamed model is the whole model: log-probabilities, likeliest tokens and gradients, with and without adapter."""
+"""A streamed model has the whole model's log-probabilities, likeliest tokens and gradients, also with an adapter."""
 
 import threading
 from collections.abc import Iterator
@@ -22,16 +22,16 @@ from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-# Longer than the sliding windows of 8, of a length that others share, and too short to predict anything.
+# One row is longer than the sliding windows of 8, some have the same length, and one is too short to predict anything.
 LENGTHS = (30, 12, 5, 1, 21, 12)
 torch.manual_seed(0)
 INPUT_IDS = [torch.randint(1, 320, (length,)).tolist() for length in LENGTHS]
-# A prompt out of the loss, a gap in it, a row with nothing in it.
+# A prompt outside the loss, a gap in the loss, and a row with nothing in the loss.
 LABELS = [
     [IGNORED if row == 2 or position < row or position == 9 else token for position, token in enumerate(ids)]
     for row, ids in enumerate(INPUT_IDS)
 ]
-# (memory for hidden states, tokens a batch): all in memory and together; all in files; a row a batch
+# (bytes for hidden states, tokens per batch): all in memory and in one batch; all in files; one row per batch
 WAYS = [(1 << 28, 2048), (0, 60), (3000, 1)]
 
 
@@ -57,7 +57,7 @@ def forwarded(*args: Any, **options: Any) -> Stream:
 
 
 def by_row(stream: Stream, found: list[Tensor]) -> list[Tensor]:
-    """What was found for every batch, as one tensor for every row, in the order of the rows."""
+    """Regroup one tensor per batch into one tensor per row, in the order of the rows."""
     rows: dict[int, Tensor] = {}
     for batch, values in zip(stream.batches, found, strict=True):
         rows.update(zip(batch.rows, values.split(batch.wanted.sum(1).tolist()), strict=True))
@@ -65,13 +65,13 @@ def by_row(stream: Stream, found: list[Tensor]) -> list[Tensor]:
 
 
 def wanted(row: int) -> tuple[list[int], list[int]]:
-    """Places of a row whose next token is in the loss, and those tokens."""
+    """Return the positions of a row whose next token is in the loss, and those tokens."""
     places = [position for position, label in enumerate(LABELS[row][1:]) if label != IGNORED]
     return places, [LABELS[row][place + 1] for place in places]
 
 
 def whole_log_softmax(model: Any) -> list[Tensor]:
-    """For every row (wanted, vocabulary), by the model in memory, each row alone and not padded."""
+    """Compute (wanted, vocabulary) of each row by the model in memory, each row alone and without padding."""
     rows = [model(torch.tensor([ids])).logits[0].float().log_softmax(-1) for ids in INPUT_IDS]
     return [log_probs[wanted(row)[0]] for row, log_probs in enumerate(rows)]
 
@@ -103,7 +103,7 @@ def test_log_probs_are_those_of_the_whole_model(
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in ("mistral", "gemma2", "gemma3_text")])
 def test_the_text_is_long_enough_for_a_window_to_matter(family: str, tiny_models: dict[str, Path]) -> None:
-    """Else the test above would not see a stream that forgets the windows."""
+    """Otherwise the test above would not notice a stream without windows."""
     windowed = AutoModelForCausalLM.from_pretrained(tiny_models[family])
     unbounded = AutoModelForCausalLM.from_pretrained(tiny_models[family], sliding_window=1000)
     assert relative(torch.cat(whole_log_probs(unbounded)), torch.cat(whole_log_probs(windowed))) > 1e-2
@@ -142,7 +142,7 @@ def test_a_pruned_model_and_its_adapter_stream_likewise(
 
 
 def whole_gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients of the mean loss over all wanted tokens, by autograd through the whole model."""
+    """Compute the gradients of the mean loss over all wanted tokens by autograd through the whole model."""
     losses = [
         -values.gather(1, torch.tensor(wanted(row)[1]).view(-1, 1))
         for row, values in enumerate(whole_log_softmax(model))
@@ -216,7 +216,7 @@ def test_gradients_through_an_adapter_are_those_of_the_merged_model(
 def test_activations_go_back_to_the_budget(tiny_llama: Path) -> None:
     stream = stream_of(tiny_llama, hidden_bytes=1 << 20)
     streamed_gradients(stream, 1)
-    # all that is left is what the final norm gave out for the loss, closed before the gradients
+    # only the outputs of the final norm are left; they are closed before the gradients
     assert stream._scratch.free_bytes == 1 << 20
 
 
@@ -229,7 +229,7 @@ def assert_same_top_k(stream: Stream, found: list[TopK], whole: list[Tensor], k:
     assert torch.equal(ids[:, :7], order[:, :7])
     assert ids.shape == order.shape
     assert all(len(set(row)) == k for row in ids.tolist())
-    assert relative(expected.gather(1, ids), values) <= 1e-5  # further down, likelihoods that are almost equal may swap
+    assert relative(expected.gather(1, ids), values) <= 1e-5  # tokens of almost equal likelihood may swap
     assert relative(log_probs, values) <= 1e-5
     rest = 1 - values.double().exp().sum(1)
     assert torch.allclose(log_rest.double().exp(), rest, atol=1e-6, rtol=1e-4)
@@ -283,7 +283,7 @@ def test_slices_of_the_vocabulary_change_nothing(
 
 
 def test_capped_logits_are_capped_forward_and_backward(tokenizer: Any, tmp_path: Path) -> None:
-    """A cap as low as this bends every logit; the families' own bend those of tiny models hardly at all."""
+    """This low cap changes every logit; the families' own caps hardly change those of tiny models."""
     capped = make_model(tmp_path / "capped", "gemma2", tokenizer, final_logit_softcapping=0.7)
     free = make_model(tmp_path / "free", "gemma2", tokenizer, final_logit_softcapping=None)
     model = AutoModelForCausalLM.from_pretrained(capped)
@@ -308,7 +308,7 @@ def test_parameters_are_counted_without_loading(
 
 
 def real_layers(stream: Stream) -> list[int]:
-    """Decoder layers that have a parameter in memory."""
+    """Return the decoder layers that have a parameter in memory."""
     layers = stream.model.model.layers
     return [index for index, layer in enumerate(layers) if any(not p.is_meta for p in layer.parameters())]
 
@@ -339,7 +339,7 @@ def test_resident_tensors_are_the_weights_of_the_file_by_name(tiny_models: dict[
 
 
 def test_observers_see_each_linear_s_inputs_and_outputs(tiny_llama: Path, tmp_path: Path) -> None:
-    """Outputs without the adapter's update would mislead whoever compares them."""
+    """Outputs without the adapter's update would be misleading."""
     adapter = random_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path)
     stream = stream_of(tiny_llama, adapter, max_tokens=60)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
@@ -393,7 +393,7 @@ def test_prefetched_loads_the_next_one_meanwhile_and_no_more() -> None:
 
     for item in prefetched(items(), load):
         assert taken == list(range(min(item + 2, 5)))
-        assert loaded[taken[-1]].wait(timeout=60)  # while we have not asked for it
+        assert loaded[taken[-1]].wait(timeout=60)  # although we have not requested it
 
 
 def test_prefetched_hands_on_what_went_wrong_when_it_is_reached() -> None:

@@ -1,4 +1,4 @@
-"""Micro-batches: every row once, padded on the right, and the right tokens asked for."""
+"""Micro-batches have every row once, padded on the right, and predict the right tokens."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ def test_by_hand() -> None:
 
 
 def test_without_labels_every_token_but_the_first_is_wanted() -> None:
-    (batch,) = make_batches([[4, 0, 6], [0, 5]], max_tokens=6)  # token 0 is not taken for padding
+    (batch,) = make_batches([[4, 0, 6], [0, 5]], max_tokens=6)  # token 0 is not mistaken for padding
     assert batch.rows == (1, 0)
     assert batch.real.int().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.wanted.int().tolist() == [[1, 0, 0], [1, 1, 0]]

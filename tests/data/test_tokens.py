@@ -1,4 +1,4 @@
-"""Rows of every form, the loss mask, and errors that name file and line."""
+"""Rows of every form are read, the loss mask is right, and errors name file and line."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ PROMPT_TEXT = f"<|im_start|>user\n{ASK}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def labelled(path: Path, tokenizer: Any, max_length: int = 500, **options: Any) -> list[tuple[str, str]]:
-    """(text outside the loss, text in the loss) of every row."""
+    """Return (text outside the loss, text in the loss) of every row."""
     rows = tokenize(load_rows(DataSpec(path=str(path), **options)), tokenizer, max_length).rows
     result = []
     for row in rows:
@@ -47,7 +47,7 @@ def labelled(path: Path, tokenizer: Any, max_length: int = 500, **options: Any) 
 def test_every_kind_of_chat_has_the_reply_and_its_end_in_the_loss(
     row: dict[str, Any], jsonl: Jsonl, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # and the end of the turn is in the loss all the same
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # the end of the turn is in the loss nevertheless
     assert labelled(jsonl(row), tokenizer) == [(PROMPT_TEXT, f"{REPLY}<|im_end|>\n")]
 
 
@@ -66,7 +66,7 @@ def test_every_assistant_turn_of_messages_is_in_the_loss(jsonl: Jsonl, tokenizer
     [(outside, inside)] = labelled(jsonl({"messages": [*CHAT, *second]}), tokenizer)
     assert inside == f"{REPLY}<|im_end|>\nfour<|im_end|>\n"
     assert "and two" in outside
-    # of a prompt-completion row the earlier turns are prompt
+    # in a prompt-completion row the earlier turns belong to the prompt
     [(_, inside)] = labelled(jsonl({"prompt": [*CHAT, second[0]], "completion": [second[1]]}), tokenizer)
     assert inside == "four<|im_end|>\n"
 
@@ -80,7 +80,7 @@ REWRITING_TEMPLATE = (
 
 
 def test_a_template_that_writes_the_last_turn_differently(jsonl: Jsonl, tokenizer: Any) -> None:
-    """Qwen3's puts an empty thought before the last reply only."""
+    """The template of Qwen3 puts an empty thought before the last reply only."""
     other = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=REWRITING_TEMPLATE
     )
@@ -197,7 +197,7 @@ def test_json_lines_by_the_name_of_json_and_a_byte_order_mark(tmp_path: Path) ->
 
 
 def test_long_and_quoted_csv_fields(tmp_path: Path) -> None:
-    text = 'a "word", and\na line ' * 20_000  # above the limit of Python's csv
+    text = 'a "word", and\na line ' * 20_000  # longer than the limit of Python's csv
     pd.DataFrame([{"text": text}]).to_csv(tmp_path / "a.csv", index=False)
     assert load_rows(DataSpec(path=str(tmp_path / "a.csv"))).to_list() == [{"text": text}]
 
@@ -409,7 +409,7 @@ def test_what_the_tokenizer_refuses_is_named_by_line_too(tmp_path: Path, tokeniz
 
 def test_a_token_beyond_the_embedding_is_named_with_its_line(jsonl: Jsonl, tokenizer: Any) -> None:
     larger = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>")
-    larger.add_tokens(["<extra>"])  # as Gemma 3 has one: it is no error until a text uses it
+    larger.add_tokens(["<extra>"])  # like the one of Gemma 3: it is no error until a text uses it
     first, second = {"text": "one plus"}, {"text": "one <extra>"}
     spec = DataSpec(path=str(jsonl(first, second)))
     known = len(tokenizer)
@@ -430,7 +430,7 @@ def test_a_data_set_has_its_own_max_length(jsonl: Jsonl, tokenizer: Any) -> None
 
 
 def test_padding_with_the_end_token_keeps_real_ends_in_the_loss(jsonl: Jsonl, tokenizer: Any) -> None:
-    """The collator masks by place, not by token: padding with the end token would else teach never to stop."""
+    """The collator masks by position and not by token; otherwise such padding would teach the model never to stop."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     end = tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""An adapter has the modules that its config targets, all of them and no others, in their rank; or is refused."""
+"""An adapter must have exactly the modules that its config targets, with the config's ranks, or it is refused."""
 
 import json
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_modules_that_do_not_match_the_config_name_the_file_and_the_key(
     with pytest.raises(loram.UserError, match=rf"adapter_model\.safetensors: .*{message}"):
         load_for(Checkpoint(tiny_models["llama"]), full)
     with pytest.raises(loram.UserError, match=rf"adapter_model\.safetensors: .*{message}"):
-        loram.recover(small, tmp_path / "out")  # without any checkpoint
+        loram.recover(small, tmp_path / "out")  # needs no checkpoint
     assert not (tmp_path / "out").exists()
 
 

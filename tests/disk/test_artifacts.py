@@ -98,7 +98,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 WRITER = """
 import pathlib, sys, time
-sys.argv[0] = "loram"  # as the command line: without torch
+sys.argv[0] = "loram"  # like the command line, which does not import torch
 from loram.disk.artifacts import publish
 with publish(pathlib.Path(sys.argv[1]), kind="test", made_from={}) as staging:
     (staging / "old").touch()
@@ -222,7 +222,7 @@ def test_readers_check_hashes(damage: str, tmp_path: Path) -> None:
     (out / "a.bin").write_bytes(changed)
     with pytest.raises(UserError, match=r"a\.bin: not the content that the manifest says"):
         find_manifest(out)
-    assert find_manifest(out, hashed_bytes=2) is not None  # a file too large to hash at every reading
+    assert find_manifest(out, hashed_bytes=2) is not None  # a.bin is too large to be hashed now
     with pytest.raises(UserError, match=r"a\.bin: not the content"):
         artifacts.verify(tmp_path)
 
@@ -248,7 +248,7 @@ def test_an_output_inside_an_input_is_refused(tmp_path: Path) -> None:
 def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last holder removes the file after we have opened it: what we locked is then no lock of anybody's."""
+    """The last holder removes the file after we have opened it, so our lock on that file keeps nobody out."""
     flock, path = artifacts.fcntl.flock, tmp_path / ".out.lock"
     calls = []
 

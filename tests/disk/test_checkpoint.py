@@ -1,4 +1,4 @@
-"""Reading and writing model folders: lazily, in shards, and with clear errors for broken ones."""
+"""Model folders are read lazily and written in shards, and broken ones give clear errors."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What can be wrong with files that users bring: each fault is one clear line, and nothing is written."""
+"""Faults in the files of users: each one is reported in one clear line, and nothing is written."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from loram.disk.writer import ShardedWriter
 
 LAYERS = {"keep_first": 2, "keep_last": 1}  # layers 2 and 3 of 5 are pruned
 STEP = {"max_steps": 1, "learning_rate": 1e-2}
-WHOLE = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 1]}  # left whole: fits pruned and full
+WHOLE = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 1]}  # not pruned: fits pruned and full
 
 
 @pytest.fixture(scope="module")
 def run(tiny_llama: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a pruned folder, an adapter on each, and the recovered one; the adapters fit both by their shapes."""
+    """A base, a pruned folder, an adapter on each, and a recovered adapter; by its shapes, every adapter fits both."""
     root = tmp_path_factory.mktemp("run")
     shutil.copytree(tiny_llama, root / "base")
     loram.prune(root / "base", root / "pruned", ratio=0.5, criterion="magnitude", **LAYERS)
@@ -36,7 +36,7 @@ def run(tiny_llama: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def shifted(folder: Path) -> Path:
-    """Change a weight of a model in every row, as more training would."""
+    """Change every row of a weight of a model, as further training would."""
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"] += 1e-3
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -124,7 +124,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
 
 @pytest.fixture(params=["prune", "train", "merge", "eval", "eval --stream"])
 def attempt(request: pytest.FixtureRequest, run: Path, rows_file: Path, tmp_path: Path) -> Callable[[Path, str], None]:
-    """`attempt(base, message)`: one of the stages refuses a base with this message, and writes nothing."""
+    """`attempt(base, message)` checks that a stage refuses a base with this message and writes nothing."""
     out = tmp_path / "work" / "deep" / "out"
     out.parents[1].mkdir()
 
@@ -193,7 +193,7 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def placed(shard: Any) -> Callable[[dict[str, Any]], Any]:
-    """Change an index so that it says that the final norm is in this file."""
+    """Change an index so that it names this file for the final norm."""
     return lambda index: {"weight_map": {**index["weight_map"], "model.norm.weight": shard}}
 
 
@@ -235,7 +235,7 @@ def test_a_whole_file_beside_an_index_of_others_is_ambiguous(run: Path, base: Pa
 
 
 class Bomb:
-    """Unpickling this makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, made: Path) -> None:
         self.made = made
@@ -246,7 +246,7 @@ class Bomb:
 
 @pytest.fixture
 def bomb(tmp_path: Path) -> tuple[bytes, Path]:
-    """A pickle that makes a folder when it is opened, and that folder."""
+    """A pickle that makes a folder when it is opened, and the path of that folder."""
     content, made = pickle.dumps(Bomb(tmp_path / "opened")), tmp_path / "opened"
     pickle.loads(content)
     made.rmdir()

@@ -1,4 +1,4 @@
-"""safetensors files by rows and in any order: read and written as the safetensors library has them, or refused."""
+"""safetensors files are read by rows and written in any order like the library's own, or they are refused."""
 
 import contextlib
 import gc
@@ -24,7 +24,7 @@ NOT_WHOLE = r"file\.safetensors: not a whole safetensors file"
 
 
 def mixed() -> dict[str, Tensor]:
-    """Tensors of sizes that leave every wider one after them at an odd place, were they not sorted by dtype."""
+    """Tensors of such sizes that, if they were not sorted by dtype, the wider ones would not be aligned."""
     torch.manual_seed(0)
     return {
         "flags": torch.rand(7) > 0.5,
@@ -48,7 +48,7 @@ def specs_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
-    """Equal in dtype, shape and every bit (torch cannot compare float8)."""
+    """Whether two tensors have the same dtype, shape and bits (torch cannot compare float8)."""
     as_bytes = [tensor.flatten().view(torch.uint8) for tensor in (found, expected)]
     return found.dtype == expected.dtype and found.shape == expected.shape and torch.equal(*as_bytes)
 
@@ -100,7 +100,7 @@ def test_what_is_no_contiguous_block_is_written_right(path: Path) -> None:
 
 
 def test_every_tensor_lies_at_a_multiple_of_its_element_size(path: Path) -> None:
-    """Else torch cannot view a memory map of it."""
+    """Otherwise torch could not view a memory map of the tensor."""
     tensors = mixed()
     with TensorFileWriter(path, specs_of(tensors)) as writer:
         for name, tensor in tensors.items():
@@ -159,7 +159,7 @@ def test_only_the_rows_asked_for_are_read(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_short_reads_and_writes_are_carried_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system may move fewer bytes than asked: beyond 2 GB it always does."""
+    """The system may read or write fewer bytes than requested; above 2 GB it always does."""
     preadv, pwrite = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda file, views, offset: preadv(file, [views[0][:5]], offset))
     monkeypatch.setattr(os, "pwrite", lambda file, view, offset: pwrite(file, view[:7], offset))
@@ -181,7 +181,7 @@ def test_tensors_that_were_read_stay_when_the_file_is_closed_and_are_not_shared(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
 def test_a_file_that_nobody_uses_any_more_is_closed(path: Path) -> None:
-    """A model of hundreds of shards is opened by every stage of a run in one process."""
+    """In one process, every stage of a run may open a model of hundreds of shards."""
     save_file({"a": torch.ones(3)}, path)
 
     def open_files() -> int:
@@ -195,7 +195,7 @@ def test_a_file_that_nobody_uses_any_more_is_closed(path: Path) -> None:
 
 
 def test_a_closed_file_leaves_the_files_of_others_open(path: Path) -> None:
-    """The system gives the number of a closed file to the next one that is opened."""
+    """The system gives the descriptor of a closed file to the next file that is opened."""
     save_file({"a": torch.ones(3)}, path)
     first = TensorFile(path)
     first.close()
@@ -324,7 +324,7 @@ ENTRIES = st.fixed_dictionaries(
 
 
 def refused_or_whole(path: Path) -> None:
-    """Any other exception than a UserError fails the test."""
+    """Every exception but a UserError fails the test."""
     with contextlib.suppress(UserError):
         file = TensorFile(path)
         for name, spec in file.specs.items():

@@ -1,4 +1,4 @@
-"""Evaluation: the perplexity of the labelled tokens, whatever the batching, and refusals."""
+"""The perplexity is that of the labelled tokens, however they are batched; what does not fit is refused."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""Correction at recovery: EMLoC's formula against its own meaning, and a multiplier that development rows decide."""
+"""The corrections at recovery: EMLoC's formula does what it promises, and development rows choose the multiplier."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def test_the_full_model_does_to_the_adapters_inputs_what_the_changed_one_did(
     full = torch.randn(10, 12)
     changed = full + 0.1 * torch.randn(10, 12)
     directions, fixed = correct_factors(a, b, full - changed, SCALING)
-    inputs = torch.randn(5, 4) @ a  # what the adapter sees: its rows' span
+    inputs = torch.randn(5, 4) @ a  # inputs in the span of the rows of lora_A
     wanted = inputs @ (changed + SCALING * b @ a).T
     torch.testing.assert_close(inputs @ (full + SCALING * fixed @ directions).T, wanted, rtol=1e-4, atol=1e-4)
 
@@ -51,7 +51,7 @@ def test_the_correction_of_a_rank_is_at_most_so_large(factors: tuple[torch.Tenso
 
 @pytest.fixture(scope="module")
 def run(tiny_llama: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned model whose weights were changed since, and an adapter trained on it."""
+    """A pruned model, its weights changed by alignment, and an adapter trained on those."""
     root = tmp_path_factory.mktemp("correct")
     loram.prune(tiny_llama, root / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
     trainer = {"max_steps": 2, "learning_rate": 1e-2, "max_length": 32}
@@ -73,7 +73,7 @@ def test_recovery_corrects_the_kept_part_alone(run: Path, tmp_path: Path) -> Non
     kept = plain.abs().sum(1) > 0
     assert 0 < kept.sum() < len(kept)
     assert not fixed[~kept].any()
-    untouched = "lm_head"  # not trained, so not in the adapter
+    untouched = "lm_head"  # it was not trained, so it is not in the adapter
     assert untouched not in Adapter.load(tmp_path / "corrected").modules
 
 

@@ -1,4 +1,4 @@
-"""Polishing: the gradients are the whole model's, the result is stock PEFT, and an interruption changes nothing."""
+"""Polishing has the whole model's gradients, writes a stock PEFT adapter, and an interruption changes nothing."""
 
 import importlib
 import json
@@ -124,9 +124,9 @@ def test_a_recipe_polishes_what_was_recovered(tiny_llama: Path, rows_file: Path,
     found = {row.name: row.perplexity["eval"] for row in report.rows}
     assert found["polished"] < found["recovered"]
     log = (tmp_path / "run" / "polished" / LOG_NAME).read_text().splitlines()
-    assert json.loads(log[0])["learning_rate"] == 1e-2  # that of training
+    assert json.loads(log[0])["learning_rate"] == 1e-2  # the learning rate of the training
     assert report.kept_gain is not None
     gain = math.log(found["base"] / found["polished"]) / math.log(found["base"] / found["full LoRA"])
     assert report.kept_gain["eval"] == pytest.approx(gain)
     with pytest.raises(UserError, match="polish"):
-        run(Recipe.model_validate({**values, "polish": {"max_steps": 3}}))  # was made with other settings
+        run(Recipe.model_validate({**values, "polish": {"max_steps": 3}}))  # the folder was made with other settings

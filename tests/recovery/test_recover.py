@@ -1,4 +1,4 @@
-"""Recovery: exact, stock PEFT, quick, and refused where it makes no sense. See also tests/laws."""
+"""Recovery is exact and quick, writes a stock PEFT adapter, and refuses what makes no sense; see also tests/laws."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def test_the_adapter_of_a_70b_plan_takes_seconds(tmp_path: Path) -> None:
     plan.save(tmp_path / "adapter")
     started = time.monotonic()
     loram.recover(tmp_path / "adapter", tmp_path / "recovered")
-    assert time.monotonic() - started < 60  # seconds here; the bound only catches loops over rows
+    assert time.monotonic() - started < 60  # it takes seconds; the bound only catches loops over rows
     wide = load_file(tmp_path / "recovered" / "adapter_model.safetensors")
     assert wide["base_model.model.model.layers.40.mlp.down_proj.lora_A.weight"].shape == (8, 28672)
     assert wide["base_model.model.model.layers.40.self_attn.q_proj.lora_B.weight"].shape == (8192, 8)

@@ -1,4 +1,4 @@
-"""SIGKILL at the points of a save, and a full disk: what is in place is whole, and the same command goes on from it.
+"""After SIGKILL at any point of a save, or a full disk, what is in place is whole, and the same command resumes.
 
 `LORAM_KILL_EVERY=1 pytest tests/test_kill.py` kills at every single point; by default at every 13th.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 EVERY = int(os.environ.get("LORAM_KILL_EVERY", "13"))
-# Imports once and forks for every training. A point is just before any of the calls through which files come to be, get
-# their names or go.
+# The script imports once and forks for each training. A point is just before one of the calls that make, rename or
+# delete files.
 SCRIPT = """
 import itertools, json, os, pathlib, shutil, signal, sys
 import safetensors.torch, torch

@@ -1,4 +1,4 @@
-"""Two processes, as torchrun and accelerate's launcher start them, do what one does with batches of twice the size."""
+"""Two processes, started by torchrun or accelerate, do the same as one process with batches of twice the size."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FOLDERS = ["plain", "anchored", "resumed", "aligned", "commanded"]
 
 @pytest.fixture(scope="module")
 def made(pruned_models: dict[str, Path], rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """(what two processes made, what one made, how the two ended)."""
+    """Return (the folder that two processes made, the folder of one process, how the two processes ended)."""
     out = tmp_path_factory.mktemp("processes")
     arguments = [str(pruned_models["llama"]), str(rows_file)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -33,7 +33,7 @@ def made(pruned_models: dict[str, Path], rows_file: Path, tmp_path_factory: pyte
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},  # the machine's own name may lead nowhere
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},  # the machine's host name may not resolve
     )
     assert ended.returncode == 0, ended.stderr
     work(*map(Path, arguments), out / "one")
@@ -44,7 +44,7 @@ def test_every_folder_is_made_once_and_nothing_else_is_left(made: Made) -> None:
     two, one, ended = made
     assert sorted(path.name for path in two.iterdir()) == sorted(FOLDERS) == sorted(p.name for p in one.iterdir())
     assert ended.stdout.count("adapter written") == 1
-    assert ended.stderr.count("step 6 of 6") == 3  # plain, anchored, resumed: the first process alone tells
+    assert ended.stderr.count("step 6 of 6") == 3  # plain, anchored, resumed: only the first process prints
     for name in FOLDERS:
         manifest = loram.disk.artifacts.verify(two / name)[str(two / name)]
         assert manifest.settings["processes"] == 2
@@ -96,7 +96,7 @@ def test_lisa_refuses_several(
 def test_what_two_processes_began_one_does_not_go_on_with(
     pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Its batches would be others."""
+    """One process would train on other batches."""
     trainer = {"max_steps": 5, "save_steps": 2}
     out = tmp_path / "adapter"
     with pytest.raises(InterruptedError):

@@ -1,4 +1,4 @@
-"""Training stopped at any moment goes on from its newest whole checkpoint and ends with the same bytes."""
+"""A training that is stopped at any moment resumes from its newest whole checkpoint and ends with the same bytes."""
 
 import itertools
 import json
@@ -41,13 +41,13 @@ def model(pruned_models: dict[str, Path]) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = train(model, tmp_path_factory.mktemp("undisturbed") / "adapter", rows_file)
-    assert [path.name for path in out.parent.iterdir()] == ["adapter"]  # its checkpoints are gone
+    assert [path.name for path in out.parent.iterdir()] == ["adapter"]  # the checkpoints were deleted
     return contents(out)
 
 
 @pytest.fixture
 def stop_in_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`stop_in_batch(n)`: the training that comes is stopped in its n-th batch."""
+    """`stop_in_batch(n)` makes the next training stop in its n-th batch."""
     return lambda number: stop(monkeypatch, number, Stopped())
 
 
@@ -67,7 +67,7 @@ def test_resumed_is_the_same_as_undisturbed(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Adapter, logged losses and manifest, with dropout and a log that spans a checkpoint."""
+    """Adapter, logged losses and manifest are the same, even with dropout and a log that spans a checkpoint."""
     stop_in_batch(batch)
     with pytest.raises(Stopped):
         train(model, tmp_path / "adapter", rows_file)
@@ -108,7 +108,7 @@ def test_the_newest_whole_checkpoint_is_used(
 
 @pytest.fixture(scope="module")
 def stopped(model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints of a training that a full disk stopped."""
+    """A folder with the checkpoints of a training that a full disk has stopped."""
     root = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, 4, OSError(28, "No space left on device"))
@@ -143,7 +143,7 @@ def test_other_rows_are_refused_and_fresh_starts_over(
     changed.write_text(rows_file.read_text().replace("What is 1 plus 1?", "What is 1 plus 2?"))
     original, text = rows_file.read_text(), changed.read_text()
     try:
-        rows_file.write_text(text)  # the same name, other content
+        rows_file.write_text(text)  # the same name with other content
         with pytest.raises(loram.UserError, match=r"made_from\.rows"):
             train(model, copy / "adapter", rows_file)
         with caplog.at_level(logging.INFO, "loram"):
@@ -197,7 +197,7 @@ def test_every_kind_of_training_resumes(
     with pytest.raises(Stopped):
         train("b")
     saved = tmp_path / "b-checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
-    assert saved.stat().st_size < 2 * len(expected["adapter_model.safetensors"])  # no weight of the base is in it
+    assert saved.stat().st_size < 2 * len(expected["adapter_model.safetensors"])  # it has no weight of the base
     monkeypatch.undo()
     assert contents(train("b")) == expected
 
@@ -206,7 +206,7 @@ def test_every_kind_of_training_resumes(
 def test_what_is_not_finite_stops_at_once_and_is_named(
     where: str, model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last good checkpoint stays, and nothing that is not finite is ever saved."""
+    """The last good checkpoint stays, and no value that is not finite is ever saved."""
     count, step = itertools.count(1), Trainer.training_step
     bad = "model.layers.1.mlp.up_proj"
 
@@ -249,7 +249,7 @@ def test_the_log_has_every_loss_once(undisturbed: dict[str, bytes]) -> None:
 
 
 class Malicious:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -259,7 +259,7 @@ class Malicious:
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(model: Path, rows_file: Path, stopped: Path, tmp_path: Path) -> None:
-    """Not even one whose manifest was forged with it."""
+    """This holds even for a pickle whose manifest was forged as well."""
     copy = tmp_path / "copy"
     shutil.copytree(stopped, copy)
     newest = max((copy / "adapter-checkpoints").iterdir())

@@ -1,6 +1,6 @@
-"""What each of two processes runs for tests/test_processes.py: every job there, one after the other.
+"""The jobs that each of two processes runs for test_processes.py, one after the other.
 
-torchrun --nproc-per-node 2 tests/together.py MODEL ROWS OUT
+torchrun --nproc-per-node 2 tests/trainer/together.py MODEL ROWS OUT
 """
 
 import sys
@@ -13,23 +13,23 @@ import loram
 from loram.base import processes
 from loram.cli import _main as command
 
-# With one process each of a step's batches has twice as many rows; 20 rows make steps of 8, 8 and 4.
+# One process gets twice as many rows per batch. The 20 rows make steps of 8, 8 and 4.
 TRAINER: dict[str, Any] = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 5e-3}
 LORA = {"r": 2, "lora_dropout": 0.0}
 ALIGN: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Ends a training in its fourth step."""
+    """Stops a training in its fourth step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Stop."""
+        """Raise in the fourth step."""
         if state.global_step == 4:
             raise InterruptedError
 
 
 def work(model: Path, rows: Path, out: Path) -> None:
-    """Make every folder that the tests look at."""
+    """Make each folder that the tests compare."""
     batch = {"per_device_train_batch_size": 4 // processes.count()}
     trainer = {**TRAINER, **batch}
 

@@ -1,4 +1,4 @@
-"""Anchored training: with the adapter as it was measured, the pruned model predicts what the full model does."""
+"""Anchored training: with the adapter of the last measurement, the pruned model predicts the same as the full one."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def course(folder: Path, **options: Any) -> Course:
 
 
 def both(folder: Path, tmp_path: Path, *, random: bool) -> tuple[Any, Any]:
-    """The pruned model in `folder` with an adapter, and the full one with that adapter recovered."""
+    """Return the pruned model in `folder` with an adapter, and the full model with the recovered adapter."""
     small = adapted(load_pruned(folder), random=random)
     small.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     PruningPlan.load(folder).save(tmp_path / "adapter")
@@ -84,7 +84,7 @@ def test_anchored_is_the_full_model_with_the_recovered_adapter(
 def test_anchored_gradients_are_the_full_models(
     checkpointing: bool, family: str, pruned_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Those of the factors, where the pruned ones have them."""
+    """Return the gradients of the factors, narrowed to the shapes of the pruned model."""
     folder = pruned_models[family]
     small, full = both(folder, tmp_path, random=True)
     if checkpointing:
@@ -108,7 +108,7 @@ def test_anchored_gradients_are_the_full_models(
 
 
 def nothing_lost(folder: Path, tokenizer: Any) -> Path:
-    """A model of which pruning takes only what is zero."""
+    """A model from which pruning only removes zeros."""
     base = make_model(folder, "llama", tokenizer)
     model: Any = load_model(open_model(base))
     with torch.no_grad():
@@ -127,7 +127,7 @@ def nothing_lost(folder: Path, tokenizer: Any) -> Path:
 
 
 def test_where_nothing_is_left_out_anchors_change_nothing(tokenizer: Any, rows_file: Path, tmp_path: Path) -> None:
-    """The same rows in the same order, whatever is measured together: accumulation, two epochs, a short last step."""
+    """Rows come in the same order as without anchors, with accumulation, two epochs and a short last step."""
     base = nothing_lost(tmp_path / "base", tokenizer)
     loram.prune(base, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
     trainer = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
@@ -227,7 +227,7 @@ def test_a_recipe_that_prunes_is_anchored_by_default(tiny_llama: Path, pruned_mo
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_the_estimate_covers_a_measurement(gradients: bool, tokenizer: Any, tmp_path: Path) -> None:
-    """Of all tensors that are alive meanwhile; it is rounded up."""
+    """The planner counts all tensors that are alive during a measurement, and rounds up."""
     base = make_model(
         tmp_path / "base", "llama", tokenizer, hidden_size=128, intermediate_size=340, num_hidden_layers=4
     )

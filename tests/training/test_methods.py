@@ -1,4 +1,4 @@
-"""Every method trains, recovers and resumes; what each trains and keeps is what it says."""
+"""Every method trains, recovers and resumes, and it trains and keeps the tensors that it promises."""
 
 import importlib
 import itertools
@@ -68,7 +68,7 @@ def test_the_table_imports_nothing_heavy() -> None:
 def test_the_quickstart_runs_with_any_method(
     method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Prune, train, recover, evaluate: only the word changes. The loss falls, in training and on the rows."""
+    """Only the name of the method changes in the recipe. The loss falls during the training and on the rows."""
     tiny = {
         "model_name_or_path": tiny_models["qwen2"],
         "output_dir": tmp_path / "run",
@@ -89,7 +89,7 @@ def test_the_quickstart_runs_with_any_method(
     assert losses[-1] < losses[0]
     assert rows["pruned + adapter"].perplexity["eval"] < rows["pruned"].perplexity["eval"]
     assert rows["recovered"].perplexity["eval"] != rows["base"].perplexity["eval"]
-    if method in WEIGHTS:  # a model of its own
+    if method in WEIGHTS:  # the method trains a model and no adapter
         assert rows["full LoRA"].perplexity["eval"] < rows["base"].perplexity["eval"]
     config = json.loads((tmp_path / "run" / "recovered" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
@@ -100,7 +100,7 @@ def test_the_quickstart_runs_with_any_method(
 
 
 class Stopped(BaseException):
-    """What a test throws into a training."""
+    """The exception that a test raises in a training."""
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_resumed_is_the_same_as_undisturbed(
     count, step = itertools.count(1), Trainer.training_step
 
     def training_step(self: Trainer, *args: Any, **options: Any) -> Any:
-        if next(count) == 8:  # LISA's interval, that the checkpoint of step 6 ends, is over by then
+        if next(count) == 8:  # LISA draws layers again at step 6, so by now they have changed
             raise Stopped
         return step(self, *args, **options)
 
@@ -185,7 +185,7 @@ def test_lora_fa_keeps_a_as_drawn_and_no_input(
 
 
 class Shapes:
-    """The shapes of what autograd saves, weights and buffers left out."""
+    """Return the shapes of the tensors that autograd saves, without weights and buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.known = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
@@ -202,7 +202,7 @@ class Shapes:
     [("lora", 0.0, ["x", "z"]), ("lora-fa", 0.0, ["z"]), ("lora-fa", 0.1, ["x", "z"]), ("lora-sp", 0.0, ["x", "z"])],
 )
 def test_what_an_adapted_linear_keeps_for_backward(method: str, dropout: float, keeps: list[str]) -> None:
-    """x (here with dropout its mask, of its size) is kept for lora_A's gradient alone, z = lora_A x for lora_B's."""
+    """Only lora_A's gradient needs x (with dropout also its mask, of the same size); lora_B's needs z = lora_A x."""
     config = LoraConfig(r=4, lora_dropout=dropout, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(24, 16)), config).train()
     METHODS[method].specialise_(model, LoraSpOptions(share=0.5), pruned=False)
@@ -218,7 +218,7 @@ def test_what_an_adapted_linear_keeps_for_backward(method: str, dropout: float, 
 def test_lora_sp_trains_exactly_the_share(
     r: int, share: float, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Of every linear, whatever its shape; the rest has neither gradients nor state, and all ranks add something."""
+    """This holds for any shape. Frozen parts have neither gradients nor state, and every rank contributes."""
     counts: dict[str, int] = {}
 
     class Watch(TrainerCallback):  # type: ignore[misc]
@@ -242,7 +242,7 @@ def test_lora_sp_trains_exactly_the_share(
     total = sum(tensor.numel() for tensor in adapter.tensors.values())
     assert counts["trained"] == share * total
     for factors in adapter.modules.values():
-        assert factors["A"].shape[0] == r  # a plain adapter of that rank
+        assert factors["A"].shape[0] == r  # it is a plain adapter of that rank
         assert (factors["A"].norm(dim=1) * factors["B"].norm(dim=0) > 0).all()
 
 
@@ -311,7 +311,7 @@ def test_lisa_keeps_state_of_the_active_layers_only(
 def test_checkpointed_activations_change_nothing(
     method: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Though nothing below the first layer that trains has a gradient."""
+    """This holds although nothing below the first layer that trains has a gradient."""
     options = {"lora": {"lora_dropout": 0.0}} if method in ADAPTERS else {}
     for name, checkpointed in (("a", False), ("b", True)):
         trainer = {"gradient_checkpointing": checkpointed}
@@ -324,10 +324,10 @@ def test_checkpointed_activations_change_nothing(
 def test_lisas_draws_follow_from_the_seed() -> None:
     def draws(seed: int) -> list[frozenset[int]]:
         lisa = LayerDraws([[]] * 16, active_layers=2, interval_steps=5, seed=seed)
-        return [lisa.drawn(step) for step in range(200)]
+        return [lisa.draw(step) for step in range(200)]
 
     assert draws(1) == draws(1) != draws(2)
-    assert set().union(*draws(1)) == set(range(16))  # no layer is forgotten
+    assert set().union(*draws(1)) == set(range(16))  # every layer is drawn
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"], ids=["tied", "untied"])
@@ -354,7 +354,7 @@ def test_weights_of_a_full_model_make_an_ordinary_model(
 def test_of_a_pruned_model_only_linears_train_and_a_full_rank_keeps_it_all(
     pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """The extracted update, at a rank no side is above, is the trained model."""
+    """At the full rank, the base with the extracted update is the trained model."""
     model, asked = pruned_models["gemma2"], {"save_strategy": "steps", "save_steps": 8}
     out = train(model, tmp_path / "a", rows_file, "full", trainer=asked)
     trained, began = Checkpoint(tmp_path / "a-checkpoints" / "checkpoint-8"), Checkpoint(model)
@@ -383,7 +383,7 @@ def test_a_small_rank_keeps_less_and_says_so(
 
 
 def dora(model: Any, folder: Path, plan_of: Path | None, **options: Any) -> Path:
-    """A DoRA adapter as PEFT saves it, with the magnitudes that it begins with beside it."""
+    """Save a DoRA adapter as PEFT does, with its first magnitudes beside it."""
     torch.manual_seed(3)
     chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(LINEARS), "use_dora": True, **options}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **chosen))
@@ -409,7 +409,7 @@ def with_adapter(base: Any, adapter: Path) -> Any:
 def test_untouched_dora_recovered_leaves_the_full_model_as_it_was(
     family: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Though rows of o_proj and down_proj, which lost columns, are longer in the full model."""
+    """This holds although the rows of o_proj and down_proj, which lost columns, are longer in the full model."""
     adapter = dora(loram.load_pruned(pruned_models[family]), tmp_path / "adapter", pruned_models[family])
     loram.recover(adapter, tmp_path / "recovered")
     full = AutoModelForCausalLM.from_pretrained(tiny_models[family])
@@ -424,7 +424,7 @@ def test_untouched_dora_recovered_leaves_the_full_model_as_it_was(
 def test_dora_on_the_pruned_model_equals_recovered_on_the_zeroed_one(
     family: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The law of recovery. Only columns are zeroed: a row of zeros has no direction for DoRA to scale."""
+    """The law of recovery for DoRA. Only columns are zeroed, because DoRA cannot scale the direction of a zero row."""
     plan = PruningPlan.load(pruned_models[family])
     zeroed = AutoModelForCausalLM.from_pretrained(tiny_models[family])
     with torch.no_grad():
@@ -537,7 +537,7 @@ def test_flags_of_the_methods(
 def test_a_dry_run_knows_what_trains(
     method: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Of the pruned and of the full model, as the real training has it."""
+    """This is checked in a real training, for the pruned and for the full model."""
     trained: list[int] = []
 
     class Watch(TrainerCallback):  # type: ignore[misc]
@@ -579,7 +579,7 @@ def test_eva_begins_with_the_directions_of_the_inputs(
         trained[initial] = Adapter.load(out)
     assert sum(factors["A"].shape[0] for factors in trained["eva"].modules.values()) <= 2 * len(trained[True].modules)
     a = trained["eva"].modules["model.layers.0.mlp.up_proj"]["A"]
-    torch.testing.assert_close(a @ a.T, torch.eye(len(a)), rtol=0, atol=0.02)  # orthonormal, but for one small step
+    torch.testing.assert_close(a @ a.T, torch.eye(len(a)), rtol=0, atol=0.02)  # orthonormal except for one small step
     loram.recover(tmp_path / "eva", tmp_path / "recovered")
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "recovered")
     found = stock.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight

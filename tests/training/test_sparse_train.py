@@ -1,4 +1,4 @@
-"""Training on sparse models: recovery is a copy, masked updates are merged; 4 bits, resuming, runs, bytes."""
+"""Training on sparse models: recovery copies the adapter, masked updates are merged, the planner's bytes are right."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def masked(sparse: Path, rows_file: Path) -> Path:
 
 
 def masks_of(folder: Path) -> dict[str, Tensor]:
-    """Module path -> where its weights are."""
+    """Return the path of each module -> a mask that is True where the module has weights."""
     return {name.removesuffix(".mask"): unpack(mask) for name, mask in load_file(folder / MASKS_NAME).items()}
 
 
@@ -128,7 +128,7 @@ def test_training_is_that_on_the_dense_weights(sparse: Path, tiny_llama: Path, r
 
 
 def masked_dense_model(folder: Path, base: Path, adapter: Adapter) -> tuple[Any, dict[str, Tensor]]:
-    """W + s · M ∘ (B A) written out, with the factors as leaves; and the factors."""
+    """Return a model with the weights W + s · M ∘ (B A), where the factors are leaves, and the factors."""
     model, masks = dense_model(folder, base), masks_of(folder)
     leaves: dict[str, Tensor] = {}
     for module, factors in adapter.modules.items():
@@ -168,10 +168,10 @@ def test_masked_updates_are_those_written_out(sparse: Path, tiny_llama: Path, tm
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = adapted(input_ids=IDS, labels=IDS).loss
-    assert not {(32, 32), (64, 32), (32, 64), (40, 32), (32, 40)} & set(shapes)  # shapes of weights
+    assert not {(32, 32), (64, 32), (32, 64), (40, 32), (32, 40)} & set(shapes)  # these are shapes of weights
     loss.backward()
     assert relative(loss, expected_loss) < 1e-6
-    assert relative(plain, expected_loss) > 1e-4  # so the mask did change something
+    assert relative(plain, expected_loss) > 1e-4  # the mask made a difference
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             key = name.removeprefix("base_model.model.").removesuffix(".default.weight")
@@ -199,7 +199,7 @@ def test_merging_adds_the_masked_update_exactly(
             continue
         a, b = (adapter.modules[module][factor] for factor in "AB")
         update = adapter.scaling(module) * (b @ a) * masks[module]
-        assert relative(merged[name] - tensor, update) < 1e-3  # a difference of two sums in float32
+        assert relative(merged[name] - tensor, update) < 1e-3  # it is a difference of two float32 sums
         assert torch.equal(merged[name][~masks[module]], tensor[~masks[module]])
         changed.add(module)
     assert len(changed) == 35
@@ -216,12 +216,12 @@ def test_a_masked_adapter_on_its_sparse_model_in_memory_and_streamed(
     losses = [loram.evaluate(sparse, adapter=masked, data=rows_file, stream=stream).loss for stream in (False, True)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     log = [json.loads(line) for line in (masked / "training_log.jsonl").read_text().splitlines()]
-    assert losses[0] < loram.evaluate(sparse, data=rows_file).loss  # it was trained on these rows
+    assert losses[0] < loram.evaluate(sparse, data=rows_file).loss  # the adapter was trained on these rows
     assert all(entry.get("loss", 1) > 0 for entry in log)
 
 
 class Stop(TrainerCallback):
-    """Ends a process's training in the middle."""
+    """The exception that ends a training in the middle."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == 3:
@@ -260,7 +260,7 @@ def test_what_does_not_go_with_masked_updates_is_refused(
 
 
 def test_values_in_4_bits(sparse: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
-    """As the dense model whose values were rounded, in their own order, to what NF4 makes of them."""
+    """It equals the dense model whose values were rounded to NF4 in the order in which they are stored."""
     model: Any = load_4bit(Checkpoint(sparse), **CPU)
     expected, stored = dense_model(sparse, tiny_llama), Checkpoint(sparse).stored
     with torch.no_grad():
@@ -292,14 +292,14 @@ def test_estimated_bytes_are_those_of_the_model(
     settings = make_settings(device="cpu", load_in_4bit=in_4bit)
     sizes = Model.of(config, "config", plan.ratio, 1, 0, pattern)
     model = load_4bit(Checkpoint(tmp_path / "out"), **CPU) if in_4bit else loram.load_pruned(tmp_path / "out")
-    buffers = sum(b.nbytes for name, b in model.named_buffers() if not name.endswith(".mask"))  # of rotary embeddings
+    buffers = sum(b.nbytes for name, b in model.named_buffers() if not name.endswith(".mask"))  # rotary embeddings
     assert frozen_bytes(sizes, settings).total == nbytes(model) - buffers
     found = loram.estimate(base, pattern=pattern, ratio=ratio, keep_first=1, device="cpu", load_in_4bit=in_4bit)
     assert found.pruned_parameters == plan.parameters()[1]
     assert found.weight_bytes == frozen_bytes(sizes, settings).total
     if not in_4bit:
         stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-        assert found.weight_bytes <= stored < found.weight_bytes + 20_000  # headers
+        assert found.weight_bytes <= stored < found.weight_bytes + 20_000  # the rest is headers
 
 
 def test_alignment_trains_the_values(sparse: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_run(mask_update: bool, tiny_llama: Path, rows_file: Path, tmp_path: P
     assert [row.name for row in report.rows] == ["base", "pruned", "pruned + adapter", final]
     assert report.row("pruned").parameters == loram.PruningPlan.load(tmp_path / "run" / "pruned").parameters()[1]
     assert (tmp_path / "run" / final).is_dir()
-    assert run(chosen).rows == report.rows  # nothing is done again
+    assert run(chosen).rows == report.rows  # no stage runs again
 
 
 @pytest.mark.parametrize("pattern", ["4:8", "unstructured"])
@@ -384,7 +384,7 @@ def test_the_command_line(tiny_llama: Path, rows_file: Path, tmp_path: Path, cap
 
 
 def test_a_pattern_in_yaml_needs_no_quotes(tmp_path: Path) -> None:
-    """YAML takes 4:8 for a number to the base of 60."""
+    """YAML reads 4:8 as a number in base 60."""
     path = tmp_path / "recipe.yaml"
     path.write_text("model_name_or_path: m\noutput_dir: o\nprune:\n  pattern: 4:8\n")
     assert load_recipe(path).prune.pattern == "4:8"

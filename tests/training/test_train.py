@@ -1,4 +1,4 @@
-"""Training on tiny models: every family, lm_head, options passed through, and adapters of other trainers."""
+"""Training on tiny models of every family: lm_head, options of the libraries, and adapters of other trainers."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_lm_head_is_trained_when_asked(
         pruned_models[family], tmp_path / "adapter", data=rows_file, lora={"target_modules": targets}, trainer=STEPS
     )
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert tensors["base_model.model.lm_head.lora_B.weight"].abs().sum() > 0  # it starts at zero
+    assert tensors["base_model.model.lm_head.lora_B.weight"].abs().sum() > 0  # it begins at zero
     assert not any("base_layer" in name or "embed" in name for name in tensors)
     loram.recover(folder, tmp_path / "recovered")
     wide = load_file(tmp_path / "recovered" / "adapter_model.safetensors")
@@ -72,7 +72,7 @@ def test_lm_head_is_trained_when_asked(
 def test_rows_packed_without_padding_train_as_padded_ones(
     family: str, packed: dict[str, Any], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """All rows in one batch: no row sees another, and the loss is the mean over the same tokens."""
+    """With all rows in one batch, no row attends to another, and the loss is the mean over the same tokens."""
     for name, trainer in (("padded", {}), ("packed", packed)):
         options = {**STEPS, "max_steps": 2, "per_device_train_batch_size": 20, "lr_scheduler_type": "constant"}
         loram.train(
@@ -92,7 +92,7 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
     folder = loram.train(pruned_models["qwen2"], tmp_path / "adapter", data=rows_file, lora=lora, trainer=trainer)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["use_rslora"], config["target_modules"]) == (4, True, ["v_proj"])
-    assert len(losses(folder)) == 3  # 20 rows in batches of 4, 2 accumulated
+    assert len(losses(folder)) == 3  # 20 rows in batches of 4, with 2 batches per step
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ assert not any(name.split(".")[0] == "loram" for name in sys.modules)
 def test_an_adapter_that_plain_trl_trained_recovers(
     pruned_models: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Any trainer will do: TRL alone trains on the pruned folder, and the plan copied beside the adapter widens it."""
+    """TRL alone trains an adapter on the pruned folder, and with a copy of the plan beside it we can recover it."""
     done = elsewhere(PLAIN_TRL, *map(str, (pruned_models["qwen3"], rows_file, tmp_path / "adapter")), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shutil.copy(pruned_models["qwen3"] / "loram_plan.json", tmp_path / "adapter")

@@ -35,10 +35,10 @@ class LayerDraws(TrainerCallback):
         self.layers, self.active_layers, self.interval_steps, self.seed = layers, active_layers, interval_steps, seed
         self.active: frozenset[int] | None = None
 
-    def drawn(self, step: int) -> frozenset[int]:
-        """The indices of the layers that train in a step; steps count from 0."""
-        draw = random.Random(f"{self.seed} {step // self.interval_steps}")
-        return frozenset(draw.sample(range(len(self.layers)), self.active_layers))
+    def draw(self, step: int) -> frozenset[int]:
+        """Draw the layers that train in a step, which is counted from 0; returns their indices."""
+        generator = random.Random(f"{self.seed} {step // self.interval_steps}")
+        return frozenset(generator.sample(range(len(self.layers)), self.active_layers))
 
     def on_step_begin(
         self,
@@ -49,15 +49,15 @@ class LayerDraws(TrainerCallback):
         optimizer: Optimizer | None = None,
         **rest: Any,
     ) -> None:
-        """Switch layers where it is time."""
+        """Freeze and unfreeze layers if it is time to change them."""
         assert optimizer is not None
-        drawn = self.drawn(state.global_step)
-        if drawn == self.active:
+        active = self.draw(state.global_step)
+        if active == self.active:
             return
-        self.active = drawn
+        self.active = active
         for index, parameters in enumerate(self.layers):
             for parameter in parameters:
-                parameter.requires_grad_(index in drawn)
-                if index not in drawn:
+                parameter.requires_grad_(index in active)
+                if index not in active:
                     parameter.grad = None
                     optimizer.state.pop(parameter, None)
