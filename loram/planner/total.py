@@ -16,7 +16,7 @@ from loram.pruning.options import PruneOptions
 
 
 class Arithmetic(BaseModel):
-    """Floating point operations of training, a token: see `docs/estimate.md` for the formula.
+    """Floating point operations of training, a token: see `docs/reference/planner.md` for the formula.
 
     Args:
         flops_per_token: all of them.
