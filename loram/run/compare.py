@@ -1,4 +1,4 @@
-"""Compare methods and bases: the same data, steps and seed, each in a process of its own, in one table."""
+"""Compare methods, on the full and on the pruned model, with the same data, steps and seed, in one table."""
 
 import json
 import logging
@@ -32,16 +32,17 @@ class Measured(BaseModel):
     """One row of a comparison.
 
     Args:
-        name: of the variant; `untuned` is the full model alone.
-        on: `full` or `pruned`: what was trained on.
-        method: a key of `loram.training.methods.table.METHODS`.
-        perplexity: by data set, of the full model with what was trained; never of the pruned one.
-        parameters: of the model that was trained on, adapter included, those in 4 bits counted as what they stand for.
-        trained: how many of them train (with LISA: at a time).
-        optimizer_bytes: the optimiser's state, at its largest.
-        peak_memory: of the training, bytes: the process's resident memory, on a GPU what torch allocated there.
-        seconds: of the training.
-        made_seconds: of pruning and alignment before it.
+        name: the name of the variant; `untuned` is the full model alone.
+        on: the model that was trained on: `full` or `pruned`.
+        method: a key of `loram.training.methods.table.METHODS`; empty for the untuned model.
+        perplexity: the perplexity of the full model with what was trained, by data set; never that of the pruned one.
+        parameters: the parameters of the model that was trained on, adapter included; a weight in 4 bits counts whole.
+        trained: how many of them train; with LISA, how many train at a time.
+        optimizer_bytes: the largest size of the optimiser's state.
+        peak_memory: the peak memory of the training in bytes: the resident memory of the process, or on a GPU what
+            torch allocated there.
+        seconds: the duration of the training.
+        made_seconds: the duration of pruning and alignment before it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,10 +60,10 @@ class Measured(BaseModel):
 
 
 def compare(recipe: Recipe) -> list[Measured]:
-    """Run every variant of a recipe, one after the other, and judge all on the full model.
+    """Run every variant of a recipe, one after the other, each in a process of its own, and evaluate the full model.
 
-    Leaves a folder a variant under `output_dir`, and there compare.json, compare.md and, where matplotlib is installed,
-    compare.png. A second call does only what is missing.
+    Leaves one folder per variant under `output_dir`, and there `compare.json`, `compare.md` and, where matplotlib is
+    installed, `compare.png`. A second call does only what is missing.
 
     Raises:
         UserError: the recipe has no variants, or one of them cannot be run.
@@ -108,16 +109,16 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mappings in them likewise; what is set to nothing falls back to its default."""
-    found = dict(below)
+    """Put `above` over `below`, and so with the mappings in them; a value of None falls back to the default."""
+    merged = dict(below)
     for key, value in above.items():
-        deeper = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-        found[key] = _over(found[key], value) if deeper else value
-    return {key: value for key, value in found.items() if value is not None}
+        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _over(merged[key], value) if deeper else value
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _alone(action: Any, *arguments: Any) -> Any:
-    """Call in a fresh process, whose peak memory is its own."""
+    """Call a function in a fresh process, so that its peak memory is its own."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_as_here, initargs=(logger.level,)) as pool:
         return pool.submit(action, *arguments).result()

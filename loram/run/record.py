@@ -24,7 +24,13 @@ STATE_NAME, REPORT_NAME = "stages.json", "report.json"
 
 
 class Done(BaseModel):
-    """A finished stage: what it was run with, what it took (if known), and, for an evaluation, what it found."""
+    """A finished stage.
+
+    Args:
+        settings: all that decided its outcome.
+        cost: what it took; None where the process was stopped before it was written down.
+        report: the result of an evaluation; None for other stages.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,11 +43,18 @@ class _State(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     stages: dict[str, Done] = {}
-    begun: dict[str, dict[str, Any]] = {}  # stage -> what it was started with
+    begun: dict[str, dict[str, Any]] = {}  # the name of a stage that was not finished -> its settings
 
 
 class Record:
-    """The output folder of a run and what has been done in it."""
+    """The output folder of a run, and what has been done in it.
+
+    Args:
+        recipe: the recipe of the run.
+
+    Raises:
+        UserError: the record in the folder is not a valid one.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.out = recipe, recipe.output_dir
@@ -53,17 +66,22 @@ class Record:
             raise UserError(f"{self.path}: not a valid record of stages: {first_problem(error)}") from error
 
     def stage(self, name: str, settings: Mapping[str, Any], action: Callable[[], Report | None]) -> Done:
-        """Do a stage, or take it as done when it was done with the same settings.
+        """Do a stage, or skip it where it was done with the same settings.
+
+        Args:
+            name: the name of its folder, or of an evaluation.
+            settings: all that decides its outcome.
+            action: does it; an evaluation returns its report.
 
         Raises:
-            UserError: it was done or begun with other settings; the first difference is shown.
+            UserError: it was done or begun with other settings; the message shows the first difference.
         """
-        asked: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
+        wanted: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
         done, folder = self.state.stages.get(name), self.out / name
-        found = folder.exists() and find_manifest(folder) is not None
-        kept = done is not None and (found or done.report is not None)
+        whole = folder.exists() and find_manifest(folder) is not None
+        kept = done is not None and (whole or done.report is not None)
         before = done.settings if kept and done is not None else self.state.begun.get(name)
-        if before is not None and (changed := difference(before, asked)):
+        if before is not None and (changed := difference(before, wanted)):
             raise UserError(
                 f"{self.out}: {name} was made with other settings ({changed}); "
                 "choose another output_dir, or give --fresh to start over"
@@ -71,20 +89,20 @@ class Record:
         if kept and done is not None:
             logger.info("%s: done already", name)
             return done
-        if found:
+        if whole:
             if before is None:
                 raise UserError(f"{folder}: exists already, but {STATE_NAME} knows nothing of it; move it away")
             logger.info("%s: done already, just before the process was stopped", name)
-            return self._record(name, Done(settings=asked, cost=None))
+            return self._record(name, Done(settings=wanted, cost=None))
         logger.info("%s ...", name)
-        self.state.begun[name] = asked
+        self.state.begun[name] = wanted
         self._save(self.path, self.state)
         reset_peak_rss()
         started = time.monotonic()
         report = action()
         cost = Cost(seconds=time.monotonic() - started, peak_rss=peak_rss())
         logger.info("%s: %.1f s, peak RSS %.2f GB", name, cost.seconds, cost.peak_rss / 1e9)
-        return self._record(name, Done(settings=asked, cost=cost, report=report))
+        return self._record(name, Done(settings=wanted, cost=cost, report=report))
 
     def _record(self, name: str, done: Done) -> Done:
         self.state.stages[name] = done
