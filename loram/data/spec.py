@@ -4,42 +4,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from loram.base.errors import UserError, first_problem
+from loram.base.options import option
 
 Column = Literal["messages", "prompt", "completion", "text"]
 
 
 class DataSpec(BaseModel):
-    """Which rows of which data set.
-
-    Args:
-        path: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub.
-        config, split: of a hub data set; the split defaults to `train`. A file has neither.
-        columns: our name (messages, prompt, completion, text) -> the file's name; by inspection where not given.
-        max_samples: only the first so many rows; in an evaluation also so many pieces of a long text.
-        max_length: tokens a row is cut to, where this data set needs another limit than the stage's.
-    """
+    """Which rows of which data set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(min_length=1)
-    config: str | None = None
-    split: str | None = None
-    columns: dict[Column, str] = Field(default_factory=dict)
-    max_samples: PositiveInt | None = None
-    max_length: PositiveInt | None = None
+    path: str = option(
+        ...,
+        "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub.",
+        flag="dataset",
+        common=True,
+        min_length=1,
+    )
+    config: str | None = option(None, "The configuration of a hub data set.", flag="dataset-config")
+    split: str | None = option(None, "The split of a hub data set (default: train).", flag="dataset-split")
+    columns: dict[Column, str] = option(
+        {},
+        "What the data calls one of our columns (messages, prompt, completion, text), such as prompt=question "
+        "(default: columns are found by inspection).",
+        flag="column",
+    )
+    max_samples: PositiveInt | None = option(
+        None, "Use only the first so many rows; in an evaluation also so many pieces of a long text."
+    )
+    max_length: PositiveInt | None = option(
+        None,
+        "Each row is cut to so many tokens, where this data set needs another limit than the stage has.",
+        flag="",
+    )
 
 
 class WeightedSpec(DataSpec):
-    """A data set of a mixture.
+    """A data set of a mixture."""
 
-    Args:
-        weight: its share of the rows, beside the other data sets' weights; None in all takes all rows of all.
-    """
-
-    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    weight: float | None = option(
+        None,
+        "The share of the rows that come from here, relative to the other weights (default: all rows of all).",
+        gt=0,
+        allow_inf_nan=False,
+    )
 
     def unweighted(self) -> DataSpec:
         """The data set by itself."""
@@ -47,17 +58,17 @@ class WeightedSpec(DataSpec):
 
 
 class CacheSpec(BaseModel):
-    """A folder that `teach` made, of a mixture.
-
-    Args:
-        path: the folder.
-        weight: as of a data set.
-    """
+    """A folder of a mixture that `teach` made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(min_length=1)
-    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    path: str = option(..., "The folder.", min_length=1)
+    weight: float | None = option(
+        None,
+        "The share of the rows that come from here, relative to the other weights (default: all rows of all).",
+        gt=0,
+        allow_inf_nan=False,
+    )
 
 
 def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
