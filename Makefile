@@ -5,7 +5,7 @@ MODEL := models/SmolLM2-135M-Instruct
 DATA := data/word_problems
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test format clean
+.PHONY: quickstart test format reference clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/runtime $(MODEL)/config.json $(DATA)/train.jsonl
@@ -20,6 +20,9 @@ test: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+reference: .venv/runtime  # the page of all options, from their declarations
+	$(BIN)/python -m loram.cli.reference > docs/reference/options.md
 
 .venv/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

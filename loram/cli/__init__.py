@@ -59,7 +59,8 @@ def _misused(error: typer.TyperException, arguments: list[str]) -> int:
         return 2
     command = _subcommand(arguments)
     hint = f"loram {command} -h" if command in COMMANDS else "loram -h"
-    return _fail(f"{error.format_message().rstrip('.')}; see `{hint}`", 2)
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    return _fail(f"{message}; see `{hint}`", 2)
 
 
 def _subcommand(arguments: list[str]) -> str:

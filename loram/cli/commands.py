@@ -12,7 +12,7 @@ import typer
 from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base import processes
 from loram.base.options import Options, option
-from loram.cli.flags import Flag, flags_of
+from loram.cli.flags import RUN, Flag, flags_of
 from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
 from loram.planner.settings import PlannerOptions
@@ -84,11 +84,10 @@ MODEL = Argument(name="model", type=str, help="The hub id, folder or .gguf file 
 OUT = Argument(name="out", type=Path, help="The folder to make.")
 ADAPTER = Argument(name="adapter", type=Path, help="The folder of a recovered adapter.")
 OVERRIDES = Argument(name="overrides", type=list[str], help="Values that replace those of the recipe: key.sub=value.")
-_RUN = "This run"
 DATA = (*flags_of(DataSpec, "Data set", under=("data",)),)
-BASE = (*flags_of(Recipe, _RUN, only=("base_model_name_or_path",)),)
-SEED, DEVICE = (tuple(flags_of(Recipe, _RUN, only=(name,))) for name in ("seed", "device"))
-FRESH, JSON = (tuple(flags_of(options, _RUN)) for options in (_Fresh, _Json))
+BASE = (*flags_of(Recipe, RUN, only=("base_model_name_or_path",)),)
+SEED, DEVICE = (tuple(flags_of(Recipe, RUN, only=(name,))) for name in ("seed", "device"))
+FRESH, JSON = (tuple(flags_of(options, RUN)) for options in (_Fresh, _Json))
 
 
 def _stage(options: type[Options]) -> tuple[Flag, ...]:
@@ -195,7 +194,9 @@ def evaluate(model: str, *, json: bool = False, **options: Any) -> None:
     typer.echo(report.model_dump_json() if json else text)
 
 
-def run(recipe: Path, overrides: list[str], *, fresh: bool = False, dry_run: bool = False, json: bool = False) -> None:
+def run(
+    recipe: Path, overrides: list[str] | None, *, fresh: bool = False, dry_run: bool = False, json: bool = False
+) -> None:
     """Run a recipe: prune, align, train, recover, polish, evaluate.
 
     The stages that the recipe has are done in this order; those that are done already are skipped.
@@ -225,7 +226,7 @@ def run(recipe: Path, overrides: list[str], *, fresh: bool = False, dry_run: boo
     console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)
 
 
-def compare(recipe: Path, overrides: list[str], *, json: bool = False) -> None:
+def compare(recipe: Path, overrides: list[str] | None, *, json: bool = False) -> None:
     """Train by several methods and put them into one table.
 
     Each variant in the recipe's section `compare` trains on the full or on the pruned model.
@@ -297,7 +298,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
     "estimate": Command(
         call=estimate,
         arguments=(Argument(name="model", type=str, help="A config.json, a model folder or a hub id."),),
-        flags=(*_stage(PlannerOptions), *flags_of(_Memory, _RUN), *JSON),
+        flags=(*_stage(PlannerOptions), *flags_of(_Memory, RUN), *JSON),
     ),
     "prune": Command(call=prune, arguments=(MODEL, OUT), flags=(*_stage(PruneOptions), *SEED, *DEVICE)),
     "align": Command(
@@ -318,7 +319,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
         flags=(
             *_stage(RecoverOptions),
             *flags_of(DataSpec, "Development rows", only=("columns", "max_samples"), under=("dev_dataset",)),
-            *flags_of(_Pruned, _RUN),
+            *flags_of(_Pruned, RUN),
             *BASE,
             *DEVICE,
         ),
@@ -333,14 +334,14 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
         arguments=(MODEL,),
         flags=(
             *flags_of(DataSpec, "Data set", only=("path", "config", "split", "columns"), under=("data",)),
-            *flags_of(_Adapter, _RUN),
+            *flags_of(_Adapter, RUN),
             *_stage(EvaluateOptions),
             *DEVICE,
             *JSON,
         ),
     ),
     "merge": Command(call=merge, arguments=(MODEL, ADAPTER, OUT)),
-    "run": Command(call=run, arguments=(RECIPE, OVERRIDES), flags=(*flags_of(_DryRun, _RUN), *FRESH, *JSON)),
+    "run": Command(call=run, arguments=(RECIPE, OVERRIDES), flags=(*flags_of(_DryRun, RUN), *FRESH, *JSON)),
     "compare": Command(call=compare, arguments=(RECIPE, OVERRIDES), flags=JSON),
     "quantize": Command(call=quantize, arguments=(MODEL, OUT)),
     "teach": Command(call=teach, arguments=(MODEL, OUT), flags=(*DATA, *_stage(TeachOptions), *DEVICE, *FRESH)),

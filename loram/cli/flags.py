@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from loram.base.options import Options, extra_of, flag_of, has_flag, help_of, named_in, plain_type, section_in
 from loram.run.recipe import parse_pair
 
-COMMON = "Common options"
+COMMON, RUN = "Common options", "This run"  # the first group of a command's help, and the last
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,19 +13,24 @@ from typer.core import TyperCommand
 
 from loram.base import processes
 from loram.cli.commands import COMMANDS, Command
-from loram.cli.flags import COMMON, keywords
+from loram.cli.flags import COMMON, RUN, keywords
 
 
 class GroupedCommand(TyperCommand):
     """A command whose help shows its options in their groups, the common ones first."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What the usage line says after the command's name; called by typer, which puts arguments into braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, and then the options group by group; called by typer."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], COMMON: []}
         for parameter in self.get_params(ctx):
-            group = getattr(parameter, "rich_help_panel", None) or "This run"
+            argument = parameter.param_type_name == "argument"
+            group = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or RUN
             if (line := parameter.get_help_record(ctx)) is not None:
-                groups.setdefault("Arguments" if parameter.param_type_name == "argument" else group, []).append(line)
+                groups.setdefault(group, []).append(line)
         for title, lines in groups.items():
             if lines:
                 with formatter.section(title):
@@ -53,10 +58,7 @@ def _function(command: Command) -> Callable[..., None]:
     """The function that typer inspects and calls: its signature is generated, its body calls the command."""
 
     def call(**values: Any) -> None:
-        arguments = [
-            values[argument.name] or [] if argument.type == list[str] else values[argument.name]
-            for argument in command.arguments
-        ]
+        arguments = [values[argument.name] for argument in command.arguments]
         command.call(*arguments, **keywords(command.flags, values))
 
     function: Any = call
@@ -72,7 +74,7 @@ def _parameters(command: Command) -> Iterator[inspect.Parameter]:
     for argument in command.arguments:
         several = argument.type == list[str]
         metavar = argument.name.upper()
-        info = typer.Argument(help=argument.help, metavar=f"[{metavar}]..." if several else metavar, show_default=False)
+        info = typer.Argument(help=argument.help, metavar=metavar, show_default=False)
         yield _parameter(argument.name, argument.type, info, required=not several)
     for flag in command.flags:
         names = f"--{flag.name}/--no-{flag.name}" if flag.negative else f"--{flag.name}"
