@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct
 DATA := data/word_problems
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test docs format clean
+.PHONY: quickstart test docs format reference clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/runtime $(MODEL)/config.json $(DATA)/train.jsonl
@@ -25,6 +25,9 @@ docs: .venv/docs
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+reference: .venv/runtime  # the page of all options, from their declarations
+	$(BIN)/python -m loram.cli.reference > docs/reference/options.md
 
 .venv/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -39,7 +39,7 @@ class AlignTrainerFlags(TrainerFlags):
         0.05,
         "Warm-up steps, or a share of all steps if below 1.",
         also="warmup_ratio",
-        note="; a value below 1 is a share of all steps",
+        notes={"warmup_ratio": "; a value below 1 is a share of all steps"},
     )
 
 
@@ -158,7 +158,7 @@ def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any
     if ours := [key for key in trainer if key in _OURS]:
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and judges the weights itself")
     known = ["max_length", *option_names(TrainingArguments)]
-    check_names(trainer, known, "trainer", "TrainingArguments", "align.trainer")
+    check_names(trainer, known, "trainer", "TrainingArguments", AlignOptions)
     options = {**defaults_of(AlignTrainerFlags), "seed": seed, **trainer}
     if not isinstance(options["max_length"], int) or options["max_length"] < 2:
         raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")

@@ -6,7 +6,8 @@ reference page all read that class, so an option is added in one place.
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -48,10 +49,11 @@ def option(
     help: str,
     *,
     also: str = "",
-    note: str = "",
+    notes: Mapping[str, str] | None = None,
     hint: str = "",
     flag: str | None = None,
     common: bool = False,
+    planned: bool = False,
     **field: Any,
 ) -> Any:
     """Declare an option: the value of a class attribute of an `Options` class.
@@ -60,13 +62,22 @@ def option(
         default: its default.
         help: one sentence, for `--help` and the reference page.
         also: the names that other tools give it, separated by blanks; they are answered with ours.
-        note: what is added to that answer, such as `; a value below 1 is a share of all steps`.
+        notes: what is added to that answer for some of these names: `{"use_dora": ": dora"}`.
         hint: what is added to the error for a value out of range.
-        flag: its name on the command line without the dashes, where that is not its own name; "" for no flag.
+        flag: its name on the command line without the dashes, where that is not its own name; "" for no flag, and
+            capitals for an argument that has no flag.
         common: whether it comes first in `--help`.
+        planned: whether the planner counts it; there, and in `loram estimate`, it is called as on the command line.
         field: bounds and other arguments of pydantic's `Field`: `gt`, `ge`, `lt`, `le`, `validation_alias`.
     """
-    extra: dict[str, Any] = {"also": also.split(), "note": note, "hint": hint, "flag": flag, "common": common}
+    extra: dict[str, Any] = {
+        "also": also.split(),
+        "notes": dict(notes or {}),
+        "hint": hint,
+        "flag": flag,
+        "common": common,
+        "planned": planned,
+    }
     return Field(default, description=help, json_schema_extra=extra, **field)
 
 
@@ -94,6 +105,42 @@ def named_in(field: FieldInfo) -> type[Options] | None:
     return named
 
 
+def flag_of(name: str, field: FieldInfo) -> str:
+    """The name of an option on the command line, without dashes before it; capitals for an argument.
+
+    Example: of `r` in the section `train.lora` it is `lora-r`.
+    """
+    return (extra_of(field).get("flag") or name).replace("_", "-")
+
+
+def has_flag(field: FieldInfo) -> bool:
+    """Whether an option stands on the command line under a name of its own."""
+    return extra_of(field).get("flag") != ""
+
+
+def without_none(annotation: Any) -> Any:
+    """A type without `None`: `PositiveInt` for `PositiveInt | None`."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    return next(part for part in get_args(annotation) if part is not NoneType)
+
+
+def plain_type(annotation: Any) -> Any:
+    """A type without `None` and without bounds: `int` for `PositiveInt | None`."""
+    given = without_none(annotation)
+    return plain_type(get_args(given)[0]) if get_origin(given) is Annotated else given
+
+
+def help_of(field: FieldInfo) -> str:
+    """The sentence of an option with its default, unless the sentence says already what the default is."""
+    text, default = field.description or "", field.default
+    if field.is_required() or field.default_factory is not None or "(default: " in text:
+        return text
+    if default is None or default is False or default == () or isinstance(default, dict | BaseModel):
+        return text
+    return f"{text.removesuffix('.')} (default: {'yes' if default is True else default})."
+
+
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """The first model class in a type such as `PruneOptions | None` or `tuple[DataSpec, ...]`; None without one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -104,13 +151,15 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
 def fields_below(options: type[BaseModel], place: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
     """(place of the section, name, field) of every option in a class and in its sections, top down.
 
-    Example: of a recipe, ("", "seed", ...), ("prune", "ratio", ...), ("train.lora", "r", ...).
+    Example: of a recipe, ("", "seed", ...), ("prune", "ratio", ...), ("train.lora", "r", ...); and
+    ("compare.NAME", "base", ...), where the user chooses the name of a section.
     """
     for name, field in options.model_fields.items():
         yield place, name, field
         below = named_in(field) or section_in(field.annotation)
         if below is not None and issubclass(below, Options):
-            yield from fields_below(below, f"{place}.{name}".lstrip("."))
+            chosen = ".NAME" if named_in(field) is None and get_origin(field.annotation) is dict else ""
+            yield from fields_below(below, f"{place}.{name}{chosen}".lstrip("."))
 
 
 def explain(error: ValidationError, options: type[BaseModel]) -> str:

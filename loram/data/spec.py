@@ -4,46 +4,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from loram.base.errors import UserError, first_problem
+from loram.base.options import option
 
 Column = Literal["messages", "prompt", "completion", "text"]
 
 
 class DataSpec(BaseModel):
-    """The data set to read, and which of its rows.
-
-    Args:
-        path: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or the name of a data set on the Hugging Face hub.
-        config: the configuration of a hub data set; a file has none.
-        split: the split of a hub data set (default: `train`); a file has none.
-        columns: our name of a column (messages, prompt, completion, text) -> its name in the file. Without it, the
-            columns are recognised by their names.
-        max_samples: read only this many rows, from the first on. An evaluation also takes only this many pieces of a
-            long text.
-        max_length: cut rows to this many tokens, where this data set needs another limit than its stage has.
-    """
+    """The data set to read, and which of its rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(min_length=1)
-    config: str | None = None
-    split: str | None = None
-    columns: dict[Column, str] = Field(default_factory=dict)
-    max_samples: PositiveInt | None = None
-    max_length: PositiveInt | None = None
+    path: str = option(
+        ...,
+        "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub.",
+        flag="dataset",
+        common=True,
+        min_length=1,
+    )
+    config: str | None = option(None, "The configuration of a hub data set.", flag="dataset-config")
+    split: str | None = option(None, "The split of a hub data set (default: train).", flag="dataset-split")
+    columns: dict[Column, str] = option(
+        {},
+        "What the data calls one of our columns (messages, prompt, completion, text), such as prompt=question "
+        "(default: columns are found by inspection).",
+        flag="column",
+    )
+    max_samples: PositiveInt | None = option(
+        None, "Use only the first so many rows; in an evaluation also so many pieces of a long text."
+    )
+    max_length: PositiveInt | None = option(
+        None,
+        "Each row is cut to so many tokens, where this data set needs another limit than the stage has.",
+        flag="",
+    )
 
 
 class WeightedSpec(DataSpec):
-    """One data set of a mixture.
+    """One data set of a mixture."""
 
-    Args:
-        weight: the share of its rows in the mixture, relative to the weights of the other data sets. If no data set
-            has a weight, the mixture has all rows of all data sets.
-    """
-
-    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    weight: float | None = option(
+        None,
+        "The share of the rows that come from here, relative to the other weights (default: all rows of all).",
+        gt=0,
+        allow_inf_nan=False,
+    )
 
     def unweighted(self) -> DataSpec:
         """Return the same data set without its weight."""
@@ -51,17 +58,17 @@ class WeightedSpec(DataSpec):
 
 
 class CacheSpec(BaseModel):
-    """One teacher cache of a mixture.
-
-    Args:
-        path: a folder that `teach` wrote.
-        weight: the share of its rows, as in `WeightedSpec`.
-    """
+    """One teacher cache of a mixture."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(min_length=1)
-    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    path: str = option(..., "The folder.", min_length=1)
+    weight: float | None = option(
+        None,
+        "The share of the rows that come from here, relative to the other weights (default: all rows of all).",
+        gt=0,
+        allow_inf_nan=False,
+    )
 
 
 def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:

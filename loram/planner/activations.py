@@ -40,8 +40,8 @@ class Sizes:
     def of(cls, settings: Settings) -> "Sizes":
         """Those of a training."""
         if settings.device == "cuda":
-            return cls(value=2, mask=1 if settings.lora_dropout else 0, adapted=2)
-        return cls(value=4, mask=settings.lora_bytes if settings.lora_dropout else 0, adapted=settings.lora_bytes)
+            return cls(value=2, mask=1 if settings.dropout else 0, adapted=2)
+        return cls(value=4, mask=settings.lora_bytes if settings.dropout else 0, adapted=settings.lora_bytes)
 
 
 def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: bool = False) -> int:
@@ -54,7 +54,7 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
         first: whether nothing below it is trained, so that its inputs need no gradient.
     """
     size, hidden, tokens = Sizes.of(settings), model.geometry.hidden_size, settings.tokens
-    targets = [name for name in layer.linears if name.split(".")[1] in settings.lora_target_modules]
+    targets = [name for name in layer.linears if name.split(".")[1] in settings.targets]
     per_token = layer.norms * (hidden + 1) * _FLOAT32  # the input and 1 / its length
     per_token += _by_adapters(model, layer, targets, settings, size)
     per_token += 3 * layer.channels * size.value  # gate, act(gate), up
@@ -69,7 +69,7 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
 def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
     """The part of it that backward has freed when it comes to attention."""
     size = Sizes.of(settings)
-    targets = [name for name in layer.linears if name[:4] == "mlp." and name[4:] in settings.lora_target_modules]
+    targets = [name for name in layer.linears if name[:4] == "mlp." and name[4:] in settings.targets]
     norms = (layer.norms - 1) * (model.geometry.hidden_size + 1) * _FLOAT32  # all but the one before attention
     adapters = _by_adapters(model, layer, targets, settings, size)
     return settings.tokens * (norms + adapters + 3 * layer.channels * size.value)
@@ -82,10 +82,10 @@ def _by_adapters(model: Model, layer: Layer, targets: Sequence[str], settings: S
     the linear's input: one for q, k and v, one for gate and up, down's, and o's, which attention has kept already.
     """
     inputs = [layer.linears[name][1] for name in targets]
-    kept = sum(inputs) * size.mask + len(targets) * settings.lora_r * size.adapted
+    kept = sum(inputs) * size.mask + len(targets) * settings.rank * size.adapted
     if not settings.trained_ranks[0]:
         return kept
-    if settings.lora_dropout or settings.lora_bytes != settings.compute_bytes:
+    if settings.dropout or settings.lora_bytes != settings.compute_bytes:
         return kept + sum(inputs) * size.adapted
     shared = {_READS[name]: layer.linears[name][1] for name in targets}
     if model.architecture.model_type != "gemma2":  # which computes attention by itself and keeps less of it
@@ -95,7 +95,7 @@ def _by_adapters(model: Model, layer: Layer, targets: Sequence[str], settings: S
 
 def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> int:
     """Between the projections: queries, keys, values, what comes out, and what is as wide as the text is long."""
-    tokens, length = settings.tokens, settings.max_length
+    tokens, length = settings.tokens, settings.length
     if model.architecture.model_type == "gemma2":  # computes all weights, since it squashes them: tanh and softmax
         capped = model.config.get("attn_logit_softcapping", 50.0) is not None
         weights = (size.value if capped else 0) + _FLOAT32 + (size.value if size.value != _FLOAT32 else 0)
@@ -119,10 +119,10 @@ def saved_around_layers(model: Model, settings: Settings) -> int:
     tables = (
         len({layer.window is None for layer in model.layers}) if model.architecture.model_type == "gemma3_text" else 1
     )
-    rotary = tables * 2 * settings.max_length * model.geometry.head_dim * size.value
+    rotary = tables * 2 * settings.length * model.geometry.head_dim * size.value
     norm = settings.tokens * (hidden + 1) * _FLOAT32
     norm += _FLOAT32 * hidden if model.architecture.model_type.startswith("gemma") else 0
-    places = settings.per_device_train_batch_size * (settings.max_length - 1)  # the first token is never predicted
+    places = settings.rows * (settings.length - 1)  # the first token is never predicted
     return rotary + norm + places * hidden * size.value
 
 

@@ -1,27 +1,20 @@
 """The least pruning with which a training fits into a memory, and the recipe for it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.errors import UserError
-from loram.planner.settings import Settings, make_settings
+from loram.planner.settings import PRUNING, TRAINING, PlannerOptions, make_settings
 from loram.planner.shapes import read_config
 from loram.planner.size import show_size
-from loram.planner.total import Estimate, estimate_with
-from loram.training.methods.table import ANCHOR_STEPS
+from loram.planner.total import Estimate, estimate_with, prunes
+from loram.pruning.options import PruneOptions
 
-_TRAINER = (
-    "max_length",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optim",
-    "gradient_checkpointing",
-    "activation_offloading",
-)
-GRID = (None, *(step / 20 for step in range(1, 20)))  # none at all, 0.05, 0.1 ... 0.95
+_ALWAYS = ("max_length", "per_device_train_batch_size")  # written into every recipe: they decide most of the memory
+GRID = (None, *(step / 20 for step in range(1, 20)))  # no pruning, 0.05, 0.1 ... 0.95
 
 
 class Fit(BaseModel):
@@ -35,103 +28,80 @@ class Fit(BaseModel):
 
 
 def fit(
-    config: str | Path | Mapping[str, Any],
-    memory: int,
-    *,
-    load_in_4bit: bool | None = None,
-    keep_first: int | None = None,
-    keep_last: int | None = None,
-    **options: Any,
+    config: str | Path | Mapping[str, Any], memory: int, *, options: PlannerOptions | None = None, **fields: Any
 ) -> Fit:
     """The least ratio of `GRID` with which training fits.
 
-    Where `load_in_4bit` is left open, the full model is tried in 16 bits, then in 4; then each ratio in 4 bits: four
+    Where the precision is left open, the full model is tried in 16 bits, then in 4; then each ratio in 4 bits: four
     bits lose less than pruning does, so weights are quantised before any are removed. A pruned model is trained as a
-    recipe that prunes does it: anchored, unless `anchor_steps` is 0.
+    recipe that prunes does it: anchored, unless that is switched off.
 
     Args:
-        config, keep_first, keep_last, options: as for `estimate`.
-        memory: bytes of the device that trains; on a GPU all of it, the context is counted.
-        load_in_4bit: True or False to have only that.
+        config: as for `estimate`.
+        memory: bytes of the device that trains; on a GPU all its memory, since the context is counted.
+        options: how to train, and which layers to leave whole; a ratio or a sparse pattern cannot be given.
+        fields: single options by name, over `options`.
 
     Raises:
         UserError: nothing fits (says how near the smallest comes), or what `estimate` raises.
     """
+    chosen = PlannerOptions.of(options, **fields)
+    pruning = chosen.pruning()
+    if pruning.ratio is not None:
+        raise UserError("--ratio, --memory: give one of the two; --memory finds a ratio")
+    if prunes(pruning):
+        raise UserError("--pattern, --memory: give one of the two; --memory looks for structured pruning")
     values, where = read_config(config)
-    if load_in_4bit is None and options.get("offload_embedding"):
-        load_in_4bit = True  # it is of no use in 16 bits
     nearest: Estimate | None = None
-    anchored = options.pop("anchor_steps", None)
-    steps = ANCHOR_STEPS if anchored is None else anchored  # as a recipe that prunes is trained
-    for ratio, in_4bit in _candidates(load_in_4bit):
-        settings = make_settings(load_in_4bit=in_4bit, anchor_steps=0 if ratio is None else steps, **options)
-        found = estimate_with(values, where, settings, ratio=ratio, keep_first=keep_first, keep_last=keep_last)
-        if found.training.total <= memory:
-            given = {**options, "anchor_steps": None if ratio is None else anchored}
-            return Fit(memory=memory, estimate=found, recipe=recipe_lines(found, given))
-        if nearest is None or found.training.total < nearest.training.total:
-            nearest = found
+    for ratio, in_4bit in _candidates(chosen.in_4bit):
+        pruned = ratio is not None
+        training = chosen.training(pruned=pruned, anchored=True, in_4bit=in_4bit)
+        estimate = estimate_with(values, where, make_settings(**training), PruneOptions.of(pruning, ratio=ratio))
+        if estimate.training.total <= memory:
+            written = chosen.training(pruned=pruned, in_4bit=in_4bit or None)
+            return Fit(memory=memory, estimate=estimate, recipe=recipe_lines(estimate, written))
+        if nearest is None or estimate.training.total < nearest.training.total:
+            nearest = estimate
     assert nearest is not None
     raise UserError(_too_little(memory, nearest))
 
 
-def _candidates(load_in_4bit: bool | None) -> Iterator[tuple[float | None, bool]]:
-    if load_in_4bit is None:
+def _candidates(in_4bit: bool | None) -> Iterator[tuple[float | None, bool]]:
+    """(ratio, whether in 4 bits), the one that loses least first."""
+    if in_4bit is None:
         yield None, False
-    yield from ((ratio, load_in_4bit is not False) for ratio in GRID)
+    yield from ((ratio, in_4bit is not False) for ratio in GRID)
 
 
 def _too_little(memory: int, nearest: Estimate) -> str:
-    settings, advice = nearest.settings, []
-    if not settings.load_in_4bit:
-        advice.append("--load-in-4bit")
-    if settings.per_device_train_batch_size > 1:
-        advice.append("--per-device-train-batch-size 1")
-    if not settings.gradient_checkpointing:
-        advice.append("--gradient-checkpointing")
-    advice.append("a smaller --max-length")
     return (
         f"--memory: nothing fits into {show_size(memory)}; the smallest, ratio {nearest.ratio} in "
-        f"{4 if settings.load_in_4bit else 16} bits, takes {show_size(nearest.training.total)}; try {', '.join(advice)}"
+        f"{4 if nearest.settings.quantised else 16} bits, takes {show_size(nearest.training.total)}; "
+        f"try {', '.join(nearest.settings.advice())}"
     )
 
 
-def recipe_lines(found: Estimate, given: Mapping[str, Any]) -> str:
+def recipe_lines(estimate: Estimate, written: Collection[str]) -> str:
     """The `prune` and `train` sections of a recipe that trains like this, as YAML.
 
     Args:
-        found: what to train.
-        given: the settings that were asked for; others are left to the defaults of `loram train`.
+        estimate: what to train.
+        written: the options of training to write, by their names for the planner; those that take most memory are
+            always written, and others are left to the defaults of `loram train`.
     """
-    settings = found.settings
-    wanted = {key for key, value in given.items() if value is not None}
-    lines = []
-    if found.ratio is not None:
-        lines += ["prune:", f"  ratio: {found.ratio}"]
-        lines += [f"  {key}: {getattr(found, key)}" for key in ("keep_first", "keep_last")]
+    if estimate.ratio is None:
+        lines = ["# no pruning: train the full model with `loram train`"]
     else:
-        lines.append("# no pruning: train the full model with `loram train`")
-    train = [f"  method: {settings.method}"] if settings.method != "lora" else []
-    train += [
-        f"  {key}: {_yaml(getattr(settings, key))}"
-        for key in ("load_in_4bit", "offload_embedding")
-        if getattr(settings, key)
-    ]
-    train += [
-        f"  {key}: {_yaml(getattr(settings, key))}" for key in ("anchor_steps", "anchor_gradients") if key in wanted
-    ]
-    if "lora_dtype" in wanted:
-        train.append(f"  lora_dtype: {settings.lora_dtype}")
-    train += _section("lora_sp", settings, {"lora_sp_share": "share"}, wanted)
-    lora = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_dropout": "lora_dropout"}
-    train += _section("lora", settings, lora, wanted)
-    train += _section("trainer", settings, {key: key for key in _TRAINER}, wanted | {*_TRAINER[:2]})
-    return "\n".join([*lines, "train:", *train])
-
-
-def _section(name: str, settings: Settings, keys: Mapping[str, str], wanted: set[str]) -> list[str]:
-    lines = [f"    {ours}: {_yaml(getattr(settings, key))}" for key, ours in keys.items() if key in wanted]
-    return [f"  {name}:", *lines] if lines else []
+        lines = ["prune:", *(f"  {name}: {getattr(estimate, name)}" for name in PRUNING if name != "pattern")]
+    sections: dict[str, list[str]] = {}
+    for name, option in TRAINING.items():
+        if name in {*written, *_ALWAYS}:
+            line = f"{option.name}: {_yaml(getattr(estimate.settings, name))}"
+            sections.setdefault(option.section, []).append(line)
+    lines += ["train:", *(f"  {line}" for line in sections.pop("", []))]
+    for section, inside in sections.items():
+        lines += [f"  {section}:", *(f"    {line}" for line in inside)]
+    return "\n".join(lines)
 
 
 def _yaml(value: Any) -> str:

@@ -16,7 +16,7 @@ from loram.planner.activations import (
     saved_by_layer,
     saved_by_mlp,
 )
-from loram.planner.settings import OPTIMIZERS, Settings
+from loram.planner.settings import Settings
 from loram.planner.shapes import Layer, Model
 from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
 
@@ -87,15 +87,15 @@ def training_memory(model: Model, settings: Settings, full: Model | None = None)
         "context": CONTEXT if settings.device == "cuda" else 0,
     }
     moments = list(_moments(model, settings))
-    if settings.anchor_steps and full is not None:
+    if settings.anchored and full is not None:
         moments.append(_measuring(full, model, settings))
     most = max(moments, key=lambda moment: moment.total)
-    offloaded = layer_input(model, settings) * model.geometry.num_hidden_layers if settings.activation_offloading else 0
+    offloaded = layer_input(model, settings) * model.geometry.num_hidden_layers if settings.offloaded else 0
     return TrainingMemory(
         moment=most.name,
         **held,
         **most.model_dump(exclude={"name"}),
-        pageable=held["optimizer"] if OPTIMIZERS[settings.optim][1] else 0,
+        pageable=held["optimizer"] if settings.optimizer[1] else 0,
         host=frozen.host + offloaded,
         total=sum(held.values()) + most.total,
     )
@@ -109,7 +109,7 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
     yield from _loss(model, settings, everything, gradients[-1])
     around = _casts(model, settings)
     for index, layer in enumerate(model.layers):
-        again = saved_by_layer(model, layer, settings) if settings.gradient_checkpointing else 0
+        again = saved_by_layer(model, layer, settings) if settings.checkpointed else 0
         yield _Moment(
             name=f"backward through layer {index}",
             gradients=gradients[index],
@@ -126,11 +126,8 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
     The full layer is in the computing dtype and its adapter computes in float32, without dropout. On a CPU the next
     layer is being read meanwhile, and hidden states, measured ones among them, are in memory up to their budgets.
     """
-    rows = max(1, MEASURED_TOKENS // settings.max_length)
-    during = settings.model_copy(
-        update={"per_device_train_batch_size": rows, "lora_dropout": 0.0, "gradient_checkpointing": False}
-    )
-    measured = model.layers if settings.load_in_4bit else [model.layers[index] for index in model.narrowed]
+    during = settings.measuring(rows=max(1, MEASURED_TOKENS // settings.length))
+    measured = model.layers if settings.quantised else [model.layers[index] for index in model.narrowed]
     layer, small = (max(layers, key=lambda layer: layer.parameters) for layers in (full.layers, measured))
     inputs = sum(columns for _, columns in layer.linears.values())
     saved = saved_by_layer(full, layer, during) + saved_by_layer(model, small, during)
@@ -143,7 +140,7 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
         states = sum(min(HIDDEN_BYTES, count) for count in course_bytes(model, settings))
     return _Moment(
         name="measuring the full model's course",
-        activations=states + (saved if settings.anchor_gradients else forward),
+        activations=states + (saved if settings.gradients_measured else forward),
         recomputation=_inside(full, layer, during) + 8 * layer_input(full, during),
         scratch=weights + max(_unpacked(small, linear, settings) for linear in small.linears),
     )
@@ -155,16 +152,16 @@ def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
     Attention and MLP each leave something out of outputs and gradients; whole layers in full precision nothing.
     """
     states = settings.course_tokens * model.geometry.hidden_size * settings.compute_bytes
-    measured = len(model.layers if settings.load_in_4bit else model.narrowed)
-    if settings.anchor_gradients:
+    measured = len(model.layers if settings.quantised else model.narrowed)
+    if settings.gradients_measured:
         return len(model.layers) * states, 4 * measured * states
     return states, 2 * measured * states
 
 
 def _kept(model: Model, settings: Settings) -> list[int]:
     """What the layers up to each one keep for backward."""
-    if settings.gradient_checkpointing:
-        most = offloaded_stash(model) if settings.activation_offloading else len(model.layers)
+    if settings.checkpointed:
+        most = offloaded_stash(model) if settings.offloaded else len(model.layers)
         return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
     return list(
         accumulate(saved_by_layer(model, layer, settings, first=index == 0) for index, layer in enumerate(model.layers))
@@ -177,9 +174,9 @@ def _gradients(model: Model, settings: Settings) -> list[int]:
     They are there from the start when several micro-batches are accumulated.
     """
     sizes = [settings.lora_bytes * parameters for parameters in trained(model, settings)]
-    per_layer = 2 * sum(1 for name in model.layers[0].linears if name.split(".")[1] in settings.lora_target_modules)
+    per_layer = 2 * sum(1 for name in model.layers[0].linears if name.split(".")[1] in settings.targets)
     layers = len(model.layers)
-    if settings.gradient_accumulation_steps > 1:
+    if settings.micro_batches > 1:
         return [sum(sizes)] * (layers + 1)
     return [sum(sizes[per_layer * index :]) for index in range(layers + 1)]
 
@@ -189,7 +186,7 @@ def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterat
 
     Softmax, its gradient and the loss's by it are in float32 at a time; a softcap keeps its tanh besides.
     """
-    places = settings.per_device_train_batch_size * (settings.max_length - 1)
+    places = settings.rows * (settings.length - 1)
     size, hidden = Sizes.of(settings), model.geometry.hidden_size
     chunk = min(CHUNK_TOKENS, places) * model.geometry.vocab_size
     capped = model.architecture.model_type == "gemma2" and model.config.get("final_logit_softcapping", 30.0) is not None
@@ -208,17 +205,17 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
     they have two gradients, of softmax's output and input, when the MLP's part has been freed.
     """
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
-    cast = _FLOAT32 if settings.device == "cuda" and not settings.load_in_4bit else 0
+    cast = _FLOAT32 if settings.device == "cuda" and not settings.quantised else 0
     in_mlp = tokens * (3 * hidden * size + layer.channels * (size + cast))
     if model.architecture.model_type != "gemma2":
         return in_mlp
-    weights = 2 * tokens * settings.max_length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
+    weights = 2 * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
     return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
 
 
 def _dequantised(parameters: int, settings: Settings) -> int:
     """One 4-bit weight in full precision, with its constants in float32."""
-    return parameters * settings.compute_bytes + parameters // 16 if settings.load_in_4bit else 0
+    return parameters * settings.compute_bytes + parameters // 16 if settings.quantised else 0
 
 
 def _unpacked(layer: Layer, linear: Linear, settings: Settings) -> int:

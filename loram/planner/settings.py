@@ -1,49 +1,138 @@
-"""How a training is set up, as far as it decides what that takes; the defaults are those of `loram train`."""
+"""The options that the planner counts, and their values with every default filled in.
 
-from typing import Any, Literal
+Almost no option is declared here. The options of pruning and training that are marked `planned` become the keyword
+arguments of `estimate` and `fit`, the flags of `loram estimate`, and the fields of `Settings`; all of these are called
+as on the command line: `lora_r`.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from loram.base.errors import UserError, first_problem
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic.fields import FieldInfo
+
+from loram.base.errors import UserError
+from loram.base.options import Options, explain, extra_of, fields_below, flag_of, help_of, option, without_none
 from loram.model.architecture import LINEARS
-from loram.training.methods.lora_sp import LoraSpOptions
-from loram.training.methods.table import METHODS, method_of
+from loram.pruning.options import PruneOptions
+from loram.training.methods.table import ANCHOR_STEPS, METHODS, Method, method_of
+from loram.training.options import TrainOptions
 
-# optim -> (bytes of state a trained parameter, or None for those of its dtype; whether the GPU's driver may page it)
+# optim -> (bytes of state per trained parameter, 0 for those of its dtype; whether the GPU's driver may page it)
 OPTIMIZERS: dict[str, tuple[int, bool]] = {
     "adamw_torch": (0, False),
     "adamw_torch_fused": (0, False),
     "adamw_8bit": (2, False),
     "paged_adamw_8bit": (2, True),
 }
+# what an option is where it is left out and its declaration has no default
+_LEFT_OUT: Mapping[str, Any] = {"lora_target_modules": LINEARS, "gradient_accumulation_steps": 1, "anchor_steps": 0}
 PLANNED = tuple(method.name for method in METHODS.values() if method.planned)
-_DROPOUT = 0.05  # of LoRA: loram.training.options.LORA_DEFAULTS
+Device = Literal["cuda", "cpu"]
 
 
-class Settings(BaseModel):
-    """How to train; see `loram.planner.estimate`. Names are those of a recipe, PEFT and TRL."""
+@dataclass(frozen=True)
+class PlannedOption:
+    """An option that the planner counts: its section within its stage's, its name there, and its declaration."""
+
+    section: str
+    name: str
+    field: FieldInfo
+
+
+def planned_options(stage: type[Options]) -> dict[str, PlannedOption]:
+    """The options of a stage that the planner counts, by their names in Python and on the command line.
+
+    Example: `lora_r` is the option `r` in the section `lora` of training.
+    """
+    return {
+        flag_of(name, field).replace("-", "_"): PlannedOption(section, name, field)
+        for section, name, field in fields_below(stage)
+        if extra_of(field).get("planned")
+    }
+
+
+PRUNING = planned_options(PruneOptions)
+TRAINING = planned_options(TrainOptions)
+
+
+class _PlannerOptions(Options):
+    """What `estimate` and `fit` take; an option that is left out has the default that pruning or training gives it."""
+
+    stage: ClassVar[str] = "estimate"
+
+    device: Device | None = option(
+        None, "The device that trains: cuda, which computes in bfloat16, or cpu, in float32 (default: cuda)."
+    )
+
+    if TYPE_CHECKING:  # the options that are added below
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def pruning(self) -> PruneOptions:
+        """The options of pruning among these."""
+        return PruneOptions.of(**_given(self, PRUNING))
+
+    def training(self, *, pruned: bool, anchored: bool = False, in_4bit: bool | None = None) -> dict[str, Any]:
+        """The options of training that were given, and the device.
+
+        Args:
+            pruned: whether a pruned model trains; a full one is never anchored.
+            anchored: whether a pruned model is anchored where that was left open, as in a recipe that prunes.
+            in_4bit: whether the frozen weights are in 4 bits; None leaves it as it was given.
+        """
+        given = _given(self, [*TRAINING, "device"])
+        if in_4bit is not None:
+            given["load_in_4bit"] = in_4bit
+        if not pruned:
+            given.pop("anchor_steps", None)
+        elif anchored:
+            given.setdefault("anchor_steps", ANCHOR_STEPS)
+        return given
+
+    @property
+    def in_4bit(self) -> bool | None:
+        """Whether the frozen weights are in 4 bits; None where that is left open."""
+        given: bool | None = self.load_in_4bit
+        return True if given is None and self.offload_embedding else given
+
+
+def _given(options: BaseModel, names: Any) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _left_open(name: str, field: FieldInfo) -> tuple[Any, Any]:
+    """(type, field) of the same option, with None for the default that its stage gives it, and always with a flag."""
+    extra = {**extra_of(field), "flag": name}
+    kind: Any = field.annotation
+    return _bounded(kind | None, field), Field(None, description=help_of(field), json_schema_extra=extra)
+
+
+def _filled_in(name: str, field: FieldInfo) -> tuple[Any, Any]:
+    """(type, default) of the same option where it is never None; without a default where that depends on the device."""
+    kind = without_none(field.annotation)
+    if get_origin(kind) is list:  # a frozen value holds tuples
+        kind = tuple.__class_getitem__((*get_args(kind), ...))
+    return _bounded(kind, field), _LEFT_OUT.get(name, ...) if field.default is None else field.default
+
+
+def _bounded(kind: Any, field: FieldInfo) -> Any:
+    return Annotated[kind, *field.metadata] if field.metadata else kind
+
+
+class _Settings(BaseModel):
+    """How a model is trained, with every default filled in: the fields are `device` and the names in `TRAINING`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    device: Literal["cuda", "cpu"] = "cuda"
-    load_in_4bit: bool = False
-    offload_embedding: bool = False
-    method: str = "lora"
-    lora_r: PositiveInt = 8
-    lora_dropout: float = Field(ge=0, lt=1)
-    lora_sp_share: float = LoraSpOptions().share
-    lora_target_modules: tuple[str, ...] = LINEARS
-    lora_dtype: Literal["float32", "bfloat16"] = "float32"
-    max_length: PositiveInt = 512
-    per_device_train_batch_size: PositiveInt = 4
-    gradient_accumulation_steps: PositiveInt = 1
-    optim: str
-    gradient_checkpointing: bool
-    activation_offloading: bool
-    anchor_steps: NonNegativeInt = 0
-    anchor_gradients: bool = True
+    device: Device = "cuda"
 
-    @field_validator("lora_target_modules")
+    if TYPE_CHECKING:  # the options that are added below
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @field_validator("lora_target_modules", check_fields=False)
     @classmethod
     def _known_modules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         known = (*LINEARS, "lm_head")
@@ -51,77 +140,206 @@ class Settings(BaseModel):
             raise ValueError(f"should be some of {', '.join(known)}")
         return value
 
-    @field_validator("method")
+    @field_validator("method", check_fields=False)
     @classmethod
     def _planned_method(cls, value: str) -> str:
         if value in METHODS and value not in PLANNED:
             raise ValueError(f"the memory of {value!r} cannot be estimated; that of {', '.join(PLANNED)} can")
         return value
 
-    @field_validator("optim")
+    @field_validator("optim", check_fields=False)
     @classmethod
     def _known_optimizer(cls, value: str) -> str:
         if value not in OPTIMIZERS:
             raise ValueError(f"{value!r} cannot be estimated; known are {', '.join(OPTIMIZERS)}")
         return value
 
+    # The planner reads the options through the facts below, which have types.
+
+    @property
+    def quantised(self) -> bool:
+        """Whether all frozen weights are in 4 bits."""
+        return bool(self.load_in_4bit)
+
+    @property
+    def embedding_in_host(self) -> bool:
+        """Whether the embedding of a model in 4 bits waits in host memory, in 16 bits."""
+        return bool(self.offload_embedding)
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether only the input of each layer is kept for the backward pass."""
+        return bool(self.gradient_checkpointing)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether what is kept for the backward pass waits in host memory."""
+        return bool(self.activation_offloading)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the full model's course is measured during training."""
+        return bool(self.anchor_steps)
+
+    @property
+    def gradients_measured(self) -> bool:
+        """Whether the course includes gradients."""
+        return bool(self.anchor_gradients)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter."""
+        return int(self.lora_r)
+
     @property
     def trained_ranks(self) -> tuple[int, int]:
         """How many of the ranks train in lora_A, and in lora_B."""
         method = METHODS[self.method]
-        own = LoraSpOptions(share=self.lora_sp_share) if method.options is LoraSpOptions else None
-        return method.trained_ranks(self.lora_r, own)
+        chosen = {
+            option.name: getattr(self, name) for name, option in TRAINING.items() if option.section == method.section
+        }
+        return method.trained_ranks(self.rank, None if method.options is None else method.options(**chosen))
 
     @property
-    def course_tokens(self) -> int:
-        """Tokens whose course is measured at a time."""
-        return self.tokens * self.gradient_accumulation_steps * self.anchor_steps
+    def targets(self) -> tuple[str, ...]:
+        """The linears that have an adapter, by their last name."""
+        return tuple(self.lora_target_modules)
+
+    @property
+    def dropout(self) -> float:
+        """The dropout before lora_A."""
+        return float(self.lora_dropout)
+
+    @property
+    def optimizer(self) -> tuple[int, bool]:
+        """The optimiser's row of `OPTIMIZERS`."""
+        return OPTIMIZERS[self.optim]
+
+    @property
+    def length(self) -> int:
+        """How many tokens the longest row has."""
+        return int(self.max_length)
+
+    @property
+    def rows(self) -> int:
+        """How many rows a micro-batch has."""
+        return int(self.per_device_train_batch_size)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches an optimiser step has."""
+        return int(self.gradient_accumulation_steps)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch whose rows all have `max_length`."""
-        return self.per_device_train_batch_size * self.max_length
+        """How many tokens a micro-batch has if all its rows are as long as the longest."""
+        return self.rows * self.length
+
+    @property
+    def course_tokens(self) -> int:
+        """How many tokens are in the steps whose course is measured at a time."""
+        return self.tokens * self.micro_batches * int(self.anchor_steps)
+
+    def measuring(self, rows: int) -> "Settings":
+        """The settings while the full model's course is measured: so many rows at a time, and no dropout."""
+        measured = {"per_device_train_batch_size": rows, "lora_dropout": 0.0, "gradient_checkpointing": False}
+        return self.model_copy(update=measured)
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of a value that is computed with."""
+        """Bytes per value that is computed with."""
         return 2 if self.device == "cuda" else 4
 
     @property
     def lora_bytes(self) -> int:
-        """Bytes of a trained value."""
+        """Bytes per trained value."""
         return 2 if self.lora_dtype == "bfloat16" else 4
+
+    def describe(self, adapter_parameters: int) -> str:
+        """One line for people.
+
+        Example: `4-bit weights, lora of rank 8 (19,988,480 parameters in float32), 4 x 512 tokens, adamw_torch_fused`.
+        """
+        parts = [
+            f"{4 if self.quantised else 8 * self.compute_bytes}-bit weights",
+            f"{self.method} of rank {self.rank} ({adapter_parameters:,} parameters in {self.lora_dtype})",
+            f"{self.rows} x {self.length} tokens",
+            str(self.optim),
+        ]
+        parts += ["activation checkpointing"] if self.checkpointed else []
+        parts += [f"anchored every {self.anchor_steps} steps"] if self.anchored else []
+        parts += ["offloaded"] if self.offloaded else []
+        return ", ".join(parts)
+
+    def advice(self) -> list[str]:
+        """Flags of `loram estimate` with which training would take less memory."""
+        flags = [] if self.quantised else ["--load-in-4bit"]
+        flags += ["--per-device-train-batch-size 1"] if self.rows > 1 else []
+        flags += [] if self.checkpointed else ["--gradient-checkpointing"]
+        return [*flags, "a smaller --max-length"]
+
+
+if TYPE_CHECKING:
+    PlannerOptions = _PlannerOptions
+    Settings = _Settings
+else:
+    PlannerOptions = create_model(
+        "PlannerOptions",
+        __base__=_PlannerOptions,
+        __module__=__name__,
+        __doc__=_PlannerOptions.__doc__,
+        **{name: _left_open(name, option.field) for name, option in {**PRUNING, **TRAINING}.items()},
+    )
+    Settings = create_model(
+        "Settings",
+        __base__=_Settings,
+        __module__=__name__,
+        __doc__=_Settings.__doc__,
+        **{name: _filled_in(name, option.field) for name, option in TRAINING.items()},
+    )
 
 
 def make_settings(**given: Any) -> Settings:
     """Settings with the defaults that `loram train` has on the device; None stands for the default.
 
-    On a GPU activations are checkpointed; with 4-bit weights also offloaded, and AdamW keeps pageable 8-bit states.
+    On a GPU activations are checkpointed; with 4-bit weights they are also offloaded, and AdamW keeps pageable 8-bit
+    states.
 
     Raises:
         UserError: a value is out of range, or two do not go together.
     """
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
     on_gpu = chosen.get("device", "cuda") == "cuda"
-    frugal = on_gpu and bool(chosen.get("load_in_4bit"))
     method = method_of(chosen.get("method", "lora"))
-    defaults = {
-        "lora_dropout": method.defaults.get("lora_dropout", _DROPOUT),
-        "optim": "paged_adamw_8bit" if frugal else "adamw_torch_fused",
-        "gradient_checkpointing": on_gpu,
-        "activation_offloading": frugal,
-    }
     try:
-        settings = Settings(**{**defaults, **chosen})
+        settings = Settings(**{**_defaults(method, on_gpu, bool(chosen.get("load_in_4bit"))), **chosen})
     except ValidationError as error:
-        raise UserError(first_problem(error)) from error
-    if settings.activation_offloading and not on_gpu:
+        raise UserError(explain(error, Settings)) from error
+    if settings.offloaded and not on_gpu:
         raise UserError("activation_offloading moves activations from a GPU to host memory; on a cpu there is no use")
     if settings.optim.startswith("paged") and not on_gpu:
         raise UserError(f"optim {settings.optim!r} pages a GPU's memory; on a cpu take adamw_8bit")
-    if settings.offload_embedding and not settings.load_in_4bit:
+    if settings.embedding_in_host and not settings.quantised:
         raise UserError("offload_embedding leaves the embedding of a model in 4 bits in host memory; add load_in_4bit")
-    if method.options is not LoraSpOptions and "lora_sp_share" in chosen:
-        raise UserError(f"lora_sp_share is an option of method lora-sp, and the method is {settings.method}")
+    for other in METHODS.values():
+        own = (name for name in chosen if name in TRAINING and TRAINING[name].section == other.section)
+        if other.section != method.section and (name := next(own, None)) is not None:
+            raise UserError(f"{name} is an option of method {other.name}, and the method is {method.name}")
     _ = settings.trained_ranks  # raises where the share cannot be had exactly
     return settings
+
+
+def _defaults(method: Method, on_gpu: bool, quantised: bool) -> dict[str, Any]:
+    """The defaults that depend on method, device and precision."""
+    own: Mapping[str, Mapping[str, Any]] = {"lora": method.defaults, "trainer": method.trainer}
+    of_method = {
+        name: own[option.section][option.name]
+        for name, option in TRAINING.items()
+        if option.name in own.get(option.section, {})
+    }
+    return {
+        "optim": "paged_adamw_8bit" if on_gpu and quantised else "adamw_torch_fused",
+        "gradient_checkpointing": on_gpu,
+        "activation_offloading": on_gpu and quantised,
+        **of_method,
+    }

@@ -116,7 +116,7 @@ def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
     disk = 3 * state + sum(course_bytes(model, settings))
     if settings.device == "cuda":
         host = IMPORTS + training.host + training.pageable + 2 * model.vocabulary * 2
-        if settings.anchor_steps:
+        if settings.anchored:
             host += 2 * HIDDEN_BYTES + 2 * _layer(model, 2)
         return Stage(
             name="train", disk=disk, memory=host, holds="what is offloaded, and weights on their way to the GPU"

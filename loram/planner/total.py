@@ -1,6 +1,6 @@
-"""One estimate: parameters, memory of training, what reduction that is, arithmetic, and every stage's disk and RAM."""
+"""One estimate: parameters, memory and arithmetic of training, the reduction, and the disk and RAM of every stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loram.model.sparsity import STRUCTURED
 from loram.planner.memory import TrainingMemory, training_memory
-from loram.planner.settings import Settings, make_settings
+from loram.planner.settings import PlannerOptions, Settings, make_settings
 from loram.planner.shapes import Model, read_config
 from loram.planner.stages import Stage, stages
 from loram.planner.weights import adapted, frozen_bytes, trained
@@ -16,13 +16,14 @@ from loram.pruning.options import PruneOptions
 
 
 class Arithmetic(BaseModel):
-    """Floating point operations of training, a token: see `docs/reference/planner.md` for the formula.
+    """Floating point operations of training per token: see the documentation of `loram estimate` for the formula.
 
     Args:
-        flops_per_token: all of them.
-        measuring_flops_per_token: those among them that measure the full model's course; 0 where nothing is anchored.
-        full_flops_per_token: of LoRA on the full model with the same settings.
-        times_fewer: the last, divided by the first; below 1 where anchored training takes more.
+        flops_per_token: all operations.
+        measuring_flops_per_token: the operations among them that measure the full model's course for anchors; 0 where
+            nothing is anchored.
+        full_flops_per_token: the operations of LoRA on the full model with the same settings.
+        times_fewer: `full_flops_per_token` divided by `flops_per_token`; below 1 where anchored training takes more.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,17 +38,19 @@ class Estimate(BaseModel):
     """What pruning saves and what training takes.
 
     Args:
-        ratio, pattern: of pruning; the ratio is None where the full model is trained.
-        parameters, pruned_parameters: exact, embeddings and norms included; `parameter_reduction` is their ratio.
+        ratio, pattern: how the model is pruned; the ratio is None where the full model is trained.
+        parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
+            ratio.
         pruned_layers: how many layers are narrowed, or sparse.
-        units: what one of them keeps of each space.
-        adapter_parameters: how many are trained.
-        settings: how training was taken to be.
-        weight_bytes: of the frozen model as it is trained, constants and what is in host memory included.
-        counted_reduction: as the paper counts: parameters x 16 bits before, x 4 (or 16) bits after.
+        units: how many units of each space (key-value groups, channels) such a layer keeps.
+        adapter_parameters: how many parameters are trained.
+        settings: how the model is trained, with every default filled in.
+        weight_bytes: bytes of the frozen model as it is trained, with the constants of 4-bit weights and with what
+            waits in host memory.
+        counted_reduction: the reduction as the paper counts it: parameters x 16 bits before, x 4 (or 16) bits after.
         real_reduction: the 16-bit full model's bytes over `weight_bytes`.
         training: bytes at the peak of training.
-        arithmetic: of training.
+        arithmetic: floating point operations of training.
         stages: disk and RAM of every stage.
     """
 
@@ -74,50 +77,15 @@ class Estimate(BaseModel):
 
 
 def estimate(
-    config: str | Path | Mapping[str, Any],
-    *,
-    ratio: float | None = None,
-    pattern: str = STRUCTURED,
-    keep_first: int | None = None,
-    keep_last: int | None = None,
-    load_in_4bit: bool = False,
-    offload_embedding: bool = False,
-    method: str | None = None,
-    lora_r: int | None = None,
-    lora_target_modules: Sequence[str] | None = None,
-    lora_dtype: str | None = None,
-    lora_dropout: float | None = None,
-    lora_sp_share: float | None = None,
-    max_length: int | None = None,
-    per_device_train_batch_size: int | None = None,
-    gradient_accumulation_steps: int | None = None,
-    optim: str | None = None,
-    gradient_checkpointing: bool | None = None,
-    activation_offloading: bool | None = None,
-    anchor_steps: int | None = None,
-    anchor_gradients: bool | None = None,
-    device: str | None = None,
+    config: str | Path | Mapping[str, Any], *, options: PlannerOptions | None = None, **fields: Any
 ) -> Estimate:
     """Count parameters as LoRAM's tables do (arXiv 2502.13533), and the memory, disk and arithmetic that they take.
 
     Args:
         config: a config.json, a folder that has one, a hub id, or the parsed content.
-        ratio, pattern, keep_first, keep_last: as for `prune`; without a ratio or n:m the full model is trained.
-        load_in_4bit: frozen weights in NF4 with double quantisation, embedding and lm_head too.
-        offload_embedding: with that, the embedding in 16 bits in host memory.
-        method: lora, rslora, lora-fa or lora-sp.
-        lora_r, lora_target_modules, lora_dtype, lora_dropout: of the adapter; by default 8, the seven linears, float32
-            and 0.05, with lora-fa 0.
-        lora_sp_share: of that method: how much of the adapter trains (0.5).
-        max_length: tokens of the longest row (512).
-        per_device_train_batch_size: rows of a micro-batch (4).
-        gradient_accumulation_steps: micro-batches of a step (1).
-        optim: adamw_torch_fused, adamw_torch, adamw_8bit or paged_adamw_8bit.
-        gradient_checkpointing: keep only each layer's input; by default on a GPU.
-        activation_offloading: keep those in host memory; by default on a GPU with 4-bit weights.
-        anchor_steps, anchor_gradients: measure the full model's course every so many steps (0: no), gradients too
-            (yes); where a model is pruned.
-        device: `cuda` (the default: computes in bfloat16) or `cpu` (in float32).
+        options: how to prune and to train; without a ratio or n:m the full model is trained.
+        fields: single options by name, over `options`: `ratio=0.85`, `lora_r=16`. They are the flags of
+            `loram estimate`, which says what they mean.
 
     Raises:
         UserError: the config is not there or not of a supported family, or a setting is out of range.
@@ -125,52 +93,27 @@ def estimate(
     Example: LLaMA-2-70B at 0.85 has 68,976,648,192 parameters before and 16,272,924,672 after: 4.24 times fewer, and
     with 4-bit weights 16.95 times as the paper counts.
     """
-    settings = make_settings(
-        load_in_4bit=load_in_4bit,
-        offload_embedding=offload_embedding,
-        method=method,
-        lora_r=lora_r,
-        lora_target_modules=None if lora_target_modules is None else tuple(lora_target_modules),
-        lora_dtype=lora_dtype,
-        lora_dropout=lora_dropout,
-        lora_sp_share=lora_sp_share,
-        max_length=max_length,
-        per_device_train_batch_size=per_device_train_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        optim=optim,
-        gradient_checkpointing=gradient_checkpointing,
-        activation_offloading=activation_offloading,
-        anchor_steps=anchor_steps if ratio is not None or pattern != STRUCTURED else None,
-        anchor_gradients=anchor_gradients,
-        device=device,
-    )
-    values, where = read_config(config)
-    return estimate_with(
-        values, where, settings, ratio=ratio, pattern=pattern, keep_first=keep_first, keep_last=keep_last
-    )
+    chosen = PlannerOptions.of(options, **fields)
+    pruning = chosen.pruning()
+    settings = make_settings(**chosen.training(pruned=prunes(pruning)))
+    return estimate_with(*read_config(config), settings, pruning)
 
 
-def estimate_with(
-    config: Mapping[str, Any],
-    where: str,
-    settings: Settings,
-    *,
-    ratio: float | None,
-    pattern: str = STRUCTURED,
-    keep_first: int | None,
-    keep_last: int | None,
-) -> Estimate:
-    """As `estimate`, of a config.json's content and checked settings."""
-    pruned = ratio is not None or pattern != STRUCTURED
-    pruning = PruneOptions.of(
-        ratio=ratio if pruned else 0.5, pattern=pattern, keep_first=keep_first, keep_last=keep_last
-    ).resolved()
+def prunes(pruning: PruneOptions) -> bool:
+    """Whether the options remove anything."""
+    return pruning.ratio is not None or pruning.pattern != STRUCTURED
+
+
+def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, options: PruneOptions) -> Estimate:
+    """The same estimate from a config.json's content and checked settings."""
+    pruned = prunes(options)
+    pruning = (options if pruned else PruneOptions.of(options, ratio=0.5)).resolved()
     full = Model.of(config, where, None, 0, 0)
     ratio = pruning.ratio if pruned else None
-    model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pattern)
+    model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pruning.pattern)
     weights = frozen_bytes(model, settings).total
     memory = training_memory(model, settings, full)
-    measuring = _measuring_flops(full, model, settings) if settings.anchor_steps else 0
+    measuring = _measuring_flops(full, model, settings) if settings.anchored else 0
     flops, full_flops = _flops(model, settings) + measuring, _flops(full, settings)
     arithmetic = Arithmetic(
         flops_per_token=flops,
@@ -181,7 +124,7 @@ def estimate_with(
     return Estimate(
         model_type=full.architecture.model_type,
         ratio=ratio,
-        pattern=pattern,
+        pattern=pruning.pattern,
         keep_first=pruning.keep_first,
         keep_last=pruning.keep_last,
         parameters=full.parameters,
@@ -192,7 +135,7 @@ def estimate_with(
         adapter_parameters=sum(trained(model, settings)),
         settings=settings,
         weight_bytes=weights,
-        counted_reduction=full.parameters * 16 / (model.parameters * (4 if settings.load_in_4bit else 16)),
+        counted_reduction=full.parameters * 16 / (model.parameters * (4 if settings.quantised else 16)),
         real_reduction=full.parameters * 2 / weights,
         training=memory,
         arithmetic=arithmetic,
@@ -201,28 +144,28 @@ def estimate_with(
 
 
 def _flops(model: Model, settings: Settings) -> int:
-    """Of one token: 2 a weight forward and 2 backward, 2 more where forward is done again, 2 if it trains.
+    """Operations per token: 2 per weight forward and 2 backward, 2 more where forward is done again, 2 if it trains.
 
-    lm_head's logits are always worked out again in backward; a lookup in the embedding costs nothing.
+    The logits are always worked out again in the backward pass; a lookup in the embedding costs nothing.
     """
-    again = 2 if settings.gradient_checkpointing else 0
+    again = 2 if settings.checkpointed else 0
     layers, head = sum(layer.weights for layer in model.layers), model.vocabulary
-    on_head = settings.lora_r * sum(_head(model)) if "lm_head" in settings.lora_target_modules else 0
-    in_layers = sum(settings.lora_r * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
+    on_head = settings.rank * sum(_head(model)) if "lm_head" in settings.targets else 0
+    in_layers = sum(settings.rank * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
     gradients = 2 * sum(trained(model, settings))
     return (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients
 
 
 def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
-    """Of one token, once measured for every time that it is trained on.
+    """Operations per token that measure the full model's course; each token is measured once per time it is trained on.
 
-    The full model goes forward, and with gradients forward again and backward; what was pruned of it goes forward, and
-    with gradients backward.
+    The full model goes forward, and with gradients forward again and backward. The layers that are pruned also go
+    forward in their pruned form, and with gradients backward.
     """
-    adapter = settings.lora_r * sum(rows + columns for rows, columns in adapted(full, settings))
+    adapter = settings.rank * sum(rows + columns for rows, columns in adapted(full, settings))
     weights = sum(layer.weights for layer in full.layers) + adapter
     own = sum(model.layers[index].weights for index in model.narrowed)
-    if not settings.anchor_gradients:
+    if not settings.gradients_measured:
         return 2 * weights + 2 * own
     return 6 * weights + 4 * own + 6 * full.vocabulary
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from loram.planner.settings import OPTIMIZERS, Settings
+from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -43,14 +43,14 @@ def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
     """Bytes of the frozen weights; a tied lm_head is the embedding, in 4 bits too."""
     geometry, size = model.geometry, settings.compute_bytes
     masks = sum(layer.mask_bytes for layer in model.layers)
-    if not settings.load_in_4bit:
+    if not settings.quantised:
         return WeightBytes(weights=model.parameters * size + masks, constants=0, host=0)
     quantised = [count for layer in model.layers for count in layer.values.values()]
-    tables = 1 if settings.offload_embedding or geometry.tie_word_embeddings else 2
+    tables = 1 if settings.embedding_in_host or geometry.tie_word_embeddings else 2
     quantised += [model.vocabulary] * tables
     kept = sum(layer.biases + layer.norm_values for layer in model.layers) + geometry.hidden_size
     found = [nf4_bytes(parameters) for parameters in quantised]
-    host = model.vocabulary * 2 if settings.offload_embedding else 0  # as in the file, which is usually in 16 bits
+    host = model.vocabulary * 2 if settings.embedding_in_host else 0  # as in the file, which is usually in 16 bits
     return WeightBytes(
         weights=sum(values for values, _ in found) + kept * size + masks,
         constants=sum(constants for _, constants in found),
@@ -62,17 +62,17 @@ def adapted(model: Model, settings: Settings) -> Iterator[tuple[int, int]]:
     """(out_features, in_features) of every linear that has an adapter."""
     for layer in model.layers:
         for name, shape in layer.linears.items():
-            if name.split(".")[1] in settings.lora_target_modules:
+            if name.split(".")[1] in settings.targets:
                 yield shape
-    if "lm_head" in settings.lora_target_modules:
+    if "lm_head" in settings.targets:
         yield model.geometry.vocab_size, model.geometry.hidden_size
 
 
 def factors(model: Model, settings: Settings) -> Iterator[int]:
     """Parameters of every tensor of the adapter: lora_A and lora_B of each adapted linear."""
     for rows, columns in adapted(model, settings):
-        yield settings.lora_r * columns
-        yield settings.lora_r * rows
+        yield settings.rank * columns
+        yield settings.rank * rows
 
 
 def trained(model: Model, settings: Settings) -> Iterator[int]:
@@ -85,7 +85,7 @@ def trained(model: Model, settings: Settings) -> Iterator[int]:
 
 def optimizer_bytes(model: Model, settings: Settings) -> int:
     """Bytes of AdamW's two moments, in the adapter's dtype or in 8 bits; small tensors are never in 8 bits."""
-    if not OPTIMIZERS[settings.optim][0]:
+    if not settings.optimizer[0]:
         return 2 * settings.lora_bytes * sum(trained(model, settings))
     total, any_8bit = 0, False
     for parameters in trained(model, settings):

@@ -30,6 +30,7 @@ class PruneOptions(Options):
         also="sparsity pruning_ratio prune_ratio",
         hint="must lie between 0 and 1, both excluded; 0.5 removes half",
         common=True,
+        planned=True,
     )
     criterion: str | None = option(
         None,
@@ -40,6 +41,7 @@ class PruneOptions(Options):
     pattern: str = option(
         STRUCTURED,
         "What is removed: structured (whole units), or single weights: 4:8, 2:4 (n of every m stay), unstructured.",
+        planned=True,
     )
     calibration: DataSpec | None = option(
         None, "The data set for criteria that read text (default: ten built-in passages).", common=True
@@ -47,10 +49,10 @@ class PruneOptions(Options):
     calibration_samples: PositiveInt = option(10, "How many rows of the calibration data are used.")
     calibration_length: PositiveInt = option(128, "Each calibration row is cut to so many tokens.")
     keep_first: int | None = option(
-        None, f"The first layers to leave whole (default: {KEEP_FIRST}; with a sparse pattern 0)."
+        None, f"The first layers to leave whole (default: {KEEP_FIRST}; with a sparse pattern 0).", planned=True
     )
     keep_last: int | None = option(
-        None, f"The last layers to leave whole (default: {KEEP_LAST}; with a sparse pattern 0)."
+        None, f"The last layers to leave whole (default: {KEEP_LAST}; with a sparse pattern 0).", planned=True
     )
     bias_compensation: bool = option(
         False, "Give narrowed layers biases that add what the removed inputs add on average (FLAP)."

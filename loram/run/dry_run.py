@@ -25,7 +25,7 @@ from loram.model.architecture import architecture_of
 from loram.model.counts import prunable_layers
 from loram.model.plan import BaseReference, PruningPlan
 from loram.planner.memory import TrainingMemory, training_memory
-from loram.planner.settings import Settings, make_settings
+from loram.planner.settings import TRAINING, Settings, make_settings
 from loram.planner.shapes import Model
 from loram.planner.show import memory_table
 from loram.planner.size import show_size
@@ -273,26 +273,20 @@ def _settings(
     """What the planner needs to know of a training, or why it can say nothing of such a one."""
     if chosen.mask_update:
         return UserError("mask_update makes updates in full, which the planner does not count")
+    sections = {"": chosen, "lora": adapter, "trainer": arguments}
+    options = {
+        name: getattr(sections.get(planned.section) or getattr(chosen, planned.section), planned.name, None)
+        for name, planned in TRAINING.items()
+    }
+    options |= {
+        "lora_target_modules": tuple(sorted(adapter.target_modules)),
+        "max_length": arguments.max_length if arguments.packing else longest,
+        "optim": str(getattr(arguments.optim, "value", arguments.optim)),
+        "gradient_checkpointing": checkpoints_activations(arguments),
+        "anchor_steps": anchors,
+    }
     try:
-        return make_settings(
-            device=device.type,
-            load_in_4bit=chosen.load_in_4bit,
-            offload_embedding=chosen.offload_embedding,
-            method=chosen.method,
-            lora_r=adapter.r,
-            lora_target_modules=tuple(sorted(adapter.target_modules)),
-            lora_dtype=chosen.lora_dtype,
-            lora_dropout=adapter.lora_dropout,
-            lora_sp_share=getattr(METHODS[chosen.method].own_options(chosen), "share", None),
-            max_length=arguments.max_length if arguments.packing else longest,
-            optim=str(getattr(arguments.optim, "value", arguments.optim)),
-            per_device_train_batch_size=arguments.per_device_train_batch_size,
-            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-            gradient_checkpointing=checkpoints_activations(arguments),
-            activation_offloading=arguments.activation_offloading,
-            anchor_steps=anchors,
-            anchor_gradients=chosen.anchor_gradients,
-        )
+        return make_settings(device=device.type, **options)
     except UserError as error:
         return error
 

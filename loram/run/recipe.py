@@ -57,12 +57,13 @@ class Recipe(Options):
     model_name_or_path: str = option(
         ...,
         "The hub id, folder or GGUF file of the full model; without `prune`, a pruned folder.",
+        flag="MODEL",
         also="base_model model model_id model_name pretrained_model_name_or_path",
     )
     base_model_name_or_path: str | None = option(
-        None, "Without `prune`: the full model, where it is not at the name that the plan has."
+        None, "The full model of a pruned folder, where it is not at the name that the plan has.", flag="base"
     )
-    output_dir: Path = option(..., "The folder for the report and one folder per stage.", also="output")
+    output_dir: Path = option(..., "The folder for the report and one folder per stage.", flag="OUT", also="output")
     dataset: DataSpec | None = option(
         None,
         "The training rows: a file, a hub name, or a mapping.",
@@ -224,7 +225,7 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: {problem['msg']}{scalar}".removeprefix(": ").replace("Value error, ", "")
     section, key = ".".join(place[:-1]), place[-1]
     known = list((section_at(place[:-1], Recipe) or Recipe).model_fields)
-    if ours := in_recipe(key, section, known):
+    if ours := in_recipe(key, section, known, root=Recipe):
         return f"{where}: unknown key; here it is called {ours}"
     return f"{where}: unknown key; {suggestion(key, known)}"
 

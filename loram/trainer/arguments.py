@@ -1,8 +1,10 @@
-"""Options that go on to a library's own class of options, under their names there. Imports nothing heavy."""
+"""Options that go on to a library's own class of options, under their names there. It imports nothing heavy."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from pydantic import PositiveInt
 
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
@@ -30,17 +32,24 @@ class TrainerFlags(Options):
         None,
         "Warm-up steps, or a share of all steps if below 1 (default: 0).",
         also="warmup_ratio",
-        note="; a value below 1 is a share of all steps",
+        notes={"warmup_ratio": "; a value below 1 is a share of all steps"},
     )
-    per_device_train_batch_size: int = option(
-        4, "Rows per device and micro-batch.", also="micro_batch_size batch_size train_batch_size", common=True
+    per_device_train_batch_size: PositiveInt = option(
+        4,
+        "Rows per device and micro-batch.",
+        also="micro_batch_size batch_size train_batch_size",
+        common=True,
+        planned=True,
     )
-    gradient_accumulation_steps: int | None = option(None, "Micro-batches per optimiser step (default: 1).")
-    max_length: int = option(
+    gradient_accumulation_steps: PositiveInt | None = option(
+        None, "Micro-batches per optimiser step (default: 1).", planned=True
+    )
+    max_length: PositiveInt = option(
         512,
         "Each row is cut to so many tokens.",
         also="sequence_len cutoff_len max_seq_length max_seq_len model_max_length",
         common=True,
+        planned=True,
     )
     report_to: str = option("none", "Where the log goes: none, tensorboard, wandb or trackio.")
     lr_scheduler_type: str = option("cosine", "How the learning rate changes.", flag="", also="lr_scheduler")
@@ -48,12 +57,20 @@ class TrainerFlags(Options):
     save_strategy: str = option("steps", "When checkpoints are written.", flag="")
     save_steps: int = option(50, "A checkpoint is written every so many steps.", flag="")
     save_total_limit: int = option(1, "How many checkpoints are kept.", flag="")
-    optim: str | None = option(None, "The optimiser.", flag="", also="optimizer")
+    optim: str | None = option(
+        None,
+        "The optimiser, by its name in transformers (default: adamw_torch_fused; on a GPU with 4 bits "
+        "paged_adamw_8bit).",
+        flag="",
+        also="optimizer",
+        planned=True,
+    )
     gradient_checkpointing: bool | None = option(
         None,
         "Keep only each layer's input for the backward pass (default: on a GPU).",
         flag="",
         also="use_gradient_checkpointing",
+        planned=True,
     )
 
 
@@ -62,15 +79,15 @@ def defaults_of(named: type[Options]) -> dict[str, Any]:
     return {name: field.default for name, field in named.model_fields.items() if field.default is not None}
 
 
-def check_names(names: Iterable[str], known: Sequence[str], section: str, library: str, place: str) -> None:
+def check_names(names: Iterable[str], known: Sequence[str], section: str, library: str, stage: type[Options]) -> None:
     """Refuse options that a library does not have.
 
     Args:
         names: the names to check.
         known: the names that the library knows.
-        section: what the message calls the place that the options stand in.
+        section: the section of the stage that the options stand in: `lora` or `trainer`.
         library: what the message calls the class that would take them.
-        place: that place in a recipe.
+        stage: the options of the stage.
 
     Raises:
         UserError: names the first unknown option, and what it is called here or what is nearest.
@@ -79,13 +96,13 @@ def check_names(names: Iterable[str], known: Sequence[str], section: str, librar
         if key not in known:
             hint = suggestion(key, known)
             hint = f"; {hint}" if hint.startswith("did") else ""
-            if ours := in_recipe(key, place, known):
+            if ours := in_recipe(key, f"{stage.stage}.{section}", known, root=stage, at=stage.stage):
                 hint = f"; here it is called {ours}"
             raise UserError(f"{section}: {library} of this version has no option {key!r}{hint}")
 
 
 def as_user_error(error: Exception, stage: str = "train") -> UserError:
-    """What a library says of a bad value, in one line."""
+    """What a library says about a bad value, as one line."""
     return UserError(f"{stage}: {str(error).splitlines()[0]}")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import create_model
+from pydantic import PositiveInt, create_model
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
@@ -39,16 +39,29 @@ class LoraFlags(Options):
     """The options of PEFT's LoraConfig that have a default or a flag here; the defaults are the paper's (arXiv
     2502.13533, section 4)."""
 
-    r: int = option(8, "The rank of the adapter.", flag="lora-r", also="lora_r lora_rank lora_dim rank", common=True)
+    r: PositiveInt = option(
+        8,
+        "The rank of the adapter.",
+        flag="lora-r",
+        also="lora_r lora_rank lora_dim rank",
+        common=True,
+        planned=True,
+    )
     lora_alpha: int = option(16, "The update is scaled by alpha / r.", also="alpha", common=True)
     lora_dropout: float = option(
-        0.05, "The dropout before lora_A (default: 0.05; with dora and lora-fa 0).", also="dropout"
+        0.05,
+        "The dropout before lora_A (default: 0.05; with dora and lora-fa 0).",
+        also="dropout",
+        planned=True,
+        ge=0,
+        lt=1,
     )
     target_modules: list[str] | None = option(
         None,
         "The linears that get an adapter (default: all linears of a decoder layer; lm_head if named).",
         flag="lora-target-modules",
         also="lora_target_modules lora_target",
+        planned=True,
     )
 
 
@@ -58,6 +71,12 @@ class SftFlags(TrainerFlags):
     learning_rate: float = option(2e-4, "The learning rate after warm-up.", also="lr", common=True)
     save_total_limit: int = option(2, "How many checkpoints are kept.", flag="")
     packing: bool | None = option(None, "Put short rows together into one.", flag="", also="sample_packing")
+    activation_offloading: bool | None = option(
+        None,
+        "Keep in host memory what is kept for the backward pass (default: on a GPU with 4 bits).",
+        flag="",
+        planned=True,
+    )
 
 
 class _TrainOptions(Options):
@@ -68,17 +87,20 @@ class _TrainOptions(Options):
     method: str = option(
         "lora",
         f"What trains: {', '.join(METHODS)}.",
-        also="finetuning_type adapter peft_method peft_type",
+        also="finetuning_type adapter peft_method peft_type use_dora",
+        notes={"use_dora": ": dora"},
         common=True,
+        planned=True,
     )
     load_in_4bit: bool = option(
         False,
         "Hold all frozen weights, lm_head and embedding too, in NF4 with double quantisation (QLoRAM).",
         also="quantization_bit",
-        note=": true for 4 bits",
+        notes={"quantization_bit": ": true for 4 bits"},
         common=True,
+        planned=True,
     )
-    offload_embedding: bool = option(False, "With 4 bits: leave the embedding in 16 bits in host memory.")
+    offload_embedding: bool = option(False, "With 4 bits: leave the embedding in 16 bits in host memory.", planned=True)
     mask_update: bool = option(
         False, "On a sparse model: no update where the model has no weight; the adapter is then merged, not recovered."
     )
@@ -86,13 +108,17 @@ class _TrainOptions(Options):
         "float32",
         "The dtype of the adapter, its gradients and its optimiser's state.",
         hint="known are float32, bfloat16",
+        planned=True,
     )
     anchor_steps: int | None = option(
         None,
         "Stay on the full model's course, measured every so many steps; 0: never (default: 8 in a recipe that prunes).",
+        planned=True,
         ge=0,
     )
-    anchor_gradients: bool = option(True, "With anchors: measure gradients too, which takes longer and keeps more.")
+    anchor_gradients: bool = option(
+        True, "With anchors: measure gradients too, which takes longer and keeps more.", planned=True
+    )
     lora: dict[str, Any] = passed_on(
         LoraFlags,
         "PEFT's LoraConfig",
@@ -192,7 +218,7 @@ def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     from trl import SFTConfig
 
     for section, names, known in (("lora", lora, LoraConfig), ("trainer", trainer, SFTConfig)):
-        check_names(names, option_names(known), section, known.__name__, f"train.{section}")
+        check_names(names, option_names(known), section, known.__name__, TrainOptions)
 
 
 def _check_lora(lora: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ class LoraSpOptions(Options):
         ge=0.5,
         le=1,
         flag="lora-sp-share",
+        planned=True,
     )
 
 

@@ -1,0 +1,355 @@
+"""The commands: what each takes, which function it calls (imported when it is called), and what it prints."""
+
+import json as json_text
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from loram.alignment.options import AlignOptions, TeachOptions
+from loram.base import processes
+from loram.base.options import Options, option
+from loram.cli.flags import RUN, Flag, flags_of
+from loram.data.spec import DataSpec
+from loram.evaluation.options import EvaluateOptions
+from loram.planner.settings import PlannerOptions
+from loram.pruning.options import PruneOptions
+from loram.recovery.options import PolishOptions, RecoverOptions
+from loram.run.recipe import Recipe, load_recipe
+from loram.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """A part of the line without a flag; of the type list[str] it may be left out, or stand several times."""
+
+    name: str
+    type: Any
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its help is the docstring of the function that it calls.
+
+    Args:
+        call: takes the arguments by position and the flags that were given by keyword.
+        arguments, flags: what stands on the line.
+        together: whether several processes of a launcher may do it together.
+    """
+
+    call: Callable[..., None]
+    arguments: tuple[Argument, ...] = ()
+    flags: tuple[Flag, ...] = ()
+    together: bool = False
+
+
+class _Fresh(Options):
+    fresh: bool = option(False, "Start over instead of continuing what was interrupted.")
+
+
+class _Json(Options):
+    json_: bool = option(False, "Print one JSON object on stdout and nothing else.", flag="json")
+
+
+class _DryRun(Options):
+    dry_run: bool = option(
+        False, "Check everything, show sizes, memory and the tokens of the rows, and write nothing.", common=True
+    )
+
+
+class _Memory(Options):
+    memory: str | None = option(
+        None, "Find the smallest ratio with which training fits into so much memory: 12GiB, 24GB.", common=True
+    )
+
+
+class _Adapter(Options):
+    adapter: Path | None = option(None, "An adapter folder that fits MODEL.", common=True)
+
+
+class _Pruned(Options):
+    pruned: str | None = option(
+        None, "With --correct: the folder that was trained on, where it is not at the name that the adapter has."
+    )
+
+
+MODEL = Argument(name="model", type=str, help="The hub id, folder or .gguf file of a model.")
+OUT = Argument(name="out", type=Path, help="The folder to make.")
+ADAPTER = Argument(name="adapter", type=Path, help="The folder of a recovered adapter.")
+OVERRIDES = Argument(name="overrides", type=list[str], help="Values that replace those of the recipe: key.sub=value.")
+DATA = (*flags_of(DataSpec, "Data set", under=("data",)),)
+BASE = (*flags_of(Recipe, RUN, only=("base_model_name_or_path",)),)
+SEED, DEVICE = (tuple(flags_of(Recipe, RUN, only=(name,))) for name in ("seed", "device"))
+FRESH, JSON = (tuple(flags_of(options, RUN)) for options in (_Fresh, _Json))
+
+
+def _stage(options: type[Options]) -> tuple[Flag, ...]:
+    return tuple(flags_of(options, "Further options"))
+
+
+def prune(model: str, out: Path, **options: Any) -> None:
+    """Remove units or single weights of MODEL: a smaller model folder.
+
+    Structured pruning removes whole key-value groups and MLP channels; sparse patterns remove single weights. The
+    folder has loram_plan.json, which says what was kept.
+    """
+    from loram.pruning.prune import prune as stage
+
+    full, pruned = stage(model, out, **options).parameters()
+    typer.echo(f"{out}: {full:,} -> {pruned:,} parameters ({full / pruned:.2f}x fewer)")
+
+
+def quantize(model: str, out: Path) -> None:
+    """Store a model with its linears in 4 bits (NF4).
+
+    MODEL is a pruned folder or a full model; OUT is in transformers' own format.
+    """
+    from loram.export.quantize import quantize as stage
+
+    stage(model, out)
+    typer.echo(f"{out}: 4-bit model folder written")
+
+
+def align(pruned: Path, out: Path, **options: Any) -> None:
+    """Train a pruned model to predict what the full model predicts.
+
+    All weights of PRUNED train, except the embedding and lm_head; OUT is a pruned folder again.
+    """
+    from loram.alignment.align import align as stage
+
+    stage(pruned, out, **options)
+    if processes.first():
+        typer.echo(f"{out}: aligned model written")
+
+
+def teach(model: str, out: Path, **options: Any) -> None:
+    """Cache what the full model predicts on a text, for alignment.
+
+    MODEL is read from disk layer by layer.
+    """
+    from loram.alignment.teach import teach as stage
+
+    stage(model, out, **options)
+    typer.echo(f"{out}: teacher cache written")
+
+
+def train(model: str, out: Path, **options: Any) -> None:
+    """Train an adapter, or weights themselves, on MODEL.
+
+    MODEL is a pruned folder or a full model. The methods lisa and full train the weights themselves.
+    """
+    from loram.training.train import train as stage
+
+    stage(model, out, **options)
+    if processes.first():
+        typer.echo(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
+
+
+def recover(adapter: Path, out: Path, **options: Any) -> None:
+    """Widen an adapter of a pruned model so that it fits the full one.
+
+    OUT is a stock PEFT adapter.
+    """
+    from loram.recovery.recover import recover as stage
+
+    stage(adapter, out, **options)
+    typer.echo(f"{out}: recovered adapter written")
+
+
+def polish(model: str, adapter: Path, out: Path, **options: Any) -> None:
+    """Train a recovered adapter a few more steps on the full model.
+
+    MODEL is read from disk layer by layer.
+    """
+    from loram.recovery.polish import polish as stage
+
+    stage(model, adapter, out, **options)
+    typer.echo(f"{out}: polished adapter written")
+
+
+def merge(model: str, adapter: Path, out: Path) -> None:
+    """Add an adapter to the weights of a model: a plain model folder."""
+    from loram.export.merge import merge as stage
+
+    stage(model, adapter, out)
+    typer.echo(f"{out}: merged model written")
+
+
+def evaluate(model: str, *, json: bool = False, **options: Any) -> None:
+    """Measure the perplexity of MODEL, with or without an adapter."""
+    from loram.evaluation.evaluate import evaluate as stage
+
+    report = stage(model, **options)
+    text = (
+        f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
+        f"of {report.rows:,} rows"
+    )
+    typer.echo(report.model_dump_json() if json else text)
+
+
+def run(
+    recipe: Path, overrides: list[str] | None, *, fresh: bool = False, dry_run: bool = False, json: bool = False
+) -> None:
+    """Run a recipe: prune, align, train, recover, polish, evaluate.
+
+    The stages that the recipe has are done in this order; those that are done already are skipped.
+    """
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        from loram.run import dry_run as checks
+
+        checked = checks.dry_run(loaded)
+        if json:
+            typer.echo(checked.model_dump_json())
+        else:
+            checks.show(checked, _console())
+        return
+
+    from loram.run.pipeline import run as pipeline
+    from loram.run.record import REPORT_NAME
+    from loram.run.report import summary, table
+
+    report = pipeline(loaded, fresh=fresh)
+    if json:
+        typer.echo(report.model_dump_json())
+        return
+    console = _console()
+    console.print(table(report))
+    console.print(summary(report), highlight=False)
+    console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)
+
+
+def compare(recipe: Path, overrides: list[str] | None, *, json: bool = False) -> None:
+    """Train by several methods and put them into one table.
+
+    Each variant in the recipe's section `compare` trains on the full or on the pruned model.
+    """
+    from loram.run.compare import TABLE_NAME, table
+    from loram.run.compare import compare as stage
+
+    loaded = load_recipe(recipe, overrides)
+    rows = stage(loaded)
+    if json:
+        typer.echo(json_text.dumps({"rows": [row.model_dump() for row in rows]}))
+        return
+    console = _console()
+    console.print(table(rows))
+    console.print(f"Table and plot: {loaded.output_dir / TABLE_NAME}", highlight=False, soft_wrap=True)
+
+
+def estimate(model: str, *, memory: str | None = None, json: bool = False, **options: Any) -> None:
+    """Say what pruning saves and what training takes.
+
+    Only config.json is read. With --memory the smallest ratio that fits is found. Options of training that are left
+    out have the defaults of `loram train`.
+    """
+    from loram.planner.show import command
+
+    typer.echo(command(model, memory, PlannerOptions.of(**options), as_json=json))
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Turn a GGUF file into an ordinary model folder."""
+    from loram.disk.gguf import convert_gguf
+
+    convert_gguf(gguf, out)
+    typer.echo(f"{out}: model folder written")
+
+
+def verify(folder: Path, *, json: bool = False) -> None:
+    """Compare every byte of a folder with its manifest."""
+    from loram.disk.artifacts import verify as stage
+
+    manifests = stage(folder)
+    if json:
+        typer.echo(json_text.dumps({path: manifest.model_dump(mode="json") for path, manifest in manifests.items()}))
+        return
+    for path, manifest in manifests.items():
+        size = sum(entry.size for entry in manifest.files.values())
+        typer.echo(f"{path}: {manifest.kind}, {len(manifest.files)} files, {size / 1e6:,.1f} MB, all as written")
+
+
+def doctor(*, json: bool = False) -> None:
+    """Show what this machine can do, and what is missing.
+
+    It looks at versions, devices, fast dtypes, free memory and free disk.
+    """
+    from loram.compute.doctor import doctor as examine
+
+    report = examine()
+    typer.echo(report.model_dump_json() if json else report.text())
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+RECIPE = Argument(name="recipe", type=Path, help="A recipe in YAML.")
+COMMANDS: dict[str, Command] = {  # in the order of a run
+    "estimate": Command(
+        call=estimate,
+        arguments=(Argument(name="model", type=str, help="A config.json, a model folder or a hub id."),),
+        flags=(*_stage(PlannerOptions), *flags_of(_Memory, RUN), *JSON),
+    ),
+    "prune": Command(call=prune, arguments=(MODEL, OUT), flags=(*_stage(PruneOptions), *SEED, *DEVICE)),
+    "align": Command(
+        call=align,
+        arguments=(Argument(name="pruned", type=Path, help="A pruned folder."), OUT),
+        flags=(*_stage(AlignOptions), *BASE, *SEED, *DEVICE, *FRESH),
+        together=True,
+    ),
+    "train": Command(
+        call=train,
+        arguments=(MODEL, OUT),
+        flags=(*DATA, *_stage(TrainOptions), *BASE, *SEED, *DEVICE, *FRESH),
+        together=True,
+    ),
+    "recover": Command(
+        call=recover,
+        arguments=(Argument(name="adapter", type=Path, help="A folder that train made."), OUT),
+        flags=(
+            *_stage(RecoverOptions),
+            *flags_of(DataSpec, "Development rows", only=("columns", "max_samples"), under=("dev_dataset",)),
+            *flags_of(_Pruned, RUN),
+            *BASE,
+            *DEVICE,
+        ),
+    ),
+    "polish": Command(
+        call=polish,
+        arguments=(MODEL, ADAPTER, OUT),
+        flags=(*DATA, *_stage(PolishOptions), *SEED, *DEVICE, *FRESH),
+    ),
+    "eval": Command(
+        call=evaluate,
+        arguments=(MODEL,),
+        flags=(
+            *flags_of(DataSpec, "Data set", only=("path", "config", "split", "columns"), under=("data",)),
+            *flags_of(_Adapter, RUN),
+            *_stage(EvaluateOptions),
+            *DEVICE,
+            *JSON,
+        ),
+    ),
+    "merge": Command(call=merge, arguments=(MODEL, ADAPTER, OUT)),
+    "run": Command(call=run, arguments=(RECIPE, OVERRIDES), flags=(*flags_of(_DryRun, RUN), *FRESH, *JSON)),
+    "compare": Command(call=compare, arguments=(RECIPE, OVERRIDES), flags=JSON),
+    "quantize": Command(call=quantize, arguments=(MODEL, OUT)),
+    "teach": Command(call=teach, arguments=(MODEL, OUT), flags=(*DATA, *_stage(TeachOptions), *DEVICE, *FRESH)),
+    "convert": Command(call=convert, arguments=(Argument(name="gguf", type=Path, help="A .gguf file."), OUT)),
+    "verify": Command(
+        call=verify,
+        arguments=(Argument(name="folder", type=Path, help="A folder that loram made, or one with such folders."),),
+        flags=JSON,
+    ),
+    "doctor": Command(call=doctor, flags=JSON),
+}
