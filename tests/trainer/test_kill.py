@@ -18,7 +18,7 @@ EVERY = int(os.environ.get("LORAM_KILL_EVERY", "13"))
 SCRIPT = """
 import itertools, json, os, pathlib, shutil, signal, sys
 import safetensors.torch, torch
-import loram, loram.train
+import loram, loram.training.train
 from loram.disk import artifacts
 from loram.disk import adapter
 import peft, trl, transformers.models.mistral.modeling_mistral
