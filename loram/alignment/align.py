@@ -104,7 +104,7 @@ def _job(inputs: Inputs, spec: AlignOptions, options: Mapping[str, Any], device:
             "processes": processes.count(),
         },
         device=device,
-        save_total_limit=options["save_total_limit"],
+        checkpoint_limit=options["save_total_limit"],
         keep_checkpoints=spec.trainer.get("save_strategy", "no") != "no",
         spec=spec,
         options=options,

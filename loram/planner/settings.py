@@ -16,7 +16,8 @@ from loram.base.errors import UserError
 from loram.base.options import Options, explain, extra_of, fields_below, flag_of, help_of, option, without_none
 from loram.model.architecture import LINEARS
 from loram.pruning.options import PruneOptions
-from loram.training.methods.table import ANCHOR_STEPS, METHODS, Method, method_of
+from loram.training.methods.method import Method
+from loram.training.methods.table import ANCHOR_STEPS, METHODS, method_of
 from loram.training.options import TrainOptions
 
 # optim -> (bytes of state per trained parameter, 0 for those of its dtype; whether the GPU's driver may page it)

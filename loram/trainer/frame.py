@@ -45,7 +45,7 @@ class Job(ABC, Generic[Result]):
         made_from: the fingerprints of everything that goes in: name -> fingerprint.
         settings: everything else that decides the result, as the manifest has it.
         device: the device to train on.
-        save_total_limit: how many checkpoints to keep meanwhile; None keeps all.
+        checkpoint_limit: how many checkpoints to keep meanwhile; None keeps all.
         keep_checkpoints: whether the checkpoints stay when the output is in place.
     """
 
@@ -55,7 +55,7 @@ class Job(ABC, Generic[Result]):
     made_from: Mapping[str, str]
     settings: Mapping[str, Any]
     device: torch.device
-    save_total_limit: int | None = 1
+    checkpoint_limit: int | None = 1
     keep_checkpoints: bool = False
 
     @abstractmethod
@@ -107,7 +107,7 @@ def run_job(job: Job[Result], out: Path, *, fresh: bool) -> Path:
         out.with_name(f"{out.name}-checkpoints"),
         made_from=job.made_from,
         settings={**job.settings, "device": job.device.type},
-        limit=job.save_total_limit,
+        limit=job.checkpoint_limit,
     )
     settings = dict(job.settings)
     with (

@@ -169,7 +169,7 @@ def _prepare(
             "processes": processes.count(),
         },
         device=device,
-        save_total_limit=options.trainer["save_total_limit"],
+        checkpoint_limit=options.trainer["save_total_limit"],
         keep_checkpoints=keep_checkpoints,
         checkpoint=checkpoint,
         plan=plan,

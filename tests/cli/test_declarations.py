@@ -156,18 +156,18 @@ def test_the_reference_page_is_up_to_date() -> None:
 ELSEWHERE = {
     "a word of plain English or of Python, or the name of a stage, library or method": (
         "prune teach align train recover polish evaluate compare lora trainer lisa calibration correct criterion "
-        "dataset device method pattern r ratio seed share stream teacher"
+        "dataset device method pattern probe r ratio seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
         "learning_rate load_in_4bit max_length max_steps optim output_dir per_device_train_batch_size target_modules "
         "top_k"
     ),
-    "two or more stages have an option of this name": "max_samples train_embeddings",
+    "two or more stages have an option of this name": "max_samples",
     "it is written into a plan, an adapter or a manifest, and read from there": (
         "base_model_name_or_path bias_compensation keep_first keep_last mask_update"
     ),
     "each module of the room `run` reads this part of the recipe": (
-        "anchor_steps dev_dataset eval_dataset full_lora model_name_or_path"
+        "anchor_steps dev_dataset full_lora model_name_or_path"
     ),
 }
 

@@ -1,26 +1,18 @@
 """DoRA (arXiv 2402.09353): an adapter that also learns the length of every row of the adapted weight."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loram.training.methods.method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from loram.training.options import TrainOptions
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dora(Method):
     """PEFT's DoRA; recovery must know the lengths that the learnt ones began as."""
-
-    def refusals(self, options: "TrainOptions", lora: Mapping[str, Any]) -> Iterator[str]:
-        """Also refuse an adapter in 16 bits."""
-        yield from super().refusals(options, lora)
-        if options.lora_dtype != "float32":
-            yield "lora_dtype: DoRA's magnitudes need float32; leave it out"
 
     def added_files(self, model: "nn.Module") -> Mapping[str, Mapping[str, "Tensor"]]:
         """The lengths of the rows of the frozen weights."""
@@ -52,5 +44,6 @@ DORA = Dora(
     lora={"use_dora": True},
     defaults={"lora_dropout": 0.0},  # with dropout, PEFT computes the base's output a second time
     anchored=False,
+    in_float32="DoRA's magnitudes need float32",
     adds_files=True,
 )

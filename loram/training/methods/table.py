@@ -63,8 +63,14 @@ def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
     if options.mask_update and not method.masked:
         names = " and ".join(row.name for row in METHODS.values() if row.masked)
         raise UserError(f"mask_update: is for methods {names}, and the method is {method.name}")
-    if method.weights:
-        _check_weights(method, options)
+    if method.in_float32 and options.lora_dtype != "float32":
+        raise UserError(f"lora_dtype: with method {method.name} {method.in_float32}; leave it out")
+    if method.weights and options.load_in_4bit:
+        *names, last = [row.name for row in METHODS.values() if not row.weights]
+        raise UserError(
+            f"load_in_4bit: method {method.name} trains the weights themselves, and weights in 4 bits cannot be "
+            f"trained; take {', '.join(names)} or {last}, or the model in 16 or 32 bits"
+        )
     method.check(options, lora)
 
 
@@ -78,15 +84,3 @@ def _check_other(other: Method, options: "TrainOptions") -> None:
         for key, value in other.lora.items():
             if options.lora.get(key) == value:
                 raise UserError(f"lora: {key} cannot be used with method {options.method}; take method {other.name}")
-
-
-def _check_weights(method: Method, options: "TrainOptions") -> None:
-    """Refuse what only an adapter can have."""
-    if options.lora_dtype != "float32":
-        raise UserError(f"lora_dtype: method {method.name} trains the weights themselves, in float32; leave it out")
-    if options.load_in_4bit:
-        *names, last = [row.name for row in METHODS.values() if not row.weights]
-        raise UserError(
-            f"load_in_4bit: method {method.name} trains the weights themselves, and weights in 4 bits cannot be "
-            f"trained; take {', '.join(names)} or {last}, or the model in 16 or 32 bits"
-        )
