@@ -26,7 +26,7 @@ from loram.compute.device import allocate_, compute_dtype, fits, pick_device
 from loram.compute.loading import load_model, load_tokenizer, open_full
 from loram.data.spec import DataSpec
 from loram.disk.artifacts import check_output, digest, find_manifest, publish
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.writer import ShardedWriter
@@ -136,7 +136,9 @@ def align(
     with publish(out, kind="pruned", made_from=made_from, settings=settings) as staging, checkpoints.open(fresh=fresh):
         history, trained = _fit(job, checkpoints)
         if processes.first():
-            _write(job.student, trained, staging, frozen=() if train_embeddings else (EMBEDDING, HEAD))
+            row = job.student.architecture
+            frozen = () if train_embeddings else (row.embedding_weight, row.head_weight)
+            _write(job.student, trained, staging, frozen=frozen)
             log = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
             (staging / LOG_NAME).write_text(log, encoding="utf-8")
     if spec.trainer.get("save_strategy", "no") == "no":
@@ -319,7 +321,7 @@ def _write(student: Checkpoint, trained: Path | None, out: Path, *, frozen: Coll
             if source is None or name in frozen:
                 writer.copy(name, student)
                 continue
-            for row, block in source.blocks(name if name in source.index else source.head):
+            for row, block in source.blocks(source.holder(name)):
                 writer.write(name, block.to(specs[name].dtype), row)
     copy_side_files(student.folder, out)
     shutil.copyfile(student.folder / "config.json", out / "config.json")

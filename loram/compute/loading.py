@@ -14,7 +14,7 @@ from loram.base.progress import without_library_bars
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model import modeling_loram
-from loram.model.architecture import architecture_of
+from loram.model.families import architecture_of
 from loram.model.plan import PruningPlan
 
 _CODE = "modeling_loram"
@@ -34,7 +34,7 @@ def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
 
 
 def _pruned_config(base: Path, plan: PruningPlan) -> Any:
-    config_class, model_class = modeling_loram.pruned_classes(plan.model_type)
+    config_class, model_class = modeling_loram.pruned_classes(plan.architecture.model_class)
     values = AutoConfig.from_pretrained(base).to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(key, None)
@@ -47,6 +47,7 @@ def _pruned_config(base: Path, plan: PruningPlan) -> Any:
             "AutoModelForCausalLM": f"{_CODE}.{model_class.__name__}",
         },
         per_layer_config=plan.per_layer_config(),
+        narrow_linears=plan.narrow_linears() or None,
         bias_compensation=plan.bias_compensation,
         sparsity=plan.sparsity(),
     )

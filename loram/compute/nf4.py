@@ -19,7 +19,7 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
 from loram.compute.loading import empty_model
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
 from loram.model.modeling_loram import SparseLinear
 
@@ -56,7 +56,8 @@ def load_4bit(
     names = [name for name in checkpoint.names() if name in expected]
     if missing := sorted(expected.keys() - set(names)):
         raise UserError(f"{checkpoint.folder}: no tensor {missing[0]}, which config.json's model has")
-    known = {*expected, HEAD}  # some tools write lm_head also where it is tied
+    embedding, head = checkpoint.architecture.embedding_weight, checkpoint.architecture.head_weight
+    known = {*expected, head}  # some tools write the head also where it is tied
     if unknown := [name for name in checkpoint.names() if checkpoint.weight_of(name) not in known]:
         raise UserError(f"{checkpoint.folder}: has a tensor {unknown[0]}, which config.json's model has not")
     for name, module in list(model.named_modules()):
@@ -66,8 +67,8 @@ def load_4bit(
             model.set_submodule(name, SparseLinear4bit(module, len(module.weight)))
     for name in track(sorted(names, key=lambda name: -checkpoint.spec(name).nbytes), "Loading in 4 bits"):
         shape = expected[name]
-        if name == EMBEDDING:
-            _put_embedding_(model, checkpoint, shape, device, dtype, offload_embedding, tied=HEAD not in expected)
+        if name == embedding:
+            _put_embedding_(model, checkpoint, shape, device, dtype, offload_embedding, tied=head not in expected)
             continue
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Linear4bit) and name.endswith(".weight"):
@@ -246,16 +247,16 @@ def _put_embedding_(
     *,
     tied: bool,
 ) -> None:
-    """The embedding, and lm_head where it is tied."""
-    embedding = model.get_input_embeddings()
-    weight = None if offload and not tied else _read_4bit(checkpoint, EMBEDDING, shape, device, dtype)
+    """Give a model its embedding, and its head where that is tied."""
+    embedding, name = model.get_input_embeddings(), checkpoint.architecture.embedding_weight
+    weight = None if offload and not tied else _read_4bit(checkpoint, name, shape, device, dtype)
     if offload:
-        table = _checked(checkpoint, EMBEDDING, checkpoint.tensor(EMBEDDING), shape)
+        table = _checked(checkpoint, name, checkpoint.tensor(name), shape)
         model.set_input_embeddings(HostEmbedding(embedding, table, dtype))
     else:
         model.set_input_embeddings(Nf4Embedding(embedding, weight))
     if tied:
-        _put_weight_(model.lm_head, weight)
+        _put_weight_(model.get_output_embeddings(), weight)
 
 
 def _read_4bit(

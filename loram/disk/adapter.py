@@ -15,13 +15,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loram.base.errors import UserError, first_problem
 from loram.disk.artifacts import file_sha256, find_manifest
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import read_json
 from loram.disk.tensorfile import TensorFile
-from loram.model.architecture import architecture_of
 from loram.model.modeling_loram import unpack
 from loram.model.plan import MASKS_NAME, find_plan
 
@@ -189,7 +189,9 @@ class Adapter:
             return masked_delta(a, b[start:stop], mask[start:stop], self.scaling(module))
         return self.scaling(module) * (b[start:stop] @ a)
 
-    def add_to_(self, linear: nn.Module, module: str, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
+    def add_to_(
+        self, linear: nn.Module, module: str, device: torch.device
+    ) -> tuple[RemovableHandle, dict[str, Tensor]]:
         """Let a linear add a module's update, as `add_update_` does; a masked one is made once, as a whole.
 
         Returns:
@@ -266,7 +268,7 @@ class Adapter:
                 raise UserError(f"{weights}: {key} is missing, though {CONFIG_NAME} targets {module}")
 
 
-def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Any:
+def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> RemovableHandle:
     """Let a linear add scaling·B·A·x to its output, as PEFT does: factors and their product in the factors' dtype.
 
     A hook, so that the module itself stays as it is: the handle that is returned takes it away again.
@@ -312,13 +314,16 @@ def _linear_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     if checkpoint.quantized:  # packed tensors' shapes say nothing
         if plan := find_plan(checkpoint.folder):
             return plan.linear_shapes()
-        return checkpoint.geometry.linear_shapes(architecture_of(checkpoint.config, checkpoint.name).linears)
+        return checkpoint.geometry.linear_shapes(checkpoint.architecture)
+    row = checkpoint.architecture
     shapes = {
         name.removesuffix(".weight"): checkpoint.shape(name)
         for name in checkpoint.names()
-        if name.endswith(".weight") and len(checkpoint.shape(name)) == 2 and name not in (EMBEDDING, HEAD)
+        if name.endswith(".weight")
+        and len(checkpoint.shape(name)) == 2
+        and name not in (row.embedding_weight, row.head_weight)
     }
-    return {**shapes, "lm_head": checkpoint.shape(checkpoint.head)}
+    return {**shapes, row.head: checkpoint.shape(checkpoint.head)}
 
 
 def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:

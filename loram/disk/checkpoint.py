@@ -15,10 +15,11 @@ from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
 from loram.disk.files import read_json, refuse_pointer, side_files
 from loram.disk.tensorfile import BLOCK_BYTES, TensorFile, TensorSpec
-from loram.model.architecture import Geometry
+from loram.model.architecture import Architecture
+from loram.model.families import family_of, is_pruned
+from loram.model.geometry import Geometry
 from loram.model.modeling_loram import dense, unpack
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -104,14 +105,30 @@ class Checkpoint:
         return read_json(self.folder / "config.json")
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """The family's row, of a full or a pruned model.
+
+        Raises:
+            UserError: the family is not supported.
+        """
+        return family_of(self.config, self.name)
+
+    @cached_property
+    def rows_by_layer(self) -> list[Architecture]:
+        """The family's row as each decoder layer has it."""
+        kinds = self.architecture.layer_kinds(self.config)
+        layers = self.architecture.text_config(self.config)["num_hidden_layers"]
+        return [self.architecture.of_kind(kinds[layer] if kinds else None) for layer in range(layers)]
+
+    @cached_property
     def geometry(self) -> Geometry:
-        """The sizes of a full model of a supported family (a pruned one has no single geometry)."""
+        """The sizes of a full model of a supported family (a pruned model has no single geometry)."""
         return Geometry.from_config(self.config, str(self.folder / "config.json"))
 
     @property
     def pruned(self) -> bool:
         """Whether this is a pruned folder."""
-        return str(self.config.get("model_type")).startswith("loram_")
+        return is_pruned(self.config)
 
     @property
     def quantized(self) -> bool:
@@ -120,8 +137,8 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether lm_head shares the embedding's weight."""
-        return HEAD not in self.index or bool(self.config.get("tie_word_embeddings"))
+        """Whether the head shares the embedding's weight."""
+        return self.architecture.head_weight not in self.index or bool(self.config.get("tie_word_embeddings"))
 
     @property
     def stored(self) -> "Checkpoint":
@@ -132,6 +149,11 @@ class Checkpoint:
         """Names of all tensors, sorted as a person counts: layer 2 before layer 10."""
         hidden = set() if self._stored else set(self._masks.values())
         return sorted(self.index.keys() - hidden, key=_natural)
+
+    def layer_tensors(self, layer: int) -> dict[str, Tensor]:
+        """All tensors of a decoder layer, by name."""
+        prefix = f"{self.architecture.layer_path(layer)}."
+        return {name: self.tensor(name) for name in self.names() if name.startswith(prefix)}
 
     def constants(self, name: str) -> list[str]:
         """Names of the tensors that belong to a quantised weight: its scales and codes."""
@@ -168,20 +190,23 @@ class Checkpoint:
     @property
     def vocabulary(self) -> int:
         """How many tokens the embedding has a row for."""
-        return self.shape(EMBEDDING)[0]
+        return self.shape(self.architecture.embedding_weight)[0]
 
     @property
     def parameters(self) -> int:
-        """How many values all tensors have together, a tied lm_head's not counted again; of sparse ones those kept."""
+        """How many values all tensors hold together; a tied head is not counted again."""
         files = {name: self._open(shard) for name, shard in self.index.items() if name not in self._masks.values()}
-        return sum(
-            math.prod(file.specs[name].shape) for name, file in files.items() if not (name == HEAD and self.tied)
-        )
+        again = self.architecture.head_weight if self.tied else None
+        return sum(math.prod(file.specs[name].shape) for name, file in files.items() if name != again)
 
     @property
     def head(self) -> str:
-        """Name of the tensor that lm_head multiplies by: its own, or the embedding's where they are tied."""
-        return EMBEDDING if self.tied else HEAD
+        """The name of the tensor that the head multiplies by: its own, or the embedding's where they are tied."""
+        return self.holder(self.architecture.head_weight)
+
+    def holder(self, name: str) -> str:
+        """The name of the tensor that holds a weight: its own, but for a tied head the embedding's."""
+        return self.architecture.embedding_weight if self.tied and name == self.architecture.head_weight else name
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """One tensor, or its rows `start` to `stop`, on the CPU, in the dtype of the file; no other byte is read.
@@ -219,7 +244,7 @@ class Checkpoint:
             return manifest.made_from["original"]
         digest = hashlib.sha256()
         for name in sorted(self.names()):
-            if name == HEAD and self.tied:
+            if self.holder(name) != name:
                 continue
             spec = self.spec(name)
             digest.update(f"{name} {spec.dtype_name} {list(spec.shape)}".encode())

@@ -8,7 +8,6 @@ import torch
 
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest, publish
-from loram.disk.checkpoint import HEAD
 from loram.disk.files import refuse_pointer
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
@@ -58,8 +57,10 @@ def convert_gguf(path: Path, out: Path) -> Path:
         config.save_pretrained(staging)
         model.generation_config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        tied = config.tie_word_embeddings
-        tensors = {key: value for key, value in model.state_dict().items() if not (tied and key == HEAD)}
+        head = model.get_output_embeddings()
+        shared = [f"{path}.weight" for path, module in model.named_modules() if module is head]
+        left_out = shared if config.tie_word_embeddings else []
+        tensors = {key: value for key, value in model.state_dict().items() if key not in left_out}
         with ShardedWriter(staging, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)

@@ -7,7 +7,6 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.disk.adapter import load_for
 from loram.disk.artifacts import check_output, publish
-from loram.disk.checkpoint import EMBEDDING, HEAD
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.writer import ShardedWriter
@@ -40,9 +39,10 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
         )
     update = load_for(checkpoint, Path(adapter))
     sources = {name: name for name in checkpoint.names()}
-    untied = checkpoint.tied and "lm_head" in update.modules
+    architecture = checkpoint.architecture
+    untied = checkpoint.tied and architecture.head in update.modules
     if untied:
-        sources[HEAD] = EMBEDDING
+        sources[architecture.head_weight] = architecture.embedding_weight
     specs = {name: checkpoint.spec(source) for name, source in sources.items()}
     for module in update.modules:
         if not (dtype := specs[f"{module}.weight"].dtype).is_floating_point:

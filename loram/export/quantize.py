@@ -1,13 +1,13 @@
 """The quantize stage: a model folder -> the same model with its linears in 4 bits, a tensor at a time."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.nf4 import packed_specs, packed_tensors
 from loram.disk.artifacts import check_output, publish
-from loram.disk.checkpoint import EMBEDDING, HEAD
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.writer import SHARD_BYTES, ShardedWriter
@@ -43,11 +43,9 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
             f"{checkpoint.name}: transformers' 4-bit format knows no sparse weights; `loram train --load-in-4bit` "
             "quantises them when it loads the folder"
         )
-    linears = [
-        name
-        for name in checkpoint.names()
-        if name != EMBEDDING and len(checkpoint.shape(name)) == 2 and not (name == HEAD and checkpoint.tied)
-    ]
+    architecture = checkpoint.architecture
+    whole = {architecture.embedding_weight, *([architecture.head_weight] if checkpoint.tied else [])}
+    linears = [name for name in checkpoint.names() if name not in whole and len(checkpoint.shape(name)) == 2]
     specs = {}
     for name in checkpoint.names():
         found = checkpoint.spec(name)
@@ -64,13 +62,18 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
                 for part, tensor in packed_tensors(name, checkpoint.tensor(name)).items():
                     writer.write(part, tensor)
         copy_side_files(checkpoint.folder, staging)
-        config = {**checkpoint.config, "quantization_config": quantization_config(tied=checkpoint.tied)}
+        tied = [architecture.head] if checkpoint.tied else []
+        config = {**checkpoint.config, "quantization_config": quantization_config(tied)}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return out
 
 
-def quantization_config(*, tied: bool) -> dict[str, object]:
-    """What transformers looks for in config.json; `tied`: lm_head shares the embedding, which stays as it was."""
+def quantization_config(whole: Sequence[str]) -> dict[str, object]:
+    """The key `quantization_config` of config.json, for transformers.
+
+    Args:
+        whole: the paths of linears that stay as they were: a tied head, which shares the embedding's weight.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -78,5 +81,5 @@ def quantization_config(*, tied: bool) -> dict[str, object]:
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": ["lm_head"] if tied else [],
+        "llm_int8_skip_modules": list(whole),
     }

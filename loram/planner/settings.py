@@ -5,7 +5,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from loram.base.errors import UserError, first_problem
-from loram.model.architecture import LINEARS
+from loram.model.architecture import Architecture
+from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.training.methods.table import METHODS, LoraSpOptions, frozen_ranks, method_of
 
 # optim -> (bytes of state a trained parameter, or None for those of its dtype; whether the GPU's driver may page it)
@@ -45,9 +46,8 @@ class Settings(BaseModel):
     @field_validator("lora_target_modules")
     @classmethod
     def _known_modules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = (*LINEARS, "lm_head")
-        if not value or set(value) - set(known):
-            raise ValueError(f"should be some of {', '.join(known)}")
+        if not value or set(value) - set(KNOWN_TARGETS):
+            raise ValueError(f"should be some of {', '.join(KNOWN_TARGETS)}")
         return value
 
     @field_validator("method")
@@ -63,6 +63,19 @@ class Settings(BaseModel):
         if value not in OPTIMIZERS:
             raise ValueError(f"{value!r} cannot be estimated; known are {', '.join(OPTIMIZERS)}")
         return value
+
+    def for_family(self, architecture: Architecture) -> "Settings":
+        """The settings with the family's own linears as targets, unless targets were given.
+
+        Raises:
+            UserError: the family has no module of a given name.
+        """
+        if "lora_target_modules" not in self.model_fields_set:
+            return self.model_copy(update={"lora_target_modules": architecture.adapter_targets})
+        known = (*architecture.adapter_targets, architecture.head)
+        if set(self.lora_target_modules) - set(known):
+            raise UserError(f"lora_target_modules: should be some of {', '.join(known)}")
+        return self
 
     @property
     def trained_ranks(self) -> tuple[int, int]:

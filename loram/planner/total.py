@@ -166,6 +166,7 @@ def estimate_with(
         ratio=ratio if pruned else 0.5, pattern=pattern, keep_first=keep_first, keep_last=keep_last
     )
     full = Model.of(config, where, None, 0, 0)
+    settings = settings.for_family(full.architecture)
     ratio = pruning.ratio if pruned else None
     model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pattern)
     weights = frozen_bytes(model, settings).total
@@ -207,7 +208,7 @@ def _flops(model: Model, settings: Settings) -> int:
     """
     again = 2 if settings.gradient_checkpointing else 0
     layers, head = sum(layer.weights for layer in model.layers), model.vocabulary
-    on_head = settings.lora_r * sum(_head(model)) if "lm_head" in settings.lora_target_modules else 0
+    on_head = settings.lora_r * sum(_head(model)) if model.architecture.head in settings.lora_target_modules else 0
     in_layers = sum(settings.lora_r * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
     gradients = 2 * sum(trained(model, settings))
     return (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients

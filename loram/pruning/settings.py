@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from loram.base.errors import UserError
-from loram.model.architecture import ARCHITECTURES, Geometry
 from loram.model.counts import kept_units, prunable_layers
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m, removed_share
 
 # The criteria of each kind of pattern, the default first. (What they do: `criteria.py`, `sparsify.py`.)

@@ -144,7 +144,7 @@ def _fit(
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Take the steps; returns the log and the adapter's tensors in float32."""
     tensors = {name: tensor.float().clone() for name, tensor in start.tensors.items()}
-    trained = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
+    trained = {name: tensor for name, tensor in tensors.items() if checkpoint.architecture.split(name) is not None}
     optimizer = torch.optim.AdamW(list(trained.values()), lr=options.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, options.max_steps)
     log: list[dict[str, float]] = []

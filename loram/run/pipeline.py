@@ -10,7 +10,7 @@ from loram.compute.loading import open_full
 from loram.data.tokens import load_rows
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
-from loram.model.architecture import architecture_of
+from loram.model.families import architecture_of
 from loram.pruning.prune import check_weights
 from loram.pruning.settings import check_counts
 from loram.run.recipe import PruneSection, Recipe
@@ -53,7 +53,7 @@ def check(recipe: Recipe) -> None:
 
 def _check_pruning(checkpoint: Checkpoint, section: PruneSection) -> None:
     architecture = architecture_of(checkpoint.config, checkpoint.name)
-    check_weights(checkpoint, architecture)
+    check_weights(checkpoint)
     try:
         check_counts(section.settled(), checkpoint.geometry, architecture.model_type)
     except UserError as error:

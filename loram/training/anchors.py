@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from loram.compute.streaming import HIDDEN_BYTES, Stream
 from loram.data.batches import IGNORED, Batch, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
+from loram.model.architecture import Architecture
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
 
@@ -107,7 +108,7 @@ class Anchors:
 
     def __init__(self, course: Course, model: Any) -> None:
         self.course, self.model = course, model
-        self._parts = _parts(model.get_base_model())
+        self._parts = _parts(model.get_base_model(), course.plan.architecture)
         self._measured: _Measured | None = None
         self._used: tuple[list[int], float | Tensor] | None = None  # rows of the batch that is trained on, and weight
         for number, part in enumerate(self._parts):
@@ -149,7 +150,7 @@ class Anchors:
         self.model.eval()
         if course.gradients:
             deque(stream.forward(keep_from=0), maxlen=0)
-        for number, part in enumerate(_parts(stream.model)):
+        for number, part in enumerate(_parts(stream.model, course.plan.architecture)):
             part.register_forward_hook(self._measuring(number, stream, self._measured), with_kwargs=True)
         deque(stream.backward(0, None) if course.gradients else stream.forward(), maxlen=0)
         self.model.train(training)
@@ -209,9 +210,10 @@ class Anchors:
         return _with(_WithGradient.apply(states, lambda like: weight * lacking(like)), args, kwargs)
 
 
-def _parts(model: Any) -> list[nn.Module]:
-    """Attention and MLP of layer after layer."""
-    return [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+def _parts(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The blocks (attention and MLP) of layer after layer."""
+    layers = cast(nn.ModuleList, model.get_submodule(architecture.layers_path))
+    return [layer.get_submodule(path) for layer in layers for path in architecture.blocks]
 
 
 def _alike(full: nn.Module, pruned: nn.Module) -> bool:

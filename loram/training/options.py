@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from loram.base.errors import UserError, first_problem
 from loram.compute.device import compute_dtype
-from loram.model.architecture import LINEARS
+from loram.model.architecture import Architecture
+from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.trainer.arguments import as_user_error, check_names, checkpointing, option_names
 from loram.training.methods.table import OPTIONS, Method, frozen_ranks, method_of
 
@@ -86,7 +87,7 @@ class TrainOptions:
     mask_update: bool = False
 
 
-def check_options(given: TrainOptions) -> TrainOptions:
+def check_options(given: TrainOptions, architecture: Architecture | None = None) -> TrainOptions:
     """Our defaults with the given options over them; options that would not mean what they say are refused.
 
     Raises:
@@ -99,11 +100,13 @@ def check_options(given: TrainOptions) -> TrainOptions:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
     undropped = {"lora_dropout": 0.0} if given.mask_update else {}
     lora = {**LORA_DEFAULTS, **method.defaults, **undropped, "task_type": "CAUSAL_LM", **given.lora}
+    if architecture is not None:
+        lora["target_modules"] = given.lora.get("target_modules", list(architecture.adapter_targets))
     trainer = {**TRAINER_DEFAULTS, **method.trainer, **given.trainer}
     if given.mask_update:
         _check_masked(given, lora)
     _check_names(lora, trainer)
-    _check_lora(lora)
+    _check_lora(lora, KNOWN_TARGETS if architecture is None else (*architecture.adapter_targets, architecture.head))
     _check_method(given, method)
     lora |= method.lora
     own = _own_options(given)
@@ -206,7 +209,7 @@ def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
         check_names(given, option_names(known), section, known.__name__, f"train.{section}")
 
 
-def _check_lora(lora: Mapping[str, Any]) -> None:
+def _check_lora(lora: Mapping[str, Any], known: Sequence[str]) -> None:
     """Refuse adapters that could not be recovered."""
     if beyond := sorted(key for key in _BEYOND_LORA if lora.get(key)):
         raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
@@ -220,8 +223,8 @@ def _check_lora(lora: Mapping[str, Any]) -> None:
     targets = lora["target_modules"]
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets:
         raise UserError(f"lora: target_modules should be a list of module names, but is {targets!r}")
-    if unknown := sorted(set(targets) - {*LINEARS, "lm_head"}):
-        raise UserError(f"lora: target_modules has {unknown[0]!r}; known are {', '.join((*LINEARS, 'lm_head'))}")
+    if unknown := sorted(set(targets) - set(known)):
+        raise UserError(f"lora: target_modules has {unknown[0]!r}; known are {', '.join(known)}")
 
 
 def build_configs(chosen: TrainOptions, device: torch.device, output_dir: Path | None = None) -> tuple[Any, Any]:

@@ -129,7 +129,7 @@ def train(
         anchor_gradients=anchor_gradients,
         mask_update=mask_update,
     )
-    options = check_options(options)
+    options = check_options(options, checkpoint.architecture)
     _check_sparse(checkpoint, options)
     if method == "lisa" and processes.count() > 1:
         raise UserError("method lisa: trains in one process; several would wait for gradients of the layers it freezes")

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import loram
 from loram.base.errors import UserError
-from loram.compute import streaming
-from loram.compute.streaming import ResidentLayer, Stream, TopK, prefetched
+from loram.compute import head
+from loram.compute.head import TopK
+from loram.compute.streaming import ResidentLayer, Stream, prefetched
 from loram.data.batches import IGNORED, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import ARCHITECTURES
+from loram.model.families import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 # Longer than the sliding windows of 8, of a length that others share, and too short to predict anything.
@@ -167,7 +168,7 @@ def streamed_gradients(stream: Stream, down_to: int) -> dict[str, Tensor]:
         assert not found
     for layer in stream.backward(down_to, on_gradient):
         linears = ARCHITECTURES["llama"].linears
-        assert {f"model.layers.{layer.index}.{linear}.weight" for linear in linears} <= found.keys()
+        assert {f"model.layers.{layer.index}.{linear.path}.weight" for linear in linears} <= found.keys()
     return found
 
 
@@ -263,7 +264,7 @@ def test_slices_of_the_vocabulary_change_nothing(
     expected = whole.log_probs(), whole.top_k(5), streamed_gradients(stream_of(folder, adapter), 3)
     slices = []
     visit = Stream._visit_logits
-    monkeypatch.setattr(streaming, "_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(head, "_SLICE_BYTES", slice_bytes)
     monkeypatch.setattr(
         Stream,
         "_visit_logits",
