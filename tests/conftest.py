@@ -131,6 +131,25 @@ def targets_of(family: str, *more: str) -> list[str]:
     return [*family_of({"model_type": family}).adapter_targets, *more]
 
 
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+
+
+def own_names(family: str, options: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's options with the names of Llama's linears replaced by those of a family's."""
+    own, names = targets_of(family), dict[str, str]()
+    names |= {name: fused for name, fused in _FUSED.items() if name not in own}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(dict.fromkeys(names.get(part, part) for part in value))
+        return {names.get(key, key): part for key, part in value.items()} if isinstance(value, dict) else value
+
+    return {key: renamed(value) for key, value in options.items()}
+
+
 def unfused(layer: Any, of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `of` gives for the linears of a tiny model's layer, by the names of Llama's; a fused one is taken apart."""
     found = {

@@ -75,7 +75,7 @@ def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings
 
     With dropout, or cast to the adapter's dtype, what lora_A reads is a tensor of its own for every linear. Without,
     it is the linear's input, which several linears share: one tensor for q, k and v, one for gate and up, one for down.
-    The input of o is one that attention has kept already.
+    What o reads is attention's output, which attention has kept already, unless o reads a copy of it.
     """
     inputs = [layer.shapes[linear.path][1] for linear in targets]
     kept = sum(inputs) * size.mask + len(targets) * settings.lora_r * size.adapted
@@ -84,7 +84,9 @@ def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings
     if settings.lora_dropout or settings.lora_bytes != settings.compute_bytes:
         return kept + sum(inputs) * size.adapted
     shared = {linear.reads: layer.shapes[linear.path][1] for linear in targets}
-    if model.architecture.attention_softcap is None:  # else attention is computed term by term, and keeps no output
+    # Attention that is computed term by term keeps no output. Where heads are rotated in part, joining the parts puts
+    # the queries head by head in memory; the output is laid out as they are, and copied to be token by token.
+    if model.architecture.attention_softcap is None and model.architecture.partial_rotary is None:
         shared.pop("attention", None)
     return kept + sum(shared.values()) * size.adapted
 

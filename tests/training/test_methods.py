@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, relative
+from conftest import FAMILIES, relative, targets_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -321,7 +321,7 @@ def test_lisas_draws_follow_from_the_seed() -> None:
     assert set().union(*draws(1)) == set(range(16))  # no layer is forgotten
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"], ids=["tied", "untied", "fused"])
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_weights_of_a_full_model_make_an_ordinary_model(
     method: str, family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
@@ -342,11 +342,12 @@ def test_weights_of_a_full_model_make_an_ordinary_model(
     assert loram.evaluate(out, data=rows_file, device="cpu").perplexity < before
 
 
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
 def test_of_a_pruned_model_only_linears_train_and_a_full_rank_keeps_it_all(
-    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+    family: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     """The extracted update, at a rank no side is above, is the trained model."""
-    model, asked = pruned_models["gemma2"], {"save_strategy": "steps", "save_steps": 8}
+    model, asked = pruned_models[family], {"save_strategy": "steps", "save_steps": 8}
     out = train(model, tmp_path / "a", rows_file, "full", trainer=asked)
     trained, began = Checkpoint(tmp_path / "a-checkpoints" / "checkpoint-8"), Checkpoint(model)
     adapter = Adapter.load(out)
@@ -376,7 +377,8 @@ def test_a_small_rank_keeps_less_and_says_so(
 def dora(model: Any, folder: Path, plan_of: Path | None, **options: Any) -> Path:
     """A DoRA adapter as PEFT saves it, with the magnitudes that it begins with beside it."""
     torch.manual_seed(3)
-    chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(LINEARS), "use_dora": True, **options}
+    targets = targets_of(model.config.model_type)
+    chosen = {"r": 3, "lora_alpha": 6, "target_modules": targets, "use_dora": True, **options}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **chosen))
     began = row_lengths(adapted)
     if options.get("init_lora_weights") is False:
@@ -435,11 +437,11 @@ def test_dora_on_the_pruned_model_equals_recovered_on_the_zeroed_one(
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("family", ["llama", "gemma2"], ids=["tied, biases", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"], ids=["tied, biases", "gemma2", "fused"])
 def test_dora_merges_and_streams_as_peft_computes(
     family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    base, targets = tiny_models[family], [*LINEARS, "lm_head"]
+    base, targets = tiny_models[family], targets_of(family, "lm_head")
     full = AutoModelForCausalLM.from_pretrained(base)
     adapter = dora(full, tmp_path / "adapter", None, init_lora_weights=False, target_modules=targets)
     loram.merge(base, adapter, tmp_path / "merged")
