@@ -302,8 +302,8 @@ def register(model_classes: Iterable[str]) -> None:
         AutoConfig.register(config_class.model_type, config_class)
         AutoModelForCausalLM.register(config_class, model_class)
         # so that `save_pretrained` of a loaded model writes this code beside the weights again
-        config_class.register_for_auto_class()
-        model_class.register_for_auto_class("AutoModelForCausalLM")
+        config_class.register_for_auto_class()  # type: ignore[no-untyped-call]
+        model_class.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
 
 
 _classes: dict[str, Any] = {}

@@ -177,7 +177,7 @@ class _Tally:
         Example: o_proj's 576 columns (9 heads of 64) in 3 groups -> the sums over the 192 columns of each group.
         """
         sizes = [self.geometry.size([segment]) for segment in segments]
-        for segment, part in zip(segments, lines.split(sizes), strict=True):
+        for segment, part in zip(segments, torch.split(lines, sizes), strict=True):
             if segment.space is not None:
                 added = part.view(-1, self.geometry.unit_size(segment.unit)).sum(1)  # (units,)
                 key = (criterion, layer, segment.space.name)

@@ -206,7 +206,7 @@ class _Job:
                     ratio=self.settings.ratio,
                     generator=generator,
                 )
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch's types leave it out
                 raise UserError(
                     f"calibration: the inputs of {name} do not determine it; give more text, or another criterion"
                 ) from error

@@ -362,6 +362,27 @@ def test_of_a_pruned_model_only_linears_train_and_a_full_rank_keeps_it_all(
     assert share == log(out)[-1]["kept_share"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_a_family_with_fused_linears(
+    method: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out = train(pruned_models["phi3"], tmp_path / "adapter", rows_file, method)
+    modules = Adapter.load(loram.recover(out, tmp_path / "recovered")).modules
+    assert {module.split(".")[-1] for module in modules} == set(targets_of("phi3"))
+    before = loram.evaluate(tiny_models["phi3"], data=rows_file).loss
+    assert loram.evaluate(tiny_models["phi3"], adapter=tmp_path / "recovered", data=rows_file).loss != before
+
+
+def test_targets_of_another_family_are_refused(
+    tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    lora = {"target_modules": ["q_proj", "down_proj"]}
+    with pytest.raises(loram.UserError, match="target_modules has 'q_proj'; known are qkv_proj, o_proj, gate_up_proj"):
+        loram.train(pruned_models["phi3"], tmp_path / "out", data=rows_file, lora=lora)
+    with pytest.raises(loram.UserError, match="lora_target_modules: should be some of qkv_proj"):
+        loram.estimate(tiny_models["phi3"], lora_target_modules=["q_proj"])
+
+
 def test_a_small_rank_keeps_less_and_says_so(
     pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
