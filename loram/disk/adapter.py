@@ -236,8 +236,8 @@ class Adapter:
 
         keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
         options = self._options.model_dump(include=keys)
-        if str(options["target_modules"]).lower() == "all-linear":  # PEFT leaves lm_head out of these
-            options |= {"target_modules": r".*\.layers\..*"}
+        if str(options["target_modules"]).lower() == "all-linear":  # which to PEFT are all but the head's
+            options |= {"target_modules": r".*\.\d+\..*"}  # all in a numbered layer
         try:
             config = LoraConfig(**options)
             return [module for module in modules if check_target_module_exists(config, module)]

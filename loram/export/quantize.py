@@ -1,4 +1,4 @@
-"""The quantize stage: a model folder -> the same model with its linears in 4 bits, a tensor at a time."""
+"""The quantize stage: write a model folder again with its linears in 4 bits, one tensor at a time."""
 
 import json
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from loram.model.plan import find_plan
 def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a model with every linear in NF4 with double quantisation (QLoRA, arXiv 2305.14314).
 
-    The format is transformers' own: a quarter of the 16-bit folder to store and to download. `train` and `eval` take
-    it as it is and get the numbers that `load_in_4bit` gives on the original; so does any tool that loads models
-    quantised by bitsandbytes. The embedding stays as it was, since that format has no other way, and a tied lm_head
-    with it; `train` quantises them when it loads the folder.
+    The format is transformers' own, and takes a quarter of the 16-bit folder's disk. `train` and `eval` read the folder
+    as it is, and compute what they compute with `load_in_4bit` on the original; so does any tool that loads models
+    quantised by bitsandbytes. The embedding stays as it was, since that format has no other way, and a tied head with
+    it; `train` quantises them when it loads the folder.
 
     Args:
-        model: pruned folder, or hub id, folder or GGUF file of a full model.
+        model: a pruned folder, or the hub id, folder or GGUF file of a full model.
         out: the folder to make.
-        shard_bytes: size of the files that weights are written to, at most.
+        shard_bytes: the largest size of the files that weights are written to.
 
     Returns:
         `out`.
@@ -48,8 +48,8 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
     linears = [name for name in checkpoint.names() if name not in whole and len(checkpoint.shape(name)) == 2]
     specs = {}
     for name in checkpoint.names():
-        found = checkpoint.spec(name)
-        specs.update(packed_specs(name, found.shape) if name in linears else {name: found})
+        spec = checkpoint.spec(name)
+        specs.update(packed_specs(name, spec.shape) if name in linears else {name: spec})
     made_from = {"original": checkpoint.fingerprint}
     if plan := find_plan(checkpoint.folder):
         made_from |= {"base": plan.base.fingerprint, "plan": plan.fingerprint}

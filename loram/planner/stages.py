@@ -42,18 +42,18 @@ class Stage(BaseModel):
 def stages(full: Model, model: Model, settings: Settings, training: TrainingMemory) -> tuple[Stage, ...]:
     """Every stage of a run, in order; pruning and recovery are among them only where a model is pruned."""
     pruned = model.units is not None
-    found = [*_prune(full, model), _teach(full)] if pruned else []
-    found.append(_train(model, settings, training))
+    table = [*_prune(full, model), _teach(full)] if pruned else []
+    table.append(_train(model, settings, training))
     wide, narrow = (4 * sum(factors(of, settings)) for of in (full, model))
     if pruned:
-        found.append(
+        table.append(
             Stage(name="recover", disk=wide, memory=IMPORTS + narrow + wide, holds="both adapters, in float32")
         )
     merged = full.parameters * file_bytes(full)
-    found.append(
+    table.append(
         Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * _BLOCK, holds="the adapter and some rows")
     )
-    return (*found, *_evaluate(full, wide))
+    return (*table, *_evaluate(full, wide))
 
 
 def _prune(full: Model, model: Model) -> list[Stage]:

@@ -153,6 +153,12 @@ def test_wrong_shapes_and_unknown_parts_are_refused() -> None:
         widen("model.layers.2.mlp.up_proj.lora_magnitude_vector", torch.ones(10), plan)
 
 
+def test_plans_keep_the_fingerprint_that_they_always_had() -> None:
+    """What was made from a plan knows it by this; fields that the format got later must not change it."""
+    plan = make({2: {"kv_groups": (0, 2), "channels": (1, 7)}})
+    assert plan.fingerprint == "6520f6ed71cbb32327097d1eab0bfbd97fa4ed5f3365908c20127948b8d2150f"
+
+
 MUTATIONS = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=5)
 
 
