@@ -38,7 +38,7 @@ def measure(shape: str, rows: int, tokens: int, method: str, dropout: float) -> 
 
     from loram.compute.device import peak_rss, reset_peak_rss, return_freed_memory_, rss
     from loram.compute.loss import use_chunked_loss_
-    from loram.model.architecture import LINEARS
+    from loram.model.families import LINEARS
     from loram.training.methods.table import METHODS
 
     return_freed_memory_()

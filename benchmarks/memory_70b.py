@@ -23,7 +23,7 @@ from random_models import LAYERS, SHAPES, config_of, make_model
 from rich.console import Console
 from rich.table import Table
 
-from loram.model.architecture import Geometry
+from loram.model.geometry import Geometry
 from loram.planner import estimate
 
 # (shape, tokens per row) -> GiB that may be allocated on the device, including the CUDA context

@@ -15,12 +15,12 @@ from loram.base.progress import track
 from loram.compute.loading import write_config
 from loram.compute.nf4 import packed_specs, packed_tensors
 from loram.disk.artifacts import publish
-from loram.disk.checkpoint import EMBEDDING
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
 from loram.export.quantize import quantization_config
-from loram.model.architecture import ARCHITECTURES, Geometry
 from loram.model.counts import prunable_layers
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
 from loram.pruning.choose import choose
@@ -102,7 +102,7 @@ def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = No
             plan.save(staging)
         if in_4bit:
             written = json.loads((staging / "config.json").read_text())
-            written["quantization_config"] = quantization_config(tied=False)
+            written["quantization_config"] = quantization_config([])
             (staging / "config.json").write_text(json.dumps(written, indent=2))
         with ShardedWriter(staging, specs) as writer:
             pieces = _pieces() if in_4bit else {}
@@ -121,7 +121,7 @@ def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = No
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name != EMBEDDING
+    return len(shape) == 2 and name != LAYERS.embedding_weight
 
 
 def _pieces() -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], base: str) ->
     from peft import LoraConfig
 
     from loram.disk.adapter import save_adapter
-    from loram.model.architecture import LINEARS
+    from loram.model.families import LINEARS
 
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEARS), task_type="CAUSAL_LM").to_dict()
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
@@ -143,7 +143,7 @@ def main() -> None:
         return
 
     from loram.disk.checkpoint import Checkpoint
-    from loram.model.architecture import Geometry
+    from loram.model.geometry import Geometry
     from loram.planner import estimate
 
     config = config_of(args.shape)
@@ -185,7 +185,7 @@ def main() -> None:
                 row["compute"] = time_compute(model, out, counted.pruned_layers)
             keep(name, row, out)
     if not adapter.exists():
-        shapes = Geometry.from_config(config).linear_shapes(LAYERS.linears)
+        shapes = Geometry.from_config(config).linear_shapes(LAYERS)
         shapes.pop("lm_head")
         make_adapter(adapter, shapes, str(model.absolute()))
     if row := step("merge", model, root / "merged", ["merge", str(model), str(adapter), str(root / "merged")]):

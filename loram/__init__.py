@@ -86,9 +86,10 @@ def __dir__() -> list[str]:
 
 def _teach_auto_classes(transformers: Any) -> None:
     """Called with transformers when it is imported, or at once where it is imported already."""
+    from loram.model.families import MODEL_CLASSES
     from loram.model.modeling_loram import register
 
-    register()
+    register(MODEL_CLASSES)
 
 
 register_post_import_hook(_teach_auto_classes, "transformers")

@@ -19,9 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import loram
+from loram.model.families import family_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = 320
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -44,6 +46,11 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_bias": True},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "phi3": {
+        "sliding_window": 8,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -110,12 +117,52 @@ def elsewhere(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProc
 
 
 def random_adapter(model: Any, folder: Path, **options: Any) -> Path:
-    """A LoRA adapter with no zeros in it, on all seven linears, saved by PEFT."""
+    """A LoRA adapter with no zeros in it, on all linears of the layers, saved by PEFT."""
     torch.manual_seed(3)
-    chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(LINEARS), "init_lora_weights": False, **options}
+    targets = targets_of(model.config.model_type)
+    chosen = {"r": 3, "lora_alpha": 6, "target_modules": targets, "init_lora_weights": False, **options}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **chosen))
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+def targets_of(family: str, *more: str) -> list[str]:
+    """The target modules of an adapter on all linears of a family's layers, and on `more`."""
+    return [*family_of({"model_type": family}).adapter_targets, *more]
+
+
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+
+
+def own_names(family: str, options: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's options with the names of Llama's linears replaced by those of a family's."""
+    own, names = targets_of(family), dict[str, str]()
+    names |= {name: fused for name, fused in _FUSED.items() if name not in own}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(dict.fromkeys(names.get(part, part) for part in value))
+        return {names.get(key, key): part for key, part in value.items()} if isinstance(value, dict) else value
+
+    return {key: renamed(value) for key, value in options.items()}
+
+
+def unfused(layer: Any, of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `of` gives for the linears of a tiny model's layer, by the names of Llama's; a fused one is taken apart."""
+    found = {
+        name: of(part)
+        for block in (layer.self_attn, layer.mlp)
+        for name, part in block.named_children()
+        if isinstance(part, torch.nn.Linear)
+    }
+    if "qkv_proj" in found:
+        queries, keys, values = found.pop("qkv_proj").split([64, 32, 32])
+        gate, up = found.pop("gate_up_proj").split(40)
+        found |= {"q_proj": queries, "k_proj": keys, "v_proj": values, "gate_proj": gate, "up_proj": up}
+    return found
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from loram.compute.streaming import BATCH_TOKENS, Stream
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.gguf import convert_gguf
-from loram.model.architecture import CUTS
+from loram.model.families import LLAMA
 from loram.model.plan import PruningPlan
 from loram.pruning.options import PruneOptions
 from loram.pruning.prune import load_calibration
@@ -94,7 +94,8 @@ def test_law_6_streamed_taylor_scores_are_the_whole_models(base: Path, pruned: P
     (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).mean().backward()
     for layer in layers:
         parts = dict(model.model.layers[layer].named_modules())
-        salience = {name: (parts[name].weight * parts[name].weight.grad).abs().detach().double() for name in CUTS}
+        paths = [linear.path for linear in LLAMA.linears]
+        salience = {path: (parts[path].weight * parts[path].weight.grad).abs().detach().double() for path in paths}
         channels = salience["mlp.gate_proj"].sum(1) + salience["mlp.up_proj"].sum(1) + salience["mlp.down_proj"].sum(0)
         groups = (  # 3 groups of 3 query heads of 64
             salience["self_attn.q_proj"].sum(1).view(3, -1).sum(1)

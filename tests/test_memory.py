@@ -17,7 +17,8 @@ import loram
 from loram.disk.adapter import save_adapter
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
-from loram.model.architecture import ARCHITECTURES, Geometry
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory use from /proc/self/status")
 MB = 1_000_000
@@ -73,7 +74,7 @@ def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
         for linear in ARCHITECTURES["llama"].linears:
-            shapes[f"model.layers.{layer}.{linear}.weight"] = geometry.linear_shape(linear)
+            shapes[f"model.layers.{layer}.{linear.path}.weight"] = geometry.linear_shape(linear)
     torch.manual_seed(0)
     noise = (0.02 * torch.randn(CONFIG["intermediate_size"] * hidden)).bfloat16()
     specs = {name: TensorSpec(dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()}
@@ -103,7 +104,7 @@ def write_adapter(folder: Path, base: Path, shapes: Mapping[str, tuple[int, int]
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     geometry = Geometry.from_config(CONFIG)
     shapes = {
-        f"model.layers.{layer}.{linear}": geometry.linear_shape(linear)
+        f"model.layers.{layer}.{linear.path}": geometry.linear_shape(linear)
         for layer in range(CONFIG["num_hidden_layers"])
         for linear in ARCHITECTURES["llama"].linears
     }

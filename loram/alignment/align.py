@@ -23,7 +23,7 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.loading import load_model
 from loram.disk.artifacts import check_output
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.writer import ShardedWriter
@@ -164,7 +164,7 @@ class _AlignJob(Job[Aligned]):
         """The pruned model in float32, with all trainable weights unfrozen."""
         model = load_model(self.inputs.student, dtype=torch.float32)
         if not self.spec.train_embeddings:
-            head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            head: nn.Module = model.get_output_embeddings()
             for module in (model.get_input_embeddings(), head):
                 module.requires_grad_(False)
         return model
@@ -194,7 +194,8 @@ class _AlignJob(Job[Aligned]):
 
     def write(self, out: Path, outcome: Aligned) -> Mapping[str, float]:
         """Write the pruned folder with the weights that are kept."""
-        frozen = () if self.spec.train_embeddings else (EMBEDDING, HEAD)
+        row = self.inputs.student.architecture
+        frozen = () if self.spec.train_embeddings else (row.embedding_weight, row.head_weight)
         write_student(self.inputs.student, outcome.weights, out, frozen=frozen)
         return {}
 
@@ -231,7 +232,7 @@ def write_student(student: Checkpoint, trained: Path | None, out: Path, *, froze
             if source is None or name in frozen:
                 writer.copy(name, student)
                 continue
-            for row, block in source.blocks(name if name in source.index else source.head):
+            for row, block in source.blocks(source.holder(name)):
                 writer.write(name, block.to(specs[name].dtype), row)
     copy_side_files(student.folder, out)
     shutil.copyfile(student.folder / "config.json", out / "config.json")

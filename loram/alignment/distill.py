@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from loram.alignment.judge import Judge, Milestones
 from loram.compute.device import allocate_
-from loram.compute.loss import apply_softcap, chunked_loss
+from loram.compute.loss import apply_softcap, chunked_loss, parts_of
 from loram.data.batches import IGNORED
 from loram.trainer.arguments import checkpoints_activations
 
@@ -103,7 +103,7 @@ class AlignTrainer(Trainer):
         wanted = next_labels != IGNORED  # (rows, width - 1)
         student: Any = self.accelerator.unwrap_model(model)  # Any: accelerate does not know that it is a language model
         with self.accelerator.autocast():
-            states = _hidden_states(model, student.model, inputs)[:, :-1][wanted]  # (positions, hidden size)
+            states = _hidden_states(model, parts_of(student)[0], inputs)[:, :-1][wanted]  # (positions, hidden size)
             total = self._loss(states, student, next_labels[wanted], inputs, wanted)
         if num_items_in_batch is None:
             return total / wanted.sum()
@@ -114,7 +114,7 @@ class AlignTrainer(Trainer):
     def _loss(
         self, states: Tensor, student: Any, next_ids: Tensor, inputs: dict[str, Tensor | Any], wanted: Tensor
     ) -> Tensor:
-        softcap = getattr(student.config, "final_logit_softcapping", None)
+        _, head, softcap = parts_of(student)
         targets = [] if self.clm_weight == 1 else self._teacher_targets(inputs, wanted)
         distance = top_k_divergence if self.teacher is None else self._live_divergence
 
@@ -126,13 +126,13 @@ class AlignTrainer(Trainer):
                 loss = loss + (1 - self.clm_weight) * distance(logits, *targets)
             return loss
 
-        return chunked_loss(states, student.lm_head, [next_ids, *targets], loss_of, softcap=softcap)
+        return chunked_loss(states, head, [next_ids, *targets], loss_of, softcap=softcap)
 
     def _teacher_targets(self, inputs: dict[str, Tensor | Any], wanted: Tensor) -> list[Tensor]:
         """Return the teacher's cached predictions, or the inputs of the lm_head of a teacher in memory."""
         if self.teacher is None:
             return [inputs[f"teacher_{name}"][:, :-1][wanted] for name in ("ids", "log_probs", "log_rest")]
-        decoder = self.teacher.get_submodule("model")
+        decoder, _, _ = parts_of(self.teacher)
         with torch.no_grad():
             outputs = decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             return [outputs.last_hidden_state[:, :-1][wanted]]
@@ -141,8 +141,8 @@ class AlignTrainer(Trainer):
         """Sum the divergence from the teacher in memory, whose lm_head reads `states`."""
         assert self.teacher is not None
         with torch.no_grad():
-            softcap = getattr(self.teacher.config, "final_logit_softcapping", None)
-            teacher_logits = apply_softcap(self.teacher.get_submodule("lm_head")(states).float(), softcap)
+            _, head, softcap = parts_of(self.teacher)
+            teacher_logits = apply_softcap(head(states).float(), softcap)
         return divergence(logits, teacher_logits)
 
 

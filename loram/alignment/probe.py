@@ -210,7 +210,7 @@ def _attach_adapter(student: "PreTrainedModel", plan: PruningPlan, seed: int) ->
     factors: dict[str, Tensor] = {}
     handles = []
     for module, (rows, columns) in plan.linear_shapes().items():
-        if module == "lm_head":
+        if module == plan.architecture.head:
             continue
         a = nn.init.kaiming_uniform_(torch.empty(_RANK, columns), a=math.sqrt(5))
         a, b = (tensor.to(student.device).requires_grad_() for tensor in (a, torch.zeros(rows, _RANK)))

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loram.base.errors import UserError, first_problem
-from loram.compute.streaming import TopK
+from loram.compute.head import TopK
 from loram.data.batches import Batch
 from loram.disk.artifacts import find_manifest
 from loram.disk.tensorfile import TensorFileWriter, TensorSpec

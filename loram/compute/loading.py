@@ -1,20 +1,20 @@
-"""Loading models, pruned ones included: the only place that touches how transformers builds a model."""
+"""Load models, pruned ones included. Only this file touches how transformers builds a model."""
 
 import contextlib
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from loram.base.errors import UserError
 from loram.base.progress import without_library_bars
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model import modeling_loram
-from loram.model.architecture import architecture_of
+from loram.model.families import family_of
 from loram.model.plan import PruningPlan
 
 _CODE = "modeling_loram"
@@ -22,45 +22,46 @@ _SLOW_BYTES = 4 << 30
 
 
 def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
-    """Write a pruned model's config.json (with `per_layer_config`) and the code that builds it into a folder.
+    """Write a pruned model's config.json, and the code that builds the model, into a folder.
 
     Args:
-        base: folder with the full model's config.json.
-        plan: what is kept of it.
-        out: the folder.
+        base: the folder with the full model's config.json.
+        plan: the pruning plan.
+        out: the folder to write into.
     """
     _pruned_config(base, plan).save_pretrained(out)
     shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
 
 
-def _pruned_config(base: Path, plan: PruningPlan) -> Any:
-    config_class, model_class = modeling_loram.pruned_classes(plan.model_type)
+def _pruned_config(base: Path, plan: PruningPlan) -> PreTrainedConfig:
+    config_class, model_class = modeling_loram.pruned_classes(plan.architecture.model_class)
     values = AutoConfig.from_pretrained(base).to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(key, None)
-    values["head_dim"] = plan.geometry.head_dim  # Qwen2 would else divide by a number of heads that varies
-    return config_class(
-        **values,
-        architectures=[model_class.__name__],
-        auto_map={
+    values |= {
+        "head_dim": plan.geometry.head_dim,  # some families would divide by a number of heads that varies
+        "architectures": [model_class.__name__],
+        "auto_map": {
             "AutoConfig": f"{_CODE}.{config_class.__name__}",
             "AutoModelForCausalLM": f"{_CODE}.{model_class.__name__}",
         },
-        per_layer_config=plan.per_layer_config(),
-        bias_compensation=plan.bias_compensation,
-        sparsity=plan.sparsity(),
-    )
+        "per_layer_config": plan.per_layer_config(),
+        "narrow_linears": plan.narrow_linears() or None,
+        "bias_compensation": plan.bias_compensation,
+        "sparsity": plan.sparsity(),
+    }
+    return config_class(**values)
 
 
 def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
     """Load a pruned folder as a transformers model.
 
     Args:
-        path: a folder that `prune` (or `align`) made.
-        from_pretrained_kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+        path: a folder that `prune` or `align` made.
+        from_pretrained_kwargs: options of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
 
     Raises:
-        UserError: the folder has no valid plan, or is no model.
+        UserError: the folder has no valid plan, or it is not a model.
     """
     folder = Path(path)
     PruningPlan.load(folder)
@@ -73,12 +74,12 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     Raises:
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
-    if not checkpoint.pruned:
-        architecture_of(checkpoint.config, checkpoint.name)
+    family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
     with _bar_if_slow(checkpoint):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, output_loading_info=True, use_safetensors=True, **from_pretrained_kwargs
         )
+    model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
@@ -86,10 +87,10 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
 
 
 def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
-    """The full model of a plan: at `base`, else at the name that the plan has.
+    """Open the full model of a plan: at `base`, or else at the name that the plan has.
 
     Raises:
-        UserError: it is not there, or is another model.
+        UserError: it is not there, or it is another model.
     """
     try:
         full = open_model(base or plan.base.name)
@@ -107,34 +108,36 @@ def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
 
 def empty_model(
     checkpoint: Checkpoint, dtype: torch.dtype, plan: PruningPlan | None = None, *, dense: bool = False
-) -> Any:
-    """A full or pruned model without weights: its parameters are on the meta device, its few buffers are real.
+) -> PreTrainedModel:
+    """Build a full or pruned model without weights: its parameters are on the meta device, its few buffers are real.
 
     Args:
         checkpoint: the model's folder.
-        dtype: of the parameters.
-        plan: build what this makes of the full model in `checkpoint`.
+        dtype: the dtype of the parameters.
+        plan: build what this plan makes of the full model in `checkpoint`.
         dense: give a sparse model ordinary linears, for the weights that `checkpoint` shows.
 
     Raises:
         UserError: the family is not supported.
     """
-    if not checkpoint.pruned:
-        architecture_of(checkpoint.config, checkpoint.name)
-    config = AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint.folder, plan)
+    family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
+    config: Any = (
+        AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint.folder, plan)
+    )
     if dense and checkpoint.sparse:
         config.sparsity = None
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # each parameter was moved to the meta device by itself
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer in a model's folder.
 
     Raises:
-        UserError: there is none, or it cannot be read or ends no sequence.
+        UserError: there is no tokenizer, it cannot be read, or it names no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
@@ -146,6 +149,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _bar_if_slow(checkpoint: Checkpoint) -> contextlib.AbstractContextManager[None]:
-    """transformers' progress bar only for weights that take a while to load."""
+    """Show transformers' progress bar only for weights that take a while to load."""
     size = sum((checkpoint.folder / shard).stat().st_size for shard in set(checkpoint.index.values()))
     return contextlib.nullcontext() if size > _SLOW_BYTES else without_library_bars()

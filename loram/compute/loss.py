@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from loram.base.constants import CHUNK_TOKENS
 from loram.data.batches import IGNORED
+from loram.model.families import family_of
 
 
 def chunked_cross_entropy(
@@ -84,7 +86,7 @@ def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def causal_loss(
-    model: nn.Module,
+    model: PreTrainedModel,
     *args: Any,
     labels: Tensor,
     count: Tensor | int | None = None,
@@ -94,8 +96,7 @@ def causal_loss(
     """Compute the mean cross entropy of a causal language model in nats per token, by `chunked_cross_entropy`.
 
     Args:
-        model: a causal language model of transformers: its `model` computes the hidden states, which its `lm_head`
-            reads.
+        model: a causal language model of a supported family.
         labels: (rows, width) int64; the token at each position, -100 where it is not in the loss.
         count: the number that the sum is divided by (default: the number of tokens in the loss). If a step has several
             micro-batches, this is the number of tokens in the loss of all of them.
@@ -106,14 +107,24 @@ def causal_loss(
     Returns:
         A float32 scalar.
     """
-    decoder, head = model.get_submodule("model"), model.get_submodule("lm_head")
+    decoder, head, softcap = parts_of(model)
     hidden = decoder(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (rows, width, hidden size)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
     total = chunked_cross_entropy(hidden, labels, head, softcap=softcap, chunk_tokens=chunk_tokens)
     return total / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
 
 
-def use_chunked_loss_(model: nn.Module, chunk_tokens: int = CHUNK_TOKENS) -> None:
+def parts_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, float | None]:
+    """(the decoder, the head, the softcap of its logits if there is one) of a causal language model.
+
+    Raises:
+        UserError: the model is of no supported family.
+    """
+    row = family_of({"model_type": model.config.model_type})
+    softcap = None if row.logit_softcap is None else getattr(model.config, row.logit_softcap.key, None)
+    return model.get_submodule(row.decoder), model.get_submodule(row.head), softcap
+
+
+def use_chunked_loss_(model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS) -> None:
     """Make a causal language model return `causal_loss`, and no logits, whenever it is called with labels.
 
     Calls without labels do not change. The loss is computed inside the model's own forward pass, so it also works in a

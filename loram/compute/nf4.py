@@ -1,12 +1,12 @@
 """Models whose frozen weights are kept in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314).
 
-bitsandbytes does the quantising and the arithmetic, transformers' folder format holds the result. What is here reads a
-model tensor by tensor, so that only one is in 16 bits on the device at a time, and quantises lm_head and the embedding
-too, which transformers leaves in 16 bits.
+bitsandbytes quantises and computes, and transformers' folder format holds the result. This file reads a model tensor by
+tensor, so that only one of them is in 16 bits on the device at a time. It quantises the head and the embedding too,
+which transformers leaves in 16 bits.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
@@ -19,26 +19,26 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
 from loram.compute.loading import empty_model
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
 from loram.model.modeling_loram import SparseLinear
 
-BLOCK, NESTED_BLOCK = 64, 256  # weights that share a constant, and constants that share one of their own
+BLOCK, NESTED_BLOCK = 64, 256  # so many weights share a constant, and so many constants share one of their own
 _STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256
 
 
 def load_4bit(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, offload_embedding: bool = False
 ) -> PreTrainedModel:
-    """Load a full or pruned model with every linear, lm_head and the embedding in NF4; norms and biases in `dtype`.
+    """Load a full or pruned model with every linear, the head and the embedding in NF4; norms and biases in `dtype`.
 
-    Of sparse linears the values that stay are in NF4, in blocks of their own order; masks are as they are. The largest
-    tensors are quantised first, while there is most room. A tied lm_head shares the embedding's 4 bits.
+    Sparse linears have the values that they hold in NF4, in blocks of 64 in their own order; masks stay as they are.
+    The largest tensors are quantised first, while there is most room. A tied head shares the embedding's 4 bits.
 
     Args:
-        checkpoint: a folder in 16 or 32 bits, or one that `write_4bit` made.
+        checkpoint: a folder in 16 or 32 bits, or one that `loram.quantize` made.
         device: where the model goes.
-        dtype: that it computes in.
+        dtype: the dtype that it computes in.
         offload_embedding: keep the embedding as it is, in host memory, and look its rows up there.
 
     Returns:
@@ -56,7 +56,8 @@ def load_4bit(
     names = [name for name in checkpoint.names() if name in expected]
     if missing := sorted(expected.keys() - set(names)):
         raise UserError(f"{checkpoint.folder}: no tensor {missing[0]}, which config.json's model has")
-    known = {*expected, HEAD}  # some tools write lm_head also where it is tied
+    embedding, head = checkpoint.architecture.embedding_weight, checkpoint.architecture.head_weight
+    known = {*expected, head}  # some tools write the head also where it is tied
     if unknown := [name for name in checkpoint.names() if checkpoint.weight_of(name) not in known]:
         raise UserError(f"{checkpoint.folder}: has a tensor {unknown[0]}, which config.json's model has not")
     for name, module in list(model.named_modules()):
@@ -66,8 +67,8 @@ def load_4bit(
             model.set_submodule(name, SparseLinear4bit(module, len(module.weight)))
     for name in track(sorted(names, key=lambda name: -checkpoint.spec(name).nbytes), "Loading in 4 bits"):
         shape = expected[name]
-        if name == EMBEDDING:
-            _put_embedding_(model, checkpoint, shape, device, dtype, offload_embedding, tied=HEAD not in expected)
+        if name == embedding:
+            _put_embedding_(model, checkpoint, shape, device, dtype, offload_embedding, tied=head not in expected)
             continue
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Linear4bit) and name.endswith(".weight"):
@@ -80,23 +81,24 @@ def load_4bit(
             tensor = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device, dtype)
             setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
     model.is_loaded_in_4bit = True  # PEFT looks here
-    return model.to(device).requires_grad_(False).eval()  # the buffers
+    model = model.to(device)  # the buffers are not there yet
+    return cast(PreTrainedModel, model.requires_grad_(False).eval())
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, QuantState]:
-    """(packed, state) of a weight: two values a byte, and its constants, themselves in 8 bits."""
+    """Quantise a weight to (packed, state): two values per byte, and its constants, which are in 8 bits themselves."""
     packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
     return packed, state
 
 
 def as_4bit(weight: Tensor) -> Tensor:
-    """A weight as NF4 has it: quantised, and in its own dtype and shape again."""
-    found: Tensor = dequantize_4bit(*quantize(weight))
-    return found.view_as(weight)
+    """A weight after it was quantised to NF4 and dequantised, in its own dtype and shape."""
+    rounded: Tensor = dequantize_4bit(*quantize(weight))
+    return rounded.view_as(weight)
 
 
 def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-    """What transformers' folder format has for a weight of this name and shape in NF4."""
+    """The tensors that transformers' folder format has for a weight in NF4: their names, dtypes and shapes."""
     blocks = math.ceil(math.prod(shape) / BLOCK)
     return {
         name: TensorSpec(dtype=torch.uint8, shape=(math.ceil(math.prod(shape) / 2), 1)),
@@ -109,7 +111,7 @@ def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
 
 
 def packed_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """The tensors of `packed_specs` of a weight."""
+    """The tensors that `packed_specs` describes, for a weight."""
     packed, state = quantize(weight)
     tensors = {name: packed, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
     text = tensors[f"{name}.{_STATE}"]  # JSON, whose length depends on its numbers; blanks at its end change nothing
@@ -118,8 +120,8 @@ def packed_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, those in NF4 counted as what they stand for."""
-    return sum(math.prod(p.quant_state.shape) if is_4bit(p) else p.numel() for p in model.parameters())
+    """How many parameters a model has; a weight in NF4 counts as many as the weight that it stands for."""
+    return sum(math.prod(_state(p).shape) if is_4bit(p) else p.numel() for p in model.parameters())
 
 
 def is_4bit(parameter: Tensor) -> bool:
@@ -127,23 +129,26 @@ def is_4bit(parameter: Tensor) -> bool:
     return isinstance(parameter, Params4bit)
 
 
+def _state(weight: Tensor) -> QuantState:
+    """The constants of an NF4 weight; torch's types do not know that attribute."""
+    return cast(Params4bit, weight).quant_state
+
+
 def nbytes(model: nn.Module) -> int:
-    """Bytes of all weights and constants of a model, each counted once, wherever they are."""
-    found: dict[int, int] = {}
+    """The bytes of all weights and constants of a model, each counted once, wherever they are."""
+    sizes: dict[int, int] = {}  # by where a tensor is in memory
     for module in model.modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if isinstance(module, HostEmbedding):
             tensors.append(module.table)
         for tensor in tensors:
-            found[tensor.data_ptr()] = tensor.nbytes
-            for constant in _constants(getattr(tensor, "quant_state", None)):
-                found[constant.data_ptr()] = constant.nbytes
-    return sum(found.values())
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            for constant in _constants(_state(tensor)) if is_4bit(tensor) else ():
+                sizes[constant.data_ptr()] = constant.nbytes
+    return sum(sizes.values())
 
 
-def _constants(state: QuantState | None) -> list[Tensor]:
-    if state is None:
-        return []
+def _constants(state: QuantState) -> list[Tensor]:
     return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
@@ -151,61 +156,60 @@ class SparseLinear4bit(SparseLinear):
     """A sparse linear whose values are in NF4."""
 
     def values(self) -> Tensor:
-        """The values, dequantised to the dtype that the model computes in."""
-        found: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
-        return found
+        """The values, (count,), dequantised to the dtype that the model computes in."""
+        values: Tensor = dequantize_4bit(self.weight.data, _state(self.weight))
+        return values
 
 
-class _Lookup(nn.Module):  # type: ignore[misc]
-    """An embedding of which only the rows that a batch uses are ever there in full precision."""
+class _Lookup(nn.Module):
+    """An embedding that has only the rows that a batch uses in full precision."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         embedding.padding_idx = None  # it would be looked for among the rows of the batch
-        self.embedding = embedding  # the family's own: some scale what they look up
+        self.embedding = embedding  # the family's own module, since some scale what they look up
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows of some tokens: (tokens, hidden size)."""
+        """The embedding's rows for some tokens: (tokens,) -> (tokens, hidden size)."""
         raise NotImplementedError
 
     def forward(self, ids: Tensor) -> Tensor:
-        """As the family's embedding: (..., hidden size) of token ids of any shape."""
-        places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        found: Tensor = functional_call(self.embedding, {"weight": self.rows(ids.flatten())}, (places,))
-        return found
+        """Look up tokens as the family's embedding does: (...) -> (..., hidden size)."""
+        places = torch.arange(ids.numel(), device=ids.device).view_as(ids)  # in the rows of this batch
+        return cast(Tensor, functional_call(self.embedding, {"weight": self.rows(ids.flatten())}, (places,)))
 
 
 class Nf4Embedding(_Lookup):
-    """An embedding in NF4; dequantises the rows that are looked up."""
+    """An embedding in NF4, which dequantises the rows that are looked up."""
 
     def __init__(self, embedding: nn.Embedding, weight: Params4bit) -> None:
         super().__init__(embedding)
         self.weight = weight
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Dequantised rows of some tokens."""
+        """The dequantised rows for some tokens: (tokens,) -> (tokens, hidden size)."""
         return dequantized_rows(self.weight, ids)
 
 
 class HostEmbedding(_Lookup):
-    """An embedding that stays in host memory, in the file's dtype; the rows that are looked up go to the device."""
+    """An embedding in host memory, in the file's dtype; the rows that are looked up go to the device."""
 
     def __init__(self, embedding: nn.Embedding, table: Tensor, dtype: torch.dtype) -> None:
         super().__init__(embedding)
         self.table, self.dtype = table, dtype  # not a parameter, or it would move to the device with the others
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of some tokens, on the tokens' device."""
+        """The rows for some tokens, on the tokens' device: (tokens,) -> (tokens, hidden size)."""
         return self.table[ids.to(self.table.device)].to(ids.device, self.dtype)
 
 
 def dequantized_rows(weight: Params4bit, rows: Tensor) -> Tensor:
-    """Some rows of an NF4 weight, (rows, columns); the whole weight is dequantised only if its blocks straddle rows."""
+    """Some rows of an NF4 weight, (rows, columns); all of it is dequantised only if a block can be in two rows."""
     state, (_, columns) = weight.quant_state, weight.quant_state.shape
     if columns % state.blocksize:
-        found: Tensor = dequantize_4bit(weight.data, state)[rows]
-        return found
+        return cast(Tensor, dequantize_4bit(weight.data, state)[rows])
+    # the numbers of the rows' blocks: (rows, columns / 64)
     blocks = rows[:, None] * (columns // state.blocksize) + torch.arange(columns // state.blocksize, device=rows.device)
     nested = state.state2
     constants = nested.code[state.absmax[blocks].long()] * nested.absmax[blocks // nested.blocksize] + state.offset
@@ -217,8 +221,8 @@ def dequantized_rows(weight: Params4bit, rows: Tensor) -> Tensor:
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    packed = weight.data.view(-1, columns // 2)[rows]
-    return dequantize_4bit(packed.view(-1, 1), part)
+    packed = weight.data.view(-1, columns // 2)[rows]  # two values per byte
+    return cast(Tensor, dequantize_4bit(packed.view(-1, 1), part))
 
 
 def _empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Linear4bit:
@@ -246,22 +250,22 @@ def _put_embedding_(
     *,
     tied: bool,
 ) -> None:
-    """The embedding, and lm_head where it is tied."""
-    embedding = model.get_input_embeddings()
-    weight = None if offload and not tied else _read_4bit(checkpoint, EMBEDDING, shape, device, dtype)
+    """Give a model its embedding, and its head where that is tied."""
+    embedding, name = model.get_input_embeddings(), checkpoint.architecture.embedding_weight
+    weight = None if offload and not tied else _read_4bit(checkpoint, name, shape, device, dtype)
     if offload:
-        table = _checked(checkpoint, EMBEDDING, checkpoint.tensor(EMBEDDING), shape)
+        table = _checked(checkpoint, name, checkpoint.tensor(name), shape)
         model.set_input_embeddings(HostEmbedding(embedding, table, dtype))
     else:
         model.set_input_embeddings(Nf4Embedding(embedding, weight))
     if tied:
-        _put_weight_(model.lm_head, weight)
+        _put_weight_(model.get_output_embeddings(), weight)
 
 
 def _read_4bit(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Params4bit:
-    """A weight in NF4 on the device, quantised now unless the folder has it so."""
+    """A weight in NF4 on the device; it is quantised now, unless it is in NF4 in the folder already."""
     if stats := checkpoint.constants(name):
         tensors: dict[str, Any] = {key: checkpoint.tensor(key) for key in stats}
         weight = Params4bit.from_prequantized(checkpoint.tensor(name), tensors, device=device)
@@ -275,11 +279,11 @@ def _read_4bit(
 
 
 def _check_method(checkpoint: Checkpoint) -> None:
-    """Refuse what was quantised otherwise."""
-    found = checkpoint.config.get("quantization_config") or {}
-    if found and (found.get("quant_method"), found.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
+    """Refuse a model that was quantised in another way."""
+    config = checkpoint.config.get("quantization_config") or {}
+    if config and (config.get("quant_method"), config.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
         raise UserError(
-            f"{checkpoint.name}: quantised by {found.get('quant_method')}, not to NF4 by bitsandbytes; "
+            f"{checkpoint.name}: quantised by {config.get('quant_method')}, not to NF4 by bitsandbytes; "
             "start from the weights in 16 or 32 bits"
         )
 

@@ -1,4 +1,4 @@
-"""Reading and writing stock PEFT LoRA adapters without building a model."""
+"""Read and write stock PEFT LoRA adapters without building a model."""
 
 import dataclasses
 import hashlib
@@ -15,26 +15,27 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loram.base.errors import UserError, first_problem
 from loram.disk.artifacts import file_sha256, find_manifest
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import read_json
 from loram.disk.tensorfile import TensorFile
-from loram.model.architecture import architecture_of
 from loram.model.modeling_loram import unpack
 from loram.model.plan import MASKS_NAME, find_plan
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-ROW_LENGTHS_NAME = "row_lengths.safetensors"  # beside a DoRA adapter: those of the pruned weights it was trained on
+# beside a DoRA adapter: the lengths of the rows of the pruned weights that it was trained on
+ROW_LENGTHS_NAME = "row_lengths.safetensors"
 _PICKLED_NAME = "adapter_model.bin"
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 _MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector$")
 
 
 class _Options(BaseModel):
-    """What we read of adapter_config.json, with PEFT's defaults."""
+    """The keys of adapter_config.json that we read, with PEFT's defaults."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -58,12 +59,12 @@ class Adapter:
     """A LoRA adapter as PEFT saves it.
 
     Args:
-        folder: where it was read from.
-        config: adapter_config.json.
-        tensors: adapter_model.safetensors; `lora_A` is (r, in_features), `lora_B` (out_features, r), and of DoRA
-            `lora_magnitude_vector` (out_features,).
-        masks: module path -> mask of its update, (out_features, in_features / 8) uint8, where it was trained with
-            `mask_update`: `loram_masks.safetensors` beside it says so.
+        folder: the folder that it was read from.
+        config: the content of adapter_config.json.
+        tensors: the tensors of adapter_model.safetensors: `lora_A` is (r, in_features), `lora_B` (out_features, r), and
+            DoRA's `lora_magnitude_vector` (out_features,).
+        masks: module path -> the mask of its update, (out_features, in_features / 8) uint8, if the adapter was trained
+            with `mask_update`; it then has `loram_masks.safetensors` beside it.
     """
 
     folder: Path
@@ -76,8 +77,8 @@ class Adapter:
         """Read an adapter folder.
 
         Raises:
-            UserError: it is no LoRA adapter or a variant we cannot widen or merge, or a factor is missing, not finite
-                or of another rank than the config says.
+            UserError: the folder has no LoRA adapter, or a variant that we cannot widen or merge; or a factor is
+                missing, not finite, or has another rank than the config says.
         """
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
@@ -139,41 +140,41 @@ class Adapter:
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
-        """Module path in the base model (`model.layers.3.mlp.up_proj`) -> its factors `A` and `B`."""
-        found: dict[str, dict[str, Tensor]] = {}
+        """The factors `A` and `B` of every adapted module, by its path in the base (`model.layers.3.mlp.up_proj`)."""
+        modules: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             if match := _FACTOR.match(name):
-                found.setdefault(match["module"], {})[match["factor"]] = tensor
-        return found
+                modules.setdefault(match["module"], {})[match["factor"]] = tensor
+        return modules
 
     @property
     def dora(self) -> bool:
-        """Whether it is a DoRA adapter: one with the length of every row of the adapted weights."""
+        """Whether it is a DoRA adapter, which also has the length of every row of the adapted weights."""
         return bool(self._options.use_dora)
 
     @cached_property
     def magnitudes(self) -> dict[str, Tensor]:
-        """Of DoRA: module path in the base model -> the lengths that the rows of its weight get."""
+        """The lengths that a DoRA adapter gives to the rows of a weight, by the module's path in the base."""
         return {match["module"]: tensor for name, tensor in self.tensors.items() if (match := _MAGNITUDE.match(name))}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the two files."""
+        """The SHA-256 of the two files."""
         digest = hashlib.sha256()
         for name in (CONFIG_NAME, WEIGHTS_NAME):
-            with (self.folder / name).open("rb") as file:  # by pieces: an adapter may have hundreds of megabytes
+            with (self.folder / name).open("rb") as file:  # in pieces, since an adapter may have hundreds of megabytes
                 while piece := file.read(1 << 20):
                     digest.update(piece)
         return digest.hexdigest()
 
     def scaling(self, module: str) -> float:
-        """PEFT's factor before B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """The factor that PEFT multiplies B·A by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank = self.modules[module]["A"].shape[0]
         alpha = float(self._pattern(self._options.alpha_pattern, module, self._options.lora_alpha))
         return alpha / math.sqrt(rank) if self._options.use_rslora else alpha / rank
 
     def _pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-        """PEFT's way of looking a module up in `rank_pattern` or `alpha_pattern`: keys are regexes of a path's end."""
+        """Look a module up in `rank_pattern` or `alpha_pattern` as PEFT does: a key is a regex for a path's end."""
         for pattern, value in (patterns or {}).items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):
@@ -183,17 +184,19 @@ class Adapter:
         return default
 
     def delta(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """The update scaling·B·A of a module's weight, masked if it is, or of its rows `start` to `stop`: float32."""
+        """The update scaling·B·A of rows `start` to `stop` of a module's weight, masked if it has a mask: float32."""
         a, b = (self.modules[module][factor].float() for factor in "AB")
         if (mask := self.masks.get(module)) is not None:
             return masked_delta(a, b[start:stop], mask[start:stop], self.scaling(module))
         return self.scaling(module) * (b[start:stop] @ a)
 
-    def add_to_(self, linear: nn.Module, module: str, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
-        """Let a linear add a module's update, as `add_update_` does; a masked one is made once, as a whole.
+    def add_to_(
+        self, linear: nn.Module, module: str, device: torch.device
+    ) -> tuple[RemovableHandle, dict[str, Tensor]]:
+        """Let a linear add a module's update, as `add_update_` does; a masked update is computed once, as a whole.
 
         Returns:
-            The hook's handle, and the factors that it multiplies by, on the device, by PEFT's names.
+            The hook's handle, and the factors on the device, by PEFT's names; a masked update has none.
         """
         if module in self.masks:
             delta = self.delta(module).to(device)
@@ -203,19 +206,27 @@ class Adapter:
         return add_update_(linear, a, b, self.scaling(module)), names
 
     def updated(self, module: str, rows: Tensor, start: int = 0) -> Tensor:
-        """What the adapter makes of a module's weight, or of its rows from `start` on: float32, on the rows' device.
+        """The rows of a module's weight with the adapter's update: W + scaling·B·A.
 
-        W + scaling·B·A; with DoRA every row of that brought to its magnitude (arXiv 2402.09353, equation 5).
+        With DoRA every row is then brought to its magnitude (arXiv 2402.09353, equation 5).
+
+        Args:
+            module: the module's path in the base.
+            rows: some rows of its weight, (rows, in_features).
+            start: the index of the first of them.
+
+        Returns:
+            (rows, in_features) float32, on the rows' device.
         """
         stop = start + len(rows)
-        found = self.delta(module, start, stop).to(rows.device).add_(rows)
+        weight = self.delta(module, start, stop).to(rows.device).add_(rows)
         if self.dora:
-            lengths = torch.linalg.vector_norm(found, dim=1)
-            found *= (self.magnitudes[module][start:stop].to(lengths) / lengths)[:, None]
-        return found
+            lengths = torch.linalg.vector_norm(weight, dim=1)  # (rows,)
+            weight *= (self.magnitudes[module][start:stop].to(lengths) / lengths)[:, None]
+        return weight
 
     def targets(self, modules: Iterable[str]) -> list[str]:
-        """Those of a model's linear modules that adapter_config.json targets, by PEFT's own matching.
+        """The modules that adapter_config.json targets, by PEFT's own matching, among a model's linears.
 
         Raises:
             UserError: adapter_config.json contradicts itself.
@@ -225,8 +236,8 @@ class Adapter:
 
         keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
         options = self._options.model_dump(include=keys)
-        if str(options["target_modules"]).lower() == "all-linear":  # PEFT leaves lm_head out of these
-            options |= {"target_modules": r".*\.layers\..*"}
+        if str(options["target_modules"]).lower() == "all-linear":  # which to PEFT are all but the head's
+            options |= {"target_modules": r".*\.\d+\..*"}  # all in a numbered layer
         try:
             config = LoraConfig(**options)
             return [module for module in modules if check_target_module_exists(config, module)]
@@ -234,16 +245,16 @@ class Adapter:
             raise UserError(f"{self.folder / CONFIG_NAME}: {error}") from error
 
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]], model: str, *, full: bool = False) -> None:
-        """Refuse an adapter that is not one for a model: it lacks a module, has one too many, or shapes differ.
+        """Refuse an adapter that does not fit a model: it lacks a module, has one too many, or shapes differ.
 
         Args:
             shapes: (out_features, in_features) of each of the model's linear modules, by path.
-            model: what the message calls it.
+            model: what the error message calls the model.
             full: whether it is a full model, so that narrower factors come from a pruned one.
 
         Raises:
-            UserError: names the file and the key, or the module and both shapes; says `loram recover` where the
-                adapter was trained on the pruned model and this is the full one.
+            UserError: the message names the file and the key, or the module and both shapes. It says `loram recover`
+                if the adapter was trained on the pruned model and this is the full one.
         """
         weights = self.folder / WEIGHTS_NAME
         targets = set(self.targets(shapes))
@@ -266,41 +277,48 @@ class Adapter:
                 raise UserError(f"{weights}: {key} is missing, though {CONFIG_NAME} targets {module}")
 
 
-def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Any:
-    """Let a linear add scaling·B·A·x to its output, as PEFT does: factors and their product in the factors' dtype.
+def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> RemovableHandle:
+    """Let a linear add scaling·B·A·x to its output, as PEFT does; the product is in the factors' dtype.
 
-    A hook, so that the module itself stays as it is: the handle that is returned takes it away again.
+    This is a hook, so the module itself stays as it is; the returned handle removes the hook again.
+
+    Args:
+        linear: the module, which reads x, (..., in_features).
+        a, b: lora_A, (r, in_features), and lora_B, (out_features, r).
+        scaling: what the product is multiplied by.
     """
 
     def add(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return (output + (args[0].to(a.dtype) @ a.T @ b.T) * scaling).to(output.dtype)
+        update: Tensor = args[0].to(a.dtype) @ a.T @ b.T  # (..., out_features)
+        return (output + update * scaling).to(output.dtype)
 
     return linear.register_forward_hook(add)
 
 
 def masked_delta(a: Tensor, b: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """scaling * M ∘ (B A): (out_features, in_features), in the factors' dtype.
+    """The masked update scaling * M ∘ (B A): (out_features, in_features), in the factors' dtype.
 
     Args:
-        a, b: (r, in_features) and (out_features, r).
+        a, b: lora_A, (r, in_features), and lora_B, (out_features, r).
         mask: (out_features, in_features / 8) uint8, as in a sparse folder.
-        scaling: alpha / r.
+        scaling: what the product is multiplied by.
     """
-    return (b @ a).mul_(scaling).mul_(unpack(mask))
+    delta: Tensor = b @ a
+    return delta.mul_(scaling).mul_(unpack(mask))
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
-    """An adapter whose update is `factor` times as large: its lora_B are."""
+    """An adapter whose update is `factor` times as large, since every lora_B is."""
     tensors = {n: t * factor if n.endswith(".lora_B.weight") else t for n, t in adapter.tensors.items()}
     return dataclasses.replace(adapter, tensors=tensors)
 
 
 def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:
-    """Read an adapter and make sure that it is one for this model.
+    """Read an adapter and make sure that it was made for this model.
 
     Raises:
-        UserError: it is no sound adapter, its modules or shapes are not the model's, or its manifest or the plan beside
-            it says that it was made for other weights.
+        UserError: the adapter is not sound, its modules or shapes are not the model's, or its manifest or the plan
+            beside it says that it was made for other weights.
     """
     adapter = Adapter.load(folder)
     _check_origin(checkpoint, adapter)
@@ -312,17 +330,20 @@ def _linear_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     if checkpoint.quantized:  # packed tensors' shapes say nothing
         if plan := find_plan(checkpoint.folder):
             return plan.linear_shapes()
-        return checkpoint.geometry.linear_shapes(architecture_of(checkpoint.config, checkpoint.name).linears)
+        return checkpoint.geometry.linear_shapes(checkpoint.architecture)
+    row = checkpoint.architecture
     shapes = {
         name.removesuffix(".weight"): checkpoint.shape(name)
         for name in checkpoint.names()
-        if name.endswith(".weight") and len(checkpoint.shape(name)) == 2 and name not in (EMBEDDING, HEAD)
+        if name.endswith(".weight")
+        and len(checkpoint.shape(name)) == 2
+        and name not in (row.embedding_weight, row.head_weight)
     }
-    return {**shapes, "lm_head": checkpoint.shape(checkpoint.head)}
+    return {**shapes, row.head: checkpoint.shape(checkpoint.head)}
 
 
 def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Refuse an adapter whose manifest, or the plan beside it, says that it was made for other weights."""
+    """Refuse an adapter if its manifest, or the plan beside it, says that it was made for other weights."""
     folder, name = adapter.folder, checkpoint.name
     manifest, plan, ours = find_manifest(folder), find_plan(folder), find_plan(checkpoint.folder)
     made_from = {} if manifest is None else manifest.made_from
@@ -347,7 +368,7 @@ def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:
 
 
 def save_adapter(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a stock PEFT adapter into a folder; keys and names in a fixed order, so equal means equal bytes."""
+    """Write a stock PEFT adapter into a folder, with keys in a fixed order, so that equal adapters have equal bytes."""
     ordered = {
         key: sorted(value) if key in ("target_modules", "exclude_modules") and isinstance(value, list) else value
         for key, value in sorted(config.items())

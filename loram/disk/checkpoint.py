@@ -1,4 +1,4 @@
-"""Lazy reading of a model folder, tensor by tensor. Never a whole model in memory."""
+"""Read a model folder tensor by tensor, so that a whole model is never in memory."""
 
 import hashlib
 import math
@@ -16,10 +16,11 @@ from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
 from loram.disk.files import read_json, refuse_pointer, side_files
 from loram.disk.tensorfile import TensorFile, TensorSpec
-from loram.model.architecture import Geometry
+from loram.model.architecture import Architecture
+from loram.model.families import family_of, is_pruned
+from loram.model.geometry import Geometry
 from loram.model.modeling_loram import dense, unpack
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -29,16 +30,16 @@ _MASK = ".mask"
 class Checkpoint:
     """A folder with config.json and safetensors, read one tensor at a time.
 
-    The weights of a sparse folder are shown as the dense ones that they stand for, made when they are asked for.
+    A sparse folder shows dense weights, which are made from its values and masks when they are read.
 
     Args:
-        folder: the folder.
+        folder: the model's folder.
         name: what the user calls the model: its hub id or absolute path.
         stored: show a sparse folder's tensors as they are stored: values and masks.
 
     Raises:
-        UserError: the folder is no model, its weights are in a format we do not read, a shard is missing, broken or
-            outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
+        UserError: the folder is not a model, its weights are in a format that we do not read, a shard is missing,
+            broken or outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
     """
 
     def __init__(self, folder: Path, name: str | None = None, *, stored: bool = False) -> None:
@@ -51,12 +52,12 @@ class Checkpoint:
             refuse_pointer(path)
         self.index = self._read_index()
         masks = {name for name in self.index if name.endswith(_MASK)}
-        self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # of a weight
+        self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
         self.sparse, self._stored = bool(masks), stored
         find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
-        """Tensor name -> file name, from the shards' own headers."""
+        """The file that each tensor is in, by the tensor's name, from the shards' own headers."""
         if (self.folder / INDEX).is_file():
             weight_map = self._read_weight_map()
             shards = sorted(set(weight_map.values()))
@@ -68,14 +69,14 @@ class Checkpoint:
             other = [path.name for path in sorted(self.folder.iterdir()) if path.suffix in _PICKLED]
             remedy = f"; {other[0]} is pickled and never opened: convert it to safetensors first" if other else ""
             raise UserError(f"{self.folder}: no {WEIGHTS} or {INDEX} here{remedy}")
-        found = {name: shard for shard in shards for name in self._open(shard).specs}
+        index = {name: shard for shard in shards for name in self._open(shard).specs}
         for name, shard in weight_map.items():
-            if found.get(name) != shard:
+            if index.get(name) != shard:
                 raise UserError(f"{self.folder / INDEX}: says {name} is in {shard}, but it is not there")
-        return found
+        return index
 
     def _read_weight_map(self) -> dict[str, str]:
-        """The index's tensor name -> file name; every file lies in the folder and is safetensors by its name."""
+        """The index's file for each tensor; every file lies in the folder and is safetensors by its name."""
         path = self.folder / INDEX
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -105,14 +106,30 @@ class Checkpoint:
         return read_json(self.folder / "config.json")
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """The family's row, of a full or a pruned model.
+
+        Raises:
+            UserError: the family is not supported.
+        """
+        return family_of(self.config, self.name)
+
+    @cached_property
+    def rows_by_layer(self) -> list[Architecture]:
+        """The family's row as each decoder layer has it."""
+        kinds = self.architecture.layer_kinds(self.config)
+        layers = self.architecture.text_config(self.config)["num_hidden_layers"]
+        return [self.architecture.of_kind(kinds[layer] if kinds else None) for layer in range(layers)]
+
+    @cached_property
     def geometry(self) -> Geometry:
-        """The sizes of a full model of a supported family (a pruned one has no single geometry)."""
+        """The sizes of a full model of a supported family (a pruned model has no single geometry)."""
         return Geometry.from_config(self.config, str(self.folder / "config.json"))
 
     @property
     def pruned(self) -> bool:
         """Whether this is a pruned folder."""
-        return str(self.config.get("model_type")).startswith("loram_")
+        return is_pruned(self.config)
 
     @property
     def quantized(self) -> bool:
@@ -121,71 +138,79 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether lm_head shares the embedding's weight."""
-        return HEAD not in self.index or bool(self.config.get("tie_word_embeddings"))
+        """Whether the head shares the embedding's weight."""
+        return self.architecture.head_weight not in self.index or bool(self.config.get("tie_word_embeddings"))
 
     @property
     def stored(self) -> "Checkpoint":
-        """The same folder with a sparse one's tensors as they are stored."""
+        """The same folder, but with a sparse folder's tensors as they are stored."""
         return Checkpoint(self.folder, self.name, stored=True)
 
     def names(self) -> list[str]:
-        """Names of all tensors, sorted as a person counts: layer 2 before layer 10."""
+        """The names of all tensors, sorted as a person counts: layer 2 comes before layer 10."""
         hidden = set() if self._stored else set(self._masks.values())
         return sorted(self.index.keys() - hidden, key=_natural)
 
+    def layer_tensors(self, layer: int) -> dict[str, Tensor]:
+        """All tensors of a decoder layer, by name."""
+        prefix = f"{self.architecture.layer_path(layer)}."
+        return {name: self.tensor(name) for name in self.names() if name.startswith(prefix)}
+
     def constants(self, name: str) -> list[str]:
-        """Names of the tensors that belong to a quantised weight: its scales and codes."""
+        """The names of the tensors that belong to a quantised weight: its scales and codes."""
         return [key for key in self.index if key.startswith(f"{name}.")]
 
     @staticmethod
     def weight_of(name: str) -> str:
-        """Name of the weight that a tensor belongs to, which is its own unless it is a quantised weight's constant."""
+        """The name of the weight that a tensor belongs to: its own, unless it is a quantised weight's constant."""
         module, mark, _ = name.partition(".weight.")
         return f"{module}.weight" if mark else name
 
     def spec(self, name: str) -> TensorSpec:
-        """A tensor's dtype and shape, from the header alone.
+        """A tensor's dtype and shape, which are read from the file's header alone.
 
         Raises:
             UserError: the model has no such tensor.
         """
         if name not in self.index:
             raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
-        found = self._open(self.index[name]).specs[name]
+        spec = self._open(self.index[name]).specs[name]
         if (mask := self._mask_of(name)) is None:
-            return found
+            return spec
         rows, columns = self.spec(mask).shape
-        return TensorSpec(dtype=found.dtype, shape=(rows, 8 * columns))
+        return TensorSpec(dtype=spec.dtype, shape=(rows, 8 * columns))
 
     def _mask_of(self, name: str) -> str | None:
-        """Name of a weight's mask, where the weight is shown dense."""
+        """The name of a weight's mask, if the weight is shown dense."""
         return None if self._stored else self._masks.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
+        """A tensor's shape, which is read from the file's header alone."""
         return self.spec(name).shape
 
     @property
     def vocabulary(self) -> int:
         """How many tokens the embedding has a row for."""
-        return self.shape(EMBEDDING)[0]
+        return self.shape(self.architecture.embedding_weight)[0]
 
     @property
     def parameters(self) -> int:
-        """How many values all tensors have together, a tied lm_head's not counted again; of sparse ones those kept."""
+        """How many values all tensors hold together; a tied head is not counted again."""
         files = {name: self._open(shard) for name, shard in self.index.items() if name not in self._masks.values()}
-        return sum(
-            math.prod(file.specs[name].shape) for name, file in files.items() if not (name == HEAD and self.tied)
-        )
+        again = self.architecture.head_weight if self.tied else None
+        return sum(math.prod(file.specs[name].shape) for name, file in files.items() if name != again)
 
     @property
     def head(self) -> str:
-        """Name of the tensor that lm_head multiplies by: its own, or the embedding's where they are tied."""
-        return EMBEDDING if self.tied else HEAD
+        """The name of the tensor that the head multiplies by: its own, or the embedding's where they are tied."""
+        return self.holder(self.architecture.head_weight)
+
+    def holder(self, name: str) -> str:
+        """The name of the tensor that holds a weight: its own, but for a tied head the embedding's."""
+        return self.architecture.embedding_weight if self.tied and name == self.architecture.head_weight else name
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """One tensor, or its rows `start` to `stop`, on the CPU, in the dtype of the file; no other byte is read.
+        """Read one tensor, or its rows `start` to `stop`, to the CPU in the file's dtype; no other byte is read.
 
         Raises:
             UserError: the model has no such tensor.
@@ -195,13 +220,13 @@ class Checkpoint:
         if (mask := self._mask_of(name)) is None:
             return file.read(name, start, stop)
         bits = unpack(self.tensor(mask))
-        first, last = int(bits[:start].sum()), int(bits[:stop].sum())  # places of the rows' values among all
+        first, last = int(bits[:start].sum()), int(bits[:stop].sum())  # where the rows' values are among all values
         if int(bits.sum()) != math.prod(file.specs[name].shape):
             raise UserError(f"{self.folder}: {name} and {mask} do not fit together; make the folder again")
         return dense(file.read(name, first, last), self.tensor(mask, start, stop))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of a tensor, some 64 MB at a time."""
+        """A tensor in pieces of about 64 MB: (index of the first row, the rows)."""
         spec = self.spec(name)
         if self._mask_of(name) is None:
             return self._open(self.index[name]).blocks(name)
@@ -210,17 +235,17 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor's name, dtype, shape and first and last row; the same however it is sharded.
+        """The SHA-256 of every tensor's name, dtype, shape and first and last row; sharding makes no difference.
 
-        Cheap also for a model of hundreds of gigabytes, and different for any other training run of the same shape.
-        lm_head is left out where it is tied, since tools differ in writing it. A folder that `loram.quantize` made
-        answers with that of the model it was made from: what was made for one goes with the other.
+        It is cheap even for a model of hundreds of gigabytes, and differs for any other training run of the same shape.
+        A tied head is left out, since tools differ in writing it. A folder that `loram.quantize` made has the
+        fingerprint of the model that it was made from, so that what was made for one of them goes with the other.
         """
         if (manifest := find_manifest(self.folder)) is not None and manifest.kind == "quantized":
             return manifest.made_from["original"]
         digest = hashlib.sha256()
         for name in sorted(self.names()):
-            if name == HEAD and self.tied:
+            if self.holder(name) != name:
                 continue
             spec = self.spec(name)
             digest.update(f"{name} {spec.dtype_name} {list(spec.shape)}".encode())

@@ -1,21 +1,21 @@
-"""A GGUF file as an ordinary model folder: converted once, then read like any other."""
+"""GGUF files as ordinary model folders: a file is converted once, and then read like any other model."""
 
 import hashlib
 import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest, publish
-from loram.disk.checkpoint import HEAD
 from loram.disk.files import refuse_pointer
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
 
 
 def cache_folder() -> Path:
-    """Where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
+    """The folder where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
     return Path(os.environ.get("LORAM_CACHE", Path.home() / ".cache" / "loram"))
 
 
@@ -32,7 +32,7 @@ def cached_conversion(path: Path) -> Path:
 def convert_gguf(path: Path, out: Path) -> Path:
     """Dequantise a GGUF file into a Hugging Face folder: float32 safetensors, config, tokenizer, chat template.
 
-    transformers does the reading. float32 keeps exactly the values that `from_pretrained(..., gguf_file=...)` gives.
+    transformers reads the file. float32 keeps exactly the values that `from_pretrained(..., gguf_file=...)` gives.
 
     Raises:
         UserError: there is no such file, it is not GGUF, or transformers does not know its architecture.
@@ -58,8 +58,10 @@ def convert_gguf(path: Path, out: Path) -> Path:
         config.save_pretrained(staging)
         model.generation_config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        tied = config.tie_word_embeddings
-        tensors = {key: value for key, value in model.state_dict().items() if not (tied and key == HEAD)}
+        head: nn.Module = model.get_output_embeddings()
+        shared = [f"{path}.weight" for path, module in model.named_modules() if module is head]
+        left_out = shared if config.tie_word_embeddings else []
+        tensors = {key: value for key, value in model.state_dict().items() if key not in left_out}
         with ShardedWriter(staging, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)

@@ -1,4 +1,4 @@
-"""Opening a model by whatever name the user has for it: a hub id, a folder, or a GGUF file."""
+"""Open a model by the name that the user has for it: a hub id, a folder, or a GGUF file."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def open_model(model: str | Path) -> Checkpoint:
     into a safetensors folder in loram's cache.
 
     Raises:
-        UserError: nothing of that name is there.
+        UserError: there is no model of that name.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -40,7 +40,7 @@ def download_config(model: str) -> Path:
     """Fetch only the config.json of a model on the hub.
 
     Raises:
-        UserError: the hub did not give one.
+        UserError: the hub did not give that file.
     """
     return Path(_ask_hub(model, lambda: hf_hub_download(model, "config.json")))
 

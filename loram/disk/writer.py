@@ -1,4 +1,4 @@
-"""Writing a sharded model folder tensor by tensor, in any order. Never a whole model in memory."""
+"""Write a sharded model folder tensor by tensor, in any order, so that a whole model is never in memory."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ SHARD_BYTES = 4 << 30
 
 
 class ShardedWriter:
-    """Writes safetensors shards of a bounded size, with transformers' index; use as a context manager.
+    """A context manager that writes safetensors shards of a bounded size, with transformers' index.
 
-    What goes where is settled beforehand, so tensors may come in any order and by rows, and none is held back.
+    It is known beforehand which tensor goes where, so tensors may come in any order and by rows, and none is held back.
 
     Args:
-        folder: where; it must exist.
-        specs: name -> dtype and shape of everything that will be written, in the order of the shards.
-        shard_bytes: a shard holds no more than this (but a single tensor may).
-        beside: tensors that are in other files of the folder, name -> file; the index names them too.
+        folder: the folder to write into, which must exist.
+        specs: the dtype and shape of everything that will be written, by name, in the order of the shards.
+        shard_bytes: the most that a shard holds, unless a single tensor is larger.
+        beside: the files of tensors that are in other files of the folder, by name; the index names them too.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class ShardedWriter:
             self._weight_map.update(dict.fromkeys(shard, file))
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
-        """Write one tensor, or the rows of it that begin at `row`."""
+        """Write one tensor, or some of its rows, of which the first is `row`."""
         self._files[name].write(name, tensor, row)
 
     def copy(self, name: str, checkpoint: Checkpoint) -> None:
-        """Write a tensor as a checkpoint has it, some rows at a time."""
+        """Copy a tensor from a checkpoint, some rows at a time."""
         for row, block in checkpoint.blocks(name):
             self.write(name, block, row)
 

@@ -1,4 +1,4 @@
-"""The merge stage: base weights + adapter -> a plain model folder, a few rows at a time."""
+"""The merge stage: add an adapter to its base's weights, a few rows at a time, and write a plain model folder."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,6 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.disk.adapter import load_for
 from loram.disk.artifacts import check_output, publish
-from loram.disk.checkpoint import EMBEDDING, HEAD
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.writer import ShardedWriter
@@ -17,13 +16,13 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """Add an adapter's update scaling·B·A to a model's weights and write the result as a plain model folder.
 
     With DoRA every row is then brought to its magnitude; with `mask_update`, the update is masked as in training.
-    Sums are in float32 and stored in the base's dtype. Where lm_head is tied to the embedding and the adapter updates
-    it, the merged model has its own lm_head (`tie_word_embeddings` false), since the embedding must stay as it was.
+    Sums are in float32 and stored in the base's dtype. If the head is tied to the embedding and the adapter updates
+    it, the merged model has a head of its own (`tie_word_embeddings` false), since the embedding must stay as it was.
 
     Args:
-        base: hub id, folder or GGUF file of the model the adapter is for; a pruned folder with an adapter of it works.
+        base: the hub id, folder or GGUF file of the model that the adapter is for; it may be a pruned folder.
         adapter: a PEFT LoRA or DoRA folder; for a full base a recovered one.
-        out: the folder to make; plain transformers loads it.
+        out: the folder to make, which plain transformers loads.
 
     Returns:
         `out`.
@@ -40,9 +39,10 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
         )
     update = load_for(checkpoint, Path(adapter))
     sources = {name: name for name in checkpoint.names()}
-    untied = checkpoint.tied and "lm_head" in update.modules
+    architecture = checkpoint.architecture
+    untied = checkpoint.tied and architecture.head in update.modules
     if untied:
-        sources[HEAD] = EMBEDDING
+        sources[architecture.head_weight] = architecture.embedding_weight
     specs = {name: checkpoint.spec(source) for name, source in sources.items()}
     for module in update.modules:
         if not (dtype := specs[f"{module}.weight"].dtype).is_floating_point:

@@ -1,13 +1,13 @@
-"""The quantize stage: a model folder -> the same model with its linears in 4 bits, a tensor at a time."""
+"""The quantize stage: write a model folder again with its linears in 4 bits, one tensor at a time."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.nf4 import packed_specs, packed_tensors
 from loram.disk.artifacts import check_output, publish
-from loram.disk.checkpoint import EMBEDDING, HEAD
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.writer import SHARD_BYTES, ShardedWriter
@@ -17,15 +17,15 @@ from loram.model.plan import find_plan
 def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a model with every linear in NF4 with double quantisation (QLoRA, arXiv 2305.14314).
 
-    The format is transformers' own: a quarter of the 16-bit folder to store and to download. `train` and `eval` take
-    it as it is and get the numbers that `load_in_4bit` gives on the original; so does any tool that loads models
-    quantised by bitsandbytes. The embedding stays as it was, since that format has no other way, and a tied lm_head
-    with it; `train` quantises them when it loads the folder.
+    The format is transformers' own, and takes a quarter of the 16-bit folder's disk. `train` and `eval` read the folder
+    as it is, and compute what they compute with `load_in_4bit` on the original; so does any tool that loads models
+    quantised by bitsandbytes. The embedding stays as it was, since that format has no other way, and a tied head with
+    it; `train` quantises them when it loads the folder.
 
     Args:
-        model: pruned folder, or hub id, folder or GGUF file of a full model.
+        model: a pruned folder, or the hub id, folder or GGUF file of a full model.
         out: the folder to make.
-        shard_bytes: size of the files that weights are written to, at most.
+        shard_bytes: the largest size of the files that weights are written to.
 
     Returns:
         `out`.
@@ -43,15 +43,13 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
             f"{checkpoint.name}: transformers' 4-bit format knows no sparse weights; `loram train --load-in-4bit` "
             "quantises them when it loads the folder"
         )
-    linears = [
-        name
-        for name in checkpoint.names()
-        if name != EMBEDDING and len(checkpoint.shape(name)) == 2 and not (name == HEAD and checkpoint.tied)
-    ]
+    architecture = checkpoint.architecture
+    whole = {architecture.embedding_weight, *([architecture.head_weight] if checkpoint.tied else [])}
+    linears = [name for name in checkpoint.names() if name not in whole and len(checkpoint.shape(name)) == 2]
     specs = {}
     for name in checkpoint.names():
-        found = checkpoint.spec(name)
-        specs.update(packed_specs(name, found.shape) if name in linears else {name: found})
+        spec = checkpoint.spec(name)
+        specs.update(packed_specs(name, spec.shape) if name in linears else {name: spec})
     made_from = {"original": checkpoint.fingerprint}
     if plan := find_plan(checkpoint.folder):
         made_from |= {"base": plan.base.fingerprint, "plan": plan.fingerprint}
@@ -64,13 +62,18 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
                 for part, tensor in packed_tensors(name, checkpoint.tensor(name)).items():
                     writer.write(part, tensor)
         copy_side_files(checkpoint.folder, staging)
-        config = {**checkpoint.config, "quantization_config": quantization_config(tied=checkpoint.tied)}
+        tied = [architecture.head] if checkpoint.tied else []
+        config = {**checkpoint.config, "quantization_config": quantization_config(tied)}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return out
 
 
-def quantization_config(*, tied: bool) -> dict[str, object]:
-    """What transformers looks for in config.json; `tied`: lm_head shares the embedding, which stays as it was."""
+def quantization_config(whole: Sequence[str]) -> dict[str, object]:
+    """The key `quantization_config` of config.json, for transformers.
+
+    Args:
+        whole: the paths of linears that stay as they were: a tied head, which shares the embedding's weight.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -78,5 +81,5 @@ def quantization_config(*, tied: bool) -> dict[str, object]:
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": ["lm_head"] if tied else [],
+        "llm_int8_skip_modules": list(whole),
     }

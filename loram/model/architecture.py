@@ -1,260 +1,299 @@
-"""Model families as data: which linears of a decoder layer share a dimension that can be pruned.
+"""The types of a row of `families.py`: what LoRAM has to know about a family of models. Nothing here touches a weight.
 
-Supporting a family is adding a row to `ARCHITECTURES`. Nothing here touches a weight.
+Four words recur in the whole project:
+
+- A *unit* is the smallest thing that structured pruning removes: an MLP channel, or a key-value head together with all
+  query heads that read it (a *group*).
+- A *space* is a dimension of a decoder layer that can lose units: `kv_groups` or `channels`.
+- A *segment* is a run of neighbouring rows or columns that mean one thing. Most linears have one segment per side; a
+  fused `qkv_proj` has three segments of rows: queries, keys, values.
+- A *path* is the name of a module inside its decoder layer, such as `mlp.up_proj`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
-
-from loram.base.errors import UserError, first_problem
-
-Unit = Literal["channel", "head", "group"]
-Linear = str  # a linear's path inside its decoder layer: "self_attn.q_proj"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """One axis of one linear that a space shortens.
-
-    `axis` 0 is the output rows (weight, bias, lora_B), 1 the input columns (weight, lora_A). `unit` is how many rows or
-    columns one unit of the space owns: a channel 1, a head `head_dim`, a group all query heads of a key-value head.
-    """
-
-    linear: Linear
-    axis: Literal[0, 1]
-    unit: Unit
+Unit = Literal["channel", "head", "group", "hidden"]
+Reads = Literal["layer", "attention", "mlp", "channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A prunable dimension of a decoder layer: linears that must shrink together.
+    """A dimension of a decoder layer that can be pruned.
 
-    `size` is the name of the `Geometry` field with the number of units, also the key of transformers' config.
+    Args:
+        name: its name in plans and reports.
+        size: the `Geometry` field that holds how many units a full layer has.
+        config_keys: the keys of transformers' config that are smaller in a narrowed layer, in proportion to its units.
+        rounding: whether a number of kept units that is not whole is rounded `up` or `down`.
     """
 
     name: str
-    size: Literal["num_key_value_heads", "intermediate_size"]
-    cuts: tuple[Cut, ...]
+    size: str
+    config_keys: tuple[str, ...]
+    rounding: Literal["up", "down"]
 
 
-KV_GROUPS = Space(
-    name="kv_groups",
-    size="num_key_value_heads",
-    cuts=(
-        Cut(linear="self_attn.q_proj", axis=0, unit="group"),
-        Cut(linear="self_attn.k_proj", axis=0, unit="head"),
-        Cut(linear="self_attn.v_proj", axis=0, unit="head"),
-        Cut(linear="self_attn.o_proj", axis=1, unit="group"),
-    ),
-)
-CHANNELS = Space(
-    name="channels",
-    size="intermediate_size",
-    cuts=(
-        Cut(linear="mlp.gate_proj", axis=0, unit="channel"),
-        Cut(linear="mlp.up_proj", axis=0, unit="channel"),
-        Cut(linear="mlp.down_proj", axis=1, unit="channel"),
-    ),
-)
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_QKVO = (*_QKV, "self_attn.o_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_FOUR_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Neighbouring rows or columns of a tensor that mean one thing.
+
+    Args:
+        name: what they are; segments that differ only in their name (keys and values) are pruned alike.
+        unit: what one unit owns: a `channel` is 1 row, a `head` is `head_dim` rows, a `group` is the rows of all query
+            heads of one key-value head, and `hidden` is `hidden_size` rows.
+        space: the space whose units these are. A segment without a space is one unit, and is never cut.
+    """
+
+    name: str
+    unit: Unit
+    space: Space | None = None
+
+
+HIDDEN = Segment(name="hidden", unit="hidden")
+ONE_HEAD = Segment(name="one head", unit="head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear of a decoder layer.
+
+    Args:
+        path: the module's path inside the layer.
+        reads: which input it gets: the `layer`'s normed hidden states, what `attention` gives, the `mlp`'s normed
+            hidden states, or the MLP's `channels`. Linears that read the same see the same tensor.
+        rows: the segments of its outputs: rows of the weight, bias and lora_B.
+        columns: the segments of its inputs: columns of the weight and lora_A.
+        kinds: the kinds of layers that have it; empty where every layer does.
+    """
+
+    path: str
+    reads: Reads
+    rows: tuple[Segment, ...] = (HIDDEN,)
+    columns: tuple[Segment, ...] = (HIDDEN,)
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, which is what PEFT's `target_modules` lists."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def sides(self) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """The segments by axis of the weight: rows at 0, columns at 1."""
+        return self.rows, self.columns
+
+    @property
+    def consumes_units(self) -> bool:
+        """Whether its inputs are units of a space: pruning takes away inputs, and not outputs."""
+        return any(segment.space is not None for segment in self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A norm of a decoder layer.
+
+    Args:
+        path: the module's path inside the layer.
+        width: what its weight is as wide as: the hidden size, one head, or a segment of a space (all heads).
+        kinds: the kinds of layers that have it; empty where every layer does.
+    """
+
+    path: str
+    width: Segment = HIDDEN
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts.
+
+    Args:
+        name: the tensor's name inside the layer.
+        axes: the segments of each of its dimensions.
+        kinds: the kinds of layers that have it; empty where every layer does.
+    """
+
+    name: str
+    axes: tuple[tuple[Segment, ...], ...]
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Which layers attend only to the last few tokens (a sliding window).
+
+    Args:
+        slides: (layer, config) -> whether the layer does, for a config.json without `layer_types`.
+        switch: a key of config.json that has to be true for any layer to do so.
+        default: the window, in tokens, where config.json leaves `sliding_window` out; None is no window.
+    """
+
+    slides: Callable[[int, Mapping[str, Any]], bool]
+    switch: str | None = None
+    default: int | None = 4096
+
+    def of(self, layer: int, config: Mapping[str, Any]) -> int | None:
+        """How many tokens a layer looks back, or None where it sees all of them."""
+        if self.switch is not None and not config.get(self.switch):
+            return None
+        kinds = config.get("layer_types")
+        slides = kinds[layer] == "sliding_attention" if kinds else self.slides(layer, config)
+        window: int | None = config.get("sliding_window", self.default)
+        return window if slides else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softcap:
+    """A soft limit cap * tanh(x / cap) on scores.
+
+    Args:
+        key: the key of config.json with the cap; null is no cap.
+        default: transformers' default where config.json leaves the key out.
+    """
+
+    key: str
+    default: float | None
+
+    def of(self, config: Mapping[str, Any]) -> float | None:
+        """The cap that a config sets, or None."""
+        cap: float | None = config.get(self.key, self.default)
+        return cap
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A family: its prunable spaces, and what else it takes to count its parameters from a bare config.json.
+    """One family of models: where its tensors are, how they hang together, and transformers' defaults.
 
     Args:
         model_type: transformers' name of the family.
-        biases: config switch -> the linears whose bias it turns on; `always` is no switch.
-        norms: a decoder layer's norms of the hidden size.
-        head_norms: its norms of a head's size.
+        model_class: transformers' class of its causal language models.
+        config_key: the key of config.json that holds the text model's config, where it is nested.
+        decoder: the path of the decoder inside the model: `model`, or `model.language_model` where it is wrapped.
+        embedding, layers, final_norm: the names of these modules inside the decoder.
+        head: the path of the linear that gives the logits.
+        linears: the linears of a decoder layer, those of attention first, each of them before what it feeds.
+        norms: the norms of a decoder layer.
+        parameters: the other tensors of a decoder layer.
+        blocks: the modules of a decoder layer whose outputs are added to the hidden states.
+        kinds_key: the key of config.json that lists a kind per layer, where layers differ in what they have.
+        biases: a switch of config.json -> the paths of the linears that it gives a bias; `always` is no switch.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
             num_attention_heads, which is also what a null in config.json means.
         head_dim: transformers' default where config.json leaves it out; None is hidden_size / num_attention_heads.
         tied: transformers' default of tie_word_embeddings where config.json leaves it out.
-        spaces: what can be pruned in a decoder layer.
+        windows: its sliding windows.
+        attention_softcap: the softcap of attention scores. transformers computes all attention weights of such a
+            family itself, since its fused kernels know no softcap.
+        logit_softcap: the softcap of logits.
+        norms_add_one: whether its norms multiply by 1 + weight.
+        rotary_by_window: whether layers with and without a window have rotary tables of their own.
+        partial_rotary: transformers' default of partial_rotary_factor, the share of a head that is rotated; None where
+            the family has no such option and rotates whole heads.
     """
 
     model_type: str
-    biases: Mapping[str, tuple[Linear, ...]] = field(default_factory=dict)
-    norms: tuple[str, ...] = _NORMS
-    head_norms: tuple[str, ...] = ()
+    model_class: str
+    decoder: str
+    embedding: str
+    layers: str
+    final_norm: str
+    head: str
+    linears: tuple[Linear, ...]
+    norms: tuple[Norm, ...]
+    blocks: tuple[str, ...]
+    parameters: tuple[Parameter, ...] = ()
+    config_key: str | None = None
+    kinds_key: str | None = None
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
-    spaces: tuple[Space, ...] = (KV_GROUPS, CHANNELS)
+    windows: Windows | None = None
+    attention_softcap: Softcap | None = None
+    logit_softcap: Softcap | None = None
+    norms_add_one: bool = False
+    rotary_by_window: bool = False
+    partial_rotary: float | None = None
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
-        """All linears of a decoder layer, in the order of the spaces."""
-        return tuple(cut.linear for space in self.spaces for cut in space.cuts)
+    def layers_path(self) -> str:
+        """The path of the list of decoder layers: `model.layers`."""
+        return f"{self.decoder}.{self.layers}"
 
+    @property
+    def final_norm_path(self) -> str:
+        """The path of the norm before the head: `model.norm`."""
+        return f"{self.decoder}.{self.final_norm}"
 
-CUTS = MappingProxyType({cut.linear: (space, cut) for space in (KV_GROUPS, CHANNELS) for cut in space.cuts})
-LINEARS = tuple(linear.rpartition(".")[2] for linear in CUTS)  # q_proj, k_proj ...: as adapters name them
+    @property
+    def embedding_weight(self) -> str:
+        """The name of the embedding's tensor: `model.embed_tokens.weight`."""
+        return f"{self.decoder}.{self.embedding}.weight"
 
-_ROWS = (
-    Architecture(model_type="llama", biases={"attention_bias": _QKVO, "mlp_bias": _MLP}),
-    Architecture(model_type="mistral", kv_heads=8),
-    Architecture(model_type="qwen2", biases={"always": _QKV}, kv_heads=32),
-    Architecture(
-        model_type="qwen3", biases={"attention_bias": _QKVO}, head_norms=_HEAD_NORMS, kv_heads=32, head_dim=128
-    ),
-    Architecture(
-        model_type="gemma2", biases={"attention_bias": _QKVO}, norms=_FOUR_NORMS, kv_heads=4, head_dim=256, tied=True
-    ),
-    Architecture(
-        model_type="gemma3_text",
-        biases={"attention_bias": _QKVO},
-        norms=_FOUR_NORMS,
-        head_norms=_HEAD_NORMS,
-        kv_heads=4,
-        head_dim=256,
-        tied=True,
-    ),
-)
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
+    @property
+    def head_weight(self) -> str:
+        """The name of the head's own tensor, which a model with tied embeddings may lack: `lm_head.weight`."""
+        return f"{self.head}.weight"
 
+    def layer_path(self, layer: int) -> str:
+        """The path of a decoder layer: `model.layers.3`."""
+        return f"{self.layers_path}.{layer}"
 
-def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """The row of a config.json's family; `where` is what the message calls it.
+    def split(self, name: str) -> tuple[int, str] | None:
+        """The layer that a tensor or module is in, and its name inside that layer; None where it is in no layer.
 
-    Raises:
-        UserError: the family has no row; the message lists those that have.
-    """
-    model_type = str(config.get("model_type"))
-    if model_type.startswith("loram_"):
-        raise UserError(f"{where}: this model is already pruned; start from the full model that it was made from")
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{where}: model_type {model_type!r} is not supported; supported families are {', '.join(ARCHITECTURES)}"
+        A name may have a prefix, as PEFT's names do, or begin at any part of the layers' path.
+
+        Example: `base_model.model.model.layers.3.mlp.up_proj.lora_A.weight` -> (3, `mlp.up_proj.lora_A.weight`).
+        """
+        match = self._in_layer.match(name)
+        return None if match is None else (int(match["layer"]), match["rest"])
+
+    @cached_property
+    def _in_layer(self) -> re.Pattern[str]:
+        parts = self.layers_path.split(".")
+        tails = "|".join(re.escape(".".join(parts[start:])) for start in range(len(parts)))
+        return re.compile(rf"(?:(?:.*\.)?{re.escape(self.layers_path)}|{tails})\.(?P<layer>\d+)\.(?P<rest>.+)")
+
+    @cached_property
+    def spaces(self) -> tuple[Space, ...]:
+        """What can be pruned in a decoder layer, in the order in which the linears name it."""
+        segments = [segment for linear in self.linears for side in linear.sides for segment in side]
+        return tuple(dict.fromkeys(segment.space for segment in segments if segment.space is not None))
+
+    @property
+    def adapter_targets(self) -> tuple[str, ...]:
+        """The names of the linears of decoder layers, as PEFT's `target_modules` lists them."""
+        return tuple(linear.name for linear in self.linears)
+
+    def linear(self, path: str) -> Linear:
+        """The linear at a path inside the layer."""
+        return next(linear for linear in self.linears if linear.path == path)
+
+    def linear_with(self, segment: Segment) -> Linear:
+        """The linear among whose outputs a segment is."""
+        return next(linear for linear in self.linears if segment in linear.rows)
+
+    def of_kind(self, kind: str | None) -> "Architecture":
+        """The row as a layer of a kind has it: without what that kind lacks. None is the kind of all layers."""
+        if kind is None:
+            return self
+        return replace(
+            self,
+            linears=tuple(part for part in self.linears if not part.kinds or kind in part.kinds),
+            norms=tuple(part for part in self.norms if not part.kinds or kind in part.kinds),
+            parameters=tuple(part for part in self.parameters if not part.kinds or kind in part.kinds),
         )
-    return ARCHITECTURES[model_type]
 
+    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a config.json that describes the text model."""
+        nested: Mapping[str, Any] = config if self.config_key is None else config[self.config_key]
+        return nested
 
-class Geometry(BaseModel):
-    """The sizes of a full model: all that recovery and estimates need to know of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    tie_word_embeddings: bool
-    biases: tuple[Linear, ...] = ()
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> "Geometry":
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        return self
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> "Geometry":
-        """Read the sizes from the content of a config.json of a supported family.
-
-        Raises:
-            UserError: the family is not supported, a size is missing, or sizes contradict each other.
-        """
-        architecture = architecture_of(config, where)
-        biases = [
-            linear
-            for switch, linears in architecture.biases.items()
-            if switch == "always" or config.get(switch)
-            for linear in linears
-        ]
-        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        kv_heads = config.get("num_key_value_heads", architecture.kv_heads)
-        head_dim = config.get("head_dim")
-        if head_dim is None:
-            head_dim = architecture.head_dim
-        if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
-            head_dim = hidden // heads
-        tied = config.get("tie_word_embeddings")
-        values = {name: config[name] for name in cls.model_fields if name in config}
-        values |= {
-            "num_key_value_heads": heads if kv_heads is None else kv_heads,
-            "head_dim": head_dim,
-            "tie_word_embeddings": architecture.tied if tied is None else tied,
-            "biases": tuple(biases),
-        }
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise UserError(f"{where}: {first_problem(error)}") from error
-
-    def units(self, space: Space) -> int:
-        """How many units of a space a layer of the full model has."""
-        return int(getattr(self, space.size))
-
-    def unit_size(self, unit: Unit) -> int:
-        """Rows or columns that one unit owns."""
-        group = self.num_attention_heads // self.num_key_value_heads
-        return {"channel": 1, "head": self.head_dim, "group": group * self.head_dim}[unit]
-
-    def linear_shape(self, linear: Linear, units: Mapping[str, int] | None = None) -> tuple[int, int]:
-        """(out_features, in_features) of a linear; `units` gives a pruned layer's units by space name."""
-        shape = [self.hidden_size, self.hidden_size]
-        space, cut = CUTS[linear]
-        count = self.units(space) if units is None else units[space.name]
-        shape[cut.axis] = count * self.unit_size(cut.unit)
-        return shape[0], shape[1]
-
-    def linear_shapes(
-        self, linears: Iterable[Linear], units: Callable[[int], Mapping[str, int] | None] = lambda layer: None
-    ) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of every linear, lm_head included, by module path.
-
-        Args:
-            linears: those of a decoder layer.
-            units: a pruned layer's units by space name, of a layer's index; None where it is whole.
-        """
-        shapes = {
-            f"model.layers.{layer}.{linear}": self.linear_shape(linear, units(layer))
-            for layer in range(self.num_hidden_layers)
-            for linear in linears
-        }
-        return {**shapes, "lm_head": (self.vocab_size, self.hidden_size)}
-
-    def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the full model, by name; no lm_head where it is tied."""
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
-        for layer in range(self.num_hidden_layers):
-            prefix = f"model.layers.{layer}"
-            for linear in architecture.linears:
-                shapes[f"{prefix}.{linear}.weight"] = self.linear_shape(linear)
-                if linear in self.biases:
-                    shapes[f"{prefix}.{linear}.bias"] = self.linear_shape(linear)[:1]
-            shapes |= {f"{prefix}.{norm}.weight": (self.hidden_size,) for norm in architecture.norms}
-            shapes |= {f"{prefix}.{norm}.weight": (self.head_dim,) for norm in architecture.head_norms}
-        shapes["model.norm.weight"] = (self.hidden_size,)
-        return shapes if self.tie_word_embeddings else {**shapes, "lm_head.weight": (self.vocab_size, self.hidden_size)}
-
-    def layer_parameters(self, architecture: Architecture, units: Mapping[str, int] | None = None) -> int:
-        """Parameters of one decoder layer, full or with `units` of each space."""
-        total = len(architecture.norms) * self.hidden_size + len(architecture.head_norms) * self.head_dim
-        for linear in architecture.linears:
-            rows, columns = self.linear_shape(linear, units)
-            total += rows * columns + (rows if linear in self.biases else 0)
-        return total
-
-    def other_parameters(self) -> int:
-        """Parameters outside the decoder layers: embedding, final norm, and lm_head unless tied."""
-        tables = 1 if self.tie_word_embeddings else 2
-        return tables * self.vocab_size * self.hidden_size + self.hidden_size
+    def layer_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The kind of every layer, by a config.json; empty where all layers have the same parts."""
+        return () if self.kinds_key is None else tuple(self.text_config(config)[self.kinds_key])

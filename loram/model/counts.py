@@ -1,14 +1,15 @@
-"""How much of a model stays at a ratio: layers and units. No weights, no torch."""
+"""How many layers and units of a model stay at a pruning ratio. No weights, no torch."""
 
 import math
 from fractions import Fraction
 
 from loram.base.errors import UserError
-from loram.model.architecture import CHANNELS, Geometry, Space
+from loram.model.architecture import Space
+from loram.model.geometry import Geometry
 
 
 def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> range:
-    """The layers that are narrowed: all but the first `keep_first` and the last `keep_last`.
+    """The layers that are pruned: all but the first `keep_first` and the last `keep_last`.
 
     Raises:
         UserError: no layer is left.
@@ -22,10 +23,10 @@ def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> rang
 
 
 def kept_units(space: Space, units: int, ratio: float) -> int:
-    """How many of `units` stay at a pruning ratio: floor for channels, ceil for key-value groups.
+    """How many of `units` stay at a pruning ratio, rounded as the space says: channels down, key-value groups up.
 
-    These are the counts that reproduce LoRAM's parameter tables (arXiv 2502.13533). The ratio is taken as the decimal
-    that was written: 10 groups at 0.7 keep 3, where binary floating point would say ceil(3.0000000000000004) = 4.
+    These counts reproduce LoRAM's parameter tables (arXiv 2502.13533). The ratio counts as the decimal that was
+    written: 10 groups at 0.7 keep 3, where binary floating point would say ceil(3.0000000000000004) = 4.
 
     Raises:
         UserError: the ratio is not between 0 and 1, or nothing would be left.
@@ -33,7 +34,7 @@ def kept_units(space: Space, units: int, ratio: float) -> int:
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio}: must lie between 0 and 1, both excluded; 0.5 removes half")
     exact = units * (1 - Fraction(str(ratio)))
-    kept = math.floor(exact) if space is CHANNELS else math.ceil(exact)
+    kept = math.ceil(exact) if space.rounding == "up" else math.floor(exact)
     if kept < 1:
         raise UserError(f"ratio {ratio} leaves none of {units} {space.name}; choose a smaller one")
     return kept

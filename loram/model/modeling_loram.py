@@ -1,113 +1,187 @@
 """Pruned causal language models: the code that travels inside every pruned folder.
 
-This file is self-contained (it needs torch and transformers, not loram), because a pruned folder carries a copy of
-it: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then works in any tool. `import loram`
+This file is self-contained (it needs torch and transformers, not loram), because every pruned folder carries a copy of
+it: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then works in any tool. Importing loram
 registers the same classes, so that no remote code is needed there.
 
-A structurally pruned model is an ordinary model of its family in which some layers have fewer key-value groups (each
-with its query heads) and fewer MLP channels. `config.per_layer_config` says how many; transformers' own modelling code
-builds the layers, and here only the linears of the changed layers are replaced by smaller ones. Attention infers the
-number of heads from the weights' shapes, and removing whole groups keeps the ratio of query to key-value heads.
+A structurally pruned model is an ordinary model of its family, except that some decoder layers have fewer key-value
+groups (each with its query heads) and fewer MLP channels. transformers' own code builds the layers. Here the linears of
+narrowed layers are replaced by smaller ones, whose paths and shapes are in `config.narrow_linears`, and every layer's
+modules get a view of the config with that layer's own number of heads and channels, from `config.per_layer_config`.
 
-A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and a bit for
-each place (`SparseLinear`). `config.sparsity` says in which layers and how many.
+A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and one bit per
+place that says which these are (`SparseLinear`). `config.sparsity` says in which layers and how many.
 """
 
-import importlib
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional
 
-# model_type -> (transformers module, prefix of its class names)
-FAMILIES = {
-    "llama": ("llama", "Llama"),
-    "mistral": ("mistral", "Mistral"),
-    "qwen2": ("qwen2", "Qwen2"),
-    "qwen3": ("qwen3", "Qwen3"),
-    "gemma2": ("gemma2", "Gemma2"),
-    "gemma3_text": ("gemma3", "Gemma3"),
-}
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+NarrowLinears = Mapping[str, tuple[int, int, bool]]  # path -> (out_features, in_features, whether it has a bias)
 
 
-def _resized(linear: nn.Linear, out_features: int, in_features: int, bias: bool = False) -> nn.Linear:
-    """A fresh linear of another shape, like `linear` in everything else (dtype, device, bias but for a new one)."""
-    bias = bias or linear.bias is not None
-    if (linear.out_features, linear.in_features, linear.bias is not None) == (out_features, in_features, bias):
-        return linear
-    return nn.Linear(in_features, out_features, bias, device=linear.weight.device, dtype=linear.weight.dtype)
+def resize_layer_(layer: nn.Module, linears: NarrowLinears) -> None:
+    """Replace the linears of a decoder layer that have another shape than they should, in place.
+
+    The new linears have the old ones' dtype and device, and values that are not initialised.
+
+    Args:
+        layer: a decoder layer.
+        linears: the shapes that the linears should have, by their paths inside the layer.
+    """
+    for path, (rows, columns, bias) in linears.items():
+        linear = cast(nn.Linear, layer.get_submodule(path))
+        if (linear.out_features, linear.in_features, linear.bias is not None) != (rows, columns, bias):
+            new = nn.Linear(columns, rows, bias, device=linear.weight.device, dtype=linear.weight.dtype)
+            layer.set_submodule(path, new)
 
 
-def resize_layer_(layer: nn.Module, config: Any) -> None:
-    """Give a decoder layer the widths that `config` (its entry in `per_layer_config`) names, in place."""
-    attention, mlp, hidden = layer.self_attn, layer.mlp, config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    attention.q_proj = _resized(attention.q_proj, queries, hidden)
-    attention.k_proj = _resized(attention.k_proj, keys, hidden)
-    attention.v_proj = _resized(attention.v_proj, keys, hidden)
-    attention.o_proj = _resized(attention.o_proj, hidden, queries, config.bias_compensation)
-    mlp.intermediate_size = config.intermediate_size
-    mlp.gate_proj = _resized(mlp.gate_proj, config.intermediate_size, hidden)
-    mlp.up_proj = _resized(mlp.up_proj, config.intermediate_size, hidden)
-    mlp.down_proj = _resized(mlp.down_proj, hidden, config.intermediate_size, config.bias_compensation)
+class LayerConfig:
+    """A model's config as one of its layers sees it: with the layer's own widths, and all else as it is in the model.
+
+    transformers' own `config.per_layer_config[index]` is a copy. This is a view, so that a later change of the model's
+    config (of its attention implementation, say) reaches the layer too.
+
+    Args:
+        config: the model's config.
+        widths: the layer's own values, by their keys in the config.
+    """
+
+    def __init__(self, config: "PreTrainedConfig", widths: Mapping[str, int]) -> None:
+        self.__dict__.update(widths)
+        self.__dict__["_model_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for all that is not a width."""
+        if name.startswith("__"):  # copying and pickling ask for these before there is anything here
+            raise AttributeError(name)
+        return getattr(self.__dict__["_model_config"], name)
+
+
+def show_widths_(layer: nn.Module, config: "PreTrainedConfig", index: int) -> None:
+    """Make every module of a decoder layer know the layer's own widths, in place.
+
+    Some families' modules read a width from the config in each forward pass, and some keep it as an attribute.
+
+    Args:
+        layer: the decoder layer.
+        config: the model's config.
+        index: the layer's index.
+    """
+    own = config.per_layer_config[index]
+    widths = {key: getattr(own, key) for key in config.per_layer_attributes or ()}
+    view = LayerConfig(config, widths)
+    for module in layer.modules():
+        for key in widths.keys() & vars(module).keys():
+            setattr(module, key, widths[key])
+        if "config" in vars(module):
+            setattr(module, "config", view)  # noqa: B010  nn.Module declares every attribute to be a tensor or module
+
+
+def _narrow_linears(config: Any, layers: nn.ModuleList) -> Mapping[int, NarrowLinears]:
+    """The linears of every narrowed layer, by the layer's index.
+
+    A folder that was made before config.json had `narrow_linears` has only the layers' widths; all families of that
+    time had the linears below.
+
+    Args:
+        config: the model's config.
+        layers: the decoder layers of the full model.
+    """
+    if config.narrow_linears is not None:
+        return {int(index): linears for index, linears in config.narrow_linears.items()}
+    narrow: dict[int, NarrowLinears] = {}
+    for index in map(int, config.to_dict().get("per_layer_config", {})):
+        own = config.per_layer_config[index]
+        hidden, channels = own.hidden_size, own.intermediate_size
+        queries, keys = own.num_attention_heads * own.head_dim, own.num_key_value_heads * own.head_dim
+        shapes = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (channels, hidden),
+            "mlp.up_proj": (channels, hidden),
+            "mlp.down_proj": (hidden, channels),
+        }
+        compensated = ("self_attn.o_proj", "mlp.down_proj") if config.bias_compensation else ()
+        narrow[index] = {
+            path: (*shape, path in compensated or layers[index].get_submodule(path).bias is not None)
+            for path, shape in shapes.items()
+        }
+    return narrow
 
 
 def pack(kept: Tensor) -> Tensor:
-    """Eight places a byte: (rows, columns) bool -> (rows, columns / 8) uint8; the inverse of `unpack`.
+    """Pack a mask into bits: (rows, columns) bool -> (rows, columns / 8) uint8. This is the inverse of `unpack`.
 
-    Bit j of byte i is column 8 * i + j. Columns are a multiple of 8.
+    Bit j of byte i is column 8 * i + j. The number of columns has to be a multiple of 8.
     """
-    bits = kept.unflatten(1, (-1, 8)).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return bits.sum(-1, dtype=torch.uint8)
+    bits = kept.view(len(kept), -1, 8).to(torch.uint8)  # (rows, columns / 8, 8), each 0 or 1
+    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return (bits << places).sum(-1, dtype=torch.uint8)
 
 
 def unpack(mask: Tensor) -> Tensor:
-    """The bits of a mask: (rows, columns / 8) uint8 -> (rows, columns) bool; the inverse of `pack`."""
+    """Unpack the bits of a mask: (rows, columns / 8) uint8 -> (rows, columns) bool. This is the inverse of `pack`."""
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (mask[..., None] & bits).ne(0).flatten(1)
 
 
 def dense(values: Tensor, mask: Tensor) -> Tensor:
-    """The weight that `values` (row by row, those at the mask's bits) stand for: (rows, columns), zero elsewhere."""
-    kept = unpack(mask)
+    """Make a dense weight, (rows, columns), of the values where the mask has a 1, row by row; it is zero elsewhere.
+
+    Args:
+        values: (count,), with as many values as the mask has ones.
+        mask: (rows, columns / 8) uint8.
+    """
+    kept = unpack(mask)  # (rows, columns) bool
     return torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
 
 
-class _SparseProduct(torch.autograd.Function):  # type: ignore[misc]
-    """x W^T with W made from its values when it is needed, forward and backward; nothing dense is kept between them."""
+class _SparseProduct(torch.autograd.Function):
+    """x W^T, where the dense W is made from its values when it is needed, and never kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, linear: "SparseLinear") -> Tensor:
+        # x: (..., in_features); weight: (count,)
         ctx.linear = linear
         ctx.save_for_backward(*([x] if ctx.needs_input_grad[1] else []))
         return functional.linear(x, dense(linear.values(), linear.mask))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (gradient,), linear = gradients, ctx.linear
+        (gradient,), linear = gradients, ctx.linear  # gradient: (..., out_features)
         by_x = by_values = None
         if ctx.needs_input_grad[0]:
             by_x = gradient @ dense(linear.values(), linear.mask).to(gradient.dtype)
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors
-            by_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
+            by_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)  # (out_features, in_features)
             by_values = by_weight[unpack(linear.mask)].to(linear.weight.dtype)
         return by_x, by_values, None
 
 
-class SparseLinear(nn.Linear):  # type: ignore[misc]
-    """A linear that holds only those of its weights that are not zero; to PEFT an nn.Linear, which it only calls.
+class SparseLinear(nn.Linear):
+    """A linear that holds only those of its weights that are not zero. PEFT only calls it, and takes it for a Linear.
+
+    `weight` is (count,): the weights, row by row. `mask` is (out_features, in_features / 8) uint8, with one bit per
+    place. Only the weights that are held get gradients.
 
     Args:
-        like: the linear whose place it takes: sizes, bias, dtype and device.
-        count: how many weights there are.
-
-    `weight` is (count,), the weights in order of rows; `mask` is (out_features, in_features / 8) uint8, a bit a place.
-    Weights can be trained: only those that are there get a gradient.
+        like: the linear whose place it takes; it gets this one's sizes, bias, dtype and device.
+        count: how many weights it holds.
     """
+
+    mask: Tensor
 
     def __init__(self, like: nn.Linear, count: int) -> None:
         nn.Module.__init__(self)
@@ -119,33 +193,53 @@ class SparseLinear(nn.Linear):  # type: ignore[misc]
         self.register_buffer("mask", empty)
 
     def values(self) -> Tensor:
-        """The weights, (count,), in the dtype to compute with."""
+        """The weights, (count,), in the dtype that the model computes in."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + bias."""
-        product = _SparseProduct.apply(x, self.weight, self)
+        """x W^T + bias: (..., in_features) -> (..., out_features)."""
+        apply = cast(Callable[..., Tensor], _SparseProduct.apply)
+        product = apply(x, self.weight, self)
         return product if self.bias is None else product + self.bias
 
 
-def sparsify_layer_(layer: nn.Module, counts: dict[str, int]) -> None:
-    """Replace linears of a decoder layer, by path, with sparse ones of so many values, in place."""
+def sparsify_layer_(layer: nn.Module, counts: Mapping[str, int]) -> None:
+    """Replace linears of a decoder layer by sparse ones, in place.
+
+    Args:
+        layer: a decoder layer.
+        counts: how many weights a linear holds, by its path inside the layer.
+    """
     for path, count in counts.items():
-        layer.set_submodule(path, SparseLinear(layer.get_submodule(path), count))
+        layer.set_submodule(path, SparseLinear(cast(nn.Linear, layer.get_submodule(path)), count))
+
+
+def _of_the_full_model(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let one of transformers' checks of a config see the full model's widths, which divide each other."""
+
+    @functools.wraps(validate)
+    def check(self: Any) -> None:
+        widths = self.__dict__.pop("_heterogeneity_spec", None)  # what `per_layer_config` sets
+        try:
+            validate(self)
+        finally:
+            if widths is not None:
+                self.__dict__["_heterogeneity_spec"] = widths
+
+    return check
 
 
 def _pruned_config_class(base: Any, name: str) -> Any:
-    def validate_architecture(self: Any) -> None:
-        """The widths of single layers need not divide `hidden_size`: nothing to check here."""
-
+    checks = {check: _of_the_full_model(getattr(base, check)) for check in dir(base) if check.startswith("validate_")}
     body = {
         "__module__": __name__,
-        "__doc__": f"{base.__name__} of a pruned model: narrow layers by `per_layer_config`, sparse by `sparsity`.",
-        "__annotations__": {"bias_compensation": bool, "sparsity": dict | None},
-        "bias_compensation": False,  # whether o_proj and down_proj of narrower layers have a bias
+        "__doc__": f"{base.__name__} of a pruned model: see `modeling_loram` for the keys that it adds.",
+        "__annotations__": {"bias_compensation": bool, "sparsity": dict | None, "narrow_linears": dict | None},
+        "bias_compensation": False,  # whether the linears of narrowed layers that lost inputs have a bias for that
+        "narrow_linears": None,  # {layer: {path of a linear: [out_features, in_features, whether it has a bias]}}
         "sparsity": None,  # {"layers": [first, one past the last], "values": {path of a linear: how many it holds}}
         "model_type": f"loram_{base.model_type}",
-        "validate_architecture": validate_architecture,
+        **checks,
     }
     return strict(type(base)(name, (base,), body))
 
@@ -153,17 +247,20 @@ def _pruned_config_class(base: Any, name: str) -> Any:
 def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
     def __init__(self: Any, config: Any) -> None:
         # The family's own constructor reads the global widths, which a config with per-layer widths refuses to tell.
-        # So it sees the config without them first.
+        # So it first sees the config without them.
         widths = config.to_dict().get("per_layer_config", {})
         config.per_layer_config = None
         try:
             base.__init__(self, config)
         finally:
             config.per_layer_config = widths
-        for index in map(int, widths):
-            resize_layer_(self.model.layers[index], config.per_layer_config[index])
+        layers = self.get_decoder().layers
+        for index, linears in _narrow_linears(config, layers).items():
+            resize_layer_(layers[index], linears)
+        for index, layer in enumerate(layers):
+            show_widths_(layer, config, index)
         for index in range(*config.sparsity["layers"]) if config.sparsity else ():
-            sparsify_layer_(self.model.layers[index], config.sparsity["values"])
+            sparsify_layer_(layers[index], config.sparsity["values"])
 
     body = {
         "__module__": __name__,
@@ -176,37 +273,45 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
     return type(base)(name, (base,), body)
 
 
-def pruned_classes(model_type: str) -> tuple[type, type]:
-    """The (config class, causal LM class) of the pruned models of a family; the same two at every call."""
-    prefix = FAMILIES[model_type][1]
-    names = f"Loram{prefix}Config", f"Loram{prefix}ForCausalLM"
-    if names[0] not in _classes:
-        module = f"transformers.models.{FAMILIES[model_type][0]}.modeling_{FAMILIES[model_type][0]}"
-        base_model = getattr(importlib.import_module(module), f"{prefix}ForCausalLM")
-        _classes[names[0]] = _pruned_config_class(base_model.config_class, names[0])
-        _classes[names[1]] = _pruned_model_class(base_model, _classes[names[0]], names[1])
-    return _classes[names[0]], _classes[names[1]]
+def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":
+    """The (config class, model class) of the pruned models of a family; the same two at every call.
+
+    Args:
+        model_class: the name of transformers' class of full models: `LlamaForCausalLM`.
+    """
+    import transformers
+
+    config_name, model_name = f"Loram{model_class.partition('For')[0]}Config", f"Loram{model_class}"
+    if model_name not in _classes:
+        base = getattr(transformers, model_class)
+        _classes[config_name] = _pruned_config_class(base.config_class, config_name)
+        _classes[model_name] = _pruned_model_class(base, _classes[config_name], model_name)
+    return _classes[config_name], _classes[model_name]
 
 
-def register() -> None:
-    """Make transformers' Auto classes know the pruned models of every family, so that loading needs no remote code."""
+def register(model_classes: Iterable[str]) -> None:
+    """Make transformers' Auto classes know the pruned models of some families, so that they need no remote code.
+
+    Args:
+        model_classes: the names of transformers' classes of full models: `LlamaForCausalLM`, ...
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for model_type in FAMILIES:
-        config_class, model_class = pruned_classes(model_type)
-        AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
+    for name in model_classes:
+        config_class, model_class = pruned_classes(name)
+        AutoConfig.register(config_class.model_type, config_class)
         AutoModelForCausalLM.register(config_class, model_class)
         # so that `save_pretrained` of a loaded model writes this code beside the weights again
-        config_class.register_for_auto_class()  # type: ignore[attr-defined]
-        model_class.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
+        config_class.register_for_auto_class()
+        model_class.register_for_auto_class("AutoModelForCausalLM")
 
 
-_classes: dict[str, type] = {}
+_classes: dict[str, Any] = {}
 
 
 def __getattr__(name: str) -> type:
     """Make a family's classes on first use (PEP 562): `LoramLlamaConfig`, `LoramLlamaForCausalLM`, ..."""
-    for model_type, (_, prefix) in FAMILIES.items():
-        if name in (f"Loram{prefix}Config", f"Loram{prefix}ForCausalLM"):
-            return {cls.__name__: cls for cls in pruned_classes(model_type)}[name]
+    family = name.removeprefix("Loram").removesuffix("Config").removesuffix("ForCausalLM")
+    if name in (f"Loram{family}Config", f"Loram{family}ForCausalLM"):
+        return {cls.__name__: cls for cls in pruned_classes(f"{family}ForCausalLM")}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from loram.base.errors import UserError, first_problem
-from loram.model.architecture import ARCHITECTURES, Architecture, Cut, Geometry, Space
+from loram.model.architecture import Architecture, Linear, Segment
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m
 
 PLAN_NAME, MASKS_NAME = "loram_plan.json", "loram_masks.safetensors"
@@ -29,19 +33,23 @@ class BaseReference(BaseModel):
 
 
 class PruningPlan(BaseModel):
-    """What every layer keeps: sorted indices of units a space where layers are narrowed, masks where they are sparse.
+    """What every layer of a pruned model keeps of the full model's.
+
+    A structured plan lists the kept units (key-value groups and channels) of every narrowed layer. A sparse plan keeps
+    all shapes, and masks beside it say which single weights stay.
 
     Args:
-        model_type: family of the full model.
-        base: which full model.
+        model_type: the full model's family.
+        base: which full model it is.
         geometry: its sizes, so that recovery never reads its weights.
-        layers: layer -> space name -> kept unit indices, sorted. A layer or space not named keeps everything.
+        layers: layer -> space name -> sorted indices of the kept units. A layer or space that is not named keeps
+            everything.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
-        pattern: `structured`, or that of sparse layers: `unstructured`, or n:m, which keeps n of every m weights.
-        masks: of a sparse plan, the SHA-256 of `loram_masks.safetensors`: `model.layers.3.mlp.up_proj.mask` is
-            (out_features, in_features / 8) uint8, bit j of byte i for column 8 * i + j, 1 where the weight stays.
-        bias_compensation: whether the pruned layers' o_proj and down_proj have a bias for what they lost.
-        versions: of the libraries that made it.
+        pattern: `structured`, or the pattern of sparse layers: `unstructured`, or n:m, which keeps n of m weights.
+        masks: the SHA-256 of a sparse plan's `loram_masks.safetensors`, where `model.layers.3.mlp.up_proj.mask` is
+            (out_features, in_features / 8) uint8: bit j of byte i is 1 if the weight in column 8 * i + j stays.
+        bias_compensation: whether the linears that lost inputs have a bias that makes up for them.
+        versions: the versions of the libraries that made the plan.
 
     Example: `{4: {"kv_groups": (0, 2), "channels": (1, 5, 7)}}` keeps two groups and three channels of layer 4.
     """
@@ -103,14 +111,14 @@ class PruningPlan(BaseModel):
         return range(self.keep_first, self.geometry.num_hidden_layers - self.keep_last) if self.sparse else range(0)
 
     def kept_values(self) -> dict[str, int]:
-        """How many weights a sparse layer keeps of each linear, by the linear's path in the layer."""
-        shapes = {linear: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
-        return {linear: kept_values(*shape, self.pattern, self.ratio) for linear, shape in shapes.items()}
+        """How many weights a sparse layer keeps of each linear, by the linear's path inside the layer."""
+        shapes = {linear.path: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
+        return {path: kept_values(*shape, self.pattern, self.ratio) for path, shape in shapes.items()}
 
     def sparsity(self) -> dict[str, Any] | None:
-        """What config.json of a sparse model says about it (see `modeling_loram`); None for other plans."""
-        found = self.sparse_layers
-        return {"layers": [found.start, found.stop], "values": self.kept_values()} if self.sparse else None
+        """The key `sparsity` of a sparse model's config.json (see `modeling_loram`); None for structured plans."""
+        layers = self.sparse_layers
+        return {"layers": [layers.start, layers.stop], "values": self.kept_values()} if self.sparse else None
 
     @property
     def architecture(self) -> Architecture:
@@ -118,7 +126,7 @@ class PruningPlan(BaseModel):
         return ARCHITECTURES[self.model_type]
 
     def units(self, layer: int) -> dict[str, int]:
-        """Kept units of every space in a layer, by space name."""
+        """How many units a layer keeps of every space, by the space's name."""
         narrowed = self.layers.get(layer, {})
         return {
             space.name: len(narrowed[space.name]) if space.name in narrowed else self.geometry.units(space)
@@ -126,52 +134,87 @@ class PruningPlan(BaseModel):
         }
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of every linear of the pruned model, lm_head included, by module path."""
-        return self.geometry.linear_shapes(self.architecture.linears, self.units)
+        """(out_features, in_features) of every linear of the pruned model, the head included, by module path."""
+        return self.geometry.linear_shapes(self.architecture, self.units)
 
-    def kept_elements(self, layer: int, space: Space, cut: Cut) -> Tensor | None:
-        """Row or column indices (int64, sorted) that a cut keeps in a layer, or None where it keeps all.
+    def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
+        """The rows or columns of a tensor that a layer keeps.
 
-        Example: units (0, 2) of head_dim 2 keep the rows 0, 1, 4, 5.
+        Args:
+            layer: the layer's index.
+            segments: the segments of the tensor's rows, or of its columns.
+
+        Returns:
+            Sorted indices, int64, or None where the layer keeps all of them.
+
+        Example: with head_dim 2, key-value groups (0, 2) kept of 3 and one query head per group, a fused qkv_proj has
+        6 rows per segment and keeps the rows 0, 1, 4, 5 (queries), 6, 7, 10, 11 (keys), 12, 13, 16, 17 (values).
         """
-        kept = self.layers.get(layer, {}).get(space.name)
-        if kept is None:
+        kept, parts, start = self.layers.get(layer, {}), [], 0
+        if not any(segment.space is not None and segment.space.name in kept for segment in segments):
             return None
-        width = self.geometry.unit_size(cut.unit)
-        return (torch.tensor(kept).unsqueeze(1) * width + torch.arange(width)).flatten()
+        for segment in segments:
+            size = self.geometry.size([segment])
+            elements = torch.arange(size)
+            if segment.space is not None and segment.space.name in kept:
+                width = self.geometry.unit_size(segment.unit)
+                elements = elements.view(-1, width)[list(kept[segment.space.name])].flatten()
+            parts.append(start + elements)
+            start += size
+        return torch.cat(parts)
 
     def per_layer_config(self) -> dict[str, dict[str, int]]:
         """The narrowed layers' widths as transformers' `per_layer_config`."""
-        group = self.geometry.num_attention_heads // self.geometry.num_key_value_heads
-        result = {}
+        widths: dict[str, dict[str, int]] = {}
         for layer in sorted(self.layers):
-            units = self.units(layer)
-            result[str(layer)] = {
-                "num_attention_heads": units["kv_groups"] * group,
-                "num_key_value_heads": units["kv_groups"],
-                "intermediate_size": units["channels"],
+            widths[str(layer)], units = {}, self.units(layer)
+            for space in self.architecture.spaces:
+                share = Fraction(units[space.name], self.geometry.units(space))
+                widths[str(layer)] |= {key: int(share * getattr(self.geometry, key)) for key in space.config_keys}
+        return widths
+
+    def narrow_linears(self) -> dict[str, dict[str, tuple[int, int, bool]]]:
+        """The key `narrow_linears` of config.json: layer -> path -> (out_features, in_features, whether it has a bias).
+
+        It lists all linears of every layer that the plan narrows.
+        """
+        return {
+            str(layer): {
+                linear.path: (*self.geometry.linear_shape(linear, self.units(layer)), self._has_bias(linear))
+                for linear in self.geometry.layer(self.architecture, layer).linears
             }
-        return result
+            for layer in sorted(self.layers)
+        }
+
+    def _has_bias(self, linear: Linear) -> bool:
+        """Whether a linear of a narrowed layer has a bias."""
+        return linear.path in self.geometry.biases or (self.bias_compensation and linear.consumes_units)
 
     def parameters(self) -> tuple[int, int]:
-        """(parameters of the full model, parameters of the pruned model; of sparse linears the weights that stay)."""
+        """(parameters of the full model, parameters of the pruned model); sparse linears count what they keep."""
         full = pruned = self.geometry.other_parameters()
         for layer in range(self.geometry.num_hidden_layers):
-            full += self.geometry.layer_parameters(self.architecture)
-            pruned += self.geometry.layer_parameters(self.architecture, self.units(layer))
+            full += self.geometry.layer_parameters(self.architecture, layer)
+            pruned += self.geometry.layer_parameters(self.architecture, layer, self.units(layer))
         if self.bias_compensation:
-            consumers = [cut.linear for space in self.architecture.spaces for cut in space.cuts if cut.axis == 1]
-            new = [linear for linear in consumers if linear not in self.geometry.biases]
-            pruned += len(self.layers) * len(new) * self.geometry.hidden_size
+            new = [linear for linear in self.architecture.linears if linear.path not in self.geometry.biases]
+            rows = [self.geometry.size(linear.rows) for linear in new if linear.consumes_units]
+            pruned += len(self.layers) * sum(rows)
         if self.sparse:
             shapes = [self.geometry.linear_shape(linear) for linear in self.architecture.linears]
             pruned -= len(self.sparse_layers) * (sum(map(math.prod, shapes)) - sum(self.kept_values().values()))
         return full, pruned
 
     def to_json(self) -> str:
-        """The plan as JSON: a key a line, a layer a line, keys and layers in a fixed order."""
-        new = set() if self.sparse else {"pattern", "masks"}  # older plans keep their fingerprints
-        fields: dict[str, Any] = self.model_dump(mode="json", exclude=new)
+        """The plan as JSON, with one line per key and per layer, in a fixed order.
+
+        Fields that were added to the format later are left out where they have no say, so that older plans keep their
+        fingerprints.
+        """
+        newer: dict[str, Any] = {} if self.sparse else {"pattern": True, "masks": True}
+        if not self.geometry.layer_kinds:
+            newer["geometry"] = {"layer_kinds"}
+        fields: dict[str, Any] = self.model_dump(mode="json", exclude=newer)
         layers = fields.pop("layers")
         rows = [f"    {json.dumps(key)}: {json.dumps(layers[key], sort_keys=True)}" for key in sorted(layers, key=int)]
         lines = [f"  {json.dumps(key)}: {json.dumps(value, sort_keys=True)}," for key, value in fields.items()]
@@ -180,7 +223,7 @@ class PruningPlan(BaseModel):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the JSON form."""
+        """The SHA-256 of the JSON form."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, folder: Path) -> None:

@@ -1,35 +1,30 @@
 """Bytes that autograd keeps between forward and backward, term by term as transformers and PEFT compute.
 
-Every term is a tensor; `tests/test_planner.py` holds the sums against what autograd saves. Rows are taken to have no
-padding.
+Every term is a tensor; `tests/planner/test_planner.py` compares the sums with what autograd saves. Rows are taken to
+have no padding.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loram.model.architecture import Linear
 from loram.planner.settings import Settings
 from loram.planner.shapes import Layer, Model
 
-CHUNK_TOKENS = 512  # of the loss: `loram.compute.loss.CHUNK_TOKENS`
+CHUNK_TOKENS = 512  # tokens per chunk of the loss: `loram.compute.loss.CHUNK_TOKENS`
 _FLOAT32 = 4
-# linear -> what it reads
-_READS = {
-    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer"),
-    "self_attn.o_proj": "attention",
-    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-    "mlp.down_proj": "channels",
-}
 _OFFLOAD_STASH = 5  # tensors that TRL's offloading leaves on the device at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes of a value of each kind, and tokens.
+    """Bytes per value.
 
     Args:
-        value: of what the model computes with.
-        mask: of dropout's mask, if there is dropout.
-        adapted: of what an adapter reads and of its rank-wide middle. On a GPU autocast brings both to 16 bits.
+        value: bytes of a value that the model computes with.
+        mask: bytes of a value of dropout's mask; 0 without dropout.
+        adapted: bytes of a value that an adapter reads, and of its rank-wide middle. On a GPU autocast brings both to
+            16 bits.
     """
 
     value: int
@@ -38,96 +33,101 @@ class Sizes:
 
     @classmethod
     def of(cls, settings: Settings) -> "Sizes":
-        """Those of a training."""
+        """The sizes in a training."""
         if settings.device == "cuda":
             return cls(value=2, mask=1 if settings.dropout else 0, adapted=2)
         return cls(value=4, mask=settings.lora_bytes if settings.dropout else 0, adapted=settings.lora_bytes)
 
 
 def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: bool = False) -> int:
-    """What one decoder layer saves in a forward pass with gradients.
+    """The bytes that one decoder layer saves in a forward pass with gradients.
 
     Args:
-        model: the model it is in.
-        layer: its sizes.
-        settings: how it is trained.
-        first: whether nothing below it is trained, so that its inputs need no gradient.
+        model: the model that the layer is in.
+        layer: the layer's sizes.
+        settings: how the model is trained.
+        first: whether nothing below the layer is trained, so that its inputs need no gradient.
     """
     size, hidden, tokens = Sizes.of(settings), model.geometry.hidden_size, settings.tokens
-    targets = [name for name in layer.linears if name.split(".")[1] in settings.targets]
+    targets = layer.targeted(settings.targets)
     per_token = layer.norms * (hidden + 1) * _FLOAT32  # the input and 1 / its length
     per_token += _by_adapters(model, layer, targets, settings, size)
     per_token += 3 * layer.channels * size.value  # gate, act(gate), up
     if layer.head_norms:
         per_token += (layer.queries + layer.heads + layer.keys + layer.kv_heads) * _FLOAT32
     if first:
-        readers = [name for name in targets if _READS[name] == "layer"]
+        readers = [linear for linear in targets if linear.reads == "layer"]
         per_token -= (hidden + 1) * _FLOAT32 + len(readers) * hidden * size.mask
     return tokens * per_token + _attention(model, layer, settings, size) + _norm_weights(model, layer, first)
 
 
 def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
-    """The part of it that backward has freed when it comes to attention."""
+    """The part of what a layer saves that backward has freed when it comes to attention."""
     size = Sizes.of(settings)
-    targets = [name for name in layer.linears if name[:4] == "mlp." and name[4:] in settings.targets]
+    targets = [linear for linear in layer.targeted(settings.targets) if linear.reads in ("mlp", "channels")]
     norms = (layer.norms - 1) * (model.geometry.hidden_size + 1) * _FLOAT32  # all but the one before attention
     adapters = _by_adapters(model, layer, targets, settings, size)
     return settings.tokens * (norms + adapters + 3 * layer.channels * size.value)
 
 
-def _by_adapters(model: Model, layer: Layer, targets: Sequence[str], settings: Settings, size: Sizes) -> int:
-    """A token's bytes for adapted linears: dropout's mask, what lora_A reads if it trains, what lora_B reads.
+def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings: Settings, size: Sizes) -> int:
+    """The bytes that adapted linears save per token: dropout's mask, what lora_A reads if it trains, what lora_B reads.
 
-    With dropout, or cast to the adapter's dtype, what lora_A reads is a tensor of its own for every linear. Else it is
-    the linear's input: one for q, k and v, one for gate and up, down's, and o's, which attention has kept already.
+    With dropout, or cast to the adapter's dtype, what lora_A reads is a tensor of its own for every linear. Without,
+    it is the linear's input, which several linears share: one tensor for q, k and v, one for gate and up, one for down.
+    What o reads is attention's output, which attention has kept already, unless o reads a copy of it.
     """
-    inputs = [layer.linears[name][1] for name in targets]
+    inputs = [layer.shapes[linear.path][1] for linear in targets]
     kept = sum(inputs) * size.mask + len(targets) * settings.rank * size.adapted
     if not settings.trained_ranks[0]:
         return kept
     if settings.dropout or settings.lora_bytes != settings.compute_bytes:
         return kept + sum(inputs) * size.adapted
-    shared = {_READS[name]: layer.linears[name][1] for name in targets}
-    if model.architecture.model_type != "gemma2":  # which computes attention by itself and keeps less of it
+    shared = {linear.reads: layer.shapes[linear.path][1] for linear in targets}
+    # Attention that is computed term by term keeps no output. Where heads are rotated in part, joining the parts puts
+    # the queries head by head in memory; the output is laid out as they are, and copied to be token by token.
+    if model.architecture.attention_softcap is None and model.architecture.partial_rotary is None:
         shared.pop("attention", None)
     return kept + sum(shared.values()) * size.adapted
 
 
 def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> int:
-    """Between the projections: queries, keys, values, what comes out, and what is as wide as the text is long."""
+    """The bytes between the projections: queries, keys, values, the output, and what is as wide as the text is long.
+
+    The values are a view of what their linear gives, so all of that is kept, unless they are copied.
+    """
     tokens, length = settings.tokens, settings.length
-    if model.architecture.model_type == "gemma2":  # computes all weights, since it squashes them: tanh and softmax
-        capped = model.config.get("attn_logit_softcapping", 50.0) is not None
+    if (softcap := model.architecture.attention_softcap) is not None:  # all weights are there: tanh and softmax
+        capped = softcap.of(model.text_config) is not None
         weights = (size.value if capped else 0) + _FLOAT32 + (size.value if size.value != _FLOAT32 else 0)
         return tokens * 3 * layer.queries * size.value + tokens * length * layer.heads * weights
     masked = layer.window is not None and length >= layer.window
-    keys = layer.queries if masked else layer.keys  # under a mask they are copied for every query head
+    copied = masked and layer.heads != layer.kv_heads  # under a mask keys and values are copied for every query head
+    keys, values = (layer.queries, layer.queries) if copied else (layer.keys, layer.values_width)
     mask = tokens * length * size.value if masked else 0
-    return tokens * ((2 * layer.queries + 2 * keys) * size.value + layer.heads * _FLOAT32) + mask
+    return tokens * ((2 * layer.queries + keys + values) * size.value + layer.heads * _FLOAT32) + mask
 
 
 def _norm_weights(model: Model, layer: Layer, first: bool) -> int:
-    """Gemma's norms multiply by 1 + weight, which is a tensor of its own."""
-    if not model.architecture.model_type.startswith("gemma"):
+    """The bytes of 1 + weight, which is a tensor of its own where norms multiply by it."""
+    if not model.architecture.norms_add_one:
         return 0
     return _FLOAT32 * (layer.norm_values - (model.geometry.hidden_size if first else 0))
 
 
 def saved_around_layers(model: Model, settings: Settings) -> int:
-    """What is saved outside the decoder layers: rotary tables, the last norm, and what the loss reads."""
+    """The bytes that are saved outside the decoder layers: rotary tables, the final norm, and what the loss reads."""
     hidden, size = model.geometry.hidden_size, Sizes.of(settings)
-    tables = (
-        len({layer.window is None for layer in model.layers}) if model.architecture.model_type == "gemma3_text" else 1
-    )
-    rotary = tables * 2 * settings.length * model.geometry.head_dim * size.value
+    tables = len({layer.window is None for layer in model.layers}) if model.architecture.rotary_by_window else 1
+    rotary = tables * 2 * settings.length * model.rotated * size.value
     norm = settings.tokens * (hidden + 1) * _FLOAT32
-    norm += _FLOAT32 * hidden if model.architecture.model_type.startswith("gemma") else 0
+    norm += _FLOAT32 * hidden if model.architecture.norms_add_one else 0
     places = settings.rows * (settings.length - 1)  # the first token is never predicted
     return rotary + norm + places * hidden * size.value
 
 
 def layer_input(model: Model, settings: Settings) -> int:
-    """Hidden states that enter a layer: all that checkpointing keeps of it."""
+    """The bytes of the hidden states that enter a layer, which is all that checkpointing keeps of it."""
     return settings.tokens * model.geometry.hidden_size * Sizes.of(settings).value
 
 

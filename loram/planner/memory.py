@@ -1,4 +1,4 @@
-"""Peak memory of a training: what is held throughout, and the largest of the moments of a step."""
+"""The peak memory of a training: what is held throughout, and the moment of a step that needs most."""
 
 from collections.abc import Iterator
 from itertools import accumulate
@@ -6,7 +6,6 @@ from math import prod
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.model.architecture import Linear
 from loram.planner.activations import (
     CHUNK_TOKENS,
     Sizes,
@@ -20,27 +19,30 @@ from loram.planner.settings import Settings
 from loram.planner.shapes import Layer, Model
 from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
 
-HIDDEN_BYTES = 1 << 28  # hidden states that streaming keeps in memory: `loram.compute.streaming`
-MEASURED_TOKENS = 512  # of a micro-batch that is measured for anchors: `loram.training.anchors`
-CONTEXT = 1 << 29  # of CUDA and its libraries on a GPU; it depends on driver and card and cannot be counted
+HIDDEN_BYTES = 1 << 28  # bytes of hidden states that streaming keeps in memory: `loram.compute.streaming`
+MEASURED_TOKENS = 512  # tokens of a micro-batch that is measured for anchors: `loram.training.anchors`
+CONTEXT = 1 << 29  # bytes of CUDA and its libraries; they depend on driver and card and cannot be counted
 _FLOAT32 = 4
 
 
 class TrainingMemory(BaseModel):
-    """Bytes at the moment of a training step that takes most, all on the device that trains.
+    """The bytes at the moment of a training step that takes most, all on the device that trains.
 
     Args:
-        moment: which one that is.
+        moment: which moment that is.
         weights: the frozen model.
         constants: what NF4 weights need beside their 4 bits.
-        adapter: all of it. gradients, optimizer: of what trains; gradients are those there are at that moment.
-        activations: kept from forward for backward.
-        recomputation: one checkpointed layer's activations while it is worked out again, and gradients inside a layer.
-        logits: of a chunk of tokens, with softmax and gradient.
-        scratch: the largest 4-bit or sparse weight in use, in full; while measuring for anchors a full layer, too.
-        context: of CUDA; a rule of thumb.
+        adapter: the whole adapter.
+        gradients: the gradients that exist at that moment.
+        optimizer: the optimiser's state.
+        activations: the activations that are kept from the forward for the backward pass.
+        recomputation: one checkpointed layer's activations while it is computed again, and gradients inside a layer.
+        logits: the logits of one chunk of tokens, with their softmax and gradient.
+        scratch: the largest 4-bit or sparse weight in use, in full; and while anchors are measured a full layer.
+        context: CUDA's context, by a rule of thumb.
         pageable: the part of `optimizer` that may go to host memory when the GPU is short.
-        host: in host memory beside all that: an offloaded embedding and offloaded activations.
+        host: what is in host memory beside all that: an offloaded embedding and offloaded activations.
+        total: the sum, without `pageable` and `host`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +64,7 @@ class TrainingMemory(BaseModel):
 
 
 class _Moment(BaseModel):
-    """What is there at one moment on top of what is held throughout."""
+    """The bytes that one moment needs on top of what is held throughout."""
 
     name: str
     gradients: int = 0
@@ -77,7 +79,7 @@ class _Moment(BaseModel):
 
 
 def training_memory(model: Model, settings: Settings, full: Model | None = None) -> TrainingMemory:
-    """Peak memory of training an adapter on a model, anchored on the `full` one if the settings say so."""
+    """The peak memory of training an adapter on a model, anchored on the `full` one if the settings say so."""
     frozen = frozen_bytes(model, settings)
     held = {
         "weights": frozen.weights,
@@ -102,7 +104,7 @@ def training_memory(model: Model, settings: Settings, full: Model | None = None)
 
 
 def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
-    """Backward through the loss, backward through each layer from the top, and the optimiser's step."""
+    """The moments of a step: the backward pass through the loss and through each layer, and the optimiser's step."""
     gradients = _gradients(model, settings)
     kept = _kept(model, settings)
     everything = kept[-1] + saved_around_layers(model, settings) + _casts(model, settings)
@@ -115,21 +117,22 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
             gradients=gradients[index],
             activations=kept[index] + around,
             recomputation=again + _inside(model, layer, settings),
-            scratch=max(_unpacked(layer, linear, settings) for linear in layer.linears),
+            scratch=max(_unpacked(layer, path, settings) for path in layer.shapes),
         )
     yield _Moment(name="the optimiser's step", gradients=gradients[0])
 
 
 def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
-    """A layer of the full model and the pruned one, which a streamed micro-batch is in; no step is under way.
+    """The moment when anchors are measured: a micro-batch is in a layer of the full model and in the pruned one.
 
-    The full layer is in the computing dtype and its adapter computes in float32, without dropout. On a CPU the next
-    layer is being read meanwhile, and hidden states, measured ones among them, are in memory up to their budgets.
+    No step is under way then. The full layer is in the computing dtype, and its adapter computes in float32, without
+    dropout. On a CPU the next layer is being read meanwhile, and hidden states and measurements are in memory, each up
+    to its budget.
     """
     during = settings.measuring(rows=max(1, MEASURED_TOKENS // settings.length))
     measured = model.layers if settings.quantised else [model.layers[index] for index in model.narrowed]
     layer, small = (max(layers, key=lambda layer: layer.parameters) for layers in (full.layers, measured))
-    inputs = sum(columns for _, columns in layer.linears.values())
+    inputs = sum(columns for _, columns in layer.shapes.values())
     saved = saved_by_layer(full, layer, during) + saved_by_layer(model, small, during)
     if settings.device == "cuda":
         saved += during.tokens * inputs * _FLOAT32
@@ -142,14 +145,16 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
         name="measuring the full model's course",
         activations=states + (saved if settings.gradients_measured else forward),
         recomputation=_inside(full, layer, during) + 8 * layer_input(full, during),
-        scratch=weights + max(_unpacked(small, linear, settings) for linear in small.linears),
+        scratch=weights + max(_unpacked(small, path, settings) for path in small.shapes),
     )
 
 
 def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
-    """(hidden states before every layer while a course is measured, what is kept of it): in memory or on disk.
+    """The bytes that a measurement for anchors needs, in memory or on disk.
 
-    Attention and MLP each leave something out of outputs and gradients; whole layers in full precision nothing.
+    Returns:
+        (bytes of the hidden states before every layer, bytes of the measured differences). Attention and MLP differ
+        each, in outputs and in gradients; whole layers in full precision do not differ.
     """
     states = settings.course_tokens * model.geometry.hidden_size * settings.compute_bytes
     measured = len(model.layers if settings.quantised else model.narrowed)
@@ -159,7 +164,7 @@ def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
 
 
 def _kept(model: Model, settings: Settings) -> list[int]:
-    """What the layers up to each one keep for backward."""
+    """The bytes that the layers up to each one keep for the backward pass."""
     if settings.checkpointed:
         most = offloaded_stash(model) if settings.offloaded else len(model.layers)
         return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
@@ -169,12 +174,12 @@ def _kept(model: Model, settings: Settings) -> list[int]:
 
 
 def _gradients(model: Model, settings: Settings) -> list[int]:
-    """Gradients there are when backward has done each layer, and, last, when it has done the loss.
+    """The bytes of gradients after the backward pass has done each layer and, as the last entry, after the loss.
 
-    They are there from the start when several micro-batches are accumulated.
+    All gradients exist from the start when several micro-batches are accumulated.
     """
     sizes = [settings.lora_bytes * parameters for parameters in trained(model, settings)]
-    per_layer = 2 * sum(1 for name in model.layers[0].linears if name.split(".")[1] in settings.targets)
+    per_layer = 2 * len(model.layers[0].targeted(settings.targets))  # lora_A and lora_B of each
     layers = len(model.layers)
     if settings.micro_batches > 1:
         return [sum(sizes)] * (layers + 1)
@@ -182,14 +187,16 @@ def _gradients(model: Model, settings: Settings) -> list[int]:
 
 
 def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterator[_Moment]:
-    """Backward through softmax and through lm_head, for one chunk of tokens.
+    """The moments of the backward pass through the softmax and through the head, for one chunk of tokens.
 
-    Softmax, its gradient and the loss's by it are in float32 at a time; a softcap keeps its tanh besides.
+    The softmax, its gradient and the gradient of the loss by it are in float32 at the same time; a softcap keeps its
+    tanh besides.
     """
     places = settings.rows * (settings.length - 1)
     size, hidden = Sizes.of(settings), model.geometry.hidden_size
     chunk = min(CHUNK_TOKENS, places) * model.geometry.vocab_size
-    capped = model.architecture.model_type == "gemma2" and model.config.get("final_logit_softcapping", 30.0) is not None
+    softcap = model.architecture.logit_softcap
+    capped = softcap is not None and softcap.of(model.text_config) is not None
     states = places * hidden * size.value  # the gradient of what the loss reads
     common = {"gradients": gradients, "activations": kept, "recomputation": states}
     yield _Moment(name="backward through the loss", **common, logits=chunk * _FLOAT32 * (4 if capped else 3))
@@ -198,35 +205,35 @@ def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterat
 
 
 def _inside(model: Model, layer: Layer, settings: Settings) -> int:
-    """Beyond what a layer has saved, at most, on the way back through it.
+    """The most that the backward pass through a layer needs beyond what the layer has saved.
 
-    At the MLP's end: the gradient of the layer's output, twice more on its way to lora_B, and that of the channels;
-    on a GPU with 16-bit weights the latter in float32 besides, which PEFT casts to. Where attention weights are kept
-    they have two gradients, of softmax's output and input, when the MLP's part has been freed.
+    At the MLP's end these are the gradient of the layer's output, twice more on its way to lora_B, and the gradient of
+    the channels; on a GPU with 16-bit weights the latter exists in float32 too, which PEFT casts to. Where attention
+    weights are kept, they have two gradients (of the softmax's output and input) when the MLP's part has been freed.
     """
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
     cast = _FLOAT32 if settings.device == "cuda" and not settings.quantised else 0
     in_mlp = tokens * (3 * hidden * size + layer.channels * (size + cast))
-    if model.architecture.model_type != "gemma2":
+    if model.architecture.attention_softcap is None:
         return in_mlp
     weights = 2 * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
     return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
 
 
 def _dequantised(parameters: int, settings: Settings) -> int:
-    """One 4-bit weight in full precision, with its constants in float32."""
+    """The bytes of one 4-bit weight in full precision, with its constants in float32."""
     return parameters * settings.compute_bytes + parameters // 16 if settings.quantised else 0
 
 
-def _unpacked(layer: Layer, linear: Linear, settings: Settings) -> int:
-    """One weight of a layer in full, where it is kept in 4 bits or sparse: then with a byte a place of its mask."""
-    places = prod(layer.linears[linear])
+def _unpacked(layer: Layer, path: str, settings: Settings) -> int:
+    """The bytes of one linear's weight in full, if it is kept in 4 bits or sparse; a mask takes one byte per place."""
+    places = prod(layer.shapes[path])
     dense = places * (settings.compute_bytes + 1) if layer.mask_bytes else 0
-    return dense + _dequantised(layer.values[linear], settings)
+    return dense + _dequantised(layer.values[path], settings)
 
 
 def _casts(model: Model, settings: Settings) -> int:
-    """Autocast's 16-bit copies of a float32 adapter, kept from forward for backward."""
+    """The bytes of autocast's 16-bit copies of a float32 adapter, which are kept for the backward pass."""
     if settings.device != "cuda" or settings.lora_bytes == 2:
         return 0
     return 2 * sum(factors(model, settings))

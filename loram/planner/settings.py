@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from loram.base.errors import UserError
 from loram.base.options import Options, explain, extra_of, fields_below, flag_of, help_of, option, without_none
-from loram.model.architecture import LINEARS
+from loram.model.architecture import Architecture
+from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.pruning.options import PruneOptions
 from loram.training.methods.method import Method
 from loram.training.methods.table import ANCHOR_STEPS, METHODS, method_of
@@ -136,9 +137,8 @@ class _Settings(BaseModel):
     @field_validator("lora_target_modules", check_fields=False)
     @classmethod
     def _known_modules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = (*LINEARS, "lm_head")
-        if not value or set(value) - set(known):
-            raise ValueError(f"should be some of {', '.join(known)}")
+        if not value or set(value) - set(KNOWN_TARGETS):
+            raise ValueError(f"should be some of {', '.join(KNOWN_TARGETS)}")
         return value
 
     @field_validator("method", check_fields=False)
@@ -154,6 +154,19 @@ class _Settings(BaseModel):
         if value not in OPTIMIZERS:
             raise ValueError(f"{value!r} cannot be estimated; known are {', '.join(OPTIMIZERS)}")
         return value
+
+    def for_family(self, architecture: Architecture) -> "Settings":
+        """The settings with the family's own linears as targets, unless targets were given.
+
+        Raises:
+            UserError: the family has no module of a given name.
+        """
+        if "lora_target_modules" not in self.model_fields_set:
+            return self.model_copy(update={"lora_target_modules": architecture.adapter_targets})
+        known = (*architecture.adapter_targets, architecture.head)
+        if set(self.lora_target_modules) - set(known):
+            raise UserError(f"lora_target_modules: should be some of {', '.join(known)}")
+        return self
 
     # The planner reads the options through the facts below, which have types.
 

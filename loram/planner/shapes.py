@@ -1,6 +1,6 @@
 """A full or pruned model as sizes alone: what its decoder layers hold, and how their attention is computed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -8,43 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from loram.disk.files import read_json
-from loram.model.architecture import Architecture, Geometry, Linear, architecture_of
+from loram.model.architecture import ONE_HEAD, Architecture, Linear
 from loram.model.counts import kept_units, prunable_layers
+from loram.model.families import KV_GROUPS, UP, VALUES, architecture_of
+from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values
-
-# transformers' default where config.json leaves sliding_window out
-_WINDOW = 4096
-# sliding layers by index where config.json has no layer_types
-_WINDOWED: Mapping[str, Callable[[int, Mapping[str, Any]], bool]] = {
-    "mistral": lambda index, config: True,
-    "qwen2": lambda index, config: index >= config.get("max_window_layers", 28),
-    "qwen3": lambda index, config: index >= config.get("max_window_layers", 28),
-    "gemma2": lambda index, config: (index + 1) % 2 != 0,
-    "gemma3_text": lambda index, config: (index + 1) % config.get("sliding_window_pattern", 6) != 0,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Sizes of one decoder layer.
+    """The sizes of one decoder layer.
 
     Args:
-        linears: (out_features, in_features) by name.
-        values: how many weights are stored of each: all, or those that a sparse one keeps.
+        linears: its linears by their paths.
+        shapes: (out_features, in_features) of each linear.
+        values: how many weights of each linear are stored: all of them, or those that a sparse linear keeps.
         biases: how many values all its biases have together.
-        heads, kv_heads, head_dim: of its attention.
-        norms: how many norms of the hidden size.
+        heads, kv_heads, head_dim: the number of query heads and of key-value heads, and the width of each.
+        channels: the width of the MLP.
+        values_width: the width of the tensor that the values are in: all key-value heads, and with a fused linear its
+            queries and keys too.
+        norms: how many norms of the hidden size it has.
         head_norms: whether queries and keys are normalised head by head.
         norm_values: how many values all its norms have together.
-        window: tokens that its attention looks back, or None for all.
+        window: how many tokens its attention looks back, or None where it sees all.
     """
 
-    linears: Mapping[Linear, tuple[int, int]]
-    values: Mapping[Linear, int]
+    linears: Mapping[str, Linear]
+    shapes: Mapping[str, tuple[int, int]]
+    values: Mapping[str, int]
     biases: int
     heads: int
     kv_heads: int
     head_dim: int
+    channels: int
+    values_width: int
     norms: int
     head_norms: bool
     norm_values: int
@@ -52,52 +50,51 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """What its linears compute with, without biases; of sparse ones the zeros too."""
-        return sum(map(prod, self.linears.values()))
+        """How many values its linears compute with, without biases; the zeros of sparse linears count too."""
+        return sum(map(prod, self.shapes.values()))
 
     @property
     def mask_bytes(self) -> int:
-        """Bytes of the masks of sparse linears: a bit a place."""
+        """The bytes of the masks of sparse linears, with one bit per place."""
         return self.weights // 8 if self.weights != sum(self.values.values()) else 0
 
     @property
     def parameters(self) -> int:
-        """All its parameters; of sparse linears those that stay."""
+        """How many parameters it has; sparse linears count those that stay."""
         return sum(self.values.values()) + self.biases + self.norm_values
 
     @property
     def queries(self) -> int:
-        """Width of all query heads together."""
+        """The width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Width of all key heads together; values have the same."""
+        """The width of all key heads together."""
         return self.kv_heads * self.head_dim
 
-    @property
-    def channels(self) -> int:
-        """Width of the MLP."""
-        return self.linears["mlp.up_proj"][0]
+    def targeted(self, names: tuple[str, ...]) -> list[Linear]:
+        """Its linears that PEFT's `target_modules` name."""
+        return [linear for linear in self.linears.values() if linear.name in names]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Sizes of a model.
+    """The sizes of a model.
 
     Args:
-        architecture, geometry: of the full model.
-        config: content of its config.json.
-        units: what a narrowed layer keeps of each space; None for the full model.
-        sparse: how many values a sparse layer keeps of each linear; None where none is sparse.
-        narrowed: which layers are narrowed, or sparse.
+        architecture, geometry: the family and the sizes of the full model.
+        config: the content of its config.json.
+        units: how many units a narrowed layer keeps of each space; None for the full model.
+        sparse: how many values a sparse layer keeps of each linear, by its path; None where no layer is sparse.
+        narrowed: the layers that are narrowed, or sparse.
     """
 
     architecture: Architecture
     geometry: Geometry
     config: Mapping[str, Any]
     units: Mapping[str, int] | None = None
-    sparse: Mapping[Linear, int] | None = None
+    sparse: Mapping[str, int] | None = None
     narrowed: range = range(0)
 
     @classmethod
@@ -110,10 +107,16 @@ class Model:
         keep_last: int,
         pattern: str = STRUCTURED,
     ) -> "Model":
-        """The model that pruning at `ratio` makes of a config.json's; the full one where that is None.
+        """The sizes of the model that pruning makes of another one.
+
+        Args:
+            config: the content of the full model's config.json.
+            where: what error messages call that file.
+            ratio: the pruning ratio, or None for the full model.
+            keep_first, keep_last, pattern: as for `prune`.
 
         Raises:
-            UserError: the config is not of a supported family, or a setting is out of range.
+            UserError: the family is not supported, or a setting is out of range.
         """
         architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
         full = cls(architecture=architecture, geometry=geometry, config=config)
@@ -121,63 +124,75 @@ class Model:
             return full
         narrowed = prunable_layers(geometry, keep_first, keep_last)
         if pattern != STRUCTURED:
-            shapes = {linear: geometry.linear_shape(linear) for linear in architecture.linears}
-            kept = {name: kept_values(*shape, pattern, ratio) for name, shape in shapes.items()}
+            shapes = {linear.path: geometry.linear_shape(linear) for linear in architecture.linears}
+            kept = {path: kept_values(*shape, pattern, ratio) for path, shape in shapes.items()}
             return replace(full, sparse=kept, narrowed=narrowed)
         units = {space.name: kept_units(space, geometry.units(space), ratio) for space in architecture.spaces}
         return replace(full, units=units, narrowed=narrowed)
 
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of its config.json that describes the text model."""
+        return self.architecture.text_config(self.config)
+
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Its decoder layers, bottom up."""
+        """Its decoder layers, from the bottom up."""
         return tuple(self._layer(index) for index in range(self.geometry.num_hidden_layers))
 
     def _layer(self, index: int) -> Layer:
+        geometry, row = self.geometry, self.geometry.layer(self.architecture, index)
         units, sparse = (self.units, self.sparse) if index in self.narrowed else (None, None)
-        shapes = {name: self.geometry.linear_shape(name, units) for name in self.architecture.linears}
-        head_dim, hidden = self.geometry.head_dim, self.geometry.hidden_size
-        norms, head_norms = len(self.architecture.norms), len(self.architecture.head_norms)
+        shapes = {linear.path: geometry.linear_shape(linear, units) for linear in row.linears}
+        groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
+        norms = [geometry.size([norm.width], units) for norm in row.norms]
+        windows = self.architecture.windows
         return Layer(
-            linears=shapes,
-            values={name: prod(shape) for name, shape in shapes.items()} if sparse is None else sparse,
-            biases=sum(shapes[name][0] for name in self.geometry.biases),
-            heads=shapes["self_attn.q_proj"][0] // head_dim,
-            kv_heads=shapes["self_attn.k_proj"][0] // head_dim,
-            head_dim=head_dim,
-            norms=norms,
-            head_norms=head_norms > 0,
-            norm_values=norms * hidden + head_norms * head_dim,
-            window=self._window(index),
+            linears={linear.path: linear for linear in row.linears},
+            shapes=shapes,
+            values={path: prod(shape) for path, shape in shapes.items()} if sparse is None else sparse,
+            biases=sum(shapes[path][0] for path in geometry.biases),
+            heads=groups * geometry.num_attention_heads // geometry.num_key_value_heads,
+            kv_heads=groups,
+            head_dim=geometry.head_dim,
+            channels=geometry.size([UP], units),
+            values_width=shapes[row.linear_with(VALUES).path][0],
+            norms=sum(norm.width != ONE_HEAD for norm in row.norms),
+            head_norms=any(norm.width == ONE_HEAD for norm in row.norms),
+            norm_values=sum(norms),
+            window=None if windows is None else windows.of(index, self.text_config),
         )
 
-    def _window(self, index: int) -> int | None:
-        family, config = self.architecture.model_type, self.config
-        if family not in _WINDOWED or (family.startswith("qwen") and not config.get("use_sliding_window")):
-            return None
-        kinds = config.get("layer_types")
-        sliding = kinds[index] == "sliding_attention" if kinds else _WINDOWED[family](index, config)
-        window: int | None = config.get("sliding_window", _WINDOW)
-        return window if sliding else None
+    @property
+    def rotated(self) -> int:
+        """How many values of a head the rotary tables have."""
+        if self.architecture.partial_rotary is None:
+            return self.geometry.head_dim
+        options = {**(self.text_config.get("rope_parameters") or {}), **self.text_config}
+        return int(self.geometry.head_dim * options.get("partial_rotary_factor", self.architecture.partial_rotary))
 
     @property
     def parameters(self) -> int:
-        """All parameters; a tied lm_head once."""
+        """How many parameters it has; a tied head counts once."""
         return self.geometry.other_parameters() + sum(layer.parameters for layer in self.layers)
 
     @property
     def vocabulary(self) -> int:
-        """Parameters of the embedding, and of an lm_head."""
+        """How many parameters the embedding has, and the head."""
         return self.geometry.vocab_size * self.geometry.hidden_size
 
 
 def read_config(config: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """(content of a config.json, what messages call it).
+    """Read a model's config.
 
     Args:
         config: a config.json, a folder that has one, a hub id, or the parsed content.
 
+    Returns:
+        The content of the config.json, and what messages call it.
+
     Raises:
-        UserError: it is not there, or no JSON.
+        UserError: the file is not there, or it is not JSON.
     """
     if isinstance(config, Mapping):
         return config, "config"

@@ -1,7 +1,7 @@
-"""Disk that each stage leaves and RAM that it takes at most, when all of it computes on a CPU.
+"""The disk that each stage needs and the RAM that it takes at most, when all of it computes on a CPU.
 
-What a stage holds is read off `loram.compute.streaming` and the stages themselves, and rounded up; sizes of a layer are
-those of the largest. `benchmarks/streaming.json` has measured peaks to hold these against.
+What a stage holds follows from `loram.compute.streaming` and from the stages' own code, and is rounded up; the largest
+layer counts for all. `benchmarks/streaming.json` has measured peaks to compare these with.
 """
 
 from math import prod
@@ -14,9 +14,9 @@ from loram.planner.shapes import Model
 from loram.planner.weights import factors, file_bytes
 
 IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
-_BATCH_TOKENS = 2048  # of a micro-batch that is streamed
-_BLOCK = 1 << 26  # of a weight that is copied or merged
-_LOGITS = 1 << 28  # of a batch that is evaluated in memory
+_BATCH_TOKENS = 2048  # tokens of a micro-batch that is streamed
+_BLOCK = 1 << 26  # bytes of a weight that are copied or merged at a time
+_LOGITS = 1 << 28  # bytes of the logits of a batch that is evaluated in memory
 _TOP_K_BYTES = 64 * 6 + 2
 _FLOAT32 = 4
 
@@ -25,10 +25,10 @@ class Stage(BaseModel):
     """What a stage takes.
 
     Args:
-        name: of the command.
-        disk: bytes that it leaves or needs on disk.
-        memory: bytes of RAM at its peak, the imported libraries included.
-        holds: what that is, in words.
+        name: the command's name.
+        disk: how many bytes it needs on disk, its result included.
+        memory: how many bytes of RAM it takes at its peak, the imported libraries included.
+        holds: what is in that memory, in words.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,26 +40,26 @@ class Stage(BaseModel):
 
 
 def stages(full: Model, model: Model, settings: Settings, training: TrainingMemory) -> tuple[Stage, ...]:
-    """Every stage of a run, in order; pruning and recovery only where a model is pruned."""
+    """Every stage of a run, in order; pruning and recovery are among them only where a model is pruned."""
     pruned = model.units is not None
-    found = [*_prune(full, model), _teach(full)] if pruned else []
-    found.append(_train(model, settings, training))
+    table = [*_prune(full, model), _teach(full)] if pruned else []
+    table.append(_train(model, settings, training))
     wide, narrow = (4 * sum(factors(of, settings)) for of in (full, model))
     if pruned:
-        found.append(
+        table.append(
             Stage(name="recover", disk=wide, memory=IMPORTS + narrow + wide, holds="both adapters, in float32")
         )
     merged = full.parameters * file_bytes(full)
-    found.append(
+    table.append(
         Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * _BLOCK, holds="the adapter and some rows")
     )
-    return (*found, *_evaluate(full, wide))
+    return (*table, *_evaluate(full, wide))
 
 
 def _prune(full: Model, model: Model) -> list[Stage]:
     stored, disk = _layer(full, file_bytes(full)), model.parameters * file_bytes(full)
     disk += sum(layer.mask_bytes for layer in model.layers)
-    layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(map(prod, full.layers[0].linears.values()))
+    layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(map(prod, full.layers[0].shapes.values()))
     stream = IMPORTS + HIDDEN_BYTES + layer + stored + _working(full)
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
@@ -86,9 +86,12 @@ def _prune(full: Model, model: Model) -> list[Stage]:
 
 
 def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stage]:
-    """SparseGPT holds a Hessian for each of four inputs of a layer, and works with three more of the largest."""
+    """The stages of sparse pruning.
+
+    SparseGPT holds a Hessian for each tensor that a layer's linears read, and works with three more of the largest.
+    """
     layer = full.layers[0]
-    inputs = [full.geometry.hidden_size] * 2 + [layer.queries, layer.channels]
+    inputs = list({linear.reads: layer.shapes[path][1] for path, linear in layer.linears.items()}.values())
     hessians = _FLOAT32 * (sum(width**2 for width in inputs) + 3 * max(inputs) ** 2)
     return [
         Stage(
@@ -138,7 +141,7 @@ def _streamed(full: Model) -> int:
 
 
 def _head(full: Model) -> int:
-    """While lm_head is gone through: it as in the file, a slice of it in float32 and that slice's logits."""
+    """The memory while logits are computed: the head as in the file, a slice of it in float32, that slice's logits."""
     return IMPORTS + 2 * HIDDEN_BYTES + full.vocabulary * file_bytes(full) + 4 * _BLOCK
 
 
@@ -147,6 +150,6 @@ def _layer(model: Model, size: int) -> int:
 
 
 def _working(full: Model) -> int:
-    """Activations of a micro-batch inside a layer, in float32."""
+    """The bytes of a micro-batch's activations inside a layer, in float32."""
     layer = full.layers[0]
     return _BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)

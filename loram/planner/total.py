@@ -109,6 +109,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
     pruned = prunes(options)
     pruning = (options if pruned else PruneOptions.of(options, ratio=0.5)).resolved()
     full = Model.of(config, where, None, 0, 0)
+    settings = settings.for_family(full.architecture)
     ratio = pruning.ratio if pruned else None
     model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pruning.pattern)
     weights = frozen_bytes(model, settings).total
@@ -150,7 +151,7 @@ def _flops(model: Model, settings: Settings) -> int:
     """
     again = 2 if settings.checkpointed else 0
     layers, head = sum(layer.weights for layer in model.layers), model.vocabulary
-    on_head = settings.rank * sum(_head(model)) if "lm_head" in settings.targets else 0
+    on_head = settings.rank * sum(_head(model)) if model.architecture.head in settings.targets else 0
     in_layers = sum(settings.rank * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
     gradients = 2 * sum(trained(model, settings))
     return (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients

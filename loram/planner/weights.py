@@ -1,4 +1,4 @@
-"""Bytes of what is held from the first step to the last: frozen weights, adapter, optimiser."""
+"""The bytes of what is held from the first step to the last: frozen weights, adapter, optimiser."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,16 +8,21 @@ from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 
 _BLOCK, _NESTED_BLOCK = 64, 256
-# of every weight: 16 values of NF4, 256 of the nested constants' code, and their mean, in float32
+# Every weight in NF4 has these tables, in float32: 16 values, 256 values of the constants' own code, and a mean.
 _TABLES = 4 * (16 + 256 + 1)
 _SMALLEST_8BIT, _OPTIMIZER_BLOCK = 4096, 256
-_CODES = 2 * 4 * 256  # of both moments, once an optimiser
+_CODES = 2 * 4 * 256  # the codes of both moments, once per optimiser
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
-    """Bytes of a frozen model: `weights` themselves, with the masks of sparse ones, their `constants` in NF4, and what
-    waits in `host` memory."""
+    """The bytes of a frozen model.
+
+    Args:
+        weights: the weights themselves, with the masks of sparse ones.
+        constants: the constants of weights in NF4.
+        host: what is in host memory.
+    """
 
     weights: int
     constants: int
@@ -25,22 +30,22 @@ class WeightBytes:
 
     @property
     def total(self) -> int:
-        """All of them, wherever they are."""
+        """All bytes, wherever they are."""
         return self.weights + self.constants + self.host
 
 
 def nf4_bytes(parameters: int) -> tuple[int, int]:
     """(bytes of the values, bytes of their constants) of one weight in NF4 with double quantisation.
 
-    Half a byte a value; an 8-bit constant a block of 64 values; for every 256 of these one in float32; and tables.
-    That is 0.516 bytes a value. bitsandbytes' own layout, which rounds every block up.
+    A value takes half a byte; a block of 64 values has an 8-bit constant, and 256 of these have one in float32; and
+    there are tables. Together that is 0.516 bytes per value. This is bitsandbytes' layout, which rounds every block up.
     """
     blocks = ceil(parameters / _BLOCK)
     return ceil(parameters / 2), blocks + 4 * ceil(blocks / _NESTED_BLOCK) + _TABLES
 
 
 def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
-    """Bytes of the frozen weights; a tied lm_head is the embedding, in 4 bits too."""
+    """The bytes of the frozen weights; a tied head is the embedding, in 4 bits too."""
     geometry, size = model.geometry, settings.compute_bytes
     masks = sum(layer.mask_bytes for layer in model.layers)
     if not settings.quantised:
@@ -49,11 +54,11 @@ def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
     tables = 1 if settings.embedding_in_host or geometry.tie_word_embeddings else 2
     quantised += [model.vocabulary] * tables
     kept = sum(layer.biases + layer.norm_values for layer in model.layers) + geometry.hidden_size
-    found = [nf4_bytes(parameters) for parameters in quantised]
+    packed = [nf4_bytes(parameters) for parameters in quantised]
     host = model.vocabulary * 2 if settings.embedding_in_host else 0  # as in the file, which is usually in 16 bits
     return WeightBytes(
-        weights=sum(values for values, _ in found) + kept * size + masks,
-        constants=sum(constants for _, constants in found),
+        weights=sum(values for values, _ in packed) + kept * size + masks,
+        constants=sum(constants for _, constants in packed),
         host=host,
     )
 
@@ -61,22 +66,21 @@ def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
 def adapted(model: Model, settings: Settings) -> Iterator[tuple[int, int]]:
     """(out_features, in_features) of every linear that has an adapter."""
     for layer in model.layers:
-        for name, shape in layer.linears.items():
-            if name.split(".")[1] in settings.targets:
-                yield shape
-    if "lm_head" in settings.targets:
+        for linear in layer.targeted(settings.targets):
+            yield layer.shapes[linear.path]
+    if model.architecture.head in settings.targets:
         yield model.geometry.vocab_size, model.geometry.hidden_size
 
 
 def factors(model: Model, settings: Settings) -> Iterator[int]:
-    """Parameters of every tensor of the adapter: lora_A and lora_B of each adapted linear."""
+    """How many parameters each tensor of the adapter has: lora_A and lora_B of each adapted linear."""
     for rows, columns in adapted(model, settings):
         yield settings.rank * columns
         yield settings.rank * rows
 
 
 def trained(model: Model, settings: Settings) -> Iterator[int]:
-    """Of each of these, how many parameters train."""
+    """How many parameters of each tensor of the adapter train, in the order of `factors`."""
     in_a, in_b = settings.trained_ranks
     for rows, columns in adapted(model, settings):
         yield in_a * columns
@@ -84,7 +88,7 @@ def trained(model: Model, settings: Settings) -> Iterator[int]:
 
 
 def optimizer_bytes(model: Model, settings: Settings) -> int:
-    """Bytes of AdamW's two moments, in the adapter's dtype or in 8 bits; small tensors are never in 8 bits."""
+    """The bytes of AdamW's two moments, in the adapter's dtype or in 8 bits; small tensors are never in 8 bits."""
     if not settings.optimizer[0]:
         return 2 * settings.lora_bytes * sum(trained(model, settings))
     total, any_8bit = 0, False
@@ -98,6 +102,6 @@ def optimizer_bytes(model: Model, settings: Settings) -> int:
 
 
 def file_bytes(model: Model) -> int:
-    """Bytes of a stored weight: as config.json says, else 16 bits."""
+    """The bytes of a stored value: as config.json says, or else 2."""
     dtype = model.config.get("dtype", model.config.get("torch_dtype"))
     return 4 if dtype == "float32" else 2

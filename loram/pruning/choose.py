@@ -1,11 +1,12 @@
-"""Scores + ratio -> pruning plan: which units stay."""
+"""Choose which units stay: from scores and a ratio to a pruning plan."""
 
 import torch
 from torch import Tensor
 
 from loram.disk.artifacts import library_versions
-from loram.model.architecture import ARCHITECTURES, Geometry
 from loram.model.counts import kept_units
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
 from loram.pruning.score import Scores
 

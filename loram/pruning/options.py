@@ -7,8 +7,9 @@ from pydantic import PositiveInt, field_validator
 from loram.base.errors import UserError
 from loram.base.options import Options, option
 from loram.data.spec import DataSpec, as_mapping
-from loram.model.architecture import Architecture, Geometry
+from loram.model.architecture import Architecture
 from loram.model.counts import kept_units, prunable_layers
+from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m, removed_share
 from loram.pruning.criteria import CRITERIA, NEEDS_TEXT, SPARSE
 

@@ -1,4 +1,7 @@
-"""The prune stage: base checkpoint -> plan -> pruned folder. What is here removes units; `sparse.py` zeroes weights."""
+"""The prune stage: from a base checkpoint to a plan and a pruned folder.
+
+This file removes whole units; `sparse.py` removes single weights.
+"""
 
 import dataclasses
 import functools
@@ -16,13 +19,14 @@ from loram.compute.loading import load_tokenizer, write_config
 from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import SHARD_BYTES, ShardedWriter
-from loram.model.architecture import CUTS, Architecture, architecture_of
+from loram.model.architecture import Linear
 from loram.model.counts import prunable_layers
+from loram.model.families import architecture_of
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
 from loram.pruning.choose import choose
@@ -75,7 +79,7 @@ def prune(
     checkpoint = open_model(base)
     architecture = architecture_of(checkpoint.config, checkpoint.name)
     settings.check_fits(checkpoint.geometry, architecture)
-    check_weights(checkpoint, architecture)
+    check_weights(checkpoint)
 
     samples: list[list[int]] = []
     if settings.reads_text:
@@ -98,8 +102,8 @@ def _prune_structured(
     device: torch.device,
     shard_bytes: int,
 ) -> PruningPlan:
-    """Score units and write what stays of a layer while it is in memory; arguments as for `prune`, checked."""
-    geometry, architecture = checkpoint.geometry, architecture_of(checkpoint.config)
+    """Score units, and write what stays of a layer while it is in memory; arguments as for `prune`, already checked."""
+    geometry, architecture = checkpoint.geometry, checkpoint.architecture
     layers, criterion = prunable_layers(geometry, settings.keep_first, settings.keep_last), settings.criterion
     decide = functools.partial(
         choose,
@@ -147,59 +151,63 @@ def _prune_structured(
 
 
 def _pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, TensorSpec]:
-    """Names, dtypes and shapes of a pruned model's tensors."""
+    """The names, dtypes and shapes of a pruned model's tensors."""
     specs = {}
     for name in checkpoint.names():
         full = checkpoint.spec(name)
         specs[name] = TensorSpec.of(narrow(name, torch.empty(full.shape, dtype=full.dtype, device="meta"), plan))
-    for weight, bias in _compensated(plan):
-        if bias not in specs:
-            specs[bias] = TensorSpec(dtype=specs[weight].dtype, shape=specs[weight].shape[:1])
+    for layer in plan.layers:
+        for path, _ in _compensated(plan, layer):
+            if f"{path}.bias" not in specs:
+                weight = specs[f"{path}.weight"]
+                specs[f"{path}.bias"] = TensorSpec(dtype=weight.dtype, shape=weight.shape[:1])
     return specs
 
 
-def _compensated(plan: PruningPlan) -> Iterator[tuple[str, str]]:
-    """(weight name, bias name) of the linears whose bias makes up for removed inputs."""
-    for layer in plan.layers if plan.bias_compensation else ():
-        for linear, (_, cut) in CUTS.items():
-            if cut.axis == 1:
-                yield f"model.layers.{layer}.{linear}.weight", f"model.layers.{layer}.{linear}.bias"
+def _compensated(plan: PruningPlan, layer: int) -> Iterator[tuple[str, Linear]]:
+    """(full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
+    if layer not in plan.layers or not plan.bias_compensation:
+        return
+    for linear in plan.geometry.layer(plan.architecture, layer).linears:
+        if linear.consumes_units:
+            yield f"{plan.architecture.layer_path(layer)}.{linear.path}", linear
 
 
 def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
     """A layer's tensors as the pruned model has them."""
     biases = {}
-    for weight, bias in _compensated(plan):
-        removed = layer.inputs[weight].mean.to(layer.tensors[weight])  # the mean input, 0 where it is still there
-        space, cut = CUTS[".".join(weight.split(".")[3:5])]
-        kept = plan.kept_elements(layer.index, space, cut)
+    for path, linear in _compensated(plan, layer.index):
+        weight = layer.tensors[f"{path}.weight"]
+        removed = layer.inputs[f"{path}.weight"].mean.to(weight)  # the mean input, (in_features,)
+        kept = plan.kept_elements(layer.index, linear.columns)
         assert kept is not None
-        removed[kept.to(removed.device)] = 0
-        biases[bias] = layer.tensors[weight] @ removed + layer.tensors.get(bias, 0)
+        removed[kept.to(removed.device)] = 0  # inputs that are still there need no making up for
+        biases[f"{path}.bias"] = weight @ removed + layer.tensors.get(f"{path}.bias", 0)
     for name, tensor in {**layer.tensors, **biases}.items():
         yield name, narrow(name, tensor, plan)
 
 
-def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Refuse a checkpoint whose tensors are missing or of another shape or number than its config says.
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose tensors are missing, or differ in shape or number from what its config says.
 
     Raises:
         UserError: names the tensor or config key, what was found and what was expected.
     """
-    geometry, name = checkpoint.geometry, checkpoint.name
+    geometry, name, row = checkpoint.geometry, checkpoint.name, checkpoint.architecture
+    embedding, head = row.embedding_weight, row.head_weight
     if "quantization_config" in checkpoint.config:
         raise UserError(f"{name}: the model is quantised; prune the original in 16 or 32 bits")
-    layers, first = geometry.num_hidden_layers, architecture.linears[0]
-    if f"model.layers.{layers}.{first}.weight" in checkpoint.index:
+    layers, first = geometry.num_hidden_layers, geometry.layer(row, geometry.num_hidden_layers - 1).linears[0].path
+    if any(tensor.startswith(f"{row.layer_path(layers)}.") for tensor in checkpoint.index):
         raise UserError(f"{name}: has more layers than config.json's {layers}")
-    if (last := f"model.layers.{layers - 1}.{first}.weight") not in checkpoint.index:
+    if (last := f"{row.layer_path(layers - 1)}.{first}.weight") not in checkpoint.index:
         raise UserError(f"{name}: no tensor {last}, though config.json says {layers} layers")
-    if HEAD not in checkpoint.index and not geometry.tie_word_embeddings:
+    if head not in checkpoint.index and not geometry.tie_word_embeddings:
         raise UserError(
-            f"{name}: no tensor {HEAD}, but config.json's tie_word_embeddings is false; "
-            "set it to true if lm_head shares the embedding's weight"
+            f"{name}: no tensor {head}, but config.json's tie_word_embeddings is false; "
+            f"set it to true if {row.head} shares the embedding's weight"
         )
-    shapes = geometry.tensor_shapes(architecture)
+    shapes = geometry.tensor_shapes(row)
     for tensor, expected in shapes.items():
         if tensor not in checkpoint.index:
             raise UserError(f"{name}: no tensor {tensor}, which config.json's family needs")
@@ -208,25 +216,28 @@ def check_weights(checkpoint: Checkpoint, architecture: Architecture) -> None:
         if checkpoint.shape(tensor) != expected:
             raise UserError(
                 f"{name}: {tensor} has shape {checkpoint.shape(tensor)}, but config.json says {expected}"
-                + (" (vocab_size, hidden_size)" if tensor in (EMBEDDING, HEAD) else "")
+                + (" (vocab_size, hidden_size)" if tensor in (embedding, head) else "")
             )
+    biases = {f"{linear.path}.bias" for linear in row.linears}
     for tensor in checkpoint.names():
-        linear = ".".join(tensor.removesuffix(".bias").split(".")[3:])
-        if tensor.endswith(".bias") and linear in architecture.linears and tensor not in shapes:
-            raise UserError(f"{name}: has a tensor {tensor}, but config.json says that {linear} has no bias")
-    if HEAD in checkpoint.index and geometry.tie_word_embeddings and not _shares_embedding(checkpoint):
+        place = row.split(tensor)
+        if place is not None and place[1] in biases and tensor not in shapes:
+            path = place[1].removesuffix(".bias")
+            raise UserError(f"{name}: has a tensor {tensor}, but config.json says that {path} has no bias")
+    if head in checkpoint.index and geometry.tie_word_embeddings and not _shares_embedding(checkpoint):
         raise UserError(
-            f"{name}: config.json's tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
+            f"{name}: config.json's tie_word_embeddings is true, but {head} differs from {embedding}; "
             "set tie_word_embeddings to false"
         )
 
 
 def _shares_embedding(checkpoint: Checkpoint) -> bool:
-    if checkpoint.shape(HEAD) != checkpoint.shape(EMBEDDING):
+    embedding, head = checkpoint.architecture.embedding_weight, checkpoint.architecture.head_weight
+    if checkpoint.shape(head) != checkpoint.shape(embedding):
         return False
     return all(
-        torch.equal(rows.float(), checkpoint.tensor(HEAD, start, start + len(rows)).float())
-        for start, rows in checkpoint.blocks(EMBEDDING)
+        torch.equal(rows.float(), checkpoint.tensor(head, start, start + len(rows)).float())
+        for start, rows in checkpoint.blocks(embedding)
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint + criteria + calibration text -> a score for every prunable unit, layer by layer, from the files."""
+"""Score every prunable unit of a checkpoint, layer by layer from the files, by one or several criteria."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from loram.base.progress import track
 from loram.compute.streaming import BATCH_TOKENS, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import CUTS, Cut, Geometry, Space, architecture_of
+from loram.model.architecture import Linear, Segment, Space
 from loram.pruning.criteria import CRITERIA, Criterion
 from loram.pruning.evidence import Evidence, InputStatistics
 
@@ -22,12 +22,12 @@ _BLOCK_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredLayer:
-    """A decoder layer while its weights are in memory, and what is known of it.
+    """A decoder layer while its weights are in memory, with its scores.
 
     Args:
-        index: which.
+        index: the layer's index.
         scores: criterion -> space name -> (units,) float64; empty where the layer was not to be scored.
-        tensors: full name -> weight; empty as soon as the next layer is asked for.
+        tensors: full name -> weight; the mapping is emptied as soon as the next layer is asked for.
         inputs: full weight name -> statistics of the linear's inputs, where a criterion reads them.
     """
 
@@ -48,21 +48,21 @@ def score_layers(
     device: torch.device | None = None,
     scratch: Path | None = None,
 ) -> Iterator[ScoredLayer]:
-    """Score decoder layers one after the other, the model never in memory, with one calibration pass for all criteria.
+    """Score decoder layers one after the other, with one calibration pass for all criteria.
 
-    Under grouped-query attention a unit is a key-value head with its query heads, and sums run over all of them.
-    Every layer is read once, and twice with gradients. Layers come in the order they are read in; those that had to be
-    read but are not to be scored come too.
+    The model is never in memory as a whole. Under grouped-query attention a unit is a key-value head with its query
+    heads, and sums run over all of them. Every layer is read once, or twice with gradients. Layers come in the order in
+    which they are read; those that had to be read but are not to be scored come too.
 
     Args:
         checkpoint: the full model.
         criteria: keys of `CRITERIA`.
-        layers: decoder layers to score.
+        layers: the decoder layers to score.
         calibration: token ids of the calibration samples, for criteria that read text.
         gather_inputs: give the statistics of inputs also where no criterion reads them.
-        seed: for the random criterion.
-        device: where layers compute, in float32.
-        scratch: folder for hidden states that do not fit in memory.
+        seed: the seed of the random criterion.
+        device: where the layers compute, in float32.
+        scratch: the folder for hidden states that do not fit in memory.
 
     Raises:
         UserError: there is no text of at least two tokens, or an importance is not finite.
@@ -70,8 +70,7 @@ def score_layers(
     tally = _Tally(checkpoint, criteria, layers, seed)
     reads = {CRITERIA[criterion].reads for criterion in criteria} | ({"inputs"} if gather_inputs else set())
     if not reads & {"inputs", "gradient"}:
-        names = {layer: [n for n in checkpoint.names() if n.startswith(f"model.layers.{layer}.")] for layer in layers}
-        loads = prefetched(layers, lambda layer: {name: checkpoint.tensor(name) for name in names[layer]})
+        loads = prefetched(layers, checkpoint.layer_tensors)
         for layer in track(list(layers), "Layers"):
             tensors = next(loads)
             yield tally.finished(layer, tensors)
@@ -100,12 +99,12 @@ def score_layers(
 def score(
     checkpoint: Checkpoint, criteria: Sequence[str], layers: Sequence[int], **options: object
 ) -> dict[str, Scores]:
-    """Criterion -> scores of all layers; arguments as for `score_layers`."""
-    found: dict[str, dict[int, Mapping[str, Tensor]]] = {criterion: {} for criterion in criteria}
+    """The scores of all layers, by criterion; arguments as for `score_layers`."""
+    by_criterion: dict[str, dict[int, Mapping[str, Tensor]]] = {criterion: {} for criterion in criteria}
     for layer in score_layers(checkpoint, criteria, layers, **options):  # type: ignore[arg-type]
         for criterion, spaces in layer.scores.items():
-            found[criterion][layer.index] = spaces
-    return {criterion: dict(sorted(scores.items())) for criterion, scores in found.items()}
+            by_criterion[criterion][layer.index] = spaces
+    return {criterion: dict(sorted(scores.items())) for criterion, scores in by_criterion.items()}
 
 
 class _Tally:
@@ -113,7 +112,7 @@ class _Tally:
 
     def __init__(self, checkpoint: Checkpoint, criteria: Sequence[str], layers: Sequence[int], seed: int) -> None:
         self.geometry, self.name = checkpoint.geometry, checkpoint.name
-        self.spaces = architecture_of(checkpoint.config).spaces
+        self.architecture, self.rows_by_layer = checkpoint.architecture, checkpoint.rows_by_layer
         self.rows = {criterion: CRITERIA[criterion] for criterion in criteria}
         self.layers, self.seed = frozenset(layers), seed
         self.inputs: dict[str, InputStatistics] = {}
@@ -121,33 +120,33 @@ class _Tally:
 
     def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         """Gather statistics of a linear's inputs."""
-        if _layer(name) not in self.layers:
+        layer, linear = self._place(name)
+        if layer not in self.layers:
             return
         if name not in self.inputs:
-            _, cut = _place(name)
-            width = self.geometry.head_dim if cut.axis == 1 and cut.unit == "group" else 1
+            heads = any(segment.unit in ("head", "group") for segment in linear.columns)
+            width = self.geometry.head_dim if heads else 1
             self.inputs[name] = InputStatistics(inputs.shape[-1], width, inputs.device)
         self.inputs[name].add_(inputs, real)
 
     def on_gradient(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """Take in a weight's gradient."""
-        if _layer(name) not in self.layers:
-            return
-        self._add(name, weight, gradient)
+        if self._place(name)[0] in self.layers:
+            self._add(name, weight, gradient)
 
     def finished(self, layer: int, tensors: Mapping[str, Tensor]) -> ScoredLayer:
         """A layer whose evidence is complete."""
         if layer not in self.layers:
             return ScoredLayer(index=layer, scores={}, tensors=tensors, inputs={})
-        for linear in CUTS:
-            name = f"model.layers.{layer}.{linear}.weight"
+        for linear in self.rows_by_layer[layer].linears:
+            name = f"{self.architecture.layer_path(layer)}.{linear.path}.weight"
             self._add(name, tensors[name], None)
         scores = {
             criterion: {
                 space.name: self._random(layer, number, space)
                 if rule.importance is None
                 else self.sums.pop((criterion, layer, space.name)).cpu()
-                for number, space in enumerate(self.spaces)
+                for number, space in enumerate(self.rows_by_layer[layer].spaces)
             }
             for criterion, rule in self.rows.items()
         }
@@ -155,17 +154,42 @@ class _Tally:
         return ScoredLayer(index=layer, scores=scores, tensors=tensors, inputs=inputs)
 
     def _add(self, name: str, weight: Tensor, gradient: Tensor | None) -> None:
-        """Add a weight's importance by all criteria that read the gradient, or by all that do not."""
-        space, cut = _place(name)
+        """Add a weight's importance, (out_features, in_features), to its units' scores.
+
+        With a gradient that is done for all criteria that read it, and without one for all others.
+        """
+        layer, linear = self._place(name)
         for criterion, rule in self.rows.items():
-            skipped = rule.importance is None or (rule.consumers and cut.axis == 0)
-            if skipped or (rule.reads == "gradient") != (gradient is not None):
+            if rule.importance is None or (rule.reads == "gradient") != (gradient is not None):
                 continue
-            added = _unit_scores(rule, weight, gradient, self.inputs.get(name), cut, self.geometry)
-            if not torch.isfinite(added).all():
-                raise UserError(f"{self.name}: the {criterion} importance of {name} is not finite; is the model sound?")
-            key = (criterion, _layer(name), space.name)
-            self.sums[key] = added + self.sums[key] if key in self.sums else added
+            for axis, segments in enumerate(linear.sides):
+                if (rule.consumers and axis == 0) or all(segment.space is None for segment in segments):
+                    continue
+                lines = _importance_by_line(rule, weight, gradient, self.inputs.get(name), axis)
+                if not torch.isfinite(lines).all():
+                    raise UserError(
+                        f"{self.name}: the {criterion} importance of {name} is not finite; is the model sound?"
+                    )
+                self._add_lines(criterion, layer, segments, lines)
+
+    def _add_lines(self, criterion: str, layer: int, segments: Sequence[Segment], lines: Tensor) -> None:
+        """Add up the importance of rows or columns by unit, segment by segment.
+
+        Example: o_proj's 576 columns (9 heads of 64) in 3 groups -> the sums over the 192 columns of each group.
+        """
+        sizes = [self.geometry.size([segment]) for segment in segments]
+        for segment, part in zip(segments, torch.split(lines, sizes), strict=True):
+            if segment.space is not None:
+                added = part.view(-1, self.geometry.unit_size(segment.unit)).sum(1)  # (units,)
+                key = (criterion, layer, segment.space.name)
+                self.sums[key] = added + self.sums[key] if key in self.sums else added
+
+    def _place(self, name: str) -> tuple[int, Linear]:
+        """The layer and the linear that a weight (`model.layers.3.mlp.up_proj.weight`) belongs to."""
+        place = self.architecture.split(name)
+        assert place is not None
+        layer, rest = place
+        return layer, self.architecture.linear(rest.removesuffix(".weight"))
 
     def _random(self, layer: int, number: int, space: Space) -> Tensor:
         """Uniform scores that depend on seed, layer and space alone, not on which other layers are scored."""
@@ -173,36 +197,20 @@ class _Tally:
         return torch.rand(self.geometry.units(space), generator=generator, dtype=torch.float64)
 
 
-def _unit_scores(
-    rule: Criterion,
-    weight: Tensor,
-    gradient: Tensor | None,
-    inputs: InputStatistics | None,
-    cut: Cut,
-    geometry: Geometry,
+def _importance_by_line(
+    rule: Criterion, weight: Tensor, gradient: Tensor | None, inputs: InputStatistics | None, axis: int
 ) -> Tensor:
-    """A weight's importance by unit, (units,) float64; its elements' is worked out some rows at a time.
+    """A weight's importance, summed over the other axis: (out_features,) for axis 0 or (in_features,) for 1, float64.
 
-    Example: o_proj's columns (9 heads of 64) in 3 groups -> the sums over the 192 columns of each group.
+    The importance of single elements is worked out some rows at a time.
     """
     assert rule.importance is not None
     if rule.by_input:
-        lines = rule.importance(Evidence(weight=weight, inputs=inputs))
-    else:
-        step, parts = max(1, _BLOCK_ELEMENTS // weight.shape[1]), []
-        for start in range(0, weight.shape[0], step):
-            rows = slice(start, start + step)
-            part = None if gradient is None else gradient[rows]
-            elements = rule.importance(Evidence(weight=weight[rows].float(), gradient=part, inputs=inputs))
-            parts.append(elements.sum(1 - cut.axis).double())
-        lines = torch.cat(parts) if cut.axis == 0 else torch.stack(parts).sum(0)
-    return lines.view(-1, geometry.unit_size(cut.unit)).sum(1)
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[2])
-
-
-def _place(name: str) -> tuple[Space, Cut]:
-    """Which space a weight (`model.layers.3.mlp.up_proj.weight`) belongs to, and where that cuts it."""
-    return CUTS[".".join(name.split(".")[3:5])]
+        return rule.importance(Evidence(weight=weight, inputs=inputs))
+    step, parts = max(1, _BLOCK_ELEMENTS // weight.shape[1]), []
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        part = None if gradient is None else gradient[rows]
+        elements = rule.importance(Evidence(weight=weight[rows].float(), gradient=part, inputs=inputs))
+        parts.append(elements.sum(1 - axis).double())
+    return torch.cat(parts) if axis == 0 else torch.stack(parts).sum(0)

@@ -1,4 +1,4 @@
-"""Sparse pruning, one decoder layer in memory at a time: which weights stay, and a folder that holds only those."""
+"""Sparse pruning: zero single weights, one decoder layer in memory at a time, and write only those that stay."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +18,9 @@ from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.tensorfile import TensorFileWriter, TensorSpec
 from loram.disk.writer import ShardedWriter
-from loram.model.architecture import CUTS, Geometry, architecture_of
+from loram.model.architecture import Architecture, Linear
 from loram.model.counts import prunable_layers
+from loram.model.geometry import Geometry
 from loram.model.modeling_loram import pack
 from loram.model.plan import MASKS_NAME, BaseReference, PruningPlan
 from loram.pruning.criteria import SPARSE
@@ -27,21 +28,14 @@ from loram.pruning.evidence import Hessian, Inputs, InputStatistics
 from loram.pruning.options import ResolvedPruneOptions
 from loram.pruning.sparsify import sparsify
 
-# Linears that read what another one reads: its inputs are looked at once.
-_READS_AS = {
-    "self_attn.k_proj": "self_attn.q_proj",
-    "self_attn.v_proj": "self_attn.q_proj",
-    "mlp.up_proj": "mlp.gate_proj",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class SparseLayer:
     """A decoder layer after pruning, while its weights are in memory.
 
     Args:
-        tensors: full name -> weight, dense, zero where pruned.
-        kept: full name of a pruned weight -> where it stays, (out_features, in_features) bool.
+        tensors: full name -> dense weight, zero where it was pruned.
+        kept: full name of a pruned weight -> which of its elements stay, (out_features, in_features) bool.
     """
 
     tensors: Mapping[str, Tensor]
@@ -58,13 +52,13 @@ def prune_sparse(
     device: torch.device,
     shard_bytes: int,
 ) -> PruningPlan:
-    """Write the pruned folder; arguments as for `prune`, checked.
+    """Write the pruned folder; arguments as for `prune`, already checked.
 
-    The masks are a file of their own, which the index of the weights names: it is part of the model, and can travel
-    without it.
+    The masks are a file of their own, which the index of the weights names: it is part of the model, and it can also
+    travel without the weights, beside an adapter.
     """
     base = BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint)
-    model_type = architecture_of(checkpoint.config).model_type
+    model_type = checkpoint.architecture.model_type
     blank = sparse_plan(checkpoint.geometry, model_type, base, settings, seed=seed, masks="")
     specs, masks = _sparse_specs(checkpoint, blank)
     made_from = {"base": checkpoint.fingerprint}
@@ -118,8 +112,8 @@ def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, 
     specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
     masks = {}
     for layer in plan.sparse_layers:
-        for linear, count in plan.kept_values().items():
-            name = f"model.layers.{layer}.{linear}.weight"
+        for path, count in plan.kept_values().items():
+            name = f"{plan.architecture.layer_path(layer)}.{path}.weight"
             rows, columns = specs[name].shape
             specs[name] = TensorSpec(dtype=specs[name].dtype, shape=(count,))
             masks[_mask(name)] = TensorSpec(dtype=torch.uint8, shape=(rows, columns // 8))
@@ -149,8 +143,7 @@ def sparse_layers(
     """
     job = _Job(checkpoint, settings, seed)
     if SPARSE[settings.criterion].reads == "nothing":
-        names = {i: [n for n in checkpoint.names() if n.startswith(f"model.layers.{i}.")] for i in job.layers}
-        loads = prefetched(job.layers, lambda i: {name: checkpoint.tensor(name) for name in names[i]})
+        loads = prefetched(job.layers, checkpoint.layer_tensors)
         with contextlib.closing(loads):
             for index in track(list(job.layers), "Layers"):
                 layer = ResidentLayer(index=index, tensors=next(loads))
@@ -171,43 +164,50 @@ def sparse_layers(
 
 
 class _Job:
-    """Gathers what the criterion reads of a layer's inputs, then prunes its linears."""
+    """Gathers what the criterion has to know about a layer's inputs, then prunes the layer's linears."""
 
     def __init__(self, checkpoint: Checkpoint, settings: ResolvedPruneOptions, seed: int) -> None:
         self.checkpoint, self.settings, self.seed = checkpoint, settings, seed
+        self.architecture = checkpoint.architecture
         self.layers = prunable_layers(checkpoint.geometry, settings.keep_first, settings.keep_last)
-        self.inputs: dict[str, Inputs] = {}  # by the weight that is looked at
-        self.kept: dict[str, Tensor] = {}  # of the layer that was pruned last
+        self.inputs: dict[str, Inputs] = {}  # by what linears of the layer read, since several read the same
+        self.kept: dict[str, Tensor] = {}  # the masks of the layer that was pruned last
 
     def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
-        """Look at a linear's inputs, unless another one reads the same."""
-        _, _, index, *path, _ = name.split(".")
-        if int(index) not in self.layers or ".".join(path) in _READS_AS:
+        """Take in a linear's inputs, unless another linear of the layer has read the same."""
+        place = self.architecture.split(name)
+        assert place is not None
+        layer, rest = place
+        if layer not in self.layers:
             return
-        if name not in self.inputs:
+        row = self.checkpoint.rows_by_layer[layer]
+        linear = row.linear(rest.removesuffix(".weight"))
+        if linear is not _first_reader(row, linear):
+            return
+        if linear.reads not in self.inputs:
             features, device = inputs.shape[-1], inputs.device
             hessian = SPARSE[self.settings.criterion].reads == "hessian"
-            self.inputs[name] = Hessian(features, device) if hessian else InputStatistics(features, 1, device)
-        self.inputs[name].add_(inputs, real)
+            self.inputs[linear.reads] = Hessian(features, device) if hessian else InputStatistics(features, 1, device)
+        self.inputs[linear.reads].add_(inputs, real)
 
     def edit(self, layer: ResidentLayer) -> None:
         """Prune a layer's weights in place."""
         self.kept = {}
-        for number, linear in enumerate(CUTS) if layer.index in self.layers else ():
-            prefix = f"model.layers.{layer.index}"
-            name = f"{prefix}.{linear}.weight"
+        linears = self.checkpoint.rows_by_layer[layer.index].linears
+        for number, linear in enumerate(linears) if layer.index in self.layers else ():
+            name = f"{self.architecture.layer_path(layer.index)}.{linear.path}.weight"
             weight = layer.tensors[name]
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index * 101 + number)
             try:
                 pruned, kept = sparsify(
                     weight.float(),
-                    self.inputs.get(f"{prefix}.{_READS_AS.get(linear, linear)}.weight"),
+                    self.inputs.get(linear.reads),
                     criterion=self.settings.criterion,
                     pattern=self.settings.pattern,
                     ratio=self.settings.ratio,
                     generator=generator,
                 )
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch's types leave it out
                 raise UserError(
                     f"calibration: the inputs of {name} do not determine it; give more text, or another criterion"
                 ) from error
@@ -216,3 +216,8 @@ class _Job:
             weight.copy_(pruned.to(self.checkpoint.spec(name).dtype))
             self.kept[name] = kept
         self.inputs.clear()
+
+
+def _first_reader(row: Architecture, linear: Linear) -> Linear:
+    """The first linear of a layer that reads the same as this one."""
+    return next(other for other in row.linears if other.reads == linear.reads)

@@ -48,9 +48,9 @@ def correct_adapter(
     tensors = dict(adapter.tensors)
     for module in track(list(adapter.modules), "Correcting"):
         name = f"{module}.weight"
-        full = base.tensor(base.head if module == "lm_head" else name)
-        trained = pruned.tensor(pruned.head if module == "lm_head" else name)
-        kept = trained != 0 if pruned.sparse and module != "lm_head" else torch.ones_like(trained, dtype=torch.bool)
+        full, trained = base.tensor(base.holder(name)), pruned.tensor(pruned.holder(name))
+        in_layer = plan.architecture.split(module) is not None
+        kept = trained != 0 if pruned.sparse and in_layer else torch.ones_like(trained, dtype=torch.bool)
         if in_4bit:
             trained = trained.masked_scatter(kept, as_4bit(trained[kept]))
         change = (narrow(name, full, plan).float() - trained.float()) * kept

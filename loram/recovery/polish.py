@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,7 +141,9 @@ class _PolishJob(Job[Polished]):
 
     def fit(self, checkpoints: Checkpoints, newest: Path | None) -> Polished:
         """Take the steps that are left."""
-        progress = _Progress(self.start, self.options)
+        architecture = self.checkpoint.architecture
+        in_layers = [name for name in self.start.tensors if architecture.split(name) is not None]
+        progress = _Progress(self.start, in_layers, self.options)
         if newest is not None:
             progress.load_(newest)
         adapter = dataclasses.replace(self.start, tensors=progress.tensors)
@@ -169,14 +171,15 @@ class _Progress:
     """The state of polishing after some steps: the adapter's tensors, the optimiser and the log.
 
     Args:
-        start: the adapter to begin with; factors on lm_head stay as they are.
+        start: the adapter to begin with.
+        trained: the names of the tensors that train, those in decoder layers; factors on the head stay as they are.
         options: the options of polishing.
     """
 
-    def __init__(self, start: Adapter, options: PolishOptions) -> None:
+    def __init__(self, start: Adapter, trained: Sequence[str], options: PolishOptions) -> None:
         self.options, self.log = options, list[dict[str, float]]()
         self.tensors = {name: tensor.float().clone() for name, tensor in start.tensors.items()}
-        self._trained = [tensor for name, tensor in self.tensors.items() if ".layers." in name]
+        self._trained = [self.tensors[name] for name in trained]
         self._optimizer = torch.optim.AdamW(self._trained, lr=options.learning_rate, weight_decay=0.0)
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, 0, options.max_steps)
 

@@ -13,7 +13,7 @@ from loram.compute.likelihood import load_scored
 from loram.compute.loading import load_tokenizer, open_full
 from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
 from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
-from loram.disk.checkpoint import HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.tensorfile import TensorFile
@@ -147,7 +147,7 @@ def _magnitudes(adapter: Adapter, plan: PruningPlan, full: Checkpoint) -> dict[s
 
 def _row_lengths(full: Checkpoint, name: str) -> Tensor:
     """‖W‖ of every row of a weight: (out_features,) float32."""
-    blocks = full.blocks(full.head if name == HEAD else name)
+    blocks = full.blocks(full.holder(name))
     return torch.cat([torch.linalg.vector_norm(block.float(), dim=1) for _, block in blocks])
 
 

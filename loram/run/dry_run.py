@@ -21,8 +21,8 @@ from loram.data.spec import DataSpec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
-from loram.model.architecture import architecture_of
 from loram.model.counts import prunable_layers
+from loram.model.families import architecture_of
 from loram.model.plan import BaseReference, PruningPlan
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import TRAINING, Settings, make_settings
@@ -120,10 +120,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: the first thing that would stop the run.
     """
     check(recipe)
-    training = resolve(recipe.train)
-    device = pick_device(recipe.device)
+    checkpoint, device = open_model(recipe.model_name_or_path), pick_device(recipe.device)
+    training, dtype = resolve(recipe.train, checkpoint.architecture), compute_dtype(device)
     adapter, arguments = build_configs(training, device)
-    checkpoint, dtype = open_model(recipe.model_name_or_path), compute_dtype(device)
     plan = (
         PruningPlan.load(checkpoint.folder)
         if recipe.prune is None

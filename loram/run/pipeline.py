@@ -9,7 +9,7 @@ from loram.compute.loading import open_full
 from loram.data.tokens import load_rows
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
-from loram.model.architecture import architecture_of
+from loram.model.families import architecture_of
 from loram.pruning.options import PruneOptions
 from loram.pruning.prune import check_weights
 from loram.run.recipe import Recipe
@@ -52,7 +52,7 @@ def check(recipe: Recipe) -> None:
 
 def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:
     architecture = architecture_of(checkpoint.config, checkpoint.name)
-    check_weights(checkpoint, architecture)
+    check_weights(checkpoint)
     try:
         section.resolved().check_fits(checkpoint.geometry, architecture)
     except UserError as error:

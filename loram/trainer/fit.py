@@ -1,6 +1,6 @@
 """Training with transformers' Trainer, as train and align set it up."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def fit_model_(
     arguments: TrainingArguments,
     *,
     rows: Any,
-    collator: Callable[[Sequence[Any]], Mapping[str, Any]],
+    collator: Callable[[list[Any]], dict[str, Any]],
     checkpoints: Checkpoints,
     newest: Path | None,
     lean: bool = False,

@@ -1,11 +1,16 @@
-"""Anchored training: a pruned model held on the full model's course while an adapter is trained on it.
+"""Anchored training: it keeps a pruned model on the full model's course while an adapter is trained on it.
 
 A pruned layer maps the full model's hidden states to something else than the full layer does. An adapter trained on the
-pruned model learns to make up for that first, which is of no use to the full model, and learns its task from hidden
-states that the full model never sees. Here the difference is measured on the very rows that the next steps train on, in
-one pass over the full model, streamed from disk, and added to the layers' outputs as a constant: with the adapter as it
-was then, the pruned model predicts exactly what the full model with the recovered adapter does. The backward pass is
-the pruned model's, unless what its layers leave out of the gradient is measured likewise, on the way back.
+pruned model first learns to make up for that, which is of no use to the full model, and then learns its task from
+hidden states that the full model never sees.
+
+An *anchor* is the difference between what a block (attention or MLP) of the full model gives and what the pruned block
+gives for the same input. Anchors are measured on the very rows that the next steps train on, in one pass over the full
+model, which is streamed from disk, and are added to the pruned blocks' outputs as constants. With the adapter as it was
+at the measurement, the pruned model then predicts exactly what the full model with the recovered adapter predicts. The
+backward pass is the pruned model's, unless the gradients' differences are measured too, on the way back.
+
+Shapes: a block's inputs and outputs, anchors, and their gradients are (rows, width, hidden).
 """
 
 import logging
@@ -15,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +30,13 @@ from loram.compute.streaming import HIDDEN_BYTES, Stream
 from loram.data.batches import IGNORED, Batch, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
+from loram.model.architecture import Architecture
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
 
 logger = logging.getLogger(__name__)
 
-MEASURED_TOKENS = 512  # of a micro-batch: two layers' activations are held of it, beside a training's own weights
+MEASURED_TOKENS = 512  # tokens per micro-batch: its activations in two layers are held, beside the training's weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +44,13 @@ class Course:
     """How to stay on the full model's course.
 
     Args:
-        base: the full model, read from disk.
+        base: the full model, which is read from disk.
         plan: what the pruned model keeps of it.
-        steps: how many optimiser steps are trained on one measurement, at most: at first 1, 1, 2, 4, ..., since an
-            adapter changes most in its first steps, and what was measured is out of date the sooner.
-        gradients: measure what is left out of the gradients, too, which takes a backward pass over the full model.
-        device, dtype: that the full model's layers compute on and in.
-        scratch: folder for what is measured, beyond 256 MB (default: the system's temporary folder).
+        steps: how many optimiser steps are trained on one measurement at most. At first these are 1, 1, 2, 4, ...
+            steps: an adapter changes most in its first steps, so measurements are out of date sooner.
+        gradients: measure the differences of the gradients too, which takes a backward pass over the full model.
+        device, dtype: where, and in which dtype, the full model's layers compute.
+        scratch: the folder for measurements beyond 256 MB (default: the system's temporary folder).
     """
 
     base: Checkpoint
@@ -57,13 +63,16 @@ class Course:
 
 
 class _Measured:
-    """What was measured on some rows, part by part: of outputs, and of the gradients by inputs of the summed loss.
+    """The anchors that were measured on some rows, block by block.
+
+    `outputs` are differences of the blocks' outputs; `gradients` are differences of the gradients of the summed loss by
+    the blocks' inputs. Each row has a tensor (tokens of the row, hidden).
 
     Args:
-        lengths: tokens of every row.
-        width: hidden size.
-        dtype: of what is kept.
-        folder: for what goes beyond 256 MB.
+        lengths: how many tokens each row has.
+        width: the hidden size.
+        dtype: the dtype to keep them in.
+        folder: the folder for what goes beyond 256 MB.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, folder: Path | None) -> None:
@@ -72,23 +81,23 @@ class _Measured:
         self._kept: dict[tuple[str, int], Activations] = {}
 
     def put(self, kind: str, part: int, batch: Batch, values: Tensor) -> None:
-        """Keep the values (rows, width, hidden size) of a micro-batch."""
+        """Keep the values of a micro-batch, (rows, width, hidden)."""
         if (kind, part) not in self._kept:
             self._kept[kind, part] = self._scratch.room(self._shapes, self._dtype)
         for place, row in enumerate(batch.rows):
             self._kept[kind, part][row] = values[place, : self._shapes[row][0]]
 
     def has(self, kind: str, part: int) -> bool:
-        """Whether there is anything of a part."""
+        """Whether a block was measured; blocks that have lost nothing are not."""
         return (kind, part) in self._kept
 
     def padded(self, kind: str, part: int, rows: Sequence[int], like: Tensor) -> Tensor:
-        """That of some rows, zero where `like` (rows, width, hidden size) is padding; in its dtype, on its device."""
-        found = torch.zeros(like.shape, dtype=self._dtype)
+        """The values of some rows, padded with zeros to the shape of `like`, in its dtype and on its device."""
+        padded = torch.zeros(like.shape, dtype=self._dtype)  # (rows, width, hidden)
         for place, row in enumerate(rows):
-            values = self._kept[kind, part][row]
-            found[place, : len(values)] = values
-        return found.to(like)
+            values = self._kept[kind, part][row]  # (tokens of the row, hidden)
+            padded[place, : len(values)] = values
+        return padded.to(like)
 
     def close(self) -> None:
         """Give the room back."""
@@ -98,25 +107,27 @@ class _Measured:
 
 
 class Anchors:
-    """What attention and MLP of a pruned model's layers leave out of the full model's, on the rows of the next steps.
+    """The anchors of a pruned model on the rows of the next steps.
 
     Args:
-        course: of which full model.
-        model: PEFT's model of the pruned one. Attention and MLP of its layers get hooks.
+        course: the full model and how to stay on its course.
+        model: PEFT's model around the pruned one. The blocks of its layers get hooks.
     """
 
     def __init__(self, course: Course, model: Any) -> None:
         self.course, self.model = course, model
-        self._parts = _parts(model.get_base_model())
+        self._parts = _parts(model.get_base_model(), course.plan.architecture)
         self._measured: _Measured | None = None
-        self._used: tuple[list[int], float | Tensor] | None = None  # rows of the batch that is trained on, and weight
+        # the rows of the batch that is trained on, and the weight of one token's loss
+        self._used: tuple[list[int], float | Tensor] | None = None
         for number, part in enumerate(self._parts):
             part.register_forward_pre_hook(partial(self._add_gradients, number), with_kwargs=True)
             part.register_forward_hook(partial(self._add_outputs, number))
 
     def measure_(self, batches: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
-        """Send the rows of some batches through the full model with the adapter as it is, and what attention and MLP
-        read there through the pruned ones, too.
+        """Measure anchors on the rows of some batches, with the adapter as it is.
+
+        The rows go through the full model, and what each of its blocks reads goes through the pruned block too.
 
         Args:
             batches: `input_ids`, `attention_mask` and `labels`, (rows, width), padded on the right.
@@ -149,7 +160,7 @@ class Anchors:
         self.model.eval()
         if course.gradients:
             deque(stream.forward(keep_from=0), maxlen=0)
-        for number, part in enumerate(_parts(stream.model)):
+        for number, part in enumerate(_parts(stream.model, course.plan.architecture)):
             part.register_forward_hook(self._measuring(number, stream, self._measured), with_kwargs=True)
         deque(stream.backward(0, None) if course.gradients else stream.forward(), maxlen=0)
         self.model.train(training)
@@ -157,7 +168,7 @@ class Anchors:
         return [[next(ends) for _ in batch["input_ids"]] for batch in batches]
 
     def _measuring(self, number: int, stream: Stream, measured: _Measured) -> Any:
-        """What a part of the full model does when a micro-batch passes: have the pruned one do the same."""
+        """Make the hook of one full block: it has the pruned block read the same, and keeps the differences."""
         batches, own, gradients = iter(stream.batches), self._parts[number], self.course.gradients
         alike: bool | None = None
 
@@ -167,30 +178,32 @@ class Anchors:
             if alike:
                 return
             batch, x, y = next(batches), _inputs(args, kwargs), _states(output)
-            inputs = x.detach().requires_grad_(gradients)
+            inputs = x.detach().requires_grad_(gradients)  # (rows, width, hidden), as x and y
             with torch.set_grad_enabled(gradients):
-                given, named = _with(inputs, args, kwargs)
-                found = _states(own(*given, **named))
-            measured.put("outputs", number, batch, (y - found).detach())
+                own_args, own_kwargs = _with(inputs, args, kwargs)
+                own_y = _states(own(*own_args, **own_kwargs))
+            measured.put("outputs", number, batch, (y - own_y).detach())
             if not gradients:
                 return
-            above: list[Tensor] = []
-            y.register_hook(above.append)
+            by_y: list[Tensor] = []  # the gradient by y, from when it comes by until that by x does
+            _on_gradient(y, by_y.append)
 
-            def on_the_way_back(gradient: Tensor) -> None:
-                (of_own,) = torch.autograd.grad(found, inputs, above.pop())
-                measured.put("gradients", number, batch, (gradient - of_own) * stream.predicted)
+            def on_the_way_back(by_x: Tensor) -> None:
+                (by_own_x,) = torch.autograd.grad(own_y, inputs, by_y.pop())
+                # the streamed loss is a mean over tokens, and the summed loss is wanted
+                measured.put("gradients", number, batch, (by_x - by_own_x) * stream.predicted)
 
-            x.register_hook(on_the_way_back)
+            _on_gradient(x, on_the_way_back)
 
         return measure
 
     def use_(self, rows: list[int], weight: float | Tensor = 1.0) -> None:
-        """Add what these rows lack in the passes to come.
+        """Add the anchors of these rows in the passes to come.
 
         Args:
-            rows: of the batch, as `measure_` numbered them.
-            weight: of a token's loss in the loss whose gradient is taken: one over the tokens that it is a mean of.
+            rows: the numbers of the batch's rows, as `measure_` gave them.
+            weight: the weight of one token's loss in the loss whose gradient is taken: 1 / the number of tokens if
+                that is a mean.
         """
         self._used = rows, weight
 
@@ -205,17 +218,24 @@ class Anchors:
         if self._used is None or self._measured is None or not self._measured.has("gradients", number):
             return None
         (rows, weight), states = self._used, _inputs(args, kwargs)
-        lacking = partial(self._measured.padded, "gradients", number, rows)
-        return _with(_WithGradient.apply(states, lambda like: weight * lacking(like)), args, kwargs)
+        anchors = partial(self._measured.padded, "gradients", number, rows)
+        add = cast(Callable[..., Tensor], _WithGradient.apply)
+        return _with(add(states, lambda like: weight * anchors(like)), args, kwargs)
 
 
-def _parts(model: Any) -> list[nn.Module]:
-    """Attention and MLP of layer after layer."""
-    return [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
+    """Have a tensor call a function with its gradient in the backward pass."""
+    tensor.register_hook(call)
+
+
+def _parts(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The blocks (attention and MLP) of layer after layer."""
+    layers = cast(nn.ModuleList, model.get_submodule(architecture.layers_path))
+    return [layer.get_submodule(path) for layer in layers for path in architecture.blocks]
 
 
 def _alike(full: nn.Module, pruned: nn.Module) -> bool:
-    """Whether a part has lost nothing: then it needs no measuring."""
+    """Whether a pruned block has lost nothing: then it needs no measuring."""
     frozen = {
         name.replace(".base_layer", ""): tensor.data
         for name, tensor in pruned.named_parameters()
@@ -231,36 +251,38 @@ def _alike(full: nn.Module, pruned: nn.Module) -> bool:
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
+    """The hidden states that a block reads."""
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
 
 
 def _with(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a part, but for its inputs."""
+    """A block's arguments with other hidden states."""
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
-class _WithGradient(torch.autograd.Function):  # type: ignore[misc]
-    """The identity, whose gradient has something added: `lacking(gradient)`, read when the gradient comes by."""
+class _WithGradient(torch.autograd.Function):
+    """The identity, which adds `anchors(gradient)` to the gradient when that comes by."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, lacking: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.lacking = lacking
+    def forward(ctx: Any, states: Tensor, anchors: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.anchors = anchors
         return states.view_as(states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient + ctx.lacking(gradient), None
+        return gradient + ctx.anchors(gradient), None
 
 
 def _states(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    """The hidden states that a block gives."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def recovered(model: Any, plan: PruningPlan) -> Adapter:
-    """The adapter of PEFT's model as it is now, widened for the full model."""
+    """Take the adapter of PEFT's model as it is now, and widen it for the full model."""
     from peft import get_peft_model_state_dict
 
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -269,10 +291,15 @@ def recovered(model: Any, plan: PruningPlan) -> Adapter:
 
 
 def anchored(kind: type, course: Course) -> type:
-    """A Trainer class that measures every `course.steps` steps, at first sooner, and trains on what was measured."""
+    """Make a Trainer class that measures anchors every `course.steps` steps, at first sooner, and trains with them.
+
+    Args:
+        kind: the Trainer class to derive from.
+        course: the full model and how to stay on its course.
+    """
 
     class Anchored(kind):  # type: ignore[misc]
-        """`kind`, anchored."""
+        """The given Trainer, anchored."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
@@ -280,7 +307,7 @@ def anchored(kind: type, course: Course) -> type:
             self._ahead: deque[Any] = deque()
 
         def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any) -> Any:
-            """A step's batches, out of those of the next steps, which are measured together."""
+            """Take the batches of one step; the batches of the next steps are measured together."""
             if not self._ahead:
                 done = self.state.global_step
                 steps = min(max(1, done), course.steps - done % course.steps, self.state.max_steps - done)

@@ -7,7 +7,8 @@ from pydantic import PositiveInt, create_model
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
-from loram.model.architecture import LINEARS
+from loram.model.architecture import Architecture
+from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
 from loram.training.methods.table import METHODS, check_method, method_of
 
@@ -146,13 +147,22 @@ else:  # with a section for each method that has options of its own
     )
 
 
-def lora_defaults() -> dict[str, Any]:
-    """The options of LoraConfig that have a default here: name -> default."""
-    return {**defaults_of(LoraFlags), "target_modules": list(LINEARS)}
+def lora_defaults(architecture: Architecture | None = None) -> dict[str, Any]:
+    """The options of LoraConfig that have a default here: name -> default.
+
+    Args:
+        architecture: the family whose linears are the default targets; None for those that most families have.
+    """
+    targets = LINEARS if architecture is None else architecture.adapter_targets
+    return {**defaults_of(LoraFlags), "target_modules": list(targets)}
 
 
-def resolve(options: TrainOptions) -> TrainOptions:
+def resolve(options: TrainOptions, architecture: Architecture | None = None) -> TrainOptions:
     """The same options with every default filled in; options that would not mean what they say are refused.
+
+    Args:
+        options: the options.
+        architecture: the family of the model, whose linears are the default targets; None where no model is known yet.
 
     Raises:
         UserError: the method is unknown, PEFT or TRL has no such option (names the nearest), or two options do not go
@@ -162,14 +172,14 @@ def resolve(options: TrainOptions) -> TrainOptions:
     if options.offload_embedding and not options.load_in_4bit:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
     undropped = {"lora_dropout": 0.0} if options.mask_update else {}
-    lora = {**lora_defaults(), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}
+    lora = {**lora_defaults(architecture), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}
     trainer = {**defaults_of(SftFlags), **method.trainer, **options.trainer}
     if options.mask_update and lora["lora_dropout"]:
         raise UserError(
             "mask_update: needs lora_dropout 0: what is masked is the update itself, which no dropout comes before"
         )
     _check_names(lora, trainer)
-    _check_lora(lora)
+    _check_lora(lora, KNOWN_TARGETS if architecture is None else (*architecture.adapter_targets, architecture.head))
     check_method(options, lora)
     lora |= method.lora
     _check_trainer(trainer)
@@ -221,7 +231,7 @@ def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
         check_names(names, option_names(known), section, known.__name__, TrainOptions)
 
 
-def _check_lora(lora: Mapping[str, Any]) -> None:
+def _check_lora(lora: Mapping[str, Any], known: Sequence[str]) -> None:
     """Refuse adapters that could not be recovered."""
     if beyond := sorted(key for key in _BEYOND_LORA if lora.get(key)):
         raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
@@ -235,5 +245,5 @@ def _check_lora(lora: Mapping[str, Any]) -> None:
     targets = lora["target_modules"]
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets:
         raise UserError(f"lora: target_modules should be a list of module names, but is {targets!r}")
-    if unknown := sorted(set(targets) - {*LINEARS, "lm_head"}):
-        raise UserError(f"lora: target_modules has {unknown[0]!r}; known are {', '.join((*LINEARS, 'lm_head'))}")
+    if unknown := sorted(set(targets) - set(known)):
+        raise UserError(f"lora: target_modules has {unknown[0]!r}; known are {', '.join(known)}")

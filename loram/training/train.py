@@ -95,7 +95,7 @@ def train(
     length = {"max_length": spec.max_length} if spec.max_length else {}
     trainer = {"seed": seed, **chosen.trainer, **length}
     in_4bit = chosen.load_in_4bit or checkpoint.quantized
-    options = resolve(chosen.model_copy(update={"trainer": trainer, "load_in_4bit": in_4bit}))
+    options = resolve(chosen.model_copy(update={"trainer": trainer, "load_in_4bit": in_4bit}), checkpoint.architecture)
     _check_sparse(checkpoint, options)
     if METHODS[options.method].weights and (unused := sorted(chosen.lora.keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", options.method, unused[0])
@@ -263,6 +263,7 @@ class _TrainJob(Job[Trained]):
 def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig) -> None:
     """Put our loss into a model, and Liger's kernels where the arguments ask for them."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
     use_chunked_loss_(base)
     if arguments.use_liger_kernel:
         use_liger_(base, arguments.liger_kernel_config)

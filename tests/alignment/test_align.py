@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, relative
+from conftest import EMBEDDING, FAMILIES, HEAD, make_model, relative
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -26,7 +26,6 @@ from loram.alignment.teacher import TeacherCache
 from loram.compute.loss import apply_softcap as squashed
 from loram.compute.loss import chunked_loss
 from loram.disk.artifacts import find_manifest
-from loram.disk.checkpoint import EMBEDDING, HEAD
 
 MODULE = sys.modules["loram.alignment.align"]
 OPTIONS: dict[str, Any] = {

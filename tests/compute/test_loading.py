@@ -1,5 +1,6 @@
 """A pruned folder loads wherever it should, and gives a clear error where it cannot."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -75,6 +76,61 @@ def test_folder_is_ordinary_and_complete(pruned_models: dict[str, Path]) -> None
     names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     assert {"generation_config.json", "loram_plan.json", "loram_manifest.json", "modeling_loram.py"} <= names
+
+
+def without_narrow_linears(folder: Path, out: Path) -> Path:
+    """A pruned folder as it was made before config.json listed the narrow linears."""
+    out.mkdir()
+    for path in folder.iterdir():
+        if path.name != "loram_manifest.json":
+            (out / path.name).write_bytes(path.read_bytes())
+    config = json.loads((out / "config.json").read_text())
+    del config["narrow_linears"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
+def test_an_older_folder_that_only_has_widths_loads_as_before(
+    family: str, pruned_models: dict[str, Path], tmp_path: Path
+) -> None:
+    ids, old = torch.arange(3, 15)[None], without_narrow_linears(pruned_models[family], tmp_path / "old")
+    with torch.inference_mode():
+        expected = loram.load_pruned(pruned_models[family]).eval()(ids).logits
+        assert torch.equal(loram.load_pruned(old).eval()(ids).logits, expected)
+
+
+def test_an_older_compensated_folder_loads_as_before(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    options = {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1, "bias_compensation": True}
+    for family in ("llama", "mistral"):
+        loram.prune(tiny_models[family], tmp_path / family, **options)
+        old = loram.load_pruned(without_narrow_linears(tmp_path / family, tmp_path / f"{family}-old"))
+        new = loram.load_pruned(tmp_path / family)
+        assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in new.state_dict().items())
+
+
+def test_config_json_lists_the_narrow_linears(pruned_models: dict[str, Path]) -> None:
+    config = json.loads((pruned_models["phi3"] / "config.json").read_text())
+    linears = {  # half of 40 channels, and half of 4 groups of two heads of 8
+        "self_attn.qkv_proj": [32 + 16 + 16, 32, False],
+        "self_attn.o_proj": [32, 32, False],
+        "mlp.gate_up_proj": [20 + 20, 32, False],
+        "mlp.down_proj": [32, 20, False],
+    }
+    assert config["narrow_linears"] == {"2": linears, "3": linears}
+
+
+def test_every_layer_sees_its_own_widths(pruned_models: dict[str, Path]) -> None:
+    model = loram.load_pruned(pruned_models["phi3"])
+    layers = model.model.layers
+    assert [layer.self_attn.config.num_attention_heads for layer in layers] == [8, 8, 4, 4, 8]
+    assert [layer.self_attn.num_key_value_heads for layer in layers] == [4, 4, 2, 2, 4]
+    model.set_attn_implementation("eager")  # reaches the layers, though each sees a config of its own
+    assert {layer.self_attn.config._attn_implementation for layer in layers} == {"eager"}
+    again = copy.deepcopy(model)
+    again.config._attn_implementation = "sdpa"
+    assert again.model.layers[2].self_attn.config._attn_implementation == "sdpa"
+    assert layers[2].self_attn.config._attn_implementation == "eager"
 
 
 def test_load_pruned_needs_a_plan(tiny_llama: Path) -> None:

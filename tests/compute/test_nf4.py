@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from conftest import FAMILIES, make_model, relative
+from conftest import FAMILIES, make_model, own_names, relative
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ def wide_models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dic
     """Models, pruned in layers 2 and 3, whose hidden size is a whole number of NF4 blocks, as in all real models."""
     root = tmp_path_factory.mktemp("wide")
     found = {}
-    for family, tied in (("llama", True), ("qwen3", False), ("gemma3_text", True)):
+    for family, tied in (("llama", True), ("qwen3", False), ("gemma3_text", True), ("phi3", False)):
         base = make_model(root / "full" / family, family, tokenizer, hidden_size=64, tie_word_embeddings=tied)
         found[family] = root / family
         loram.prune(base, found[family], ratio=0.5, criterion="magnitude", keep_first=2, keep_last=1)
@@ -60,14 +60,14 @@ def test_logits_are_those_of_the_dequantised_weights(family: str, pruned_models:
         assert relative(plain(input_ids=IDS).logits, expected) > 1e-3  # NF4 made a difference
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
 def test_looking_rows_up_in_4_bits(family: str, wide_models: dict[str, Path]) -> None:
     model: Any = load_4bit(Checkpoint(wide_models[family]), **CPU)
     with torch.no_grad():
         assert relative(model(input_ids=IDS).logits, dense_(wide_models[family])(input_ids=IDS).logits) < 1e-5
     embedding = model.get_input_embeddings()
     assert is_4bit(embedding.weight)
-    assert (embedding.weight is model.lm_head.weight) == (family != "qwen3")
+    assert (embedding.weight is model.lm_head.weight) == (family not in ("qwen3", "phi3"))
 
 
 def test_an_embedding_in_host_memory_is_exact(wide_models: dict[str, Path]) -> None:
@@ -80,12 +80,11 @@ def test_an_embedding_in_host_memory_is_exact(wide_models: dict[str, Path]) -> N
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
 def test_gradients_through_frozen_4_bit_weights(family: str, checkpointing: bool, wide_models: dict[str, Path]) -> None:
     """The adapters are on a frozen 4-bit lm_head and below it; the reference is the plain loss of the dense model."""
-    options = LoraConfig(
-        r=3, target_modules=["lm_head", "q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
+    targets = own_names(family, {"target_modules": ["lm_head", "q_proj", "down_proj"]})
+    options = LoraConfig(r=3, **targets, init_lora_weights=False, task_type="CAUSAL_LM")
     labels = IDS.clone()
     labels[0, :5], labels[2, 8:] = -100, -100
 

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, VOCABULARY, make_model, random_adapter, relative
+from conftest import FAMILIES, LINEARS, VOCABULARY, make_model, own_names, random_adapter, relative, targets_of
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import loram
 from loram.base.errors import UserError
-from loram.compute import streaming
-from loram.compute.streaming import ResidentLayer, Stream, TopK, prefetched
+from loram.compute import head
+from loram.compute.head import Head, TopK
+from loram.compute.streaming import ResidentLayer, Stream, prefetched
 from loram.data.batches import IGNORED, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 # One row is longer than the sliding windows of 8, some have the same length, and one is too short to predict anything.
@@ -122,7 +122,7 @@ def test_the_text_is_long_enough_for_a_window_to_matter(family: str, tiny_models
 def test_an_adapter_does_what_it_does_in_peft(
     family: str, options: dict[str, Any], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = tiny_models[family]
+    folder, options = tiny_models[family], own_names(family, options)
     adapter = random_adapter(AutoModelForCausalLM.from_pretrained(folder), tmp_path, **options)
     expected = whole_log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter))
     assert_same_log_probs(forwarded(folder, adapter), expected)
@@ -136,7 +136,7 @@ def test_a_pruned_model_and_its_adapter_stream_likewise(
 ) -> None:
     folder = pruned_models[family]
     assert_same_log_probs(forwarded(folder), whole_log_probs(loram.load_pruned(folder)))
-    adapter = random_adapter(loram.load_pruned(folder), tmp_path, target_modules=[*LINEARS, "lm_head"])
+    adapter = random_adapter(loram.load_pruned(folder), tmp_path, target_modules=targets_of(family, "lm_head"))
     expected = whole_log_probs(PeftModel.from_pretrained(loram.load_pruned(folder), adapter))
     assert_same_log_probs(forwarded(folder, adapter), expected)
 
@@ -166,8 +166,8 @@ def streamed_gradients(stream: Stream, down_to: int) -> dict[str, Tensor]:
     for _ in stream.forward(keep_from=down_to):
         assert not found
     for layer in stream.backward(down_to, on_gradient):
-        linears = ARCHITECTURES["llama"].linears
-        assert {f"model.layers.{layer.index}.{linear}.weight" for linear in linears} <= found.keys()
+        linears = stream.architecture.linears
+        assert {f"model.layers.{layer.index}.{linear.path}.weight" for linear in linears} <= found.keys()
     return found
 
 
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_the_whole_model(
     found = streamed_gradients(stream, 0)
     expected = whole_gradients(AutoModelForCausalLM.from_pretrained(tiny_models[family]))
     assert found.keys() == expected.keys()
-    assert len(found) == 5 * 7
+    assert len(found) == 5 * len(targets_of(family))
     for name, gradient in found.items():
         assert relative(gradient, expected[name]) <= 1e-5, name
 
@@ -205,7 +205,7 @@ def test_gradients_through_an_adapter_are_those_of_the_merged_model(
     family: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     base = tiny_models[family]
-    options = {"target_modules": [*LINEARS, "lm_head"]}
+    options = {"target_modules": targets_of(family, "lm_head")}
     adapter = random_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", **options)
     loram.merge(base, adapter, tmp_path / "merged")
     expected = whole_gradients(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
@@ -262,13 +262,13 @@ def test_slices_of_the_vocabulary_change_nothing(
     whole = forwarded(folder, adapter)
     expected = whole.log_probs(), whole.top_k(5), streamed_gradients(stream_of(folder, adapter), 3)
     slices = []
-    visit = Stream._visit_logits
-    monkeypatch.setattr(streaming, "_SLICE_BYTES", slice_bytes)
+    visit = Head._visit_logits
+    monkeypatch.setattr(head, "_SLICE_BYTES", slice_bytes)
     monkeypatch.setattr(
-        Stream,
+        Head,
         "_visit_logits",
-        lambda self, finals, head, inner: visit(
-            self, finals, head, lambda number, start, *rest: (slices.append(start), inner(number, start, *rest))
+        lambda self, inner: visit(
+            self, lambda number, start, *rest: (slices.append(start), inner(number, start, *rest))
         ),
     )
     sliced = forwarded(folder, adapter)

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import EMBEDDING, FAMILIES, HEAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loram
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.disk.tensorfile import TensorFile
 from loram.disk.writer import ShardedWriter
-from loram.model.architecture import architecture_of
+from loram.model.families import architecture_of
 from loram.model.plan import PruningPlan
 from loram.pruning.prune import check_weights
 
@@ -112,7 +112,7 @@ def test_weights_that_contradict_the_config(changes: dict[str, object], message:
     (model / "config.json").write_text(json.dumps({**config, **changes}))
     checkpoint = Checkpoint(model)
     with pytest.raises(loram.UserError, match=message):
-        check_weights(checkpoint, architecture_of(checkpoint.config))
+        check_weights(checkpoint)
 
 
 def change_config(model: Path, **changes: Any) -> None:
@@ -217,7 +217,7 @@ def test_a_config_of_wrong_values_is_a_clear_error_or_the_same_model(key: str, v
     checkpoint.__dict__["config"] = {**checkpoint.config, key: value}
     del checkpoint.__dict__["geometry"]
     try:
-        check_weights(checkpoint, architecture_of(checkpoint.config))
+        check_weights(checkpoint)
     except loram.UserError:
         return
     assert checkpoint.geometry == right
@@ -236,7 +236,7 @@ def test_a_tied_lm_head_that_is_written_out_is_fine(model: Path, monkeypatch: py
     blocks = TensorFile.blocks
     monkeypatch.setattr(TensorFile, "blocks", lambda self, name: blocks(self, name, 1000))
     checkpoint = Checkpoint(model)
-    check_weights(checkpoint, architecture_of(checkpoint.config))
+    check_weights(checkpoint)
 
 
 def test_open_model_says_what_is_missing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, make_model, random_adapter, relative
+from conftest import FAMILIES, LINEARS, make_model, own_names, random_adapter, relative, targets_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,7 @@ def test_merged_equals_base_with_adapter(
     family: str, options: dict[str, Any], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     base = tiny_models[family]
-    adapter = adapter_for(base, tmp_path / "adapter", **options)
+    adapter = adapter_for(base, tmp_path / "adapter", **own_names(family, options))
     loram.merge(base, adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
@@ -69,7 +69,7 @@ def test_merged_by_rows_equals_peft_s_own_merge(
             yield start, block
 
     # not lm_head where it is tied: PEFT's merge changes the embedding with it
-    targets = [*LINEARS, *([] if Checkpoint(base).tied else ["lm_head"])]
+    targets = targets_of(family, *([] if Checkpoint(base).tied else ["lm_head"]))
     options = {"target_modules": targets, "use_rslora": True, "rank_pattern": {"o_proj": 2}}
     adapter = adapter_for(base, tmp_path / "adapter", **options)
     monkeypatch.setattr(TensorFile, "blocks", small_blocks)

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loram.base.errors import UserError
-from loram.model.architecture import CHANNELS, KV_GROUPS, Geometry
 from loram.model.counts import kept_units, prunable_layers
+from loram.model.families import CHANNELS, KV_GROUPS
+from loram.model.geometry import Geometry
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from loram.base.errors import UserError
-from loram.model.architecture import ARCHITECTURES, Geometry
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 from loram.model.plan import PLAN_NAME, BaseReference, PruningPlan, find_plan
 from loram.model.resize import narrow, widen
 
@@ -75,12 +76,13 @@ def test_plans_are_frozen() -> None:
 
 def test_kept_elements_by_hand() -> None:
     plan = make({2: {"kv_groups": (0, 2), "channels": (1, 7)}})
-    groups, channels = ARCHITECTURES["llama"].spaces
-    queries, keys = groups.cuts[0], groups.cuts[1]
-    assert plan.kept_elements(2, groups, keys).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
-    assert plan.kept_elements(2, groups, queries).tolist() == [*range(8), *range(16, 24)]
-    assert plan.kept_elements(2, channels, channels.cuts[0]).tolist() == [1, 7]
-    assert plan.kept_elements(3, channels, channels.cuts[0]) is None
+    queries, keys, up = (
+        plan.architecture.linear(path).rows for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+    )
+    assert plan.kept_elements(2, keys).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert plan.kept_elements(2, queries).tolist() == [*range(8), *range(16, 24)]
+    assert plan.kept_elements(2, up).tolist() == [1, 7]
+    assert plan.kept_elements(3, up) is None
 
 
 @st.composite
@@ -119,7 +121,7 @@ def test_json_round_trip(plan: PruningPlan, tmp_path: Path) -> None:
 def test_narrow_undoes_widen_and_widen_is_zero_elsewhere(plan: PruningPlan, layer: int) -> None:
     for linear in plan.architecture.linears:
         rows, columns = plan.geometry.linear_shape(linear)
-        prefix = f"base_model.model.model.layers.{layer}.{linear}"
+        prefix = f"base_model.model.model.layers.{layer}.{linear.path}"
         shapes = {"weight": (rows, columns), "bias": (rows,), "lora_A.weight": (2, columns), "lora_B.weight": (rows, 2)}
         for part, shape in shapes.items():
             name = f"{prefix}.{part}"
@@ -149,6 +151,12 @@ def test_wrong_shapes_and_unknown_parts_are_refused() -> None:
         widen("model.layers.2.mlp.up_proj.weight", torch.ones(10, 12), plan)
     with pytest.raises(UserError, match="lora_magnitude_vector"):
         widen("model.layers.2.mlp.up_proj.lora_magnitude_vector", torch.ones(10), plan)
+
+
+def test_plans_keep_the_fingerprint_that_they_always_had() -> None:
+    """What was made from a plan knows it by this; fields that the format got later must not change it."""
+    plan = make({2: {"kv_groups": (0, 2), "channels": (1, 7)}})
+    assert plan.fingerprint == "6520f6ed71cbb32327097d1eab0bfbd97fa4ed5f3365908c20127948b8d2150f"
 
 
 MUTATIONS = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=5)

@@ -7,18 +7,25 @@ import torch
 from torch import Tensor
 
 from loram.base.errors import UserError
-from loram.model.architecture import ARCHITECTURES, CUTS, Geometry
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow, widen
 
 KEPT = {"kv_groups": (0, 2), "channels": (1, 3, 4)}
-LINEARS = ARCHITECTURES["llama"].linears
+LINEARS = [(family, linear.path) for family in ("llama", "phi3") for linear in ARCHITECTURES[family].linears]
 LAYER = "model.layers.1"
 # (query heads, key-value heads, head size): grouped, one group, every head its own, heads of one
 GEOMETRIES = [(6, 3, 2), (3, 3, 4), (12, 3, 1)]
 
 
-def make(heads: int = 6, groups: int = 3, head_dim: int = 2, kept: dict[str, tuple[int, ...]] = KEPT) -> PruningPlan:
+def make(
+    heads: int = 6,
+    groups: int = 3,
+    head_dim: int = 2,
+    kept: dict[str, tuple[int, ...]] = KEPT,
+    family: str = "llama",
+) -> PruningPlan:
     geometry = Geometry(
         vocab_size=20,
         hidden_size=5,
@@ -30,7 +37,7 @@ def make(heads: int = 6, groups: int = 3, head_dim: int = 2, kept: dict[str, tup
         tie_word_embeddings=True,
     )
     return PruningPlan(
-        model_type="llama",
+        model_type=family,
         base=BaseReference(name="m", fingerprint="f"),
         geometry=geometry,
         criterion="random",
@@ -43,14 +50,26 @@ def make(heads: int = 6, groups: int = 3, head_dim: int = 2, kept: dict[str, tup
     )
 
 
-def kept_positions(linear: str, plan: PruningPlan) -> list[int]:
-    """Which rows or columns of a linear stay, asked one at a time: does the unit that owns it stay?"""
-    space, cut = CUTS[linear]
+def kept_positions(path: str, plan: PruningPlan) -> tuple[int, list[int]]:
+    """(axis, which rows or columns of a linear stay), asked one at a time: does the unit that owns it stay?"""
     geometry = plan.geometry
-    group = geometry.num_attention_heads // geometry.num_key_value_heads
-    owner = {"channel": 1, "head": geometry.head_dim, "group": group * geometry.head_dim}[cut.unit]
-    size = geometry.linear_shape(linear)[cut.axis]
-    return [position for position in range(size) if position // owner in plan.layers[1][space.name]]
+    head, groups, channels = geometry.head_dim, geometry.num_key_value_heads, geometry.intermediate_size
+    group = geometry.num_attention_heads // groups * head
+    queries = [(unit, "kv_groups") for unit in range(groups) for _ in range(group)]
+    keys = [(unit, "kv_groups") for unit in range(groups) for _ in range(head)]
+    up = [(unit, "channels") for unit in range(channels)]
+    axis, owners = {
+        "q_proj": (0, queries),
+        "k_proj": (0, keys),
+        "v_proj": (0, keys),
+        "qkv_proj": (0, [*queries, *keys, *keys]),
+        "o_proj": (1, queries),
+        "gate_proj": (0, up),
+        "up_proj": (0, up),
+        "gate_up_proj": (0, [*up, *up]),
+        "down_proj": (1, up),
+    }[path.split(".")[1]]
+    return axis, [position for position, (unit, space) in enumerate(owners) if unit in plan.layers[1][space]]
 
 
 def test_by_hand() -> None:
@@ -67,14 +86,14 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("sizes", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("linear", LINEARS)
-def test_every_linear_against_a_slow_reference(linear: str, sizes: tuple[int, int, int]) -> None:
-    plan = make(*sizes)
-    kept, axis = kept_positions(linear, plan), CUTS[linear][1].axis
+@pytest.mark.parametrize(("family", "path"), LINEARS)
+def test_every_linear_against_a_slow_reference(family: str, path: str, sizes: tuple[int, int, int]) -> None:
+    plan = make(*sizes, family=family)
+    (axis, kept), linear = kept_positions(path, plan), plan.architecture.linear(path)
     full = torch.randn(plan.geometry.linear_shape(linear))
-    small = narrow(f"{LAYER}.{linear}.weight", full, plan)
+    small = narrow(f"{LAYER}.{path}.weight", full, plan)
     assert small.shape == plan.geometry.linear_shape(linear, plan.units(1))
-    wide = widen(f"{LAYER}.{linear}.weight", small, plan)
+    wide = widen(f"{LAYER}.{path}.weight", small, plan)
     for position in range(full.shape[axis]):
         row, found = full.select(axis, position), wide.select(axis, position)
         if position in kept:
@@ -85,13 +104,15 @@ def test_every_linear_against_a_slow_reference(linear: str, sizes: tuple[int, in
 
 
 @pytest.mark.parametrize("sizes", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("linear", LINEARS)
-def test_the_product_of_widened_factors_is_the_widened_product(linear: str, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("family", "path"), LINEARS)
+def test_the_product_of_widened_factors_is_the_widened_product(
+    family: str, path: str, sizes: tuple[int, int, int]
+) -> None:
     """What recovery rests on: B^R A^R is B A in the kept places and zero elsewhere."""
-    plan = make(*sizes)
-    rows, columns = plan.geometry.linear_shape(linear, plan.units(1))
+    plan = make(*sizes, family=family)
+    rows, columns = plan.geometry.linear_shape(plan.architecture.linear(path), plan.units(1))
     b, a = torch.randn(rows, 2, dtype=torch.float64), torch.randn(2, columns, dtype=torch.float64)
-    name = f"base_model.model.{LAYER}.{linear}"
+    name = f"base_model.model.{LAYER}.{path}"
     wide = widen(f"{name}.lora_B.weight", b, plan) @ widen(f"{name}.lora_A.weight", a, plan)
     torch.testing.assert_close(wide, widen(f"{name}.weight", b @ a, plan), rtol=0, atol=1e-14)
 

@@ -98,7 +98,11 @@ def test_pruned_counts_are_those_of_the_real_plan(family: str, tiny_models: dict
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"model_type": "phi3"}, {}, "supported families are llama, mistral, qwen2, qwen3, gemma2, gemma3_text"),
+        (
+            {"model_type": "gpt2"},
+            {},
+            "'gpt2' is not supported; supported families are llama, mistral, qwen2, qwen3, gemma2, gemma3_text",
+        ),
         ({"hidden_size": None}, {}, "hidden_size"),
         ({"vocab_size": "many"}, {}, "config: vocab_size: "),
         ({"num_key_value_heads": 0}, {}, "num_key_value_heads"),

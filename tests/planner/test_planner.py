@@ -12,7 +12,7 @@ import torch
 import yaml
 from bitsandbytes.nn import Params4bit
 from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
-from conftest import FAMILIES, ODDITIES, SIZES
+from conftest import FAMILIES, ODDITIES, SIZES, own_names, targets_of
 from helpers import Live
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel
@@ -56,8 +56,14 @@ def tiny(family: str, **changes: Any) -> Any:
 
 
 def adapted(
-    model: Any, r: int = 4, targets: tuple[str, ...] = LINEARS, *, method: str = "lora", dropout: float = 0.05
+    model: Any,
+    r: int = 4,
+    targets: tuple[str, ...] | None = None,
+    *,
+    method: str = "lora",
+    dropout: float = 0.05,
 ) -> Any:
+    targets = targets or tuple(targets_of(model.config.model_type))
     config = LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
     found = get_peft_model(model, config).train()
     METHODS[method].specialise_(found, LoraSpOptions(share=0.5), pruned=True)
@@ -114,8 +120,9 @@ def test_an_offloaded_embedding_is_in_host_memory() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "lora-fa", "lora-sp"])
 @pytest.mark.parametrize("targets", [(*LINEARS, "lm_head"), ("q_proj", "down_proj")], ids=str)
-def test_adapter_and_adamw_are_as_large_as_the_real_ones(targets: tuple[str, ...], method: str) -> None:
-    model = tiny("qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_adapter_and_adamw_are_as_large_as_the_real_ones(family: str, targets: tuple[str, ...], method: str) -> None:
+    model, targets = tiny(family), tuple(own_names(family, {"target_modules": list(targets)})["target_modules"])
     wrapped = adapted(model, r=16, targets=targets, method=method)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     sizes = sizes_of(model)
@@ -189,7 +196,8 @@ def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     model = tiny(family)
     layers, total = saved_bytes(adapted(model), 2, length)
     sizes = sizes_of(model)
-    settings = make_settings(device="cpu", lora_r=4, per_device_train_batch_size=2, max_length=length)
+    options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": length}
+    settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
     expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
     assert layers[1:] == expected[1:]
     read_by_the_loss = 2 * (length - 1) * SIZES["hidden_size"] * 4  # not yet saved here
@@ -203,7 +211,7 @@ def test_saved_activations_of_a_method_are_autograds_own(family: str, method: st
     layers, total = saved_bytes(adapted(model, method=method, dropout=dropout), 2, 12)
     sizes = sizes_of(model)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12, "lora_dropout": dropout}
-    settings = make_settings(device="cpu", method=method, **options)
+    settings = make_settings(device="cpu", method=method, **options).for_family(sizes.architecture)
     expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
     assert layers[1:] == expected[1:]
     read_by_the_loss = 2 * 11 * SIZES["hidden_size"] * 4  # not yet saved here
@@ -227,7 +235,8 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     layers, _ = saved_bytes(adapted(loram.load_pruned(tmp_path / "out")), 2, 12)
     config = json.loads((tiny_models[family] / "config.json").read_text())
     sizes = Model.of(config, "config", 0.5, 1, 1)
-    settings = make_settings(device="cpu", lora_r=4, per_device_train_batch_size=2, max_length=12)
+    options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12}
+    settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
     expected = [saved_by_layer(sizes, layer, settings) for layer in sizes.layers]
     assert layers[1:] == expected[1:]
     assert expected[1] < expected[-1]  # a whole layer takes more
@@ -272,7 +281,7 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -294,6 +303,7 @@ def test_the_peak_is_that_of_all_tensors_alive(family: str, options: dict[str, A
     model = tiny(family, vocab_size=1000, hidden_size=64, intermediate_size=170, num_hidden_layers=3)
     config = model.config.to_dict()
     settings = make_settings(**{"device": "cpu", "per_device_train_batch_size": 2, "max_length": 120, **options})
+    settings = settings.for_family(sizes_of(model).architecture)
     if settings.load_in_4bit:
         model.save_pretrained(tmp_path)
         model = load_4bit(open_model(tmp_path), device=torch.device("cpu"), dtype=torch.float32)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, relative, weakened
+from conftest import FAMILIES, make_model, relative, unfused, weakened
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,17 +23,19 @@ LAYER = 2
 HEADS, GROUPS, WIDTH, CHANNELS = 8, 4, 8, 40
 UP = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 DOWN = ("o_proj", "down_proj")
+FUSED = {"qkv_proj": UP[:3], "gate_up_proj": UP[3:]}
 
 
 def inputs_of(model: Any) -> dict[str, list[Tensor]]:
     """Linear of layer 2 -> its inputs (tokens, features), float64, for every sample alone."""
     found: dict[str, list[Tensor]] = {}
     layer = model.model.layers[LAYER]
-    for name in (*UP, *DOWN):
-        block = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-        block.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: found.setdefault(name, []).append(args[0][0].double())
-        )
+    for block in (layer.self_attn, layer.mlp):
+        for name, part in block.named_children():
+            for plain in FUSED.get(name, (name,) if isinstance(part, torch.nn.Linear) else ()):
+                part.register_forward_hook(
+                    lambda _, args, output, name=plain: found.setdefault(name, []).append(args[0][0].double())
+                )
     with torch.inference_mode():
         for sample in SAMPLES:
             model.eval()(torch.tensor([sample]))
@@ -41,9 +43,8 @@ def inputs_of(model: Any) -> dict[str, list[Tensor]]:
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    layer = model.model.layers[LAYER]
-    blocks = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
-    return {name: blocks[name].weight.detach().double() for name in (*UP, *DOWN)}
+    found = unfused(model.model.layers[LAYER], lambda linear: linear.weight.detach().double())
+    return {name: found[name] for name in (*UP, *DOWN)}
 
 
 def summed(importance: dict[str, Tensor]) -> dict[str, Tensor]:

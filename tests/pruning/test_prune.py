@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, elsewhere, relative
+from conftest import EMBEDDING, FAMILIES, HEAD, elsewhere, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,7 @@ import loram
 from loram.compute.loading import load_tokenizer
 from loram.data.spec import DataSpec
 from loram.data.tokens import load_rows, tokenize
-from loram.disk.checkpoint import EMBEDDING, HEAD, Checkpoint
+from loram.disk.checkpoint import Checkpoint
 from loram.pruning.criteria import CRITERIA
 
 MIDDLE = {"keep_first": 2, "keep_last": 1}  # layers 2 and 3 of 5

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, unfused
 from transformers import AutoModelForCausalLM
 
 import loram
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import CHANNELS, KV_GROUPS
+from loram.model.families import CHANNELS, KV_GROUPS
 from loram.pruning.score import Scores, score
 
 SAMPLES = [[5, 17, 40, 8, 77, 30], [9, 31, 70, 2, 44, 6, 18, 25, 81]]
@@ -25,21 +25,22 @@ def test_taylor_equals_plain_autograd_summed_by_hand(family: str, tiny_models: d
     logits = [model(torch.tensor([sample])).logits[0, :-1] for sample in SAMPLES]
     targets = torch.tensor([token for sample in SAMPLES for token in sample[1:]])
     torch.nn.functional.cross_entropy(torch.cat(logits), targets).backward()
-    attention, mlp, width = model.model.layers[2].self_attn, model.model.layers[2].mlp, 8
+    width = 8
 
     def salience(linear: Any) -> torch.Tensor:
         return (linear.weight * linear.weight.grad).abs().detach().double()
 
+    found = unfused(model.model.layers[2], salience)
     for group in range(4):
         queries, head = slice(2 * width * group, 2 * width * (group + 1)), slice(width * group, width * (group + 1))
         expected = (
-            salience(attention.q_proj)[queries].sum()
-            + salience(attention.k_proj)[head].sum()
-            + salience(attention.v_proj)[head].sum()
-            + salience(attention.o_proj)[:, queries].sum()
+            found["q_proj"][queries].sum()
+            + found["k_proj"][head].sum()
+            + found["v_proj"][head].sum()
+            + found["o_proj"][:, queries].sum()
         )
         assert scores[2]["kv_groups"][group].item() == pytest.approx(expected.item(), rel=1e-4)
-    expected = salience(mlp.gate_proj).sum(1) + salience(mlp.up_proj).sum(1) + salience(mlp.down_proj).sum(0)
+    expected = found["gate_proj"].sum(1) + found["up_proj"].sum(1) + found["down_proj"].sum(0)
     assert torch.allclose(scores[2]["channels"], expected, rtol=1e-4)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import loram
 from loram.disk.adapter import save_adapter
-from loram.model.architecture import ARCHITECTURES, Geometry
+from loram.model.families import ARCHITECTURES
+from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
 
 LLAMA_2_70B = Geometry(
@@ -61,7 +62,7 @@ def test_the_adapter_of_a_70b_plan_takes_seconds(tmp_path: Path) -> None:
     for layer in range(80):
         for linear in ARCHITECTURES["llama"].linears:
             rows, columns = plan.geometry.linear_shape(linear, plan.units(layer))
-            prefix = f"base_model.model.model.layers.{layer}.{linear}"
+            prefix = f"base_model.model.model.layers.{layer}.{linear.path}"
             tensors[f"{prefix}.lora_A.weight"] = torch.ones(8, columns, dtype=torch.bfloat16)
             tensors[f"{prefix}.lora_B.weight"] = torch.ones(rows, 8, dtype=torch.bfloat16)
     (tmp_path / "adapter").mkdir()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, make_model
+from conftest import FAMILIES, make_model, targets_of
 from helpers import Live, Stopped, contents, stop
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -39,7 +39,8 @@ def batch(rows: list[list[int]]) -> dict[str, torch.Tensor]:
 
 def adapted(model: Any, *, random: bool = False) -> Any:
     torch.manual_seed(1)
-    options = LoraConfig(r=3, lora_alpha=6, target_modules=list(LINEARS), init_lora_weights=not random)
+    targets = targets_of(model.config.model_type)
+    options = LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=not random)
     return get_peft_model(model, options)
 
 

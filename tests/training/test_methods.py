@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, relative
+from conftest import FAMILIES, relative, targets_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -330,7 +330,7 @@ def test_lisas_draws_follow_from_the_seed() -> None:
     assert set().union(*draws(1)) == set(range(16))  # every layer is drawn
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"], ids=["tied", "untied", "fused"])
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_weights_of_a_full_model_make_an_ordinary_model(
     method: str, family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
@@ -351,11 +351,12 @@ def test_weights_of_a_full_model_make_an_ordinary_model(
     assert loram.evaluate(out, data=rows_file, device="cpu").perplexity < before
 
 
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
 def test_of_a_pruned_model_only_linears_train_and_a_full_rank_keeps_it_all(
-    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+    family: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """At the full rank, the base with the extracted update is the trained model."""
-    model, asked = pruned_models["gemma2"], {"save_strategy": "steps", "save_steps": 8}
+    """The extracted update, at a rank no side is above, is the trained model."""
+    model, asked = pruned_models[family], {"save_strategy": "steps", "save_steps": 8}
     out = train(model, tmp_path / "a", rows_file, "full", trainer=asked)
     trained, began = Checkpoint(tmp_path / "a-checkpoints" / "checkpoint-8"), Checkpoint(model)
     adapter = Adapter.load(out)
@@ -368,6 +369,27 @@ def test_of_a_pruned_model_only_linears_train_and_a_full_rank_keeps_it_all(
             assert not change.any(), name
     share = json.loads((out / "loram_manifest.json").read_text())["settings"]["kept_share"]
     assert share == log(out)[-1]["kept_share"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_a_family_with_fused_linears(
+    method: str, tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out = train(pruned_models["phi3"], tmp_path / "adapter", rows_file, method)
+    modules = Adapter.load(loram.recover(out, tmp_path / "recovered")).modules
+    assert {module.split(".")[-1] for module in modules} == set(targets_of("phi3"))
+    before = loram.evaluate(tiny_models["phi3"], data=rows_file).loss
+    assert loram.evaluate(tiny_models["phi3"], adapter=tmp_path / "recovered", data=rows_file).loss != before
+
+
+def test_targets_of_another_family_are_refused(
+    tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    lora = {"target_modules": ["q_proj", "down_proj"]}
+    with pytest.raises(loram.UserError, match="target_modules has 'q_proj'; known are qkv_proj, o_proj, gate_up_proj"):
+        loram.train(pruned_models["phi3"], tmp_path / "out", data=rows_file, lora=lora)
+    with pytest.raises(loram.UserError, match="lora_target_modules: should be some of qkv_proj"):
+        loram.estimate(tiny_models["phi3"], lora_target_modules=["q_proj"])
 
 
 def test_a_small_rank_keeps_less_and_says_so(
@@ -385,7 +407,8 @@ def test_a_small_rank_keeps_less_and_says_so(
 def dora(model: Any, folder: Path, plan_of: Path | None, **options: Any) -> Path:
     """Save a DoRA adapter as PEFT does, with its first magnitudes beside it."""
     torch.manual_seed(3)
-    chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(LINEARS), "use_dora": True, **options}
+    targets = targets_of(model.config.model_type)
+    chosen = {"r": 3, "lora_alpha": 6, "target_modules": targets, "use_dora": True, **options}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **chosen))
     began = row_lengths(adapted)
     if options.get("init_lora_weights") is False:
@@ -444,11 +467,11 @@ def test_dora_on_the_pruned_model_equals_recovered_on_the_zeroed_one(
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("family", ["llama", "gemma2"], ids=["tied, biases", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"], ids=["tied, biases", "gemma2", "fused"])
 def test_dora_merges_and_streams_as_peft_computes(
     family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    base, targets = tiny_models[family], [*LINEARS, "lm_head"]
+    base, targets = tiny_models[family], targets_of(family, "lm_head")
     full = AutoModelForCausalLM.from_pretrained(base)
     adapter = dora(full, tmp_path / "adapter", None, init_lora_weights=False, target_modules=targets)
     loram.merge(base, adapter, tmp_path / "merged")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from conftest import FAMILIES, LINEARS, make_model, random_adapter, relative
+from conftest import FAMILIES, make_model, random_adapter, relative, targets_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -105,7 +105,7 @@ def test_losses_and_gradients_are_those_of_the_dense_model(
     found = []
     for model in (loram.load_pruned(tmp_path / "out").eval(), dense_model(tmp_path / "out", tiny_models[family])):
         torch.manual_seed(0)
-        config = LoraConfig(r=3, target_modules=list(LINEARS), init_lora_weights=False)
+        config = LoraConfig(r=3, target_modules=targets_of(family), init_lora_weights=False)
         adapted = get_peft_model(model, config)
         loss = adapted(input_ids=IDS, labels=IDS).loss
         loss.backward()

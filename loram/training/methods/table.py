@@ -66,10 +66,10 @@ def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
     if method.in_float32 and options.lora_dtype != "float32":
         raise UserError(f"lora_dtype: with method {method.name} {method.in_float32}; leave it out")
     if method.weights and options.load_in_4bit:
-        *names, last = [row.name for row in METHODS.values() if not row.weights]
+        *others, last = [row.name for row in METHODS.values() if not row.weights]
         raise UserError(
             f"load_in_4bit: method {method.name} trains the weights themselves, and weights in 4 bits cannot be "
-            f"trained; take {', '.join(names)} or {last}, or the model in 16 or 32 bits"
+            f"trained; take {', '.join(others)} or {last}, or the model in 16 or 32 bits"
         )
     method.check(options, lora)
 

@@ -1,0 +1,179 @@
+"""The end of a streamed model: from the last layer's hidden states to log-probabilities, and back to their gradient.
+
+The logits of a whole vocabulary are never held at once. They are worked out for a slice of the vocabulary at a time,
+for all micro-batches, so the head's weight is read once per pass.
+
+Shapes: `wanted` is the number of places of one micro-batch whose prediction is in the loss, `hidden` the hidden size,
+`slice` the number of tokens in a slice of the vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loram.base.progress import track
+from loram.compute.scratch import Activations, Scratch
+from loram.data.batches import Batch
+from loram.disk.adapter import Adapter
+from loram.disk.checkpoint import Checkpoint
+
+_SLICE_BYTES = 1 << 26
+
+Visit = Callable[[int, int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The likeliest next tokens at the wanted places of one micro-batch.
+
+    Args:
+        ids: (wanted, k) int64, the likeliest first.
+        log_probs: (wanted, k) float32, in nats, over the whole vocabulary.
+        log_rest: (wanted,) float32, the log of the probability of all other tokens (at least about -16).
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+
+class Head:
+    """The final norm and the linear that gives the logits, with the adapter's update on it.
+
+    Args:
+        checkpoint: the model's folder.
+        norm: the final norm, with its weights.
+        batches: the micro-batches.
+        final: what the last layer gives for each of them, (rows, width, hidden).
+        scratch: where intermediate results are kept.
+        adapter: the adapter, which may have an update for the head.
+        device, dtype: where and in which dtype to compute.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        norm: nn.Module,
+        batches: Sequence[Batch],
+        final: Activations,
+        scratch: Scratch,
+        *,
+        adapter: Adapter | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.norm, self.batches, self.final, self.adapter = norm, batches, final, adapter
+        self.device, self.dtype, self._scratch = device, dtype, scratch
+        architecture = checkpoint.architecture
+        softcap, config = architecture.logit_softcap, architecture.text_config(checkpoint.config)
+        self._cap = None if softcap is None else softcap.of(config)
+        self._module, self._weight = architecture.head, checkpoint.tensor(checkpoint.head)  # (vocabulary, hidden)
+
+    @functools.cached_property
+    def _inputs(self) -> Activations:
+        """What the head reads at the wanted places: (wanted, hidden) for each micro-batch."""
+        width = self._weight.shape[1]
+        inputs = self._scratch.room([(len(batch.targets), width) for batch in self.batches], self.dtype)
+        for number, batch in enumerate(self.batches):
+            with torch.no_grad():
+                states = self.norm(self.final[number].to(self.device))  # (rows, width, hidden)
+                inputs[number] = states[batch.wanted.to(self.device)]
+        return inputs
+
+    def log_probs(self) -> list[Tensor]:
+        """The log-probability of each wanted target: (wanted,) float32 for each micro-batch, in nats."""
+        totals, targets = self._normalisers()
+        return [target - total for target, total in zip(targets, totals, strict=True)]
+
+    def top_k(self, k: int) -> list[TopK]:
+        """The `k` likeliest next tokens at the wanted places, for each micro-batch."""
+        best = [
+            (torch.empty(len(b.targets), 0), torch.empty(len(b.targets), 0, dtype=torch.int64)) for b in self.batches
+        ]
+        totals = [torch.full((len(b.targets),), -torch.inf) for b in self.batches]
+
+        def visit(number: int, start: int, logits: Tensor, weight: Tensor) -> None:
+            totals[number] = torch.logaddexp(totals[number], logits.logsumexp(1).cpu())
+            values, ids = (part.cpu() for part in logits.topk(min(k, logits.shape[1])))  # each (wanted, k)
+            values, ids = torch.cat([best[number][0], values], 1), torch.cat([best[number][1], ids + start], 1)
+            values, order = values.topk(min(k, values.shape[1]))
+            best[number] = values, ids.gather(1, order)
+
+        self._visit_logits(visit)
+        results = []
+        for (values, ids), total in zip(best, totals, strict=True):
+            log_probs = values - total[:, None]
+            mass = log_probs.double().exp().sum(1).clamp(max=1 - 1e-7)  # float32 sums are no more exact than that
+            results.append(TopK(ids=ids, log_probs=log_probs, log_rest=torch.log1p(-mass).float()))
+        return results
+
+    def gradient(self, gradients: Activations) -> float:
+        """Work out the gradient of the mean loss over all wanted tokens by the last layer's outputs.
+
+        Args:
+            gradients: gets the gradient, (rows, width, hidden) for each micro-batch.
+
+        Returns:
+            The loss, in nats per token.
+        """
+        predicted = sum(len(batch.targets) for batch in self.batches)
+        totals, targets = self._normalisers()
+        losses = (float((total - target).double().sum()) for total, target in zip(totals, targets, strict=True))
+        loss = sum(losses) / predicted
+        sums = [torch.zeros(shape) for shape in self._inputs.shapes]  # the gradient by the head's inputs, float32
+
+        def visit(number: int, start: int, logits: Tensor, weight: Tensor) -> None:
+            error = (logits - totals[number].to(logits.device)[:, None]).exp()  # softmax, (wanted, slice)
+            inside, here = self._targets_inside(number, start, logits)
+            error[inside, here] -= 1  # softmax minus the one-hot target: the gradient by the logits
+            if self._cap:
+                error *= 1 - (logits / self._cap) ** 2  # the derivative of cap * tanh(x / cap)
+            sums[number] += (error.to(weight.dtype) @ weight).float().cpu() / predicted  # (wanted, hidden)
+
+        self._visit_logits(visit)
+        self._inputs.close()
+        for number, batch in enumerate(self.batches):
+            x = self.final[number].to(self.device).detach().requires_grad_()  # (rows, width, hidden)
+            with torch.enable_grad():
+                y = self.norm(x)[batch.wanted.to(self.device)]  # (wanted, hidden)
+            torch.autograd.backward(y, sums[number].to(y))
+            assert x.grad is not None
+            gradients[number] = x.grad
+        return loss
+
+    def _normalisers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The log-sum-exp over the vocabulary and the target's logit, each (wanted,) float32 for each micro-batch."""
+        totals = [torch.full((len(batch.targets),), -torch.inf) for batch in self.batches]
+        targets = [torch.zeros(len(batch.targets)) for batch in self.batches]
+
+        def visit(number: int, start: int, logits: Tensor, weight: Tensor) -> None:
+            totals[number] = torch.logaddexp(totals[number], logits.logsumexp(1).cpu())
+            inside, here = self._targets_inside(number, start, logits)
+            targets[number][inside.cpu()] = logits[inside, here].cpu()
+
+        self._visit_logits(visit)
+        return totals, targets
+
+    def _targets_inside(self, number: int, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(which targets of a micro-batch are in the slice that begins at `start`, (wanted,) bool; their columns)."""
+        here = (self.batches[number].targets - start).to(logits.device)
+        inside = (here >= 0) & (here < logits.shape[1])
+        return inside, here[inside]
+
+    def _visit_logits(self, visit: Visit) -> None:
+        """Call `visit(batch number, first token id, logits, weight)` for every slice and micro-batch.
+
+        Logits are (wanted, slice) float32, softcap included; weights are (slice, hidden), with the adapter's update.
+        """
+        longest, head = max(len(batch.targets) for batch in self.batches), self._weight
+        rows = max(1, _SLICE_BYTES // (4 * max(longest, head.shape[1])))
+        for start in track(range(0, head.shape[0], rows), "Vocabulary"):
+            weight = head[start : start + rows].to(self.device, self.dtype)
+            if self.adapter is not None and self._module in self.adapter.modules:
+                weight = self.adapter.updated(self._module, weight, start).to(weight)
+            for number in range(len(self.batches)):
+                logits = (self._inputs[number].to(self.device) @ weight.T).float()
+                visit(number, start, self._cap * (logits / self._cap).tanh() if self._cap else logits, weight)

@@ -1,0 +1,170 @@
+"""The sizes of one model, and the shape of each of its tensors. No weights, no torch."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+
+from loram.base.errors import UserError, first_problem
+from loram.model.architecture import Architecture, Linear, Segment, Space, Unit
+from loram.model.families import architecture_of
+
+Units = Mapping[str, int]  # space name -> how many units a layer has
+
+
+class Geometry(BaseModel):
+    """The sizes of a full model, by transformers' names: all that recovery and estimates need to know about it.
+
+    Args:
+        biases: the paths of the linears that have a bias.
+        layer_kinds: the kind of every layer; empty where all layers have the same parts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    tie_word_embeddings: bool
+    biases: tuple[str, ...] = ()
+    layer_kinds: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "Geometry":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        return self
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> "Geometry":
+        """Read the sizes from the content of a full model's config.json.
+
+        Args:
+            config: the content.
+            where: what error messages call the file.
+
+        Raises:
+            UserError: the family is not supported, a size is missing, or sizes contradict each other.
+        """
+        architecture = architecture_of(config, where)
+        kinds, config = architecture.layer_kinds(config), architecture.text_config(config)
+        biases = [
+            path
+            for switch, paths in architecture.biases.items()
+            if switch == "always" or config.get(switch)
+            for path in paths
+        ]
+        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+        kv_heads = config.get("num_key_value_heads", architecture.kv_heads)
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            head_dim = architecture.head_dim
+        if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
+            head_dim = hidden // heads
+        tied = config.get("tie_word_embeddings")
+        values = {name: config[name] for name in cls.model_fields if name in config}
+        values |= {
+            "num_key_value_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": head_dim,
+            "tie_word_embeddings": architecture.tied if tied is None else tied,
+            "biases": tuple(biases),
+            "layer_kinds": kinds,
+        }
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UserError(f"{where}: {first_problem(error)}") from error
+
+    def units(self, space: Space) -> int:
+        """How many units of a space a layer of the full model has."""
+        return int(getattr(self, space.size))
+
+    def unit_size(self, unit: Unit) -> int:
+        """How many rows or columns one unit owns."""
+        group = self.num_attention_heads // self.num_key_value_heads
+        sizes = {
+            "channel": 1,
+            "head": self.head_dim,
+            "group": group * self.head_dim,
+            "hidden": self.hidden_size,
+        }
+        return sizes[unit]
+
+    def size(self, segments: Iterable[Segment], units: Units | None = None) -> int:
+        """How many rows or columns some segments have together.
+
+        Args:
+            segments: the segments of one side of a tensor.
+            units: the units that a narrowed layer keeps of each space; None for a layer of the full model.
+        """
+        total = 0
+        for segment in segments:
+            count = 1
+            if segment.space is not None:
+                count = self.units(segment.space) if units is None else units[segment.space.name]
+            total += count * self.unit_size(segment.unit)
+        return total
+
+    def layer(self, architecture: Architecture, layer: int) -> Architecture:
+        """The family's row with only the parts that one layer has."""
+        return architecture.of_kind(self.layer_kinds[layer] if self.layer_kinds else None)
+
+    def linear_shape(self, linear: Linear, units: Units | None = None) -> tuple[int, int]:
+        """(out_features, in_features) of a linear; `units` as for `size`."""
+        return self.size(linear.rows, units), self.size(linear.columns, units)
+
+    def linear_shapes(
+        self, architecture: Architecture, units: Callable[[int], Units | None] = lambda layer: None
+    ) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of every linear that an adapter can be on, the head included, by module path.
+
+        Args:
+            architecture: the model's family.
+            units: a layer's index -> the units that it keeps of each space, or None where it is whole.
+        """
+        shapes = {
+            f"{architecture.layer_path(layer)}.{linear.path}": self.linear_shape(linear, units(layer))
+            for layer in range(self.num_hidden_layers)
+            for linear in self.layer(architecture, layer).linears
+        }
+        return {**shapes, architecture.head: (self.vocab_size, self.hidden_size)}
+
+    def layer_shapes(
+        self, architecture: Architecture, layer: int, units: Units | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of one decoder layer, by its name inside the layer; `units` as for `size`."""
+        row, shapes = self.layer(architecture, layer), dict[str, tuple[int, ...]]()
+        for linear in row.linears:
+            shapes[f"{linear.path}.weight"] = self.linear_shape(linear, units)
+            if linear.path in self.biases:
+                shapes[f"{linear.path}.bias"] = (self.size(linear.rows, units),)
+        shapes |= {f"{norm.path}.weight": (self.size([norm.width], units),) for norm in row.norms}
+        shapes |= {part.name: tuple(self.size(axis, units) for axis in part.axes) for part in row.parameters}
+        return shapes
+
+    def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the full model, by name; a tied head has no tensor of its own."""
+        table = (self.vocab_size, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {architecture.embedding_weight: table}
+        for layer in range(self.num_hidden_layers):
+            prefix = architecture.layer_path(layer)
+            shapes |= {f"{prefix}.{name}": shape for name, shape in self.layer_shapes(architecture, layer).items()}
+        shapes[f"{architecture.final_norm_path}.weight"] = (self.hidden_size,)
+        return shapes if self.tie_word_embeddings else {**shapes, architecture.head_weight: table}
+
+    def layer_parameters(self, architecture: Architecture, layer: int, units: Units | None = None) -> int:
+        """How many parameters one decoder layer has; `units` as for `size`."""
+        return sum(map(math.prod, self.layer_shapes(architecture, layer, units).values()))
+
+    def other_parameters(self) -> int:
+        """How many parameters are outside the decoder layers: embedding, final norm, and the head unless it is tied."""
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.vocab_size * self.hidden_size + self.hidden_size

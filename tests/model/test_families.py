@@ -1,0 +1,119 @@
+"""Rows of families: where tensors are, what a layer has, and what a config says, also for rows of the future."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import ODDITIES, SIZES
+
+from loram.base.errors import UserError
+from loram.model.architecture import HIDDEN, ONE_HEAD, Linear, Norm, Parameter
+from loram.model.families import ARCHITECTURES, GATE, KEYS, LLAMA, QUERIES, UP, VALUES, architecture_of, family_of
+from loram.model.geometry import Geometry
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_rows_name_their_own_parts_only(family: str) -> None:
+    row = ARCHITECTURES[family]
+    paths = {linear.path for linear in row.linears}
+    assert len(paths) == len(row.linears)
+    assert {path for switched in row.biases.values() for path in switched} <= paths
+    assert {path.split(".")[0] for path in paths} == set(row.blocks)
+    assert [space.name for space in row.spaces] == ["kv_groups", "channels"]
+
+
+def test_adapters_target_the_last_parts_of_paths() -> None:
+    assert LLAMA.adapter_targets == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert ARCHITECTURES["phi3"].adapter_targets == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def test_a_full_and_a_pruned_model_have_one_row() -> None:
+    assert family_of({"model_type": "loram_phi3"}) is architecture_of({"model_type": "phi3"}) is ARCHITECTURES["phi3"]
+    with pytest.raises(UserError, match="already pruned"):
+        architecture_of({"model_type": "loram_phi3"})
+    for refuse in (architecture_of, family_of):
+        with pytest.raises(UserError, match=r"'gpt2' is not supported; supported families are llama, .*phi3$"):
+            refuse({"model_type": "gpt2"})
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.", "base_model.model.model.language_model."])
+def test_a_wrapped_model_has_its_layers_elsewhere(prefix: str) -> None:
+    wrapped = replace(LLAMA, decoder="model.language_model")
+    expected = None if prefix == "model." else (3, "mlp.up_proj.weight")
+    assert wrapped.split(f"{prefix}layers.3.mlp.up_proj.weight") == expected
+    assert wrapped.split("model.vision_tower.encoder.layers.3.mlp.up_proj.weight") is None
+    assert wrapped.layer_path(3) == "model.language_model.layers.3"
+    assert wrapped.embedding_weight == "model.language_model.embed_tokens.weight"
+    assert wrapped.head_weight == "lm_head.weight"
+
+
+def test_a_nested_config_is_read_where_it_is() -> None:
+    row = replace(LLAMA, config_key="text_config", kinds_key="layer_types")
+    config = {"text_config": {"hidden_size": 8, "layer_types": ["full", "linear"]}}
+    assert row.text_config(config)["hidden_size"] == 8
+    assert row.layer_kinds(config) == ("full", "linear")
+    assert LLAMA.layer_kinds(config) == ()
+
+
+def test_a_layer_has_the_parts_of_its_kind_and_other_tensors() -> None:
+    """A row of the future: one kind of layers has no keys and values of its own, the other has experts."""
+    geometry = Geometry(
+        **{**{key: SIZES[key] for key in Geometry.model_fields if key in SIZES}}, tie_word_embeddings=True
+    )
+    geometry = geometry.model_copy(update={"layer_kinds": ("full", "shared", "full", "shared", "full")})
+    row = replace(
+        LLAMA,
+        linears=(
+            Linear(path="self_attn.q_proj", reads="layer", rows=(QUERIES,)),
+            Linear(path="self_attn.kv_proj", reads="layer", rows=(KEYS, VALUES), kinds=("full",)),
+        ),
+        norms=(
+            Norm(path="norm"),
+            Norm(path="q_norm", width=QUERIES),
+            Norm(path="k_norm", width=ONE_HEAD, kinds=("full",)),
+        ),
+        parameters=(
+            Parameter(name="mlp.experts.gate_up_proj", axes=((HIDDEN,), (GATE, UP), (HIDDEN,)), kinds=("shared",)),
+        ),
+    )
+    assert geometry.layer_shapes(row, 0) == {
+        "self_attn.q_proj.weight": (64, 32),
+        "self_attn.kv_proj.weight": (64, 32),
+        "norm.weight": (32,),
+        "q_norm.weight": (64,),
+        "k_norm.weight": (8,),
+    }
+    assert geometry.layer_shapes(row, 1, {"kv_groups": 2, "channels": 10}) == {
+        "self_attn.q_proj.weight": (32, 32),
+        "norm.weight": (32,),
+        "q_norm.weight": (32,),
+        "mlp.experts.gate_up_proj": (32, 20, 32),
+    }
+    names = geometry.tensor_shapes(row).keys()
+    assert "model.layers.2.self_attn.kv_proj.weight" in names
+    assert "model.layers.3.self_attn.kv_proj.weight" not in names
+    assert "model.layers.3.self_attn.kv_proj" not in geometry.linear_shapes(row)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "windows"),
+    [
+        ("llama", {"sliding_window": 8}, [None] * 4),
+        ("mistral", {}, [4096] * 4),
+        ("mistral", {"sliding_window": None}, [None] * 4),
+        ("qwen2", {"sliding_window": 8, "max_window_layers": 2}, [None] * 4),
+        ("qwen2", {"sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, [None, None, 8, 8]),
+        ("gemma2", {"sliding_window": 8}, [8, None, 8, None]),
+        ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 3}, [8, 8, None, 8]),
+        (
+            "gemma3_text",
+            {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            [None, 8] * 2,
+        ),
+        ("phi3", {}, [None] * 4),
+        ("phi3", ODDITIES["phi3"], [8] * 4),
+    ],
+    ids=str,
+)
+def test_which_layers_look_back_how_far(family: str, config: dict[str, object], windows: list[int | None]) -> None:
+    row = ARCHITECTURES[family].windows
+    assert [None if row is None else row.of(layer, config) for layer in range(4)] == windows
