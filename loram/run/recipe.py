@@ -50,8 +50,8 @@ class Variant(Options):
 class Recipe(Options):
     """A run, or a part of one: prune, align, train, recover, polish, evaluate.
 
-    Without `prune` it begins with a folder that is pruned already, and without `dataset` it ends before training: what
-    one recipe leaves, another goes on from, on another machine.
+    Without `prune` it begins with a folder that is pruned already, and without `dataset` it ends before training. So
+    one recipe can prune on one machine, and another can train on what it left on another machine.
     """
 
     model_name_or_path: str = option(
@@ -120,10 +120,10 @@ class Recipe(Options):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads 1e-3 as text. Repeated keys are an error: PyYAML drops the first in silence.
+    """A YAML loader that reads numbers as YAML 1.2 does, and that refuses repeated keys.
 
-    A value that its own tag or look contradicts (2020-13-45, !!int x) is an error with a line: PyYAML lets whatever
-    Python raised through.
+    PyYAML alone reads 1e-3 as text and drops the first of two equal keys in silence. A value that contradicts its own
+    tag or form (2020-13-45, !!int x) is an error with a line here, where PyYAML lets Python's own error through.
     """
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -231,7 +231,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def file_digest(spec: DataSpec) -> str:
-    """SHA-256 of a local data file; of a hub data set its name and settings, which is all that can be known cheaply."""
+    """SHA-256 of a data set's settings, and of its content if it is a local file; a hub data set is not fetched."""
     path = Path(spec.path).expanduser()
     content = path.read_bytes() if path.is_file() else b""
     return hashlib.sha256(spec.model_dump_json().encode() + content).hexdigest()
