@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import loram
 from loram import cli
+from loram.base.constants import BATCH_TOKENS
 from loram.compute.loading import load_tokenizer
-from loram.compute.streaming import BATCH_TOKENS, Stream
+from loram.compute.streaming import Stream
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.gguf import convert_gguf

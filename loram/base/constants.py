@@ -20,3 +20,6 @@ NF4_BLOCK = 64
 
 # Constants. In NF4 this many quantisation constants are quantised together and share one float32 constant.
 NF4_NESTED_BLOCK = 256
+
+# Bytes. A file of weights that we write has at most this size, unless a single tensor is larger.
+SHARD_BYTES = 4 << 30

@@ -15,6 +15,7 @@ from loram.base.options import Options, option
 from loram.cli.flags import RUN, Flag, flags_of
 from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
+from loram.export.table import Export, exports
 from loram.planner.settings import PlannerOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import PolishOptions, RecoverOptions
@@ -106,17 +107,6 @@ def prune(model: str, out: Path, **options: Any) -> None:
     typer.echo(f"{out}: {full:,} -> {pruned:,} parameters ({full / pruned:.2f}x fewer)")
 
 
-def quantize(model: str, out: Path) -> None:
-    """Store a model with its linears in 4 bits (NF4).
-
-    MODEL is a pruned folder or a full model; OUT is in transformers' own format.
-    """
-    from loram.export.quantize import quantize as stage
-
-    stage(model, out)
-    typer.echo(f"{out}: 4-bit model folder written")
-
-
 def align(pruned: Path, out: Path, **options: Any) -> None:
     """Train a pruned model to predict what the full model predicts.
 
@@ -172,14 +162,6 @@ def polish(model: str, adapter: Path, out: Path, **options: Any) -> None:
 
     stage(model, adapter, out, **options)
     typer.echo(f"{out}: polished adapter written")
-
-
-def merge(model: str, adapter: Path, out: Path) -> None:
-    """Add an adapter to the weights of a model: a plain model folder."""
-    from loram.export.merge import merge as stage
-
-    stage(model, adapter, out)
-    typer.echo(f"{out}: merged model written")
 
 
 def evaluate(model: str, *, json: bool = False, **options: Any) -> None:
@@ -293,6 +275,18 @@ def _console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
+def _exporting(export: Export) -> Command:
+    """The command of an export."""
+
+    def call(model: str, *paths: Path, **options: Any) -> None:
+        export.function(model, *paths, **options)
+        typer.echo(f"{paths[-1]}: {export.result} written")
+
+    call.__doc__ = f"{export.summary}\n\n{export.detail}".rstrip()
+    arguments = (MODEL, ADAPTER, OUT) if export.takes_adapter else (MODEL, OUT)
+    return Command(call=call, arguments=arguments, flags=() if export.options is None else _stage(export.options))
+
+
 RECIPE = Argument(name="recipe", type=Path, help="A recipe in YAML.")
 COMMANDS: dict[str, Command] = {  # in the order of a run
     "estimate": Command(
@@ -340,10 +334,9 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
             *JSON,
         ),
     ),
-    "merge": Command(call=merge, arguments=(MODEL, ADAPTER, OUT)),
+    **{name: _exporting(export) for name, export in exports().items()},
     "run": Command(call=run, arguments=(RECIPE, OVERRIDES), flags=(*flags_of(_DryRun, RUN), *FRESH, *JSON)),
     "compare": Command(call=compare, arguments=(RECIPE, OVERRIDES), flags=JSON),
-    "quantize": Command(call=quantize, arguments=(MODEL, OUT)),
     "teach": Command(call=teach, arguments=(MODEL, OUT), flags=(*DATA, *_stage(TeachOptions), *DEVICE, *FRESH)),
     "convert": Command(call=convert, arguments=(Argument(name="gguf", type=Path, help="A .gguf file."), OUT)),
     "verify": Command(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from loram.base.constants import NF4_BLOCK, NF4_NESTED_BLOCK
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
@@ -23,7 +24,6 @@ from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
 from loram.model.modeling_loram import SparseLinear
 
-BLOCK, NESTED_BLOCK = 64, 256  # so many weights share a constant, and so many constants share one of their own
 _STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256
 
 
@@ -87,7 +87,7 @@ def load_4bit(
 
 def quantize(weight: Tensor) -> tuple[Tensor, QuantState]:
     """Quantise a weight to (packed, state): two values per byte, and its constants, which are in 8 bits themselves."""
-    packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    packed, state = quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
     return packed, state
 
 
@@ -99,11 +99,11 @@ def as_4bit(weight: Tensor) -> Tensor:
 
 def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
     """The tensors that transformers' folder format has for a weight in NF4: their names, dtypes and shapes."""
-    blocks = math.ceil(math.prod(shape) / BLOCK)
+    blocks = math.ceil(math.prod(shape) / NF4_BLOCK)
     return {
         name: TensorSpec(dtype=torch.uint8, shape=(math.ceil(math.prod(shape) / 2), 1)),
         f"{name}.absmax": TensorSpec(dtype=torch.uint8, shape=(blocks,)),
-        f"{name}.nested_absmax": TensorSpec(dtype=torch.float32, shape=(math.ceil(blocks / NESTED_BLOCK),)),
+        f"{name}.nested_absmax": TensorSpec(dtype=torch.float32, shape=(math.ceil(blocks / NF4_NESTED_BLOCK),)),
         f"{name}.nested_quant_map": TensorSpec(dtype=torch.float32, shape=(256,)),
         f"{name}.quant_map": TensorSpec(dtype=torch.float32, shape=(16,)),
         f"{name}.{_STATE}": TensorSpec(dtype=torch.uint8, shape=(_STATE_BYTES,)),
@@ -273,7 +273,7 @@ def _read_4bit(
             raise UserError(_wrong_shape(checkpoint, name, tuple(weight.quant_state.shape), shape))
     else:
         packed, state = quantize(_checked(checkpoint, name, checkpoint.tensor(name), shape).to(device))
-        weight = Params4bit(packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True)
+        weight = Params4bit(packed, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", bnb_quantized=True)
     weight.quant_state.dtype = dtype  # backward dequantises to this, forward to the dtype of its input
     return weight
 

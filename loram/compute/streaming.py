@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loram.base.constants import HIDDEN_BYTES
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
@@ -29,9 +30,6 @@ from loram.data.batches import Batch
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Linear
-
-HIDDEN_BYTES = 1 << 28
-BATCH_TOKENS = 2048
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]

@@ -8,10 +8,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from loram.base.constants import SHARD_BYTES
 from loram.disk.checkpoint import INDEX, WEIGHTS, Checkpoint
 from loram.disk.tensorfile import TensorFileWriter, TensorSpec
-
-SHARD_BYTES = 4 << 30
 
 
 class ShardedWriter:

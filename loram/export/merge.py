@@ -4,12 +4,7 @@ import json
 from pathlib import Path
 
 from loram.base.errors import UserError
-from loram.base.progress import track
-from loram.disk.adapter import load_for
-from loram.disk.artifacts import check_output, publish
-from loram.disk.files import copy_side_files
-from loram.disk.opening import open_model
-from loram.disk.writer import ShardedWriter
+from loram.export.table import Export
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
@@ -30,6 +25,13 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     Raises:
         UserError: the adapter does not fit the base, or `out` exists.
     """
+    from loram.base.progress import track
+    from loram.disk.adapter import load_for
+    from loram.disk.artifacts import check_output, publish
+    from loram.disk.files import copy_side_files
+    from loram.disk.opening import open_model
+    from loram.disk.writer import ShardedWriter
+
     out = Path(out)
     check_output(out, base, adapter)
     checkpoint = open_model(base)
@@ -63,3 +65,11 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
         config = {**checkpoint.config, **({"tie_word_embeddings": False} if untied else {})}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return out
+
+
+EXPORT = Export(
+    function=merge,
+    summary="Add an adapter to the weights of a model: a plain model folder.",
+    result="merged model",
+    takes_adapter=True,
+)

@@ -4,14 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from loram.base.constants import SHARD_BYTES
 from loram.base.errors import UserError
-from loram.base.progress import track
-from loram.compute.nf4 import packed_specs, packed_tensors
-from loram.disk.artifacts import check_output, publish
-from loram.disk.files import copy_side_files
-from loram.disk.opening import open_model
-from loram.disk.writer import SHARD_BYTES, ShardedWriter
-from loram.model.plan import find_plan
+from loram.export.table import Export
 
 
 def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -33,6 +28,14 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
     Raises:
         UserError: the model cannot be used or is quantised already, or `out` exists.
     """
+    from loram.base.progress import track
+    from loram.compute.nf4 import packed_specs, packed_tensors
+    from loram.disk.artifacts import check_output, publish
+    from loram.disk.files import copy_side_files
+    from loram.disk.opening import open_model
+    from loram.disk.writer import ShardedWriter
+    from loram.model.plan import find_plan
+
     out = Path(out)
     check_output(out, model)
     checkpoint = open_model(model)
@@ -83,3 +86,11 @@ def quantization_config(whole: Sequence[str]) -> dict[str, object]:
         "bnb_4bit_compute_dtype": "bfloat16",
         "llm_int8_skip_modules": list(whole),
     }
+
+
+EXPORT = Export(
+    function=quantize,
+    summary="Store a model with its linears in 4 bits (NF4).",
+    detail="MODEL is a pruned folder or a full model; OUT is in transformers' own format.",
+    result="4-bit model folder",
+)

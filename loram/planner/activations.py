@@ -11,7 +11,6 @@ from loram.model.architecture import Linear
 from loram.planner.settings import Settings
 from loram.planner.shapes import Layer, Model
 
-CHUNK_TOKENS = 512  # tokens per chunk of the loss: `loram.compute.loss.CHUNK_TOKENS`
 _FLOAT32 = 4
 _OFFLOAD_STASH = 5  # tensors that TRL's offloading leaves on the device at a time
 

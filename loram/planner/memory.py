@@ -6,8 +6,8 @@ from math import prod
 
 from pydantic import BaseModel, ConfigDict
 
+from loram.base.constants import CHUNK_TOKENS, HIDDEN_BYTES, MEASURED_TOKENS
 from loram.planner.activations import (
-    CHUNK_TOKENS,
     Sizes,
     layer_input,
     offloaded_stash,
@@ -19,8 +19,6 @@ from loram.planner.settings import Settings
 from loram.planner.shapes import Layer, Model
 from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
 
-HIDDEN_BYTES = 1 << 28  # bytes of hidden states that streaming keeps in memory: `loram.compute.streaming`
-MEASURED_TOKENS = 512  # tokens of a micro-batch that is measured for anchors: `loram.training.anchors`
 CONTEXT = 1 << 29  # bytes of CUDA and its libraries; they depend on driver and card and cannot be counted
 _FLOAT32 = 4
 

@@ -8,14 +8,13 @@ from math import prod
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.planner.memory import HIDDEN_BYTES, TrainingMemory, course_bytes
+from loram.base.constants import BATCH_TOKENS, BLOCK_BYTES, HIDDEN_BYTES
+from loram.planner.memory import TrainingMemory, course_bytes
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 from loram.planner.weights import factors, file_bytes
 
 IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
-_BATCH_TOKENS = 2048  # tokens of a micro-batch that is streamed
-_BLOCK = 1 << 26  # bytes of a weight that are copied or merged at a time
 _LOGITS = 1 << 28  # bytes of the logits of a batch that is evaluated in memory
 _TOP_K_BYTES = 64 * 6 + 2
 _FLOAT32 = 4
@@ -51,7 +50,7 @@ def stages(full: Model, model: Model, settings: Settings, training: TrainingMemo
         )
     merged = full.parameters * file_bytes(full)
     table.append(
-        Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * _BLOCK, holds="the adapter and some rows")
+        Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * BLOCK_BYTES, holds="the adapter and some rows")
     )
     return (*table, *_evaluate(full, wide))
 
@@ -142,7 +141,7 @@ def _streamed(full: Model) -> int:
 
 def _head(full: Model) -> int:
     """The memory while logits are computed: the head as in the file, a slice of it in float32, that slice's logits."""
-    return IMPORTS + 2 * HIDDEN_BYTES + full.vocabulary * file_bytes(full) + 4 * _BLOCK
+    return IMPORTS + 2 * HIDDEN_BYTES + full.vocabulary * file_bytes(full) + 4 * BLOCK_BYTES
 
 
 def _layer(model: Model, size: int) -> int:
@@ -152,4 +151,4 @@ def _layer(model: Model, size: int) -> int:
 def _working(full: Model) -> int:
     """The bytes of a micro-batch's activations inside a layer, in float32."""
     layer = full.layers[0]
-    return _BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)
+    return BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
+from loram.base.constants import NF4_BLOCK, NF4_NESTED_BLOCK
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 
-_BLOCK, _NESTED_BLOCK = 64, 256
 # Every weight in NF4 has these tables, in float32: 16 values, 256 values of the constants' own code, and a mean.
 _TABLES = 4 * (16 + 256 + 1)
 _SMALLEST_8BIT, _OPTIMIZER_BLOCK = 4096, 256
@@ -40,8 +40,8 @@ def nf4_bytes(parameters: int) -> tuple[int, int]:
     A value takes half a byte; a block of 64 values has an 8-bit constant, and 256 of these have one in float32; and
     there are tables. Together that is 0.516 bytes per value. This is bitsandbytes' layout, which rounds every block up.
     """
-    blocks = ceil(parameters / _BLOCK)
-    return ceil(parameters / 2), blocks + 4 * ceil(blocks / _NESTED_BLOCK) + _TABLES
+    blocks = ceil(parameters / NF4_BLOCK)
+    return ceil(parameters / 2), blocks + 4 * ceil(blocks / NF4_NESTED_BLOCK) + _TABLES
 
 
 def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loram.base.constants import SHARD_BYTES
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import pick_device
@@ -23,7 +24,7 @@ from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.tensorfile import TensorSpec
-from loram.disk.writer import SHARD_BYTES, ShardedWriter
+from loram.disk.writer import ShardedWriter
 from loram.model.architecture import Linear
 from loram.model.counts import prunable_layers
 from loram.model.families import architecture_of

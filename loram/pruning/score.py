@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
-from loram.compute.streaming import BATCH_TOKENS, Stream, prefetched
+from loram.compute.streaming import Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Linear, Segment, Space

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.loading import write_config
-from loram.compute.streaming import BATCH_TOKENS, ResidentLayer, Stream, prefetched
+from loram.compute.streaming import ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.artifacts import file_sha256, library_versions, publish
 from loram.disk.checkpoint import Checkpoint

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer
-from loram.compute.streaming import BATCH_TOKENS, Stream
+from loram.compute.streaming import Stream
 from loram.data.batches import make_batches
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens

@@ -25,8 +25,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loram.base.constants import HIDDEN_BYTES, MEASURED_TOKENS
 from loram.compute.scratch import Activations, Scratch
-from loram.compute.streaming import HIDDEN_BYTES, Stream
+from loram.compute.streaming import Stream
 from loram.data.batches import IGNORED, Batch, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
@@ -35,8 +36,6 @@ from loram.model.plan import PruningPlan
 from loram.model.resize import widen
 
 logger = logging.getLogger(__name__)
-
-MEASURED_TOKENS = 512  # tokens per micro-batch: its activations in two layers are held, beside the training's weights
 
 
 @dataclass(frozen=True, kw_only=True)

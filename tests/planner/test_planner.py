@@ -22,11 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram import cli
-from loram.compute.loss import CHUNK_TOKENS as CHUNK_OF_THE_LOSS
 from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
-from loram.planner.activations import CHUNK_TOKENS, saved_around_layers, saved_by_layer
+from loram.planner.activations import saved_around_layers, saved_by_layer
 from loram.planner.fit import GRID, Fit, fit
 from loram.planner.memory import training_memory
 from loram.planner.settings import LINEARS, Settings, make_settings
@@ -240,10 +239,6 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     expected = [saved_by_layer(sizes, layer, settings) for layer in sizes.layers]
     assert layers[1:] == expected[1:]
     assert expected[1] < expected[-1]  # a whole layer takes more
-
-
-def test_a_chunk_of_the_loss_is_as_long_as_counted() -> None:
-    assert CHUNK_TOKENS == CHUNK_OF_THE_LOSS
 
 
 def test_the_loss_saves_what_it_reads_only() -> None:
