@@ -1,22 +1,27 @@
-# make quickstart: environment, model, data, and the quickstart recipe.   make test: format, lint, types, tests.
+# make quickstart: environment, model, data, and the quickstart recipe.
+# make check: format, lint, types and the fast tests, in under two minutes.   make test: the same with all tests.
 # make docs: the docs site in build/docs; warnings, broken links among them, are errors.
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 DATA := data/word_problems
+TESTS = -m 'not slow'
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test docs format reference clean
+.PHONY: quickstart check test docs format reference clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/runtime $(MODEL)/config.json $(DATA)/train.jsonl
 	$(BIN)/loram run recipes/quickstart.yaml
 
-test: .venv/dev
+check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist worksteal $(TESTS)
+
+test:
+	$(MAKE) check TESTS=
 
 docs: .venv/docs
 	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
