@@ -288,9 +288,8 @@ def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Remo
         scaling: what the product is multiplied by.
     """
 
-    def add(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        update: Tensor = args[0].to(a.dtype) @ a.T @ b.T  # (..., out_features)
-        return (output + update * scaling).to(output.dtype)
+    def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return (output + (args[0].to(a.dtype) @ a.T @ b.T) * scaling).to(output.dtype)  # no name holds a part of it
 
     return linear.register_forward_hook(add)
 

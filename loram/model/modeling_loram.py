@@ -66,20 +66,23 @@ class LayerConfig:
         return getattr(self.__dict__["_model_config"], name)
 
 
-def show_widths_(layer: nn.Module, config: "PreTrainedConfig", index: int) -> None:
-    """Make every module of a decoder layer know the layer's own widths, in place.
+def show_widths_(part: nn.Module, config: "PreTrainedConfig", widths: Mapping[str, int]) -> None:
+    """Make all modules in a part of a model see some widths, in place.
 
-    Some families' modules read a width from the config in each forward pass, and some keep it as an attribute.
+    Some families' modules read a width from the config in each forward pass, and some keep it as an attribute. Models
+    in the part, which have to have a real config, are left alone.
 
     Args:
-        layer: the decoder layer.
+        part: a decoder layer, or the whole model.
         config: the model's config.
-        index: the layer's index.
+        widths: the part's own values, by their keys in the config.
     """
-    own = config.per_layer_config[index]
-    widths = {key: getattr(own, key) for key in config.per_layer_attributes or ()}
+    from transformers import PreTrainedModel
+
     view = LayerConfig(config, widths)
-    for module in layer.modules():
+    for module in part.modules():
+        if isinstance(module, PreTrainedModel):
+            continue
         for key in widths.keys() & vars(module).keys():
             setattr(module, key, widths[key])
         if "config" in vars(module):
@@ -248,7 +251,8 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
     def __init__(self: Any, config: Any) -> None:
         # The family's own constructor reads the global widths, which a config with per-layer widths refuses to tell.
         # So it first sees the config without them.
-        widths = config.to_dict().get("per_layer_config", {})
+        full = config.to_dict()
+        widths = full.pop("per_layer_config", {})
         config.per_layer_config = None
         try:
             base.__init__(self, config)
@@ -257,8 +261,10 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         layers = self.get_decoder().layers
         for index, linears in _narrow_linears(config, layers).items():
             resize_layer_(layers[index], linears)
-        for index, layer in enumerate(layers):
-            show_widths_(layer, config, index)
+        if keys := config.per_layer_attributes:
+            show_widths_(self, config, {key: full[key] for key in keys})  # for what is in no layer: rotary tables
+            for own, layer in zip(config.per_layer_config, layers, strict=True):
+                show_widths_(layer, config, {key: getattr(own, key) for key in keys})
         for index in range(*config.sparsity["layers"]) if config.sparsity else ():
             sparsify_layer_(layers[index], config.sparsity["values"])
 

@@ -3,10 +3,11 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, elsewhere
+from conftest import FAMILIES, elsewhere, make_model
 from transformers import AutoModelForCausalLM
 
 import loram
@@ -131,6 +132,44 @@ def test_every_layer_sees_its_own_widths(pruned_models: dict[str, Path]) -> None
     again.config._attn_implementation = "sdpa"
     assert again.model.layers[2].self_attn.config._attn_implementation == "sdpa"
     assert layers[2].self_attn.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (
+            "phi3",
+            {
+                "head_dim": 4,
+                "original_max_position_embeddings": 10,
+                "rope_parameters": {
+                    **{"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "factor": 2.0},
+                    **{"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+                },
+            },
+        ),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 10,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+            },
+        ),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_rotary_tables_that_grow_with_the_text_have_the_full_models_sizes(
+    family: str, changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    base = make_model(tmp_path / "base", family, tokenizer, **changes)
+    loram.prune(base, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
+    small, full = loram.load_pruned(tmp_path / "pruned").eval(), AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.inference_mode():
+        for length in (8, 20):
+            places, states = torch.arange(length)[None], torch.zeros(1, length, 32)
+            tables = [model.model.rotary_emb(states, places) for model in (small, full)]
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(*tables, strict=True))
+            assert torch.isfinite(small(places).logits).all()
 
 
 def test_load_pruned_needs_a_plan(tiny_llama: Path) -> None:
