@@ -62,11 +62,30 @@ ROWS = [
 
 
 # Modules that `make check` leaves out: they train, start processes of their own, or run on every family.
-SLOW = (
-    "test_align test_anchors test_compare test_correct test_dry_run test_end_to_end test_kill test_laws test_loading "
-    "test_memory test_methods test_nf4 test_pipeline test_planner test_polish test_processes test_prune test_resume "
-    "test_sparse test_sparse_train test_teach test_train"
-).split()
+SLOW = [
+    "test_align",
+    "test_anchors",
+    "test_compare",
+    "test_correct",
+    "test_dry_run",
+    "test_end_to_end",
+    "test_kill",
+    "test_laws",
+    "test_loading",
+    "test_memory",
+    "test_methods",
+    "test_nf4",
+    "test_pipeline",
+    "test_planner",
+    "test_polish",
+    "test_processes",
+    "test_prune",
+    "test_resume",
+    "test_sparse",
+    "test_sparse_train",
+    "test_teach",
+    "test_train",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
