@@ -62,7 +62,7 @@ ROWS = [
 
 
 # Modules that `make check` leaves out: they train, start processes of their own, or run on every family.
-SLOW = [
+SLOW = (
     "test_align",
     "test_anchors",
     "test_compare",
@@ -85,7 +85,7 @@ SLOW = [
     "test_sparse_train",
     "test_teach",
     "test_train",
-]
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
