@@ -181,17 +181,18 @@ def run(
 ) -> None:
     """Run a recipe: prune, align, train, recover, polish, evaluate.
 
-    The stages that the recipe has are done in this order; those that are done already are skipped.
+    The recipe's stages run in this order, and stages that are already done are skipped.
     """
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        from loram.run import dry_run as checks
+        from loram.run.dry_run import dry_run as compute
+        from loram.run.show import show
 
-        checked = checks.dry_run(loaded)
+        result = compute(loaded)
         if json:
-            typer.echo(checked.model_dump_json())
+            typer.echo(result.model_dump_json())
         else:
-            checks.show(checked, _console())
+            show(result, _console())
         return
 
     from loram.run.pipeline import run as pipeline
@@ -229,8 +230,8 @@ def compare(recipe: Path, overrides: list[str] | None, *, json: bool = False) ->
 def estimate(model: str, *, memory: str | None = None, json: bool = False, **options: Any) -> None:
     """Say what pruning saves and what training takes.
 
-    Only config.json is read. With --memory the smallest ratio that fits is found. Options of training that are left
-    out have the defaults of `loram train`.
+    It reads only config.json. With --memory, it finds the smallest ratio that fits. Training options that are left
+    out take the defaults of `loram train`.
     """
     from loram.planner.show import command
 

@@ -1,4 +1,4 @@
-"""An estimate for people."""
+"""Print an estimate for people."""
 
 import io
 import sys
@@ -31,7 +31,7 @@ _ITEMS = {
 
 
 def command(model: str, memory: str | None, options: PlannerOptions, *, as_json: bool) -> str:
-    """What `loram estimate` prints: an estimate, or the one that fits into `memory` and its recipe.
+    """Return what `loram estimate` prints: an estimate or, with `memory`, the one that fits and its recipe.
 
     Raises:
         UserError: what `estimate` and `fit` raise.
@@ -42,13 +42,12 @@ def command(model: str, memory: str | None, options: PlannerOptions, *, as_json:
     fitting = fit(model, parse_size(memory), options=options)
     if as_json:
         return fitting.model_dump_json()
-    return (
-        f"{text(fitting.estimate)}\n\nThe least pruning that fits into {memory}; for your recipe:\n\n{fitting.recipe}"
-    )
+    heading = f"The least pruning that fits into {memory} is written like this in a recipe:"
+    return f"{text(fitting.estimate)}\n\n{heading}\n\n{fitting.recipe}"
 
 
 def text(estimate: Estimate) -> str:
-    """An estimate as text, as wide as the terminal."""
+    """Return an estimate as text that is as wide as the terminal."""
     printed = io.StringIO()
     console = Console(file=printed, width=None if sys.stdout.isatty() else 120, highlight=False)
     for part in _parts(estimate):
@@ -66,7 +65,7 @@ def _parts(estimate: Estimate) -> Iterator[Table | Text]:
         beside.append(f"{show_size(estimate.training.pageable)} of the optimiser may go there when the GPU is short")
     if settings.device == "cpu" and not (settings.quantised or settings.checkpointed):
         yield Text(
-            "Without checkpointing or 4 bits, training on a CPU keeps freed memory to be faster: leave twice as much."
+            "Without checkpointing or 4 bits, training on a CPU keeps freed memory for speed: leave it twice as much."
         )
     if beside:
         yield Text("Besides, " + "; ".join(beside) + ".")
@@ -97,14 +96,14 @@ def _heading(estimate: Estimate) -> str:
     if estimate.pattern != STRUCTURED:
         return (
             f"{fewer}\n{estimate.pruned_layers} layers are sparse, {estimate.pattern} at ratio {estimate.ratio:.4g}: "
-            "the weights that stay are stored, and one bit per place"
+            "they store the weights that stay, and one bit per weight"
         )
     kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in estimate.units.items())
     return f"{fewer} at ratio {estimate.ratio}\n{estimate.pruned_layers} layers keep {kept} each"
 
 
 def memory_table(memory: TrainingMemory, title: str = "Memory") -> Table:
-    """The memory of a training at its peak, item by item."""
+    """Return a table of a training's memory at its peak, item by item."""
     table = Table(title=f"{title} at its peak ({memory.moment})", title_justify="left")
     table.add_column("item", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)

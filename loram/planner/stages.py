@@ -1,7 +1,7 @@
-"""The disk that each stage needs and the RAM that it takes at most, when all of it computes on a CPU.
+"""Estimate the disk and the peak RAM of each stage when everything computes on a CPU.
 
-What a stage holds follows from `loram.compute.streaming` and from the stages' own code, and is rounded up; the largest
-layer counts for all. `benchmarks/streaming.json` has measured peaks to compare these with.
+What a stage holds follows from `loram.compute.streaming` and from the stages' own code. The figures are rounded up, and
+every layer counts as much as the largest. `benchmarks/streaming.json` has measured peaks to compare them with.
 """
 
 from math import prod
@@ -21,13 +21,13 @@ _FLOAT32 = 4
 
 
 class Stage(BaseModel):
-    """What a stage takes.
+    """What a stage needs.
 
     Args:
         name: the command's name.
-        disk: how many bytes it needs on disk, its result included.
-        memory: how many bytes of RAM it takes at its peak, the imported libraries included.
-        holds: what is in that memory, in words.
+        disk: the bytes that it needs on disk, its result included.
+        memory: the bytes of RAM that it takes at its peak, the imported libraries included.
+        holds: the largest things in that memory, in words.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +39,7 @@ class Stage(BaseModel):
 
 
 def stages(full: Model, model: Model, settings: Settings, training: TrainingMemory) -> tuple[Stage, ...]:
-    """Every stage of a run, in order; pruning and recovery are among them only where a model is pruned."""
+    """Return every stage of a run in order; pruning and recovery are among them only if the model is pruned."""
     pruned = model.units is not None
     table = [*_prune(full, model), _teach(full)] if pruned else []
     table.append(_train(model, settings, training))
@@ -50,7 +50,12 @@ def stages(full: Model, model: Model, settings: Settings, training: TrainingMemo
         )
     merged = full.parameters * file_bytes(full)
     table.append(
-        Stage(name="merge", disk=merged, memory=IMPORTS + wide + 6 * BLOCK_BYTES, holds="the adapter and some rows")
+        Stage(
+            name="merge",
+            disk=merged,
+            memory=IMPORTS + wide + 6 * BLOCK_BYTES,
+            holds="the adapter and a few rows of a weight",
+        )
     )
     return (*table, *_evaluate(full, wide))
 
@@ -67,19 +72,19 @@ def _prune(full: Model, model: Model) -> list[Stage]:
             name="prune (magnitude, random)",
             disk=disk,
             memory=IMPORTS + 3 * stored,
-            holds="a decoder layer, the next one being read, what is written",
+            holds="two decoder layers and the tensors to write",
         ),
         Stage(
             name="prune (wanda, flap, activation)",
             disk=disk,
             memory=max(stream, _head(full)),
-            holds="a layer in float32, the next one being read, activations",
+            holds="two decoder layers, one of them in float32, and activations",
         ),
         Stage(
             name="prune (taylor)",
             disk=disk,
             memory=max(stream + 2 * largest, _head(full)),
-            holds="the same and a weight's gradient",
+            holds="the same, and the gradient of one weight",
         ),
     ]
 
@@ -97,10 +102,15 @@ def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stag
             name="prune (magnitude, random)",
             disk=disk,
             memory=IMPORTS + 4 * stored,
-            holds="a decoder layer, the next one being read, what is written, importances",
+            holds="two decoder layers, the tensors to write and their scores",
         ),
-        Stage(name="prune (wanda)", disk=disk, memory=stream, holds="a layer in float32, the next one being read"),
-        Stage(name="prune (sparsegpt)", disk=disk, memory=stream + hessians, holds="the same and Hessians of inputs"),
+        Stage(name="prune (wanda)", disk=disk, memory=stream, holds="two decoder layers, one of them in float32"),
+        Stage(
+            name="prune (sparsegpt)",
+            disk=disk,
+            memory=stream + hessians,
+            holds="the same, and the Hessians of a layer's inputs",
+        ),
     ]
 
 
@@ -109,7 +119,7 @@ def _teach(full: Model) -> Stage:
         name="teach",
         disk=10**6 * _TOP_K_BYTES,
         memory=_streamed(full),
-        holds="a layer, the next one being read, hidden states, lm_head; disk is of a million tokens",
+        holds="two decoder layers, hidden states and lm_head; the disk is for a million tokens",
     )
 
 
@@ -121,16 +131,18 @@ def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
         if settings.anchored:
             host += 2 * HIDDEN_BYTES + 2 * _layer(model, 2)
         return Stage(
-            name="train", disk=disk, memory=host, holds="what is offloaded, and weights on their way to the GPU"
+            name="train", disk=disk, memory=host, holds="offloaded tensors, and weights on their way to the GPU"
         )
-    return Stage(name="train", disk=disk, memory=IMPORTS + training.total, holds="all of the table above")
+    return Stage(name="train", disk=disk, memory=IMPORTS + training.total, holds="everything in the table above")
 
 
 def _evaluate(full: Model, adapter: int) -> list[Stage]:
     held = full.parameters * _FLOAT32 + adapter + 3 * _LOGITS
     return [
-        Stage(name="eval", disk=0, memory=IMPORTS + held, holds="the full model in float32 (on a GPU half, there)"),
-        Stage(name="eval --stream", disk=0, memory=_streamed(full) + adapter, holds="as teach, and the adapter"),
+        Stage(name="eval", disk=0, memory=IMPORTS + held, holds="the full model in float32; a GPU holds it in 16 bits"),
+        Stage(
+            name="eval --stream", disk=0, memory=_streamed(full) + adapter, holds="the same as teach, and the adapter"
+        ),
     ]
 
 

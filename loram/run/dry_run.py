@@ -1,4 +1,4 @@
-"""What a recipe would do, found without reading a weight or writing a file: sizes, memory, the tokens themselves."""
+"""A dry run computes what a recipe would do (sizes, memory, tokens) and reads no weight and writes no file."""
 
 import dataclasses
 import itertools
@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from loram.alignment.options import resolve_trainer
 from loram.base.errors import UserError
@@ -27,7 +24,6 @@ from loram.model.plan import BaseReference, PruningPlan
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import TRAINING, Settings, make_settings
 from loram.planner.shapes import Model
-from loram.planner.show import memory_table
 from loram.planner.size import show_size
 from loram.pruning.choose import choose
 from loram.pruning.options import PruneOptions
@@ -50,12 +46,13 @@ class _Value(BaseModel):
 
 
 class Training(_Value):
-    """A training as it would be.
+    """What one model's training would be.
 
     Args:
-        parameters, adapter_parameters: how many are frozen, and how many are trained.
-        memory: what it takes at its peak, with rows as long as the longest; None where that cannot be estimated.
-        problem: why it cannot.
+        parameters: the number of frozen parameters.
+        adapter_parameters: the number of trained parameters.
+        memory: the memory at the peak, if every row is as long as the longest; None if the planner cannot estimate it.
+        problem: why the planner cannot estimate it; empty if it can.
     """
 
     parameters: int
@@ -65,9 +62,16 @@ class Training(_Value):
 
 
 class DataCounts(_Value):
-    """A data set after tokenisation: `rows` are those used, `longest` is the longest one's tokens.
+    """The counts of a data set after tokenisation.
 
-    `rows_truncated` also counts rows that had nothing left in the loss and were skipped.
+    Args:
+        rows: the number of rows that are used.
+        tokens: the number of tokens in these rows.
+        tokens_in_loss: the number of these tokens that the loss counts.
+        rows_truncated: the number of rows that were cut to the maximum length. It includes rows that were skipped
+            because the cut left nothing in the loss.
+        rows_skipped: the number of rows that are not used.
+        longest: the number of tokens in the longest row.
     """
 
     rows: int
@@ -79,7 +83,7 @@ class DataCounts(_Value):
 
 
 class Span(_Value):
-    """A piece of an example, special tokens written out; `in_loss` where its tokens are predicted in training."""
+    """A piece of an example's text with its special tokens; `in_loss` is true if training predicts the piece."""
 
     text: str
     in_loss: bool
@@ -89,13 +93,17 @@ class DryRun(_Value):
     """What a run would do.
 
     Args:
-        model: the full model.
-        parameters, pruned_parameters: before and after pruning.
-        device, dtype: of training.
-        training: by model that is trained: pruned, and full where the recipe compares with it.
-        dataset, align, calibration, eval_dataset: what becomes of the data; calibration is None where no text is read,
-            dataset where nothing is trained.
-        examples: the first rows of the training data, or of the data to align on.
+        model: the name of the full model.
+        parameters: the number of its parameters.
+        pruned_parameters: the number of parameters that remain after pruning.
+        device: the device that training would use.
+        dtype: the dtype that training would compute in.
+        training: the training per model: "pruned", and also "full" if the recipe compares with LoRA on the full model.
+        dataset: the counts of the training data; None if the recipe trains nothing.
+        align: the counts of each data set for alignment.
+        calibration: the counts of the calibration data; None if pruning reads no text.
+        eval_dataset: the counts of each data set for evaluation.
+        examples: the first rows of the training data, or of the data for alignment.
     """
 
     model: str
@@ -112,12 +120,12 @@ class DryRun(_Value):
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Check a recipe as `run` does, and tokenise its data; `output_dir` is not made.
+    """Check a recipe as `run` does and tokenise its data, but do not make `output_dir`.
 
-    A model or data set on the hub is fetched into the hub's cache, as in a run.
+    A model or data set on the hub is downloaded into the hub's cache, as in a run.
 
     Raises:
-        UserError: the first thing that would stop the run.
+        UserError: names the first problem that would stop the run.
     """
     check(recipe)
     checkpoint, device = open_model(recipe.model_name_or_path), pick_device(recipe.device)
@@ -147,7 +155,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     if to_train is not None:
         longest = max(map(len, to_train.rows["input_ids"]))
         settings = _settings(training, adapter, arguments, device, longest, anchor_steps(recipe))
-    first = next((found for found in (to_train, *to_align.values()) if found is not None), None)
+    first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
     return DryRun(
         model=checkpoint.name,
         parameters=before,
@@ -171,8 +179,11 @@ def dry_run(recipe: Recipe) -> DryRun:
 def _trained(
     recipe: Recipe, checkpoint: Checkpoint, plan: PruningPlan, dtype: torch.dtype
 ) -> Iterator[tuple[str, Any, Model, Model | None]]:
-    """The models that get an adapter: name, transformers' model without weights, the planner's sizes, and those of the
-    model that it may be anchored on."""
+    """Yield each model that gets an adapter.
+
+    Each item holds the model's name, transformers' model without weights, the planner's sizes of it, and the sizes of
+    the full model if its gradients may serve as anchors.
+    """
     if recipe.dataset is None:
         return
     sizes = Model(
@@ -198,7 +209,10 @@ def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer
 
 
 def _shape_of_plan(checkpoint: Checkpoint, section: PruneOptions, seed: int) -> PruningPlan:
-    """A plan that keeps as many units or weights as the run's will; which ones needs the weights."""
+    """Make a plan that keeps as many units or weights as the run's plan will keep.
+
+    Which ones the run keeps depends on the weights, which a dry run does not read.
+    """
     architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, section.resolved()
     base = BaseReference(name=checkpoint.name, fingerprint="")
     if cut.sparse:
@@ -226,25 +240,25 @@ def _training(
     chosen: TrainOptions,
     settings: Settings | UserError | None,
 ) -> Training:
-    """Counted on a model without weights, with what the method and PEFT themselves make of it."""
+    """Count the parameters on a model without weights, after PEFT and the method have changed it."""
     total = sum(parameter.numel() for parameter in model.parameters())
     pruned = sizes.units is not None
     if METHODS[chosen.method].weights:
-        trained, held = _of_weights(model, chosen, pruned=pruned)
-        problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(held)}"
+        trained, size = _count_weights(model, chosen, pruned=pruned)
+        problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(size)}"
         return Training(parameters=total - trained, adapter_parameters=trained, memory=None, problem=problem)
-    trained = _of_adapter(model, adapter, chosen, pruned=pruned)
+    trained = _count_adapter(model, adapter, chosen, pruned=pruned)
     if not isinstance(settings, Settings):
         return Training(parameters=total, adapter_parameters=trained, memory=None, problem=str(settings))
     return Training(parameters=total, adapter_parameters=trained, memory=training_memory(sizes, settings, full))
 
 
-def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions, *, pruned: bool) -> int:
-    """How many parameters of an adapter train."""
+def _count_adapter(model: Any, adapter: Any, chosen: TrainOptions, *, pruned: bool) -> int:
+    """Count the parameters of the adapter that train."""
     from peft import get_peft_model
 
     try:
-        # other initialisations compute with the weights
+        # The other initialisations compute with the weights, and this model has none.
         config = dataclasses.replace(adapter, init_lora_weights=True, eva_config=None)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -254,8 +268,13 @@ def _of_adapter(model: Any, adapter: Any, chosen: TrainOptions, *, pruned: bool)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
-def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int, int]:
-    """(weights that train, with LISA sooner or later; bytes of weights, gradients and AdamW's moments in float32)."""
+def _count_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int, int]:
+    """Count the weights that train, and the bytes that they need.
+
+    Returns:
+        (the number of weights that train at any time, the bytes of weights, gradients and AdamW's two moments in
+        float32). LISA trains every layer sooner or later, but it holds the gradients of a few at a time.
+    """
     method = METHODS[chosen.method]
     own = method.own_options(chosen)
     method.specialise_(model, own, pruned=pruned)
@@ -269,9 +288,9 @@ def _of_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[int,
 def _settings(
     chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int, anchors: int
 ) -> Settings | UserError:
-    """What the planner needs to know of a training, or why it can say nothing of such a one."""
+    """Collect what the planner needs to know about a training, or the reason why it cannot estimate this one."""
     if chosen.mask_update:
-        return UserError("mask_update makes updates in full, which the planner does not count")
+        return UserError("the planner cannot count the full-size updates that mask_update makes")
     sections = {"": chosen, "lora": adapter, "trainer": arguments}
     options = {
         name: getattr(sections.get(planned.section) or getattr(chosen, planned.section), planned.name, None)
@@ -296,7 +315,7 @@ def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
     return DataCounts(
         rows=len(lengths),
         tokens=sum(lengths),
-        tokens_in_loss=sum(label != IGNORED for row in targets for label in row[1:]),  # the first is never predicted
+        tokens_in_loss=sum(label != IGNORED for row in targets for label in row[1:]),  # no loss on the first token
         rows_truncated=tokens.truncated,
         rows_skipped=tokens.skipped,
         longest=max(lengths),
@@ -304,12 +323,12 @@ def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
 
 
 def _spans(row: Mapping[str, Sequence[int]], tokenizer: Any) -> Iterator[Span]:
-    """A row as text, in pieces that are wholly in or out of the loss."""
+    """Split a row's text into pieces, each of which is either in the loss or outside it."""
     ids, inside = list(row["input_ids"]), [False, *(label != IGNORED for label in row["labels"][1:])]
     start = 0
     for in_loss, run in itertools.groupby(inside):
         stop = start + len(list(run))
-        # what the piece adds to the text before it: some tokenizers drop a space at the beginning of a text
+        # The piece is what it adds to the text before it, because some tokenizers drop a space at a text's beginning.
         text = _text(tokenizer, ids[:stop])[len(_text(tokenizer, ids[:start])) :]
         yield Span(text=text, in_loss=in_loss)
         start = stop
@@ -317,44 +336,3 @@ def _spans(row: Mapping[str, Sequence[int]], tokenizer: Any) -> Iterator[Span]:
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
-
-
-def show(found: DryRun, console: Console) -> None:
-    """Print it for people; the tokens in the loss stand between ⟦ and ⟧, and in colour on a terminal."""
-    for part in _parts(found):
-        console.print(part, soft_wrap=isinstance(part, Text))
-
-
-def _parts(found: DryRun) -> Iterator[Table | Text]:
-    reduction = found.parameters / found.pruned_parameters
-    yield Text(
-        f"{found.model}\n{found.parameters:,} -> {found.pruned_parameters:,} parameters ({reduction:.2f}x fewer)\n"
-    )
-    for name, training in found.training.items():
-        trained, frozen = f"{training.adapter_parameters:,}", f"{training.parameters:,}"
-        yield Text(f"Training on the {name} model, on {found.device}: {trained} parameters, with {frozen} frozen")
-        if training.memory is None:
-            yield Text(f"What memory that takes cannot be estimated: {training.problem}\n")
-            continue
-        yield memory_table(training.memory)
-        yield Text("Rows are taken to be as long as the longest, libraries are not counted.\n")
-    table = Table(title="Data", title_justify="left")
-    table.add_column("data set", no_wrap=True)
-    for heading in ("rows used", "tokens", "in the loss", "cut to length", "skipped", "longest"):
-        table.add_column(heading, justify="right")
-    calibration = {} if found.calibration is None else {"calibration": found.calibration}
-    evaluation = {f"evaluation: {name}": counts for name, counts in found.eval_dataset.items()}
-    trained_on = {} if found.dataset is None else {"training": found.dataset}
-    alignment = {f"alignment: {name}": counts for name, counts in found.align.items()}
-    for name, counts in {**alignment, **trained_on, **calibration, **evaluation}.items():
-        numbers = (counts.rows, counts.tokens, counts.tokens_in_loss, counts.rows_truncated, counts.rows_skipped)
-        table.add_row(name, *(f"{number:,}" for number in (*numbers, counts.longest)))
-    yield table
-    if found.examples:
-        yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
-    for number, spans in enumerate(found.examples, 1):
-        text = Text(f"\n--- row {number}\n")
-        for span in spans:
-            text.append(f"⟦{span.text}⟧" if span.in_loss else span.text, style="bold green" if span.in_loss else "")
-        yield text
-    yield Text("\nNothing was written: this was a dry run.")

@@ -15,8 +15,9 @@ import loram
 from loram import cli
 from loram.disk.tensorfile import TensorFile
 from loram.planner.memory import TrainingMemory
-from loram.run.dry_run import DataCounts, DryRun, dry_run, show
+from loram.run.dry_run import DataCounts, DryRun, dry_run
 from loram.run.recipe import Recipe
+from loram.run.show import show
 from loram.training.methods.table import ANCHOR_STEPS
 
 PROMPT = "<|im_start|>user\nWhat is 0 plus 0?<|im_end|>\n<|im_start|>assistant\n"
