@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, PositiveInt, field_validator, model_validator
+from pydantic import AliasChoices, PositiveInt, field_validator, model_validator
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
-from loram.data.spec import CacheSpec, WeightedSpec, as_mapping
+from loram.data.spec import CacheSpec, WeightedSpec
 from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
 
 # Options that loram decides itself, or that would be ignored in silence.
@@ -84,13 +84,7 @@ class AlignOptions(Options):
     @field_validator("dataset", "teacher", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        return [cls._one(each) for each in values]
-
-    @field_validator("probe_dataset", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return value.model_dump() if isinstance(value, BaseModel) else as_mapping(value)
+        return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
     @model_validator(mode="after")
     def _go_together(self) -> "AlignOptions":

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from loram.base.errors import UserError, first_problem
 from loram.base.options import option
@@ -12,10 +12,21 @@ from loram.base.options import option
 Column = Literal["messages", "prompt", "completion", "text"]
 
 
-class DataSpec(BaseModel):
-    """The data set to read, and which of its rows."""
+class _ByPath(BaseModel):
+    """Something that recipes and Python may also name by its path alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_mapping(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            return {"path": str(value)}
+        return value.model_dump() if isinstance(value, BaseModel) and not isinstance(value, cls) else value
+
+
+class DataSpec(_ByPath):
+    """The data set to read, and which of its rows."""
 
     path: str = option(
         ...,
@@ -57,10 +68,8 @@ class WeightedSpec(DataSpec):
         return DataSpec.model_validate(self.model_dump(exclude={"weight"}))
 
 
-class CacheSpec(BaseModel):
+class CacheSpec(_ByPath):
     """One teacher cache of a mixture."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = option(..., "The folder.", min_length=1)
     weight: float | None = option(
@@ -80,11 +89,6 @@ def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
     if isinstance(data, DataSpec):
         return data
     try:
-        return DataSpec.model_validate(dict(data) if isinstance(data, Mapping) else {"path": str(data)})
+        return DataSpec.model_validate(dict(data) if isinstance(data, Mapping) else data)
     except ValidationError as error:
         raise UserError(f"data: {first_problem(error)}") from error
-
-
-def as_mapping(value: Any) -> Any:
-    """`{"path": value}` of a path alone, as recipes and Python allow; anything else as it is."""
-    return {"path": str(value)} if isinstance(value, str | Path) else value

@@ -6,7 +6,7 @@ from pydantic import PositiveInt, field_validator
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option
-from loram.data.spec import DataSpec, as_mapping
+from loram.data.spec import DataSpec
 from loram.model.architecture import Architecture
 from loram.model.counts import kept_units, prunable_layers
 from loram.model.geometry import Geometry
@@ -58,11 +58,6 @@ class PruneOptions(Options):
     bias_compensation: bool = option(
         False, "Give narrowed layers biases that add what the removed inputs add on average (FLAP)."
     )
-
-    @field_validator("calibration", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return as_mapping(value)
 
     @field_validator("pattern", mode="before")
     @classmethod

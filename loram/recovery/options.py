@@ -1,11 +1,11 @@
 """Options of recovery and of polishing."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import AliasChoices, PositiveFloat, PositiveInt, field_validator
+from pydantic import AliasChoices, PositiveFloat, PositiveInt
 
 from loram.base.options import Options, option
-from loram.data.spec import DataSpec, as_mapping
+from loram.data.spec import DataSpec
 
 
 class RecoverOptions(Options):
@@ -20,11 +20,6 @@ class RecoverOptions(Options):
         validation_alias=AliasChoices("dev_dataset", "dev_data"),
         common=True,
     )
-
-    @field_validator("dev_dataset", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return as_mapping(value)
 
 
 class PolishOptions(Options):

@@ -118,6 +118,15 @@ class DryRun(_Value):
     eval_dataset: dict[str, DataCounts]
     examples: tuple[tuple[Span, ...], ...]
 
+    def data_sets(self) -> Iterator[tuple[str, DataCounts]]:
+        """Yield the counts of each data set with a label for people."""
+        yield from ((f"alignment: {name}", counts) for name, counts in self.align.items())
+        if self.dataset is not None:
+            yield "training", self.dataset
+        if self.calibration is not None:
+            yield "calibration", self.calibration
+        yield from ((f"evaluation: {name}", counts) for name, counts in self.eval_dataset.items())
+
 
 def dry_run(recipe: Recipe) -> DryRun:
     """Check a recipe as `run` does and tokenise its data, but do not make `output_dir`.

@@ -12,7 +12,7 @@ from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
-from loram.data.spec import DataSpec, as_mapping
+from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import PolishOptions, RecoverOptions
@@ -26,11 +26,6 @@ class PolishSection(PolishOptions):
     learning_rate: PositiveFloat | None = option(  # type: ignore[assignment]
         None, "The learning rate of the first step (default: that of training)."
     )
-
-    @field_validator("dataset", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return as_mapping(value)
 
 
 class EvaluateSection(EvaluateOptions):
@@ -86,17 +81,10 @@ class Recipe(Options):
     evaluate: EvaluateSection = option(EvaluateSection(), "How to evaluate, and what to compare with.")
     compare: dict[str, Variant] = option({}, "What `loram compare` puts side by side, by name.")
 
-    @field_validator("dataset", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return as_mapping(value)
-
     @field_validator("eval_dataset", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
-            return {"eval": as_mapping(value)}
-        return {name: as_mapping(spec) for name, spec in value.items()} if isinstance(value, dict) else value
+        return {"eval": value} if isinstance(value, str) or (isinstance(value, dict) and "path" in value) else value
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loram.planner.show import memory_table
-from loram.run.dry_run import DataCounts, DryRun, Span, Training
+from loram.run.dry_run import DryRun, Span, Training
 
 COUNTS = {
     "rows used": "rows",
@@ -53,18 +53,9 @@ def _data_table(result: DryRun) -> Table:
     table.add_column("data set", no_wrap=True)
     for heading in COUNTS:
         table.add_column(heading, justify="right")
-    for name, counts in _data_sets(result):
+    for name, counts in result.data_sets():
         table.add_row(name, *(f"{getattr(counts, count):,}" for count in COUNTS.values()))
     return table
-
-
-def _data_sets(result: DryRun) -> Iterator[tuple[str, DataCounts]]:
-    yield from ((f"alignment: {name}", counts) for name, counts in result.align.items())
-    if result.dataset is not None:
-        yield "training", result.dataset
-    if result.calibration is not None:
-        yield "calibration", result.calibration
-    yield from ((f"evaluation: {name}", counts) for name, counts in result.eval_dataset.items())
 
 
 def _example(number: int, spans: tuple[Span, ...]) -> Text:
