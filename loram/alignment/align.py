@@ -176,7 +176,7 @@ class _AlignJob(Job[Aligned]):
         return load_on(self.inputs.full, self.device).requires_grad_(False)
 
     def _judge(self, checkpoints: Checkpoints) -> Judge | None:
-        """What decides which weights are kept; None without a probe."""
+        """Return what decides which weights are kept; None without a probe."""
         if self.inputs.probe is None or self.inputs.full is None:
             return None
         train, dev = self.inputs.probe

@@ -1,4 +1,4 @@
-"""Options of alignment: what they are, what their defaults are, and what would not mean what it says."""
+"""The options of alignment, their defaults, and the values that are refused because they would mislead."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -112,12 +112,12 @@ class AlignOptions(Options):
 
     @property
     def live(self) -> bool:
-        """Whether the full model predicts while the student learns."""
+        """Return whether the full model predicts while the student learns."""
         return not self.teacher and self.objective != "clm"
 
     @property
     def sampled(self) -> bool:
-        """Whether there is no text but what the full model writes."""
+        """Return whether the full model writes all of the text."""
         return not self.teacher and not self.dataset
 
 
@@ -142,7 +142,7 @@ class TeachOptions(Options):
 
 
 def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any]:
-    """The Trainer's options with our defaults filled in; options that would not mean what they say are refused.
+    """Fill in our defaults of the Trainer's options, and refuse options that would mislead.
 
     Raises:
         UserError: transformers has no such option (names the nearest), or it is not for the user to set.

@@ -41,7 +41,7 @@ class _Match:
 def in_recipe(
     name: str, section: str = "", known: Collection[str] = (), *, root: type[Options], at: str = ""
 ) -> str | None:
-    """What a name is called in a recipe, with what there is to know about it; None where nobody calls it so.
+    """Return what another tool's option is called in a recipe, with a note about it; None if no tool has this name.
 
     Args:
         name: a key as another tool has it, or one of ours on another level.
@@ -62,7 +62,7 @@ def in_recipe(
 
 
 def on_the_line(flag: str, flags: Collection[str], arguments: Collection[str], *, root: type[Options]) -> str | None:
-    """What a flag that a subcommand does not know is called there; None where nothing corresponds to it.
+    """Return what a flag that a subcommand does not know is called there; None if it has no such option.
 
     Args:
         flag: the flag as the user wrote it: `--lora-rank`.
@@ -88,7 +88,7 @@ def on_the_line(flag: str, flags: Collection[str], arguments: Collection[str], *
 
 
 def _matches(name: str, root: type[Options], at: str, stage: str) -> list[_Match]:
-    """The options of that name: first those of a stage, then those of training, then the others as they are declared.
+    """Return the options with this name: first a stage's own, then those of training, then the others in order.
 
     Args:
         stage: the first part of the place where the name was written; "" for the top level and the command line.

@@ -24,7 +24,7 @@ class Options(BaseModel):
 
     @classmethod
     def of(cls, options: Self | None = None, **fields: Any) -> Self:
-        """Options as a Python function takes them: an object, single fields by name, or both, where fields win.
+        """Make options from what a Python function takes: an object, single fields by name, or both. Fields win.
 
         Raises:
             TypeError: there is no field of such a name.
@@ -95,7 +95,7 @@ def passed_on(named: type[Options], library: str, help: str, *, others: str = ""
 
 
 def extra_of(field: FieldInfo) -> Mapping[str, Any]:
-    """What `option` or `passed_on` noted beside a field."""
+    """Return the notes that `option` or `passed_on` left at a field."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
 
 
@@ -114,7 +114,7 @@ def flag_of(name: str, field: FieldInfo) -> str:
 
 
 def has_flag(field: FieldInfo) -> bool:
-    """Whether an option stands on the command line under a name of its own."""
+    """Return whether an option has a flag of its own on the command line."""
     return extra_of(field).get("flag") != ""
 
 
@@ -214,6 +214,6 @@ def section_at(place: Sequence[int | str], options: type[BaseModel]) -> type[Bas
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """What to say of an unknown name: the nearest known one, or all of them."""
+    """Return a hint for an unknown name: the nearest known one, or all of them."""
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

@@ -22,7 +22,7 @@ def number() -> int:
 
 
 def first() -> bool:
-    """Whether this is the first process, the one that writes."""
+    """Return whether this is the first process, the one that writes."""
     return number() == 0
 
 

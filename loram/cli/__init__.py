@@ -53,7 +53,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _misused(error: typer.TyperException, arguments: list[str]) -> int:
-    """What the parser says about a line that it does not understand; about an empty line it is the help."""
+    """Return what the parser says about a line that it does not understand; for an empty line, return the help."""
     if not arguments:
         print(error.format_message(), file=sys.stderr)
         return 2
@@ -69,7 +69,7 @@ def _subcommand(arguments: list[str]) -> str:
 
 
 def _check_processes(arguments: list[str]) -> None:
-    """Refuse a launcher's several processes where they would do the same work, and write the same folder, each.
+    """Refuse a launcher's several processes if each of them would do the same work and write the same folder.
 
     Raises:
         UserError: the command is no stage that they can share.

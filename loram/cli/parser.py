@@ -20,7 +20,7 @@ class GroupedCommand(TyperCommand):
     """A command whose help shows its options in their groups, the common ones first."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What the usage line says after the command's name; called by typer, which puts arguments into braces."""
+        """Return what the usage line says after the command's name. Typer calls it, and would add braces."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

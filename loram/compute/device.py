@@ -62,7 +62,7 @@ def free_memory(device: torch.device | None = None) -> int | None:
 
 
 def fits(nbytes: int, device: torch.device) -> bool:
-    """Whether weights of this many bytes, and a tenth more for computing, fit in the memory that is free now."""
+    """Return whether weights of this many bytes, and a tenth more for computing, fit in the memory that is free now."""
     free = free_memory(device)
     return free is None or 1.1 * nbytes <= free
 

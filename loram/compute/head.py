@@ -74,7 +74,7 @@ class Head:
 
     @functools.cached_property
     def _inputs(self) -> Activations:
-        """What the head reads at the wanted places: (wanted, hidden) for each micro-batch."""
+        """Return the hidden states at the wanted places: (wanted, hidden) for each micro-batch."""
         width = self._weight.shape[1]
         inputs = self._scratch.room([(len(batch.targets), width) for batch in self.batches], self.dtype)
         for number, batch in enumerate(self.batches):

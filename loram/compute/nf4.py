@@ -120,12 +120,12 @@ def packed_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many parameters a model has; a weight in NF4 counts as many as the weight that it stands for."""
+    """Return how many parameters a model has; a weight in NF4 counts as many as the weight that it stands for."""
     return sum(math.prod(_state(p).shape) if is_4bit(p) else p.numel() for p in model.parameters())
 
 
 def is_4bit(parameter: Tensor) -> bool:
-    """Whether a parameter is in NF4."""
+    """Return whether a parameter is in NF4."""
     return isinstance(parameter, Params4bit)
 
 

@@ -113,7 +113,7 @@ class Stream:
 
     @property
     def predicted(self) -> int:
-        """How many tokens are in the loss."""
+        """Return how many tokens are in the loss."""
         return sum(len(batch.targets) for batch in self.batches)
 
     def forward(

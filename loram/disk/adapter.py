@@ -149,7 +149,7 @@ class Adapter:
 
     @property
     def dora(self) -> bool:
-        """Whether it is a DoRA adapter, which also has the length of every row of the adapted weights."""
+        """Return whether this is a DoRA adapter, which also has the length of every row of the adapted weights."""
         return bool(self._options.use_dora)
 
     @cached_property

@@ -128,17 +128,17 @@ class Checkpoint:
 
     @property
     def pruned(self) -> bool:
-        """Whether this is a pruned folder."""
+        """Return whether this is a pruned folder."""
         return is_pruned(self.config)
 
     @property
     def quantized(self) -> bool:
-        """Whether the weights are packed in fewer than 16 bits."""
+        """Return whether the weights are packed in fewer than 16 bits."""
         return bool(self.config.get("quantization_config"))
 
     @property
     def tied(self) -> bool:
-        """Whether the head shares the embedding's weight."""
+        """Return whether the head shares the embedding's weight."""
         return self.architecture.head_weight not in self.index or bool(self.config.get("tie_word_embeddings"))
 
     @property
@@ -190,12 +190,12 @@ class Checkpoint:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the embedding has a row for."""
+        """Return how many tokens the embedding has a row for."""
         return self.shape(self.architecture.embedding_weight)[0]
 
     @property
     def parameters(self) -> int:
-        """How many values all tensors hold together; a tied head is not counted again."""
+        """Return how many values all tensors hold together; a tied head counts once."""
         files = {name: self._open(shard) for name, shard in self.index.items() if name not in self._masks.values()}
         again = self.architecture.head_weight if self.tied else None
         return sum(math.prod(file.specs[name].shape) for name, file in files.items() if name != again)

@@ -88,7 +88,7 @@ class Linear:
 
     @property
     def consumes_units(self) -> bool:
-        """Whether its inputs are units of a space: pruning takes away inputs, and not outputs."""
+        """Return whether its inputs are units of a space: pruning takes away inputs, and not outputs."""
         return any(segment.space is not None for segment in self.columns)
 
 
@@ -137,7 +137,7 @@ class Windows:
     default: int | None = 4096
 
     def of(self, layer: int, config: Mapping[str, Any]) -> int | None:
-        """How many tokens a layer looks back, or None where it sees all of them."""
+        """Return how many tokens a layer looks back, or None if it sees all of them."""
         if self.switch is not None and not config.get(self.switch):
             return None
         kinds = config.get("layer_types")
@@ -261,7 +261,7 @@ class Architecture:
 
     @cached_property
     def spaces(self) -> tuple[Space, ...]:
-        """What can be pruned in a decoder layer, in the order in which the linears name it."""
+        """Return what can be pruned in a decoder layer, in the order in which the linears name it."""
         segments = [segment for linear in self.linears for side in linear.sides for segment in side]
         return tuple(dict.fromkeys(segment.space for segment in segments if segment.space is not None))
 
@@ -279,7 +279,7 @@ class Architecture:
         return next(linear for linear in self.linears if segment in linear.rows)
 
     def of_kind(self, kind: str | None) -> "Architecture":
-        """The row as a layer of a kind has it: without what that kind lacks. None is the kind of all layers."""
+        """Return the row without what this kind of layer lacks. None stands for layers that are all of one kind."""
         if kind is None:
             return self
         return replace(
@@ -295,5 +295,5 @@ class Architecture:
         return nested
 
     def layer_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The kind of every layer, by a config.json; empty where all layers have the same parts."""
+        """Return the kind of every layer from a config.json; empty if all layers have the same parts."""
         return () if self.kinds_key is None else tuple(self.text_config(config)[self.kinds_key])

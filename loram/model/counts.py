@@ -23,7 +23,7 @@ def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> rang
 
 
 def kept_units(space: Space, units: int, ratio: float) -> int:
-    """How many of `units` stay at a pruning ratio, rounded as the space says: channels down, key-value groups up.
+    """Return how many of `units` stay at a pruning ratio. Channels are rounded down, and key-value groups up.
 
     These counts reproduce LoRAM's parameter tables (arXiv 2502.13533). The ratio counts as the decimal that was
     written: 10 groups at 0.7 keep 3, where binary floating point would say ceil(3.0000000000000004) = 4.

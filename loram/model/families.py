@@ -141,7 +141,7 @@ LINEARS = LLAMA.adapter_targets  # the default targets before the model is known
 
 
 def is_pruned(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a pruned model."""
+    """Return whether a config.json is that of a pruned model."""
     return str(config.get("model_type")).startswith(PRUNED_PREFIX)
 
 

@@ -84,11 +84,11 @@ class Geometry(BaseModel):
             raise UserError(f"{where}: {first_problem(error)}") from error
 
     def units(self, space: Space) -> int:
-        """How many units of a space a layer of the full model has."""
+        """Return how many units of a space a layer of the full model has."""
         return int(getattr(self, space.size))
 
     def unit_size(self, unit: Unit) -> int:
-        """How many rows or columns one unit owns."""
+        """Return how many rows or columns one unit owns."""
         group = self.num_attention_heads // self.num_key_value_heads
         sizes = {
             "channel": 1,
@@ -99,7 +99,7 @@ class Geometry(BaseModel):
         return sizes[unit]
 
     def size(self, segments: Iterable[Segment], units: Units | None = None) -> int:
-        """How many rows or columns some segments have together.
+        """Return how many rows or columns some segments have together.
 
         Args:
             segments: the segments of one side of a tensor.
@@ -161,10 +161,10 @@ class Geometry(BaseModel):
         return shapes if self.tie_word_embeddings else {**shapes, architecture.head_weight: table}
 
     def layer_parameters(self, architecture: Architecture, layer: int, units: Units | None = None) -> int:
-        """How many parameters one decoder layer has; `units` as for `size`."""
+        """Return how many parameters one decoder layer has; `units` as for `size`."""
         return sum(map(math.prod, self.layer_shapes(architecture, layer, units).values()))
 
     def other_parameters(self) -> int:
-        """How many parameters are outside the decoder layers: embedding, final norm, and the head unless it is tied."""
+        """Return how many parameters are outside the decoder layers: embedding, final norm and an untied head."""
         tables = 1 if self.tie_word_embeddings else 2
         return tables * self.vocab_size * self.hidden_size + self.hidden_size

@@ -45,7 +45,7 @@ def resize_layer_(layer: nn.Module, linears: NarrowLinears) -> None:
 
 
 class LayerConfig:
-    """A model's config as one of its layers sees it: with the layer's own widths, and all else as it is in the model.
+    """A model's config as one layer sees it: with the layer's own widths, and everything else from the model.
 
     transformers' own `config.per_layer_config[index]` is a copy. This is a view, so that a later change of the model's
     config (of its attention implementation, say) reaches the layer too.

@@ -102,7 +102,7 @@ class PruningPlan(BaseModel):
 
     @property
     def sparse(self) -> bool:
-        """Whether weights were zeroed one by one, so that all shapes are the full model's."""
+        """Return whether weights were zeroed one by one, so that all shapes are the full model's."""
         return self.pattern != STRUCTURED
 
     @property
@@ -111,7 +111,7 @@ class PruningPlan(BaseModel):
         return range(self.keep_first, self.geometry.num_hidden_layers - self.keep_last) if self.sparse else range(0)
 
     def kept_values(self) -> dict[str, int]:
-        """How many weights a sparse layer keeps of each linear, by the linear's path inside the layer."""
+        """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer."""
         shapes = {linear.path: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
         return {path: kept_values(*shape, self.pattern, self.ratio) for path, shape in shapes.items()}
 
@@ -126,7 +126,7 @@ class PruningPlan(BaseModel):
         return ARCHITECTURES[self.model_type]
 
     def units(self, layer: int) -> dict[str, int]:
-        """How many units a layer keeps of every space, by the space's name."""
+        """Return how many units a layer keeps of every space, by the space's name."""
         narrowed = self.layers.get(layer, {})
         return {
             space.name: len(narrowed[space.name]) if space.name in narrowed else self.geometry.units(space)
@@ -187,7 +187,7 @@ class PruningPlan(BaseModel):
         }
 
     def _has_bias(self, linear: Linear) -> bool:
-        """Whether a linear of a narrowed layer has a bias."""
+        """Return whether a linear of a narrowed layer has a bias."""
         return linear.path in self.geometry.biases or (self.bias_compensation and linear.consumes_units)
 
     def parameters(self) -> tuple[int, int]:

@@ -11,10 +11,10 @@ _N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
 def n_of_m(pattern: str) -> tuple[int, int] | None:
-    """`4:8` -> (4, 8): of every 8 neighbouring inputs of an output, 4 weights stay; None for the patterns with a name.
+    """Parse `4:8` into (4, 8): of an output's every 8 neighbouring inputs, 4 weights stay. A named pattern gives None.
 
     Raises:
-        UserError: it is no pattern.
+        UserError: the text is not a pattern.
     """
     if pattern in (STRUCTURED, UNSTRUCTURED):
         return None
@@ -47,7 +47,7 @@ def removed_share(pattern: str, ratio: float | None) -> float:
 
 
 def kept_values(rows: int, columns: int, pattern: str, ratio: float) -> int:
-    """How many weights of a (rows, columns) linear stay: exactly so many, whatever chooses them.
+    """Return how many weights of a (rows, columns) linear stay. Every criterion keeps exactly this number.
 
     n:m keeps n of every m. Unstructured keeps `ceil(rows * columns * (1 - ratio))`, with the ratio taken as the decimal
     that was written. (Criteria that compare within rows spread that number as evenly as it goes.)

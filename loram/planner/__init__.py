@@ -1,4 +1,4 @@
-"""What pruning, training and recovering a model take, from its config.json alone: no weights, no torch."""
+"""What pruning, training and recovering a model need, from its config.json alone. No weights, no torch."""
 
 from loram.planner.fit import Fit, fit
 from loram.planner.size import parse_size, show_size

@@ -131,5 +131,5 @@ def layer_input(model: Model, settings: Settings) -> int:
 
 
 def offloaded_stash(model: Model) -> int:
-    """How many layers' inputs are on the device while the others are in host memory."""
+    """Return how many layers' inputs are on the device while the others are in host memory."""
     return min(_OFFLOAD_STASH, model.geometry.num_hidden_layers)

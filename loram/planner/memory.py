@@ -24,11 +24,11 @@ _FLOAT32 = 4
 
 
 class TrainingMemory(BaseModel):
-    """The bytes at the moment of a training step that takes most, all on the device that trains.
+    """The bytes on the device that trains, at the moment of a training step that needs most.
 
     Args:
         moment: which moment that is.
-        weights: the frozen model.
+        weights: the frozen model's weights.
         constants: what NF4 weights need beside their 4 bits.
         adapter: the whole adapter.
         gradients: the gradients that exist at that moment.
@@ -39,7 +39,7 @@ class TrainingMemory(BaseModel):
         scratch: the largest 4-bit or sparse weight in use, in full; and while anchors are measured a full layer.
         context: CUDA's context, by a rule of thumb.
         pageable: the part of `optimizer` that may go to host memory when the GPU is short.
-        host: what is in host memory beside all that: an offloaded embedding and offloaded activations.
+        host: the bytes in host memory: an offloaded embedding and offloaded activations.
         total: the sum, without `pageable` and `host`.
     """
 

@@ -60,7 +60,7 @@ TRAINING = planned_options(TrainOptions)
 
 
 class _PlannerOptions(Options):
-    """What `estimate` and `fit` take; an option that is left out has the default that pruning or training gives it."""
+    """The options of `estimate` and `fit`; one that is left out has the default of pruning or training."""
 
     stage: ClassVar[str] = "estimate"
 
@@ -95,7 +95,7 @@ class _PlannerOptions(Options):
 
     @property
     def in_4bit(self) -> bool | None:
-        """Whether the frozen weights are in 4 bits; None where that is left open."""
+        """Return whether the frozen weights are in 4 bits; None where that is left open."""
         given: bool | None = self.load_in_4bit
         return True if given is None and self.offload_embedding else given
 
@@ -124,7 +124,7 @@ def _bounded(kind: Any, field: FieldInfo) -> Any:
 
 
 class _Settings(BaseModel):
-    """How a model is trained, with every default filled in: the fields are `device` and the names in `TRAINING`."""
+    """How a model is trained, with every default filled in. The fields are `device` and the names in `TRAINING`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -172,32 +172,32 @@ class _Settings(BaseModel):
 
     @property
     def quantised(self) -> bool:
-        """Whether all frozen weights are in 4 bits."""
+        """Return whether all frozen weights are in 4 bits."""
         return bool(self.load_in_4bit)
 
     @property
     def embedding_in_host(self) -> bool:
-        """Whether the embedding of a model in 4 bits waits in host memory, in 16 bits."""
+        """Return whether the embedding of a model in 4 bits waits in host memory, in 16 bits."""
         return bool(self.offload_embedding)
 
     @property
     def checkpointed(self) -> bool:
-        """Whether only the input of each layer is kept for the backward pass."""
+        """Return whether only the input of each layer is kept for the backward pass."""
         return bool(self.gradient_checkpointing)
 
     @property
     def offloaded(self) -> bool:
-        """Whether what is kept for the backward pass waits in host memory."""
+        """Return whether the activations for the backward pass wait in host memory."""
         return bool(self.activation_offloading)
 
     @property
     def anchored(self) -> bool:
-        """Whether the full model's course is measured during training."""
+        """Return whether the full model's course is measured during training."""
         return bool(self.anchor_steps)
 
     @property
     def gradients_measured(self) -> bool:
-        """Whether the course includes gradients."""
+        """Return whether the course includes gradients."""
         return bool(self.anchor_gradients)
 
     @property
@@ -207,7 +207,7 @@ class _Settings(BaseModel):
 
     @property
     def trained_ranks(self) -> tuple[int, int]:
-        """How many of the ranks train in lora_A, and in lora_B."""
+        """Return how many ranks train in lora_A, and how many in lora_B."""
         method = METHODS[self.method]
         chosen = {
             option.name: getattr(self, name) for name, option in TRAINING.items() if option.section == method.section
@@ -231,31 +231,31 @@ class _Settings(BaseModel):
 
     @property
     def length(self) -> int:
-        """How many tokens the longest row has."""
+        """Return how many tokens the longest row has."""
         return int(self.max_length)
 
     @property
     def rows(self) -> int:
-        """How many rows a micro-batch has."""
+        """Return how many rows a micro-batch has."""
         return int(self.per_device_train_batch_size)
 
     @property
     def micro_batches(self) -> int:
-        """How many micro-batches an optimiser step has."""
+        """Return how many micro-batches an optimiser step has."""
         return int(self.gradient_accumulation_steps)
 
     @property
     def tokens(self) -> int:
-        """How many tokens a micro-batch has if all its rows are as long as the longest."""
+        """Return how many tokens a micro-batch has if all its rows are as long as the longest."""
         return self.rows * self.length
 
     @property
     def course_tokens(self) -> int:
-        """How many tokens are in the steps whose course is measured at a time."""
+        """Return how many tokens are in the steps whose course is measured at a time."""
         return self.tokens * self.micro_batches * int(self.anchor_steps)
 
     def measuring(self, rows: int) -> "Settings":
-        """The settings while the full model's course is measured: so many rows at a time, and no dropout."""
+        """Return the settings while the full model's course is measured: that many rows at a time, and no dropout."""
         measured = {"per_device_train_batch_size": rows, "lora_dropout": 0.0, "gradient_checkpointing": False}
         return self.model_copy(update=measured)
 

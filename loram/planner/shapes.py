@@ -50,7 +50,7 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """How many values its linears compute with, without biases; the zeros of sparse linears count too."""
+        """Return how many values its linears compute with, without biases; the zeros of sparse linears count too."""
         return sum(map(prod, self.shapes.values()))
 
     @property
@@ -60,7 +60,7 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has; sparse linears count those that stay."""
+        """Return how many parameters it has; sparse linears count those that stay."""
         return sum(self.values.values()) + self.biases + self.norm_values
 
     @property
@@ -165,7 +165,7 @@ class Model:
 
     @property
     def rotated(self) -> int:
-        """How many values of a head the rotary tables have."""
+        """Return how many values of a head the rotary tables have."""
         if self.architecture.partial_rotary is None:
             return self.geometry.head_dim
         options = {**(self.text_config.get("rope_parameters") or {}), **self.text_config}
@@ -173,12 +173,12 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has; a tied head counts once."""
+        """Return how many parameters it has; a tied head counts once."""
         return self.geometry.other_parameters() + sum(layer.parameters for layer in self.layers)
 
     @property
     def vocabulary(self) -> int:
-        """How many parameters the embedding has, and the head."""
+        """Return how many parameters the embedding has, and the head."""
         return self.geometry.vocab_size * self.geometry.hidden_size
 
 

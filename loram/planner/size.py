@@ -9,7 +9,7 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def parse_size(text: str, flag: str = "--memory") -> int:
-    """Bytes of `12GiB`, `24 GB`, `800MiB`; GiB counts in 1024s and GB in 1000s.
+    """Return the bytes of `12GiB`, `24 GB` or `800MiB`. A GiB has 1024 MiB, and a GB has 1000 MB.
 
     Raises:
         UserError: it is no size, or zero; the message begins with `flag`.

@@ -35,7 +35,7 @@ class Arithmetic(BaseModel):
 
 
 class Estimate(BaseModel):
-    """What pruning saves and what training takes.
+    """The result of `estimate`: what pruning saves and what training needs.
 
     Args:
         ratio, pattern: how the model is pruned; the ratio is None where the full model is trained.
@@ -100,7 +100,7 @@ def estimate(
 
 
 def prunes(pruning: PruneOptions) -> bool:
-    """Whether the options remove anything."""
+    """Return whether the options remove anything."""
     return pruning.ratio is not None or pruning.pattern != STRUCTURED
 
 

@@ -30,7 +30,7 @@ class WeightBytes:
 
     @property
     def total(self) -> int:
-        """All bytes, wherever they are."""
+        """Return the bytes on the device and in host memory together."""
         return self.weights + self.constants + self.host
 
 
@@ -73,14 +73,14 @@ def adapted(model: Model, settings: Settings) -> Iterator[tuple[int, int]]:
 
 
 def factors(model: Model, settings: Settings) -> Iterator[int]:
-    """How many parameters each tensor of the adapter has: lora_A and lora_B of each adapted linear."""
+    """Return how many parameters each tensor of the adapter has: lora_A and lora_B of each adapted linear."""
     for rows, columns in adapted(model, settings):
         yield settings.rank * columns
         yield settings.rank * rows
 
 
 def trained(model: Model, settings: Settings) -> Iterator[int]:
-    """How many parameters of each tensor of the adapter train, in the order of `factors`."""
+    """Return how many parameters of each tensor of the adapter train, in the order of `factors`."""
     in_a, in_b = settings.trained_ranks
     for rows, columns in adapted(model, settings):
         yield in_a * columns

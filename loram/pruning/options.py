@@ -102,12 +102,12 @@ class ResolvedPruneOptions(PruneOptions):
 
     @property
     def sparse(self) -> bool:
-        """Whether single weights are removed, and not whole units."""
+        """Return whether single weights are removed, and not whole units."""
         return self.pattern != STRUCTURED
 
     @property
     def reads_text(self) -> bool:
-        """Whether calibration text is needed."""
+        """Return whether calibration text is needed."""
         if self.sparse:
             return SPARSE[self.criterion].reads != "nothing"
         return self.bias_compensation or self.criterion in NEEDS_TEXT

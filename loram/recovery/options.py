@@ -23,7 +23,7 @@ class RecoverOptions(Options):
 
 
 class PolishOptions(Options):
-    """How to train a recovered adapter on, on the streamed full model; see `loram.recovery.polish.polish`."""
+    """How to train a recovered adapter further on the streamed full model; see `loram.recovery.polish.polish`."""
 
     stage: ClassVar[str] = "polish"
 

@@ -46,7 +46,7 @@ class _Value(BaseModel):
 
 
 class Training(_Value):
-    """What one model's training would be.
+    """The training of one model, as it would be.
 
     Args:
         parameters: the number of frozen parameters.
@@ -90,7 +90,7 @@ class Span(_Value):
 
 
 class DryRun(_Value):
-    """What a run would do.
+    """The result of `dry_run`: what a run would do.
 
     Args:
         model: the name of the full model.

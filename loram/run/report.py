@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 class Cost(BaseModel):
-    """What something took: wall-clock seconds, and peak resident memory of the process in bytes."""
+    """The cost of a stage: wall-clock seconds, and the peak resident memory of the process in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -17,7 +17,7 @@ class Cost(BaseModel):
 
 
 def together(costs: Sequence[Cost | None]) -> Cost | None:
-    """What several things took one after the other, as far as it is known; None where nothing is."""
+    """Return what several stages cost one after the other, as far as it is known; None if nothing is known."""
     known = [cost for cost in costs if cost is not None]
     if not known:
         return None
@@ -84,7 +84,7 @@ class RunReport(BaseModel):
         return next(row for row in self.rows if row.name == name)
 
     def data(self) -> list[tuple[str, RowCounts]]:
-        """What became of the rows of every data set: the training data, then those of the evaluation by their names."""
+        """Return what became of the rows of every data set: the training data, then the evaluation's sets by name."""
         trained = [("training", row.trained_on) for row in self.rows if row.trained_on is not None]
         return [*trained[:1], *self.rows[0].evaluated_on.items()]
 
@@ -129,7 +129,7 @@ def _cells(cost: Cost | None) -> tuple[str, str]:
 
 
 def summary(report: RunReport) -> str:
-    """What the run shows, one sentence per data set; also when nothing was gained, or rows were cut or skipped."""
+    """Return what the run shows, one sentence per data set. It also says when nothing was gained or rows were cut."""
     lines: list[str] = []
     if (final := report.final) is None:
         small = next(row.name for row in reversed(report.rows) if row.name in ("aligned", "pruned"))

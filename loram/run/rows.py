@@ -68,7 +68,7 @@ def row_of(
 
 
 def trained_on(folder: Path) -> RowCounts:
-    """What became of the rows that an adapter or a model was trained on."""
+    """Return what became of the rows that an adapter or a model was trained on."""
     manifest = find_manifest(folder)
     assert manifest is not None, folder
     settings = manifest.settings

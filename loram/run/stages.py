@@ -57,7 +57,7 @@ class Run:
 
     @cached_property
     def plan(self) -> PruningPlan:
-        """What the small model keeps of the full one."""
+        """Return the plan: what the small model keeps of the full one."""
         return PruningPlan.load(self.pruned)
 
     @property
@@ -306,7 +306,7 @@ def rows_of(run: Run) -> dict[str, Stage]:
 
 
 def cost_of(run: Run, stage: Stage) -> Cost | None:
-    """What a stage took in this run; alignment also counts the caches that were made for it."""
+    """Return what a stage took in this run; alignment also counts the caches that were made for it."""
     teachers = [f"teacher-{number + 1}" for number in range(TEACHERS.count(run.recipe))] if stage is ALIGNED else []
     return together([run.done[name].cost for name in (*teachers, stage.folder) if name in run.done])
 
@@ -317,7 +317,7 @@ def train_options(recipe: Recipe) -> TrainOptions:
 
 
 def anchor_steps(recipe: Recipe) -> int:
-    """How often a recipe measures the full model's course; 0 where it never does."""
+    """Return how often a recipe measures the full model's course; 0 where it never does."""
     if (chosen := recipe.train.anchor_steps) is not None:
         return chosen
     possible = recipe.prune is not None and why_not_anchored(recipe.train) is None
@@ -369,6 +369,6 @@ def _polish_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _on_full(run: Run, stage: Stage) -> Evaluated:
-    """What a training on the full model leaves to evaluate: a model where weights train, else an adapter."""
+    """Return what a training on the full model made: a model if weights train, else an adapter on the base."""
     folder = run.folder(stage.folder)
     return (folder, None) if METHODS[run.recipe.train.method].weights else (run.base, folder)

@@ -102,7 +102,7 @@ def check_names(names: Iterable[str], known: Sequence[str], section: str, librar
 
 
 def as_user_error(error: Exception, stage: str = "train") -> UserError:
-    """What a library says about a bad value, as one line."""
+    """Return a library's message about a bad value as one line."""
     return UserError(f"{stage}: {str(error).splitlines()[0]}")
 
 
@@ -114,7 +114,7 @@ def checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[
 
 
 def checkpoints_activations(arguments: Any) -> bool:
-    """Whether a Trainer's arguments ask for activation checkpointing, by the name this version has for it."""
+    """Return whether a Trainer's arguments ask for activation checkpointing, by the name this version has for it."""
     return bool(getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing))
 
 

@@ -54,7 +54,7 @@ class Checkpoints:
 
     @property
     def staging(self) -> Path:
-        """The folder that the Trainer writes to; nothing in it is ever read."""
+        """Return the folder that the Trainer writes to; nothing in it is ever read."""
         return self.folder / ".partial"
 
     def path(self, step: int | None) -> Path:

@@ -66,7 +66,7 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 
 def is_over(state: TrainerState) -> bool:
-    """Whether a training was stopped after its last step; transformers would take one step more."""
+    """Return whether a training was stopped after its last step; transformers would take one step more."""
     return state.global_step >= state.max_steps
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a training ends with; each job adds the weights.
+    """The end of a training; each job adds its weights.
 
     Args:
         log: the losses, one entry per line of the log file.

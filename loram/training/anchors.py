@@ -87,7 +87,7 @@ class _Measured:
             self._kept[kind, part][row] = values[place, : self._shapes[row][0]]
 
     def has(self, kind: str, part: int) -> bool:
-        """Whether a block was measured; blocks that have lost nothing are not."""
+        """Return whether a block was measured; blocks that have lost nothing are not."""
         return (kind, part) in self._kept
 
     def padded(self, kind: str, part: int, rows: Sequence[int], like: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _parts(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
 
 
 def _alike(full: nn.Module, pruned: nn.Module) -> bool:
-    """Whether a pruned block has lost nothing: then it needs no measuring."""
+    """Return whether a pruned block has lost nothing, so that it needs no measurement."""
     frozen = {
         name.replace(".base_layer", ""): tensor.data
         for name, tensor in pruned.named_parameters()

@@ -1,4 +1,4 @@
-"""Options of training: what they are, what their defaults are, and what would not mean what it says."""
+"""The options of training, their defaults, and the values that are refused because they would mislead."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -158,7 +158,7 @@ def lora_defaults(architecture: Architecture | None = None) -> dict[str, Any]:
 
 
 def resolve(options: TrainOptions, architecture: Architecture | None = None) -> TrainOptions:
-    """The same options with every default filled in; options that would not mean what they say are refused.
+    """Fill in every default, and refuse options that would mislead.
 
     Args:
         options: the options.
@@ -200,7 +200,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def why_not_anchored(options: TrainOptions) -> str | None:
-    """What keeps a training of a pruned model from staying on the full model's course, if anything does."""
+    """Return what keeps a training of a pruned model from staying on the full model's course, if anything does."""
     if not method_of(options.method).anchored:
         return f"measures with the adapter recovered, which method {options.method} cannot be meanwhile"
     if options.mask_update:
@@ -212,7 +212,7 @@ def why_not_anchored(options: TrainOptions) -> str | None:
 
 
 def _anchored(options: TrainOptions, trainer: dict[str, Any]) -> dict[str, Any]:
-    """Options of a training that is measured every so many steps: a checkpoint is where the next measurement is."""
+    """Fill in the options of a measured training, which saves a checkpoint where each measurement begins."""
     steps = options.anchor_steps
     assert steps
     if problem := why_not_anchored(options):

@@ -1,4 +1,4 @@
-"""What a training leaves, written as a folder: a stock PEFT adapter, or an ordinary model."""
+"""Write the result of a training into a folder: a stock PEFT adapter, or an ordinary model."""
 
 import shutil
 from collections.abc import Mapping

@@ -22,7 +22,7 @@ class LoraFa(Method):
             layer.lora_A.requires_grad_(False)
 
     def trained_ranks(self, r: int, own: Options | None) -> tuple[int, int]:
-        """No rank of lora_A trains, and all ranks of lora_B do."""
+        """Return that no rank of lora_A trains and all ranks of lora_B do."""
         return 0, r
 
 

@@ -49,7 +49,7 @@ class LoraSp(Method):
             split_(layer, frozen_ranks(layer.r["default"], own.share))
 
     def trained_ranks(self, r: int, own: Options | None) -> tuple[int, int]:
-        """All ranks but the frozen ones, of which each factor has as many.
+        """Return all ranks but the frozen ones; both factors freeze the same number.
 
         Raises:
             UserError: no number of frozen ranks gives the share exactly.
@@ -60,7 +60,7 @@ class LoraSp(Method):
 
 
 def frozen_ranks(r: int, share: float) -> int:
-    """How many ranks LoRA-SP freezes in lora_A, and as many others in lora_B.
+    """Return how many ranks LoRA-SP freezes in lora_A; it freezes as many others in lora_B.
 
     A rank whose two factors were both frozen would add nothing, so no share is below a half. Since both factors freeze
     the same number k of ranks, the share is the same in every linear, whatever its shape: (r - k) / r.

@@ -74,7 +74,7 @@ class Method:
             raise UserError(refusal)
 
     def refusals(self, options: "TrainOptions", lora: Mapping[str, Any]) -> Iterator[str]:
-        """What the method refuses, one sentence for each refusal; arguments as for `check`."""
+        """Return what the method refuses, one sentence for each refusal; arguments as for `check`."""
         for key, value in self.lora.items():
             if options.lora.get(key, value) != value:
                 yield f"lora: {key} is {value} with method {self.name}; leave it out"
@@ -101,9 +101,9 @@ class Method:
         return {}
 
     def trained_ranks(self, r: int, own: Options | None) -> tuple[int, int]:
-        """How many of an adapter's `r` ranks train in lora_A, and how many in lora_B."""
+        """Return how many of an adapter's `r` ranks train in lora_A, and how many in lora_B."""
         return r, r
 
     def layers_at_once(self, layers: int, own: Options | None) -> int:
-        """How many of a model's decoder layers train in the same step, with `weights`."""
+        """Return how many of a model's decoder layers train in the same step, with `weights`."""
         return layers
