@@ -18,12 +18,12 @@ from loram.disk.artifacts import publish
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
 from loram.export.quantize import quantization_config
-from loram.model.counts import prunable_layers
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
 from loram.pruning.choose import choose
+from loram.pruning.options import PruneOptions
 
 # (hidden, intermediate, layers, heads, key-value heads, vocabulary)
 SHAPES = {
@@ -56,17 +56,15 @@ def config_of(shape: str) -> dict[str, Any]:
 def plan_of(config: dict[str, Any], ratio: float) -> PruningPlan:
     """Return a plan that keeps as many units as `prune` would; which units it keeps makes no difference here."""
     geometry = Geometry.from_config(config)
+    options = PruneOptions(criterion="random", ratio=ratio, keep_first=4, keep_last=2).resolved()
     blank = {space.name: torch.zeros(geometry.units(space)) for space in LAYERS.spaces}
     return choose(
-        dict.fromkeys(prunable_layers(geometry, 4, 2), blank),
+        dict.fromkeys(options.layers(geometry), blank),
         geometry=geometry,
         model_type="llama",
         base=BaseReference(name="a random model", fingerprint="0" * 64),
-        criterion="random",
-        ratio=ratio,
+        options=options,
         seed=0,
-        keep_first=4,
-        keep_last=2,
     )
 
 

@@ -103,8 +103,8 @@ class Model:
         config: Mapping[str, Any],
         where: str,
         ratio: float | None,
-        keep_first: int,
-        keep_last: int,
+        first: int,
+        last: int,
         pattern: str = STRUCTURED,
     ) -> "Model":
         """The sizes of the model that pruning makes of another one.
@@ -113,7 +113,8 @@ class Model:
             config: the content of the full model's config.json.
             where: what error messages call that file.
             ratio: the pruning ratio, or None for the full model.
-            keep_first, keep_last, pattern: as for `prune`.
+            first, last: how many layers stay whole at the bottom and at the top.
+            pattern: as for `prune`.
 
         Raises:
             UserError: the family is not supported, or a setting is out of range.
@@ -122,7 +123,7 @@ class Model:
         full = cls(architecture=architecture, geometry=geometry, config=config)
         if ratio is None:
             return full
-        narrowed = prunable_layers(geometry, keep_first, keep_last)
+        narrowed = prunable_layers(geometry, first, last)
         if pattern != STRUCTURED:
             shapes = {linear.path: geometry.linear_shape(linear) for linear in architecture.linears}
             kept = {path: kept_values(*shape, pattern, ratio) for path, shape in shapes.items()}

@@ -1,5 +1,7 @@
 """Choose which units stay: from scores and a ratio to a pruning plan."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from loram.model.counts import kept_units
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
+from loram.pruning.options import ResolvedPruneOptions
 from loram.pruning.score import Scores
 
 
@@ -17,17 +20,13 @@ def choose(
     geometry: Geometry,
     model_type: str,
     base: BaseReference,
-    criterion: str,
-    ratio: float,
-    bias_compensation: bool = False,
+    options: ResolvedPruneOptions,
     seed: int,
-    keep_first: int,
-    keep_last: int,
 ) -> PruningPlan:
     """Keep the units with the highest scores in every scored layer; equal scores keep the lower index."""
     layers = {
         layer: {
-            space.name: _best(spaces[space.name], kept_units(space, geometry.units(space), ratio))
+            space.name: _best(spaces[space.name], kept_units(space, geometry.units(space), options.ratio))
             for space in ARCHITECTURES[model_type].spaces
         }
         for layer, spaces in sorted(scores.items())
@@ -36,15 +35,16 @@ def choose(
         model_type=model_type,
         base=base,
         geometry=geometry,
-        criterion=criterion,
-        ratio=ratio,
-        bias_compensation=bias_compensation,
+        **recorded(options),
         seed=seed,
-        keep_first=keep_first,
-        keep_last=keep_last,
         versions=library_versions(),
         layers=layers,
     )
+
+
+def recorded(options: ResolvedPruneOptions) -> dict[str, Any]:
+    """Return the options that a plan records, by name."""
+    return options.model_dump(include=set(PruningPlan.model_fields))
 
 
 def _best(scores: Tensor, count: int) -> tuple[int, ...]:

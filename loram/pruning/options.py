@@ -105,6 +105,14 @@ class ResolvedPruneOptions(PruneOptions):
         """Return whether single weights are removed, and not whole units."""
         return self.pattern != STRUCTURED
 
+    def layers(self, geometry: Geometry) -> range:
+        """Return the decoder layers that are pruned.
+
+        Raises:
+            UserError: no layer would be left to prune.
+        """
+        return prunable_layers(geometry, self.keep_first, self.keep_last)
+
     @property
     def reads_text(self) -> bool:
         """Return whether calibration text is needed."""
@@ -122,4 +130,4 @@ class ResolvedPruneOptions(PruneOptions):
             kept_values(*geometry.linear_shape(linear), self.pattern, self.ratio)
         for space in () if self.sparse else architecture.spaces:
             kept_units(space, geometry.units(space), self.ratio)
-        prunable_layers(geometry, self.keep_first, self.keep_last)
+        self.layers(geometry)

@@ -26,7 +26,6 @@ from loram.disk.opening import open_model
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import Linear
-from loram.model.counts import prunable_layers
 from loram.model.families import architecture_of
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
@@ -105,18 +104,14 @@ def _prune_structured(
 ) -> PruningPlan:
     """Score units, and write what stays of a layer while it is in memory; arguments as for `prune`, already checked."""
     geometry, architecture = checkpoint.geometry, checkpoint.architecture
-    layers, criterion = prunable_layers(geometry, settings.keep_first, settings.keep_last), settings.criterion
+    layers, criterion = settings.layers(geometry), settings.criterion
     decide = functools.partial(
         choose,
         geometry=geometry,
         model_type=architecture.model_type,
         base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
-        criterion=criterion,
-        ratio=settings.ratio,
-        bias_compensation=settings.bias_compensation,
+        options=settings,
         seed=seed,
-        keep_first=settings.keep_first,
-        keep_last=settings.keep_last,
     )
     # Which units stay is open, but how many is not, so the files can be laid out before any score is known.
     blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}

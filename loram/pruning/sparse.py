@@ -20,10 +20,10 @@ from loram.disk.files import copy_side_files
 from loram.disk.tensorfile import TensorFileWriter, TensorSpec
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import Architecture, Linear
-from loram.model.counts import prunable_layers
 from loram.model.geometry import Geometry
 from loram.model.modeling_loram import pack
 from loram.model.plan import MASKS_NAME, BaseReference, PruningPlan
+from loram.pruning.choose import recorded
 from loram.pruning.criteria import SPARSE
 from loram.pruning.evidence import Hessian, Inputs, InputStatistics
 from loram.pruning.options import ResolvedPruneOptions
@@ -96,13 +96,9 @@ def sparse_plan(
         model_type=model_type,
         base=base,
         geometry=geometry,
-        criterion=settings.criterion,
-        ratio=settings.ratio,
-        pattern=settings.pattern,
+        **recorded(settings),
         masks=masks,
         seed=seed,
-        keep_first=settings.keep_first,
-        keep_last=settings.keep_last,
         versions=library_versions(),
         layers={},
     )
@@ -170,7 +166,7 @@ class _Job:
     def __init__(self, checkpoint: Checkpoint, settings: ResolvedPruneOptions, seed: int) -> None:
         self.checkpoint, self.settings, self.seed = checkpoint, settings, seed
         self.architecture = checkpoint.architecture
-        self.layers = prunable_layers(checkpoint.geometry, settings.keep_first, settings.keep_last)
+        self.layers = settings.layers(checkpoint.geometry)
         self.inputs: dict[str, Inputs] = {}  # by what linears of the layer read, since several read the same
         self.kept: dict[str, Tensor] = {}  # the masks of the layer that was pruned last
 

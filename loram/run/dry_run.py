@@ -18,7 +18,6 @@ from loram.data.spec import DataSpec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
-from loram.model.counts import prunable_layers
 from loram.model.families import architecture_of
 from loram.model.plan import BaseReference, PruningPlan
 from loram.planner.memory import TrainingMemory, training_memory
@@ -31,7 +30,7 @@ from loram.pruning.prune import load_calibration
 from loram.pruning.sparse import sparse_plan
 from loram.run.pipeline import check
 from loram.run.recipe import Recipe
-from loram.run.stages import anchor_steps
+from loram.run.stages import train_options
 from loram.trainer.arguments import as_user_error, checkpoints_activations
 from loram.training.configs import build_configs
 from loram.training.methods.table import METHODS
@@ -138,7 +137,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     """
     check(recipe)
     checkpoint, device = open_model(recipe.model_name_or_path), pick_device(recipe.device)
-    training, dtype = resolve(recipe.train, checkpoint.architecture), compute_dtype(device)
+    training, dtype = resolve(train_options(recipe), checkpoint.architecture), compute_dtype(device)
     adapter, arguments = build_configs(training, device)
     plan = (
         PruningPlan.load(checkpoint.folder)
@@ -163,7 +162,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     settings: Settings | UserError | None = None
     if to_train is not None:
         longest = max(map(len, to_train.rows["input_ids"]))
-        settings = _settings(training, adapter, arguments, device, longest, anchor_steps(recipe))
+        settings = _settings(training, adapter, arguments, device, longest)
     first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
     return DryRun(
         model=checkpoint.name,
@@ -228,16 +227,12 @@ def _shape_of_plan(checkpoint: Checkpoint, section: PruneOptions, seed: int) -> 
         return sparse_plan(geometry, architecture.model_type, base, cut, seed=seed, masks="")
     blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
     return choose(
-        dict.fromkeys(prunable_layers(geometry, cut.keep_first, cut.keep_last), blank),
+        dict.fromkeys(cut.layers(geometry), blank),
         geometry=geometry,
         model_type=architecture.model_type,
         base=base,
-        criterion=cut.criterion,
-        ratio=cut.ratio,
-        bias_compensation=cut.bias_compensation,
+        options=cut,
         seed=seed,
-        keep_first=cut.keep_first,
-        keep_last=cut.keep_last,
     )
 
 
@@ -295,7 +290,7 @@ def _count_weights(model: Any, chosen: TrainOptions, *, pruned: bool) -> tuple[i
 
 
 def _settings(
-    chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int, anchors: int
+    chosen: TrainOptions, adapter: Any, arguments: Any, device: torch.device, longest: int
 ) -> Settings | UserError:
     """Collect what the planner needs to know about a training, or the reason why it cannot estimate this one."""
     if chosen.mask_update:
@@ -310,7 +305,6 @@ def _settings(
         "max_length": arguments.max_length if arguments.packing else longest,
         "optim": str(getattr(arguments.optim, "value", arguments.optim)),
         "gradient_checkpointing": checkpoints_activations(arguments),
-        "anchor_steps": anchors,
     }
     try:
         return make_settings(device=device.type, **options)

@@ -164,11 +164,9 @@ ELSEWHERE = {
     ),
     "two or more stages have an option of this name": "max_samples",
     "it is written into a plan, an adapter or a manifest, and read from there": (
-        "base_model_name_or_path bias_compensation keep_first keep_last mask_update"
+        "base_model_name_or_path bias_compensation mask_update"
     ),
-    "each module of the room `run` reads this part of the recipe": (
-        "anchor_steps dev_dataset full_lora model_name_or_path"
-    ),
+    "each module of the room `run` reads this part of the recipe": ("dev_dataset full_lora model_name_or_path"),
 }
 
 
