@@ -72,8 +72,8 @@ class AlignOptions(Options):
     )
     probe_steps: PositiveInt = option(16, "The steps of the probe's LoRA training.")
     eval_steps: PositiveInt = option(50, "The alignment steps from one probe to the next.")
-    patience: PositiveInt = option(3, "Stop after so many probes without a new best one.")
-    stream: bool = option(False, "Read the full model from disk layer by layer in probes, even where it fits.")
+    patience: PositiveInt = option(3, "Stop after this many probes without a new best one.")
+    stream: bool = option(False, "Read the full model from disk layer by layer in probes, even if it fits in memory.")
     trainer: dict[str, Any] = passed_on(
         AlignTrainerFlags,
         "transformers' TrainingArguments",
@@ -127,9 +127,11 @@ class TeachOptions(Options):
     stage: ClassVar[str] = "teach"
 
     top_k: int = option(  # from 1 to the size of the vocabulary, which only the stage knows
-        64, "How many of the likeliest next tokens are stored at every place.", common=True
+        64, "The number of likeliest next tokens to store for each position.", common=True
     )
-    max_length: PositiveInt = option(512, "Each row is cut to so many tokens, a long text into pieces of so many.")
+    max_length: PositiveInt = option(
+        512, "Rows are cut to this many tokens, and long texts into pieces of this length."
+    )
     part_tokens: int = option(
         1 << 18, "Tokens per pass over the model; a stopped run goes on after the last finished pass."
     )

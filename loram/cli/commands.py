@@ -67,7 +67,7 @@ class _DryRun(Options):
 
 class _Memory(Options):
     memory: str | None = option(
-        None, "Find the smallest ratio with which training fits into so much memory: 12GiB, 24GB.", common=True
+        None, "Find the smallest ratio with which training fits into this much memory: 12GiB, 24GB.", common=True
     )
 
 
@@ -77,7 +77,7 @@ class _Adapter(Options):
 
 class _Pruned(Options):
     pruned: str | None = option(
-        None, "With --correct: the folder that was trained on, where it is not at the name that the adapter has."
+        None, "With --correct: the folder that was trained on, if it is not where the adapter says."
     )
 
 

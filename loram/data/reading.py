@@ -62,7 +62,7 @@ def location(name: str, index: int, lines: Sequence[int] | None = None) -> str:
 
 @contextlib.contextmanager
 def bars_if_slow(rows: int) -> Iterator[None]:
-    """Show the progress bars of `datasets` only if there are so many rows that the work takes a while."""
+    """Show the progress bars of `datasets` only if the rows are many enough to take a while."""
     if rows > _SLOW_ROWS or not datasets.is_progress_bar_enabled():
         yield
         return

@@ -39,16 +39,16 @@ class DataSpec(_ByPath):
     split: str | None = option(None, "The split of a hub data set (default: train).", flag="dataset-split")
     columns: dict[Column, str] = option(
         {},
-        "What the data calls one of our columns (messages, prompt, completion, text), such as prompt=question "
+        "The data's name for one of our columns (messages, prompt, completion, text), such as prompt=question "
         "(default: columns are found by inspection).",
         flag="column",
     )
     max_samples: PositiveInt | None = option(
-        None, "Use only the first so many rows; in an evaluation also so many pieces of a long text."
+        None, "Use only this many rows from the start; an evaluation counts pieces of a long text."
     )
     max_length: PositiveInt | None = option(
         None,
-        "Each row is cut to so many tokens, where this data set needs another limit than the stage has.",
+        "Rows are cut to this many tokens, if this data set needs another limit than the stage's.",
         flag="",
     )
 

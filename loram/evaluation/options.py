@@ -13,9 +13,11 @@ class EvaluateOptions(Options):
     stage: ClassVar[str] = "eval"
 
     max_samples: PositiveInt | None = option(
-        None, "Score only the first so many rows, or pieces of a long text.", common=True
+        None, "Score only this many rows from the start, or pieces of a long text.", common=True
     )
     max_length: PositiveInt = option(
-        1024, "Each row is cut to so many tokens, a long text into pieces of so many.", also="sequence_len cutoff_len"
+        1024,
+        "Rows are cut to this many tokens, and long texts into pieces of this length.",
+        also="sequence_len cutoff_len",
     )
     stream: bool = option(False, "Never load the model: read it from disk layer by layer.")

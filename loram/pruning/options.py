@@ -47,8 +47,8 @@ class PruneOptions(Options):
     calibration: DataSpec | None = option(
         None, "The data set for criteria that read text (default: ten built-in passages).", common=True
     )
-    calibration_samples: PositiveInt = option(10, "How many rows of the calibration data are used.")
-    calibration_length: PositiveInt = option(128, "Each calibration row is cut to so many tokens.")
+    calibration_samples: PositiveInt = option(10, "The number of rows of the calibration data to use.")
+    calibration_length: PositiveInt = option(128, "Calibration rows are cut to this many tokens.")
     keep_first: int | None = option(
         None, f"The first layers to leave whole (default: {KEEP_FIRST}; with a sparse pattern 0).", planned=True
     )

@@ -32,5 +32,5 @@ class PolishOptions(Options):
     learning_rate: PositiveFloat = option(
         5e-4, "The learning rate of the first step; it falls to 0 along a cosine.", common=True
     )
-    max_length: PositiveInt = option(512, "Each row is cut to so many tokens.")
+    max_length: PositiveInt = option(512, "Rows are cut to this many tokens.")
     max_grad_norm: PositiveFloat = option(1.0, "Gradients are clipped to this norm.", flag="")

@@ -56,7 +56,7 @@ class Recipe(Options):
         also="base_model model model_id model_name pretrained_model_name_or_path",
     )
     base_model_name_or_path: str | None = option(
-        None, "The full model of a pruned folder, where it is not at the name that the plan has.", flag="base"
+        None, "The full model of a pruned folder, if it is not where the plan says.", flag="base"
     )
     output_dir: Path = option(..., "The folder for the report and one folder per stage.", flag="OUT", also="output")
     dataset: DataSpec | None = option(
@@ -66,7 +66,7 @@ class Recipe(Options):
     )
     eval_dataset: dict[str, DataSpec] = option(
         {},
-        "The held-out rows, likewise; or a mapping of names to data sets.",
+        "The held-out rows: a file, a hub name, or a mapping of names to data sets.",
         also="test_datasets val_dataset validation_dataset validation_file",
         flag="dataset",
     )

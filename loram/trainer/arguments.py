@@ -23,9 +23,9 @@ class TrainerFlags(Options):
     None stands for the library's own default.
     """
 
-    max_steps: int | None = option(None, "Stop after so many optimiser steps.", common=True)
+    max_steps: int | None = option(None, "Stop after this many optimiser steps.", common=True)
     num_train_epochs: float = option(
-        1, "How often all rows are used, where max_steps is not given.", also="num_epochs epochs", common=True
+        1, "How often all rows are used, if max_steps is not given.", also="num_epochs epochs", common=True
     )
     learning_rate: float = option(1e-4, "The learning rate after warm-up.", also="lr", common=True)
     warmup_steps: float | None = option(
@@ -46,17 +46,17 @@ class TrainerFlags(Options):
     )
     max_length: PositiveInt = option(
         512,
-        "Each row is cut to so many tokens.",
+        "Rows are cut to this many tokens.",
         also="sequence_len cutoff_len max_seq_length max_seq_len model_max_length",
         common=True,
         planned=True,
     )
     report_to: str = option("none", "Where the log goes: none, tensorboard, wandb or trackio.")
     lr_scheduler_type: str = option("cosine", "How the learning rate changes.", flag="", also="lr_scheduler")
-    logging_steps: int = option(10, "The loss is logged every so many steps.", flag="")
+    logging_steps: int = option(10, "The number of steps from one log line to the next.", flag="")
     save_strategy: str = option("steps", "When checkpoints are written.", flag="")
-    save_steps: int = option(50, "A checkpoint is written every so many steps.", flag="")
-    save_total_limit: int = option(1, "How many checkpoints are kept.", flag="")
+    save_steps: int = option(50, "The number of steps from one checkpoint to the next.", flag="")
+    save_total_limit: int = option(1, "The number of checkpoints to keep.", flag="")
     optim: str | None = option(
         None,
         "The optimiser, by its name in transformers (default: adamw_torch_fused; on a GPU with 4 bits "

@@ -70,11 +70,11 @@ class SftFlags(TrainerFlags):
     """The options of TRL's SFTConfig that have a default, a flag or another tool's name here."""
 
     learning_rate: float = option(2e-4, "The learning rate after warm-up.", also="lr", common=True)
-    save_total_limit: int = option(2, "How many checkpoints are kept.", flag="")
+    save_total_limit: int = option(2, "The number of checkpoints to keep.", flag="")
     packing: bool | None = option(None, "Put short rows together into one.", flag="", also="sample_packing")
     activation_offloading: bool | None = option(
         None,
-        "Keep in host memory what is kept for the backward pass (default: on a GPU with 4 bits).",
+        "Keep the activations for the backward pass in host memory (default: on a GPU with 4 bits).",
         flag="",
         planned=True,
     )
@@ -113,7 +113,7 @@ class _TrainOptions(Options):
     )
     anchor_steps: int | None = option(
         None,
-        "Stay on the full model's course, measured every so many steps; 0: never (default: 8 in a recipe that prunes).",
+        "Measure the full model every N steps and stay on its course; 0 is never (default: 8 in a recipe that prunes).",
         planned=True,
         ge=0,
     )

@@ -22,12 +22,12 @@ class LisaOptions(Options):
 
     active_layers: PositiveInt = option(
         2,
-        "LISA: how many decoder layers train at a time.",
+        "LISA: the number of decoder layers that train at a time.",
         flag="lisa-layers",
         also="lisa_n_layers lisa_activated_layers",
     )
     interval_steps: PositiveInt = option(
-        20, "LISA: other layers are drawn after so many steps.", flag="lisa-interval-steps", also="lisa_step_interval"
+        20, "LISA: draw other layers after this many steps.", flag="lisa-interval-steps", also="lisa_step_interval"
     )
     train_embeddings: bool = option(
         True,
