@@ -80,7 +80,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion in a shell or a notebook."""
+    """Return the public names, for completion in a shell or a notebook."""
     return sorted({*globals(), *__all__})
 
 

@@ -161,7 +161,7 @@ class _AlignJob(Job[Aligned]):
         return _aligned(trainer.state, checkpoints.path(trainer.state.global_step), checkpoints)
 
     def _student(self) -> PreTrainedModel:
-        """The pruned model in float32, with all trainable weights unfrozen."""
+        """Return the pruned model in float32, with all trainable weights unfrozen."""
         model = load_model(self.inputs.student, dtype=torch.float32)
         if not self.spec.train_embeddings:
             head: nn.Module = model.get_output_embeddings()
@@ -170,7 +170,7 @@ class _AlignJob(Job[Aligned]):
         return model
 
     def _teacher(self) -> PreTrainedModel | None:
-        """The full model in memory; None where the loss does not need it there."""
+        """Return the full model in memory; None where the loss does not need it there."""
         if not self.spec.live or self.inputs.full is None:
             return None
         return load_on(self.inputs.full, self.device).requires_grad_(False)
@@ -201,7 +201,7 @@ class _AlignJob(Job[Aligned]):
 
 
 def _aligned(state: TrainerState, last: Path, checkpoints: Checkpoints) -> Aligned:
-    """The outcome of a Trainer's state: the weights of the best probe, or else those of the last checkpoint.
+    """Return the outcome of a Trainer's state: the weights of the best probe, or else those of the last checkpoint.
 
     Raises:
         UserError: the checkpoint with the best weights is gone.

@@ -106,7 +106,7 @@ def open_inputs(
 
 
 def load_on(model: Checkpoint, device: torch.device) -> PreTrainedModel:
-    """A model that only predicts, on a device, in the dtype that it computes in."""
+    """Return a model that only predicts, on a device, in the dtype that it computes in."""
     loaded: Any = load_model(model, dtype=compute_dtype(device))  # PreTrainedModel hides the types of `to` and `eval`
     placed: PreTrainedModel = loaded.to(device).eval()
     return placed
@@ -120,7 +120,7 @@ def _check_fits(full: Checkpoint, nbytes: int, device: torch.device, purpose: st
 def _sampled(
     full: Checkpoint, tokenizer: PreTrainedTokenizerBase, trainer: Mapping[str, Any], device: torch.device
 ) -> Rows:
-    """As many rows as the steps need, written by the full model."""
+    """Return as many rows as the steps need, written by the full model."""
     needed = full.parameters * compute_dtype(device).itemsize
     _check_fits(full, needed, device, "to sample text from it; give text with --dataset")
     steps, seed = trainer.get("max_steps", -1), trainer["seed"]

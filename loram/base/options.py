@@ -100,13 +100,13 @@ def extra_of(field: FieldInfo) -> Mapping[str, Any]:
 
 
 def named_in(field: FieldInfo) -> type[Options] | None:
-    """The class of the named options of a `passed_on` field; None for any other field."""
+    """Return the class of the named options of a `passed_on` field; None for any other field."""
     named: type[Options] | None = extra_of(field).get("named")
     return named
 
 
 def flag_of(name: str, field: FieldInfo) -> str:
-    """The name of an option on the command line, without dashes before it; capitals for an argument.
+    """Return the name of an option on the command line, without dashes before it; capitals for an argument.
 
     Example: of `r` in the section `train.lora` it is `lora-r`.
     """
@@ -119,20 +119,20 @@ def has_flag(field: FieldInfo) -> bool:
 
 
 def without_none(annotation: Any) -> Any:
-    """A type without `None`: `PositiveInt` for `PositiveInt | None`."""
+    """Return a type without `None`: `PositiveInt` for `PositiveInt | None`."""
     if get_origin(annotation) not in (Union, UnionType):
         return annotation
     return next(part for part in get_args(annotation) if part is not NoneType)
 
 
 def plain_type(annotation: Any) -> Any:
-    """A type without `None` and without bounds: `int` for `PositiveInt | None`."""
+    """Return a type without `None` and without bounds: `int` for `PositiveInt | None`."""
     given = without_none(annotation)
     return plain_type(get_args(given)[0]) if get_origin(given) is Annotated else given
 
 
 def help_of(field: FieldInfo) -> str:
-    """The sentence of an option with its default, unless the sentence says already what the default is."""
+    """Return the sentence of an option with its default, unless the sentence says already what the default is."""
     text, default = field.description or "", field.default
     if field.is_required() or field.default_factory is not None or "(default: " in text:
         return text
@@ -142,14 +142,14 @@ def help_of(field: FieldInfo) -> str:
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model class in a type such as `PruneOptions | None` or `tuple[DataSpec, ...]`; None without one."""
+    """Return the first model class in a type such as `PruneOptions | None` or `tuple[DataSpec, ...]`, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((section for part in get_args(annotation) if (section := section_in(part))), None)
 
 
 def fields_below(options: type[BaseModel], place: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
-    """(place of the section, name, field) of every option in a class and in its sections, top down.
+    """Yield (place of the section, name, field) of every option in a class and in its sections, top down.
 
     Example: of a recipe, ("", "seed", ...), ("prune", "ratio", ...), ("train.lora", "r", ...); and
     ("compare.NAME", "base", ...), where the user chooses the name of a section.
@@ -163,7 +163,7 @@ def fields_below(options: type[BaseModel], place: str = "") -> Iterator[tuple[st
 
 
 def explain(error: ValidationError, options: type[BaseModel]) -> str:
-    """The first problem of a validation as one line.
+    """Return the first problem of a validation as one line.
 
     Unknown names come first, since one of them may be why another is missing.
 
@@ -184,7 +184,7 @@ def explain(error: ValidationError, options: type[BaseModel]) -> str:
 
 
 def canonical(place: Sequence[int | str], options: type[BaseModel]) -> list[str]:
-    """A place below a class of options with fields' own names in place of their aliases."""
+    """Return a place below a class of options with fields' own names in place of their aliases."""
     names: list[str] = []
     for key in map(str, place):
         section = section_at(names, options)
@@ -200,12 +200,12 @@ def _aliases(field: FieldInfo) -> list[str]:
 
 
 def first_problem_of(error: ValidationError) -> Mapping[str, Any]:
-    """The problem of a validation that a user should hear of first."""
+    """Return the problem of a validation that a user should hear of first."""
     return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 def section_at(place: Sequence[int | str], options: type[BaseModel]) -> type[BaseModel] | None:
-    """The class of the section at a place below a class of options; None where there is no such section."""
+    """Return the class of the section at a place below a class of options; None where there is no such section."""
     section: type[BaseModel] | None = options
     for key in place:
         if section is not None and str(key) in section.model_fields:

@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 def count() -> int:
-    """The number of processes, according to the launcher's environment variables."""
+    """Return the number of processes, according to the launcher's environment variables."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def number() -> int:
-    """The number of this process, counted from 0."""
+    """Return the number of this process, counted from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 

@@ -64,7 +64,7 @@ def _misused(error: typer.TyperException, arguments: list[str]) -> int:
 
 
 def _subcommand(arguments: list[str]) -> str:
-    """The subcommand on a line, or nothing."""
+    """Return the subcommand on a line, or nothing."""
     return next((a for a in arguments if a[:1] != "-"), "")
 
 

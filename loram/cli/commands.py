@@ -277,7 +277,7 @@ def _console() -> "Console":
 
 
 def _exporting(export: Export) -> Command:
-    """The command of an export."""
+    """Return the command of an export."""
 
     def call(model: str, *paths: Path, **options: Any) -> None:
         export.function(model, *paths, **options)

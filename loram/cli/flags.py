@@ -48,7 +48,7 @@ class Flag:
 def flags_of(
     options: type[BaseModel], group: str, *, only: Iterable[str] = (), under: tuple[str, ...] = ()
 ) -> Iterator[Flag]:
-    """The flags of a class of options: its fields, then those of its sections; common ones under their own heading.
+    """Yield the flags of a class of options: its fields, then those of its sections; common ones have a heading.
 
     Args:
         options: the class.
@@ -71,7 +71,7 @@ def flags_of(
 
 
 def keywords(flags: Iterable[Flag], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were given, as keyword arguments.
+    """Return the flags that were given, as keyword arguments.
 
     Args:
         flags: the flags of the command.

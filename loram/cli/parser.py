@@ -38,7 +38,7 @@ class GroupedCommand(TyperCommand):
 
 
 def make_app() -> typer.Typer:
-    """The command line."""
+    """Return the command line."""
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -55,7 +55,7 @@ def make_app() -> typer.Typer:
 
 
 def _function(command: Command) -> Callable[..., None]:
-    """The function that typer inspects and calls: its signature is generated, its body calls the command."""
+    """Return the function that typer inspects and calls: its signature is generated, its body calls the command."""
 
     def call(**values: Any) -> None:
         arguments = [values[argument.name] for argument in command.arguments]
@@ -70,7 +70,7 @@ def _function(command: Command) -> Callable[..., None]:
 
 
 def _parameters(command: Command) -> Iterator[inspect.Parameter]:
-    """One parameter per argument and flag; None stands for a flag that was not given."""
+    """Yield one parameter per argument and flag; None stands for a flag that was not given."""
     for argument in command.arguments:
         several = argument.type == list[str]
         metavar = argument.name.upper()

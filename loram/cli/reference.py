@@ -39,7 +39,7 @@ _SIGNS = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the whole page, in Markdown."""
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}
     for place, name, field in fields_below(Recipe):
         sections.setdefault(place, []).append((name, field))
@@ -52,7 +52,7 @@ def page() -> str:
 
 
 def _summary(place: str) -> Iterator[str]:
-    """The sentence about a section: that of its declaration."""
+    """Yield the sentence about a section, as its declaration has it."""
     if not place:
         yield "These keys stand at the top of a recipe."
         return
@@ -80,13 +80,13 @@ def _options(place: str, fields: Iterable[tuple[str, FieldInfo]]) -> Iterator[st
 
 
 def _anchor(place: str, name: str, field: FieldInfo) -> str:
-    """The anchor that code hosts and the docs site give to the heading of a section."""
+    """Return the anchor that code hosts and the docs site give to the heading of a section."""
     chosen = "name" if section_in(field.annotation) and get_origin(field.annotation) is dict else ""
     return f"{place}{name}{chosen}".replace(".", "").lower()
 
 
 def _flags_at(place: str) -> set[str]:
-    """The names of the flags that the command of a section has; at the top those of all commands."""
+    """Return the names of the flags that the command of a section has; at the top those of all commands."""
     stage = section_at(place.split(".")[:1], Recipe) if place else None
     name = getattr(stage, "stage", "") or place.split(".")[0]
     commands = COMMANDS.values() if not place else [COMMANDS[name]] if name in COMMANDS else []
@@ -105,7 +105,7 @@ def _flag(name: str, field: FieldInfo, flags: set[str]) -> str:
 
 
 def _value(field: FieldInfo) -> str:
-    """A type and its bounds in words: `integer > 0`."""
+    """Return a type and its bounds in words: `integer > 0`."""
     kind = without_none(field.annotation)
     limits = [*(get_args(kind)[1:] if get_origin(kind) is Annotated else ()), *field.metadata]
     bounds = [

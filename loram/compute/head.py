@@ -84,12 +84,12 @@ class Head:
         return inputs
 
     def log_probs(self) -> list[Tensor]:
-        """The log-probability of each wanted target: (wanted,) float32 for each micro-batch, in nats."""
+        """Return the log-probability of each wanted target: (wanted,) float32 for each micro-batch, in nats."""
         totals, targets = self._normalisers()
         return [target - total for target, total in zip(targets, totals, strict=True)]
 
     def top_k(self, k: int) -> list[TopK]:
-        """The `k` likeliest next tokens at the wanted places, for each micro-batch."""
+        """Return the `k` likeliest next tokens at the wanted places, for each micro-batch."""
         best = [
             (torch.empty(len(b.targets), 0), torch.empty(len(b.targets), 0, dtype=torch.int64)) for b in self.batches
         ]
@@ -145,7 +145,7 @@ class Head:
         return loss
 
     def _normalisers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The log-sum-exp over the vocabulary and the target's logit, each (wanted,) float32 for each micro-batch."""
+        """Return log-sum-exp over the vocabulary and the target's logit, both (wanted,) float32 per micro-batch."""
         totals = [torch.full((len(batch.targets),), -torch.inf) for batch in self.batches]
         targets = [torch.zeros(len(batch.targets)) for batch in self.batches]
 
@@ -158,7 +158,7 @@ class Head:
         return totals, targets
 
     def _targets_inside(self, number: int, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(which targets of a micro-batch are in the slice that begins at `start`, (wanted,) bool; their columns)."""
+        """Return which targets of a micro-batch are in the slice from `start` on, (wanted,) bool, and their columns."""
         here = (self.batches[number].targets - start).to(logits.device)
         inside = (here >= 0) & (here < logits.shape[1])
         return inside, here[inside]

@@ -134,7 +134,7 @@ def empty_model(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer in a model's folder.
+    """Return the tokenizer in a model's folder.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or it names no end-of-sequence token.

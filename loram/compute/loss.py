@@ -114,7 +114,7 @@ def causal_loss(
 
 
 def parts_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, float | None]:
-    """(the decoder, the head, the softcap of its logits if there is one) of a causal language model.
+    """Return (the decoder, the head, the softcap of its logits if there is one) of a causal language model.
 
     Raises:
         UserError: the model is of no supported family.

@@ -21,7 +21,7 @@ class _MaskedUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float) -> Tensor:
-        """(..., in) -> (..., out), with `a` (r, in), `b` (out, r), and the packed `mask` of (out, in)."""
+        """Return (..., in) -> (..., out), with `a` (r, in), `b` (out, r), and the packed `mask` of (out, in)."""
         ctx.save_for_backward(x, a, b)
         ctx.mask, ctx.scaling = mask, scaling
         return functional.linear(x, masked_delta(a, b, mask, scaling).to(x.dtype))

@@ -92,13 +92,13 @@ def quantize(weight: Tensor) -> tuple[Tensor, QuantState]:
 
 
 def as_4bit(weight: Tensor) -> Tensor:
-    """A weight after it was quantised to NF4 and dequantised, in its own dtype and shape."""
+    """Return a weight after it was quantised to NF4 and dequantised, in its own dtype and shape."""
     rounded: Tensor = dequantize_4bit(*quantize(weight))
     return rounded.view_as(weight)
 
 
 def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-    """The tensors that transformers' folder format has for a weight in NF4: their names, dtypes and shapes."""
+    """Return the tensors that transformers' folder format has for a weight in NF4: their names, dtypes and shapes."""
     blocks = math.ceil(math.prod(shape) / NF4_BLOCK)
     return {
         name: TensorSpec(dtype=torch.uint8, shape=(math.ceil(math.prod(shape) / 2), 1)),
@@ -111,7 +111,7 @@ def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
 
 
 def packed_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """The tensors that `packed_specs` describes, for a weight."""
+    """Return the tensors that `packed_specs` describes, for a weight."""
     packed, state = quantize(weight)
     tensors = {name: packed, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
     text = tensors[f"{name}.{_STATE}"]  # JSON, whose length depends on its numbers; blanks at its end change nothing
@@ -130,12 +130,12 @@ def is_4bit(parameter: Tensor) -> bool:
 
 
 def _state(weight: Tensor) -> QuantState:
-    """The constants of an NF4 weight; torch's types do not know that attribute."""
+    """Return the constants of an NF4 weight; torch's types do not know that attribute."""
     return cast(Params4bit, weight).quant_state
 
 
 def nbytes(model: nn.Module) -> int:
-    """The bytes of all weights and constants of a model, each counted once, wherever they are."""
+    """Return the bytes of all weights and constants of a model, each counted once, wherever they are."""
     sizes: dict[int, int] = {}  # by where a tensor is in memory
     for module in model.modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -156,7 +156,7 @@ class SparseLinear4bit(SparseLinear):
     """A sparse linear whose values are in NF4."""
 
     def values(self) -> Tensor:
-        """The values, (count,), dequantised to the dtype that the model computes in."""
+        """Return the values, (count,), dequantised to the dtype that the model computes in."""
         values: Tensor = dequantize_4bit(self.weight.data, _state(self.weight))
         return values
 
@@ -171,7 +171,7 @@ class _Lookup(nn.Module):
         self.embedding = embedding  # the family's own module, since some scale what they look up
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The embedding's rows for some tokens: (tokens,) -> (tokens, hidden size)."""
+        """Return the embedding's rows for some tokens: (tokens,) -> (tokens, hidden size)."""
         raise NotImplementedError
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class Nf4Embedding(_Lookup):
         self.weight = weight
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The dequantised rows for some tokens: (tokens,) -> (tokens, hidden size)."""
+        """Return the dequantised rows for some tokens: (tokens,) -> (tokens, hidden size)."""
         return dequantized_rows(self.weight, ids)
 
 
@@ -200,12 +200,12 @@ class HostEmbedding(_Lookup):
         self.table, self.dtype = table, dtype  # not a parameter, or it would move to the device with the others
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows for some tokens, on the tokens' device: (tokens,) -> (tokens, hidden size)."""
+        """Return the rows for some tokens, on the tokens' device: (tokens,) -> (tokens, hidden size)."""
         return self.table[ids.to(self.table.device)].to(ids.device, self.dtype)
 
 
 def dequantized_rows(weight: Params4bit, rows: Tensor) -> Tensor:
-    """Some rows of an NF4 weight, (rows, columns); all of it is dequantised only if a block can be in two rows."""
+    """Return rows of an NF4 weight, (rows, columns); all of it is dequantised only if a block can be in two rows."""
     state, (_, columns) = weight.quant_state, weight.quant_state.shape
     if columns % state.blocksize:
         return cast(Tensor, dequantize_4bit(weight.data, state)[rows])
@@ -265,7 +265,7 @@ def _put_embedding_(
 def _read_4bit(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Params4bit:
-    """A weight in NF4 on the device; it is quantised now, unless it is in NF4 in the folder already."""
+    """Return a weight in NF4 on the device; it is quantised now, unless it is in NF4 in the folder already."""
     if stats := checkpoint.constants(name):
         tensors: dict[str, Any] = {key: checkpoint.tensor(key) for key in stats}
         weight = Params4bit.from_prequantized(checkpoint.tensor(name), tensors, device=device)

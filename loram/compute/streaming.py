@@ -191,15 +191,15 @@ class Stream:
         gradients.close()
 
     def log_probs(self) -> list[Tensor]:
-        """The log-probability of each wanted target: (wanted,) float32 for each micro-batch, in nats."""
+        """Return the log-probability of each wanted target: (wanted,) float32 for each micro-batch, in nats."""
         return self._head().log_probs()
 
     def top_k(self, k: int) -> list[TopK]:
-        """The `k` likeliest next tokens at the wanted places, for each micro-batch."""
+        """Return the `k` likeliest next tokens at the wanted places, for each micro-batch."""
         return self._head().top_k(k)
 
     def _head(self) -> Head:
-        """The model's end, with the final norm's weights in place."""
+        """Return the model's end, with the final norm's weights in place."""
         assert self._final is not None, "forward has not come to its end"
         path = self.architecture.final_norm_path
         norm = self.model.get_submodule(path)
@@ -222,7 +222,7 @@ class Stream:
         return self._scratch.room([(*batch.ids.shape, width) for batch in self.batches], self.dtype)
 
     def _embed(self) -> Activations:
-        """The hidden states before the first layer, by the model's own forward pass with layers that only take notes.
+        """Return the hidden states before the first layer: run the model's own forward pass with layers that record.
 
         Only the embedding's rows that the text uses are read.
         """
@@ -258,7 +258,7 @@ class Stream:
         return hidden
 
     def _call(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """A layer's output for a micro-batch; `hidden` and the output are (rows, width, hidden)."""
+        """Return a layer's output for a micro-batch; `hidden` and the output are (rows, width, hidden)."""
         arguments = self._arguments[tuple(batch.ids.shape)][index]
         output: Tensor = self._layers[index](hidden.to(self.device), **arguments)
         return output
@@ -285,7 +285,7 @@ class Stream:
         return {name: self.checkpoint.tensor(f"{prefix}.{name}") for name in names}
 
     def _linears(self, index: int) -> Iterator[tuple[str, nn.Linear]]:
-        """(full path, module) of every linear of a layer."""
+        """Yield (full path, module) of every linear of a layer."""
         prefix = self.architecture.layer_path(index)
         linears: tuple[Linear, ...] = self.checkpoint.rows_by_layer[index].linears
         for linear in linears:

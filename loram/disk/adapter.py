@@ -168,7 +168,7 @@ class Adapter:
         return digest.hexdigest()
 
     def scaling(self, module: str) -> float:
-        """The factor that PEFT multiplies B·A by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """Return the factor that PEFT multiplies B·A by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank = self.modules[module]["A"].shape[0]
         alpha = float(self._pattern(self._options.alpha_pattern, module, self._options.lora_alpha))
         return alpha / math.sqrt(rank) if self._options.use_rslora else alpha / rank
@@ -184,7 +184,7 @@ class Adapter:
         return default
 
     def delta(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """The update scaling·B·A of rows `start` to `stop` of a module's weight, masked if it has a mask: float32."""
+        """Return the update scaling·B·A of a module's rows `start` to `stop`, masked if it has a mask: float32."""
         a, b = (self.modules[module][factor].float() for factor in "AB")
         if (mask := self.masks.get(module)) is not None:
             return masked_delta(a, b[start:stop], mask[start:stop], self.scaling(module))
@@ -206,7 +206,7 @@ class Adapter:
         return add_update_(linear, a, b, self.scaling(module)), names
 
     def updated(self, module: str, rows: Tensor, start: int = 0) -> Tensor:
-        """The rows of a module's weight with the adapter's update: W + scaling·B·A.
+        """Return the rows of a module's weight with the adapter's update: W + scaling·B·A.
 
         With DoRA every row is then brought to its magnitude (arXiv 2402.09353, equation 5).
 
@@ -226,7 +226,7 @@ class Adapter:
         return weight
 
     def targets(self, modules: Iterable[str]) -> list[str]:
-        """The modules that adapter_config.json targets, by PEFT's own matching, among a model's linears.
+        """Return the modules that adapter_config.json targets, by PEFT's own matching, among a model's linears.
 
         Raises:
             UserError: adapter_config.json contradicts itself.
@@ -295,7 +295,7 @@ def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Remo
 
 
 def masked_delta(a: Tensor, b: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """The masked update scaling * M ∘ (B A): (out_features, in_features), in the factors' dtype.
+    """Return the masked update scaling * M ∘ (B A): (out_features, in_features), in the factors' dtype.
 
     Args:
         a, b: lora_A, (r, in_features), and lora_B, (out_features, r).
@@ -307,7 +307,7 @@ def masked_delta(a: Tensor, b: Tensor, mask: Tensor, scaling: float) -> Tensor:
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
-    """An adapter whose update is `factor` times as large, since every lora_B is."""
+    """Return an adapter whose update is `factor` times as large, since every lora_B is."""
     tensors = {n: t * factor if n.endswith(".lora_B.weight") else t for n, t in adapter.tensors.items()}
     return dataclasses.replace(adapter, tensors=tensors)
 

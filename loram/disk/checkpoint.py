@@ -57,7 +57,7 @@ class Checkpoint:
         find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
-        """The file that each tensor is in, by the tensor's name, from the shards' own headers."""
+        """Return the file that each tensor is in, by the tensor's name, from the shards' own headers."""
         if (self.folder / INDEX).is_file():
             weight_map = self._read_weight_map()
             shards = sorted(set(weight_map.values()))
@@ -76,7 +76,7 @@ class Checkpoint:
         return index
 
     def _read_weight_map(self) -> dict[str, str]:
-        """The index's file for each tensor; every file lies in the folder and is safetensors by its name."""
+        """Return the index's file for each tensor; every file lies in the folder and is safetensors by its name."""
         path = self.folder / INDEX
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -147,27 +147,27 @@ class Checkpoint:
         return Checkpoint(self.folder, self.name, stored=True)
 
     def names(self) -> list[str]:
-        """The names of all tensors, sorted as a person counts: layer 2 comes before layer 10."""
+        """Return the names of all tensors, sorted as a person counts: layer 2 comes before layer 10."""
         hidden = set() if self._stored else set(self._masks.values())
         return sorted(self.index.keys() - hidden, key=_natural)
 
     def layer_tensors(self, layer: int) -> dict[str, Tensor]:
-        """All tensors of a decoder layer, by name."""
+        """Return all tensors of a decoder layer, by name."""
         prefix = f"{self.architecture.layer_path(layer)}."
         return {name: self.tensor(name) for name in self.names() if name.startswith(prefix)}
 
     def constants(self, name: str) -> list[str]:
-        """The names of the tensors that belong to a quantised weight: its scales and codes."""
+        """Return the names of the tensors that belong to a quantised weight: its scales and codes."""
         return [key for key in self.index if key.startswith(f"{name}.")]
 
     @staticmethod
     def weight_of(name: str) -> str:
-        """The name of the weight that a tensor belongs to: its own, unless it is a quantised weight's constant."""
+        """Return the name of the weight that a tensor belongs to: its own, unless it is a weight's NF4 constant."""
         module, mark, _ = name.partition(".weight.")
         return f"{module}.weight" if mark else name
 
     def spec(self, name: str) -> TensorSpec:
-        """A tensor's dtype and shape, which are read from the file's header alone.
+        """Return a tensor's dtype and shape, which are read from the file's header alone.
 
         Raises:
             UserError: the model has no such tensor.
@@ -181,11 +181,11 @@ class Checkpoint:
         return TensorSpec(dtype=spec.dtype, shape=(rows, 8 * columns))
 
     def _mask_of(self, name: str) -> str | None:
-        """The name of a weight's mask, if the weight is shown dense."""
+        """Return the name of a weight's mask, if the weight is shown dense."""
         return None if self._stored else self._masks.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, which is read from the file's header alone."""
+        """Return a tensor's shape, which is read from the file's header alone."""
         return self.spec(name).shape
 
     @property
@@ -206,7 +206,7 @@ class Checkpoint:
         return self.holder(self.architecture.head_weight)
 
     def holder(self, name: str) -> str:
-        """The name of the tensor that holds a weight: its own, but for a tied head the embedding's."""
+        """Return the name of the tensor that holds a weight: its own, but for a tied head the embedding's."""
         return self.architecture.embedding_weight if self.tied and name == self.architecture.head_weight else name
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -226,7 +226,7 @@ class Checkpoint:
         return dense(file.read(name, first, last), self.tensor(mask, start, stop))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """A tensor in pieces of about 64 MB: (index of the first row, the rows)."""
+        """Return a tensor in pieces of about 64 MB: (index of the first row, the rows)."""
         spec = self.spec(name)
         if self._mask_of(name) is None:
             return self._open(self.index[name]).blocks(name)

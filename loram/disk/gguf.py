@@ -15,12 +15,12 @@ from loram.disk.writer import ShardedWriter
 
 
 def cache_folder() -> Path:
-    """The folder where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
+    """Return the folder where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
     return Path(os.environ.get("LORAM_CACHE", Path.home() / ".cache" / "loram"))
 
 
 def cached_conversion(path: Path) -> Path:
-    """The folder a GGUF file was converted into, in loram's cache."""
+    """Return the folder a GGUF file was converted into, in loram's cache."""
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / f"{path.stem}-{key}"

@@ -72,7 +72,7 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
 
 
 def quantization_config(whole: Sequence[str]) -> dict[str, object]:
-    """The key `quantization_config` of config.json, for transformers.
+    """Return the key `quantization_config` of config.json, for transformers.
 
     Args:
         whole: the paths of linears that stay as they were: a tied head, which shares the embedding's weight.

@@ -35,7 +35,7 @@ class Export:
 
 @cache
 def exports() -> Mapping[str, Export]:
-    """The exports by the names of their files, which are also the names of their commands."""
+    """Return the exports by the names of their files, which are also the names of their commands."""
     modules = {
         info.name: importlib.import_module(f"{loram.export.__name__}.{info.name}")
         for info in pkgutil.iter_modules(loram.export.__path__)

@@ -159,7 +159,7 @@ class Softcap:
     default: float | None
 
     def of(self, config: Mapping[str, Any]) -> float | None:
-        """The cap that a config sets, or None."""
+        """Return the cap that a config sets, or None."""
         cap: float | None = config.get(self.key, self.default)
         return cap
 
@@ -240,11 +240,11 @@ class Architecture:
         return f"{self.head}.weight"
 
     def layer_path(self, layer: int) -> str:
-        """The path of a decoder layer: `model.layers.3`."""
+        """Return the path of a decoder layer: `model.layers.3`."""
         return f"{self.layers_path}.{layer}"
 
     def split(self, name: str) -> tuple[int, str] | None:
-        """The layer that a tensor or module is in, and its name inside that layer; None where it is in no layer.
+        """Return the layer that a tensor or module is in, and its name inside that layer; None where it is in no layer.
 
         A name may have a prefix, as PEFT's names do, or begin at any part of the layers' path.
 
@@ -271,11 +271,11 @@ class Architecture:
         return tuple(linear.name for linear in self.linears)
 
     def linear(self, path: str) -> Linear:
-        """The linear at a path inside the layer."""
+        """Return the linear at a path inside the layer."""
         return next(linear for linear in self.linears if linear.path == path)
 
     def linear_with(self, segment: Segment) -> Linear:
-        """The linear among whose outputs a segment is."""
+        """Return the linear among whose outputs a segment is."""
         return next(linear for linear in self.linears if segment in linear.rows)
 
     def of_kind(self, kind: str | None) -> "Architecture":
@@ -290,7 +290,7 @@ class Architecture:
         )
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The part of a config.json that describes the text model."""
+        """Return the part of a config.json that describes the text model."""
         nested: Mapping[str, Any] = config if self.config_key is None else config[self.config_key]
         return nested
 

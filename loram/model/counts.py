@@ -9,7 +9,7 @@ from loram.model.geometry import Geometry
 
 
 def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> range:
-    """The layers that are pruned: all but the first `keep_first` and the last `keep_last`.
+    """Return the layers that are pruned: all but the first `keep_first` and the last `keep_last`.
 
     Raises:
         UserError: no layer is left.

@@ -146,7 +146,7 @@ def is_pruned(config: Mapping[str, Any]) -> bool:
 
 
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """The row of a full model's family.
+    """Return the row of a full model's family.
 
     Args:
         config: the content of its config.json.
@@ -161,7 +161,7 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """The row of a full or pruned model's family; arguments as for `architecture_of`.
+    """Return the row of a full or pruned model's family; arguments as for `architecture_of`.
 
     Raises:
         UserError: the family has no row; the message lists those that have one.

@@ -84,7 +84,7 @@ class Geometry(BaseModel):
             raise UserError(f"{where}: {first_problem(error)}") from error
 
     def units(self, space: Space) -> int:
-        """Return how many units of a space a layer of the full model has."""
+        """Return how many units of a space one layer of the full model has."""
         return int(getattr(self, space.size))
 
     def unit_size(self, unit: Unit) -> int:
@@ -114,17 +114,17 @@ class Geometry(BaseModel):
         return total
 
     def layer(self, architecture: Architecture, layer: int) -> Architecture:
-        """The family's row with only the parts that one layer has."""
+        """Return the family's row with only the parts that one layer has."""
         return architecture.of_kind(self.layer_kinds[layer] if self.layer_kinds else None)
 
     def linear_shape(self, linear: Linear, units: Units | None = None) -> tuple[int, int]:
-        """(out_features, in_features) of a linear; `units` as for `size`."""
+        """Return (out_features, in_features) of a linear; `units` as for `size`."""
         return self.size(linear.rows, units), self.size(linear.columns, units)
 
     def linear_shapes(
         self, architecture: Architecture, units: Callable[[int], Units | None] = lambda layer: None
     ) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of every linear that an adapter can be on, the head included, by module path.
+        """Return (out_features, in_features) of every linear that can have an adapter, the head too, by module path.
 
         Args:
             architecture: the model's family.
@@ -140,7 +140,7 @@ class Geometry(BaseModel):
     def layer_shapes(
         self, architecture: Architecture, layer: int, units: Units | None = None
     ) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of one decoder layer, by its name inside the layer; `units` as for `size`."""
+        """Return the shape of every tensor of a decoder layer, by its name inside the layer; `units` as for `size`."""
         row, shapes = self.layer(architecture, layer), dict[str, tuple[int, ...]]()
         for linear in row.linears:
             shapes[f"{linear.path}.weight"] = self.linear_shape(linear, units)
@@ -151,7 +151,7 @@ class Geometry(BaseModel):
         return shapes
 
     def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the full model, by name; a tied head has no tensor of its own."""
+        """Return the shape of every tensor of the full model, by name; a tied head has no tensor of its own."""
         table = (self.vocab_size, self.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {architecture.embedding_weight: table}
         for layer in range(self.num_hidden_layers):

@@ -90,7 +90,7 @@ def show_widths_(part: nn.Module, config: "PreTrainedConfig", widths: Mapping[st
 
 
 def _narrow_linears(config: Any, layers: nn.ModuleList) -> Mapping[int, NarrowLinears]:
-    """The linears of every narrowed layer, by the layer's index.
+    """Return the linears of every narrowed layer, by the layer's index.
 
     A folder that was made before config.json had `narrow_linears` has only the layers' widths; all families of that
     time had the linears below.
@@ -196,11 +196,11 @@ class SparseLinear(nn.Linear):
         self.register_buffer("mask", empty)
 
     def values(self) -> Tensor:
-        """The weights, (count,), in the dtype that the model computes in."""
+        """Return the weights, (count,), in the dtype that the model computes in."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + bias: (..., in_features) -> (..., out_features)."""
+        """Return x W^T + bias: (..., in_features) -> (..., out_features)."""
         apply = cast(Callable[..., Tensor], _SparseProduct.apply)
         product = apply(x, self.weight, self)
         return product if self.bias is None else product + self.bias
@@ -280,7 +280,7 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
 
 
 def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":
-    """The (config class, model class) of the pruned models of a family; the same two at every call.
+    """Return the (config class, model class) of the pruned models of a family; the same two at every call.
 
     Args:
         model_class: the name of transformers' class of full models: `LlamaForCausalLM`.

@@ -116,7 +116,7 @@ class PruningPlan(BaseModel):
         return {path: kept_values(*shape, self.pattern, self.ratio) for path, shape in shapes.items()}
 
     def sparsity(self) -> dict[str, Any] | None:
-        """The key `sparsity` of a sparse model's config.json (see `modeling_loram`); None for structured plans."""
+        """Return the key `sparsity` for a sparse model's config.json (see `modeling_loram`), or None."""
         layers = self.sparse_layers
         return {"layers": [layers.start, layers.stop], "values": self.kept_values()} if self.sparse else None
 
@@ -134,11 +134,11 @@ class PruningPlan(BaseModel):
         }
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of every linear of the pruned model, the head included, by module path."""
+        """Return (out_features, in_features) of every linear of the pruned model, the head included, by module path."""
         return self.geometry.linear_shapes(self.architecture, self.units)
 
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
-        """The rows or columns of a tensor that a layer keeps.
+        """Return the rows or columns of a tensor that a layer keeps.
 
         Args:
             layer: the layer's index.
@@ -164,7 +164,7 @@ class PruningPlan(BaseModel):
         return torch.cat(parts)
 
     def per_layer_config(self) -> dict[str, dict[str, int]]:
-        """The narrowed layers' widths as transformers' `per_layer_config`."""
+        """Return the narrowed layers' widths as transformers' `per_layer_config`."""
         widths: dict[str, dict[str, int]] = {}
         for layer in sorted(self.layers):
             widths[str(layer)], units = {}, self.units(layer)
@@ -174,7 +174,7 @@ class PruningPlan(BaseModel):
         return widths
 
     def narrow_linears(self) -> dict[str, dict[str, tuple[int, int, bool]]]:
-        """The key `narrow_linears` of config.json: layer -> path -> (out_features, in_features, whether it has a bias).
+        """Return config.json's key `narrow_linears`: layer -> path -> (out_features, in_features, has a bias).
 
         It lists all linears of every layer that the plan narrows.
         """
@@ -191,7 +191,7 @@ class PruningPlan(BaseModel):
         return linear.path in self.geometry.biases or (self.bias_compensation and linear.consumes_units)
 
     def parameters(self) -> tuple[int, int]:
-        """(parameters of the full model, parameters of the pruned model); sparse linears count what they keep."""
+        """Return the parameters of the full and of the pruned model; sparse linears count what they keep."""
         full = pruned = self.geometry.other_parameters()
         for layer in range(self.geometry.num_hidden_layers):
             full += self.geometry.layer_parameters(self.architecture, layer)
@@ -206,7 +206,7 @@ class PruningPlan(BaseModel):
         return full, pruned
 
     def to_json(self) -> str:
-        """The plan as JSON, with one line per key and per layer, in a fixed order.
+        """Return the plan as JSON, with one line per key and per layer, in a fixed order.
 
         Fields that were added to the format later are left out where they have no say, so that older plans keep their
         fingerprints.
@@ -249,5 +249,5 @@ class PruningPlan(BaseModel):
 
 
 def find_plan(folder: Path) -> PruningPlan | None:
-    """The plan that travels with a folder, or None where there is none."""
+    """Return the plan that travels with a folder, or None where there is none."""
     return PruningPlan.load(folder) if (folder / PLAN_NAME).exists() else None

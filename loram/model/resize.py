@@ -19,7 +19,7 @@ _PARTS: dict[str, tuple[int | None, int | None]] = {
 
 
 def _cuts(name: str, plan: PruningPlan) -> Iterator[tuple[int, Tensor, int]]:
-    """(dimension, kept indices, full size) for each dimension of a tensor that the plan shortens."""
+    """Yield (dimension, kept indices, full size) for each dimension of a tensor that the plan shortens."""
     place = plan.architecture.split(name)
     if place is None:
         return

@@ -28,7 +28,7 @@ def n_of_m(pattern: str) -> tuple[int, int] | None:
 
 
 def removed_share(pattern: str, ratio: float | None) -> float:
-    """The share of weights that a sparse pattern removes: n:m tells it, `unstructured` asks for it.
+    """Return the share of weights that a sparse pattern removes: n:m tells it, `unstructured` asks for it.
 
     Raises:
         UserError: the ratio is missing, not between 0 and 1, or not what n:m says.

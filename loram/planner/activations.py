@@ -32,14 +32,14 @@ class Sizes:
 
     @classmethod
     def of(cls, settings: Settings) -> "Sizes":
-        """The sizes in a training."""
+        """Return the sizes in a training."""
         if settings.device == "cuda":
             return cls(value=2, mask=1 if settings.dropout else 0, adapted=2)
         return cls(value=4, mask=settings.lora_bytes if settings.dropout else 0, adapted=settings.lora_bytes)
 
 
 def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: bool = False) -> int:
-    """The bytes that one decoder layer saves in a forward pass with gradients.
+    """Return the bytes that one decoder layer saves in a forward pass with gradients.
 
     Args:
         model: the model that the layer is in.
@@ -61,7 +61,7 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
 
 
 def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
-    """The part of what a layer saves that backward has freed when it comes to attention."""
+    """Return the part of what a layer saves that backward has freed when it comes to attention."""
     size = Sizes.of(settings)
     targets = [linear for linear in layer.targeted(settings.targets) if linear.reads in ("mlp", "channels")]
     norms = (layer.norms - 1) * (model.geometry.hidden_size + 1) * _FLOAT32  # all but the one before attention
@@ -70,7 +70,7 @@ def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
 
 
 def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings: Settings, size: Sizes) -> int:
-    """The bytes that adapted linears save per token: dropout's mask, what lora_A reads if it trains, what lora_B reads.
+    """Return the bytes that adapted linears save per token: dropout's mask, and the inputs of trained factors.
 
     With dropout, or cast to the adapter's dtype, what lora_A reads is a tensor of its own for every linear. Without,
     it is the linear's input, which several linears share: one tensor for q, k and v, one for gate and up, one for down.
@@ -91,7 +91,7 @@ def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings
 
 
 def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> int:
-    """The bytes between the projections: queries, keys, values, the output, and what is as wide as the text is long.
+    """Return the bytes between the projections: queries, keys, values, the output, and tensors as wide as the text.
 
     The values are a view of what their linear gives, so all of that is kept, unless they are copied.
     """
@@ -108,14 +108,14 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
 
 
 def _norm_weights(model: Model, layer: Layer, first: bool) -> int:
-    """The bytes of 1 + weight, which is a tensor of its own where norms multiply by it."""
+    """Return the bytes of 1 + weight, which is a tensor of its own where norms multiply by it."""
     if not model.architecture.norms_add_one:
         return 0
     return _FLOAT32 * (layer.norm_values - (model.geometry.hidden_size if first else 0))
 
 
 def saved_around_layers(model: Model, settings: Settings) -> int:
-    """The bytes that are saved outside the decoder layers: rotary tables, the final norm, and what the loss reads."""
+    """Return the bytes saved outside the decoder layers: rotary tables, the final norm, and the loss's inputs."""
     hidden, size = model.geometry.hidden_size, Sizes.of(settings)
     tables = len({layer.window is None for layer in model.layers}) if model.architecture.rotary_by_window else 1
     rotary = tables * 2 * settings.length * model.rotated * size.value
@@ -126,7 +126,7 @@ def saved_around_layers(model: Model, settings: Settings) -> int:
 
 
 def layer_input(model: Model, settings: Settings) -> int:
-    """The bytes of the hidden states that enter a layer, which is all that checkpointing keeps of it."""
+    """Return the bytes of the hidden states that enter a layer, which is all that checkpointing keeps of it."""
     return settings.tokens * model.geometry.hidden_size * Sizes.of(settings).value
 
 

@@ -30,7 +30,7 @@ class Fit(BaseModel):
 def fit(
     config: str | Path | Mapping[str, Any], memory: int, *, options: PlannerOptions | None = None, **fields: Any
 ) -> Fit:
-    """The least ratio of `GRID` with which training fits.
+    """Return the least ratio of `GRID` with which training fits.
 
     Where the precision is left open, the full model is tried in 16 bits, then in 4; then each ratio in 4 bits: four
     bits lose less than pruning does, so weights are quantised before any are removed. A pruned model is trained as a
@@ -67,7 +67,7 @@ def fit(
 
 
 def _candidates(in_4bit: bool | None) -> Iterator[tuple[float | None, bool]]:
-    """(ratio, whether in 4 bits), the one that loses least first."""
+    """Yield (ratio, whether in 4 bits), the one that loses least first."""
     if in_4bit is None:
         yield None, False
     yield from ((ratio, in_4bit is not False) for ratio in GRID)
@@ -82,7 +82,7 @@ def _too_little(memory: int, nearest: Estimate) -> str:
 
 
 def recipe_lines(estimate: Estimate, written: Collection[str]) -> str:
-    """The `prune` and `train` sections of a recipe that trains like this, as YAML.
+    """Return the `prune` and `train` sections of a recipe that trains like this, as YAML.
 
     Args:
         estimate: what to train.

@@ -77,7 +77,7 @@ class _Moment(BaseModel):
 
 
 def training_memory(model: Model, settings: Settings, full: Model | None = None) -> TrainingMemory:
-    """The peak memory of training an adapter on a model, anchored on the `full` one if the settings say so."""
+    """Return the peak memory of training an adapter on a model, anchored on the `full` one if the settings say so."""
     frozen = frozen_bytes(model, settings)
     held = {
         "weights": frozen.weights,
@@ -102,7 +102,7 @@ def training_memory(model: Model, settings: Settings, full: Model | None = None)
 
 
 def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
-    """The moments of a step: the backward pass through the loss and through each layer, and the optimiser's step."""
+    """Yield the moments of a step: the backward pass through the loss and each layer, and the optimiser's step."""
     gradients = _gradients(model, settings)
     kept = _kept(model, settings)
     everything = kept[-1] + saved_around_layers(model, settings) + _casts(model, settings)
@@ -121,7 +121,7 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
 
 
 def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
-    """The moment when anchors are measured: a micro-batch is in a layer of the full model and in the pruned one.
+    """Return the moment when anchors are measured: a micro-batch is in a layer of the full model and in the pruned one.
 
     No step is under way then. The full layer is in the computing dtype, and its adapter computes in float32, without
     dropout. On a CPU the next layer is being read meanwhile, and hidden states and measurements are in memory, each up
@@ -148,7 +148,7 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
 
 
 def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
-    """The bytes that a measurement for anchors needs, in memory or on disk.
+    """Return the bytes that a measurement for anchors needs, in memory or on disk.
 
     Returns:
         (bytes of the hidden states before every layer, bytes of the measured differences). Attention and MLP differ
@@ -162,7 +162,7 @@ def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
 
 
 def _kept(model: Model, settings: Settings) -> list[int]:
-    """The bytes that the layers up to each one keep for the backward pass."""
+    """Return the bytes that the layers up to each one keep for the backward pass."""
     if settings.checkpointed:
         most = offloaded_stash(model) if settings.offloaded else len(model.layers)
         return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
@@ -172,7 +172,7 @@ def _kept(model: Model, settings: Settings) -> list[int]:
 
 
 def _gradients(model: Model, settings: Settings) -> list[int]:
-    """The bytes of gradients after the backward pass has done each layer and, as the last entry, after the loss.
+    """Return the bytes of gradients after the backward pass has done each layer and, as the last entry, after the loss.
 
     All gradients exist from the start when several micro-batches are accumulated.
     """
@@ -185,7 +185,7 @@ def _gradients(model: Model, settings: Settings) -> list[int]:
 
 
 def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterator[_Moment]:
-    """The moments of the backward pass through the softmax and through the head, for one chunk of tokens.
+    """Yield the moments of the backward pass through the softmax and through the head, for one chunk of tokens.
 
     The softmax, its gradient and the gradient of the loss by it are in float32 at the same time; a softcap keeps its
     tanh besides.
@@ -203,7 +203,7 @@ def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterat
 
 
 def _inside(model: Model, layer: Layer, settings: Settings) -> int:
-    """The most that the backward pass through a layer needs beyond what the layer has saved.
+    """Return the most that the backward pass through a layer needs beyond what the layer has saved.
 
     At the MLP's end these are the gradient of the layer's output, twice more on its way to lora_B, and the gradient of
     the channels; on a GPU with 16-bit weights the latter exists in float32 too, which PEFT casts to. Where attention
@@ -219,19 +219,19 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
 
 
 def _dequantised(parameters: int, settings: Settings) -> int:
-    """The bytes of one 4-bit weight in full precision, with its constants in float32."""
+    """Return the bytes of one 4-bit weight in full precision, with its constants in float32."""
     return parameters * settings.compute_bytes + parameters // 16 if settings.quantised else 0
 
 
 def _unpacked(layer: Layer, path: str, settings: Settings) -> int:
-    """The bytes of one linear's weight in full, if it is kept in 4 bits or sparse; a mask takes one byte per place."""
+    """Return the bytes of one linear's full weight, if it is in 4 bits or sparse; a mask takes a byte per weight."""
     places = prod(layer.shapes[path])
     dense = places * (settings.compute_bytes + 1) if layer.mask_bytes else 0
     return dense + _dequantised(layer.values[path], settings)
 
 
 def _casts(model: Model, settings: Settings) -> int:
-    """The bytes of autocast's 16-bit copies of a float32 adapter, which are kept for the backward pass."""
+    """Return the bytes of autocast's 16-bit copies of a float32 adapter, which are kept for the backward pass."""
     if settings.device != "cuda" or settings.lora_bytes == 2:
         return 0
     return 2 * sum(factors(model, settings))

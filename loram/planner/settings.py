@@ -44,7 +44,7 @@ class PlannedOption:
 
 
 def planned_options(stage: type[Options]) -> dict[str, PlannedOption]:
-    """The options of a stage that the planner counts, by their names in Python and on the command line.
+    """Return the options of a stage that the planner counts, by their names in Python and on the command line.
 
     Example: `lora_r` is the option `r` in the section `lora` of training.
     """
@@ -73,11 +73,11 @@ class _PlannerOptions(Options):
         def __getattr__(self, name: str) -> Any: ...
 
     def pruning(self) -> PruneOptions:
-        """The options of pruning among these."""
+        """Return the options of pruning among these."""
         return PruneOptions.of(**_given(self, PRUNING))
 
     def training(self, *, pruned: bool, anchored: bool = False, in_4bit: bool | None = None) -> dict[str, Any]:
-        """The options of training that were given, and the device.
+        """Return the options of training that were given, and the device.
 
         Args:
             pruned: whether a pruned model trains; a full one is never anchored.
@@ -105,14 +105,14 @@ def _given(options: BaseModel, names: Any) -> dict[str, Any]:
 
 
 def _left_open(name: str, field: FieldInfo) -> tuple[Any, Any]:
-    """(type, field) of the same option, with None for the default that its stage gives it, and always with a flag."""
+    """Return (type, field) of the same option. Its default is None, which stands for the stage's, and it has a flag."""
     extra = {**extra_of(field), "flag": name}
     kind: Any = field.annotation
     return _bounded(kind | None, field), Field(None, description=help_of(field), json_schema_extra=extra)
 
 
 def _filled_in(name: str, field: FieldInfo) -> tuple[Any, Any]:
-    """(type, default) of the same option where it is never None; without a default where that depends on the device."""
+    """Return (type, default) of the same option if it is never None; without a default that depends on the device."""
     kind = without_none(field.annotation)
     if get_origin(kind) is list:  # a frozen value holds tuples
         kind = tuple.__class_getitem__((*get_args(kind), ...))
@@ -156,7 +156,7 @@ class _Settings(BaseModel):
         return value
 
     def for_family(self, architecture: Architecture) -> "Settings":
-        """The settings with the family's own linears as targets, unless targets were given.
+        """Return the settings with the family's own linears as targets, unless targets were given.
 
         Raises:
             UserError: the family has no module of a given name.
@@ -270,7 +270,7 @@ class _Settings(BaseModel):
         return 2 if self.lora_dtype == "bfloat16" else 4
 
     def describe(self, adapter_parameters: int) -> str:
-        """One line for people.
+        """Return one line for people.
 
         Example: `4-bit weights, lora of rank 8 (19,988,480 parameters in float32), 4 x 512 tokens, adamw_torch_fused`.
         """
@@ -314,7 +314,7 @@ else:
 
 
 def make_settings(**given: Any) -> Settings:
-    """Settings with the defaults that `loram train` has on the device; None stands for the default.
+    """Return settings with the defaults that `loram train` has on the device; None stands for the default.
 
     On a GPU activations are checkpointed; with 4-bit weights they are also offloaded, and AdamW keeps pageable 8-bit
     states.
@@ -344,7 +344,7 @@ def make_settings(**given: Any) -> Settings:
 
 
 def _defaults(method: Method, on_gpu: bool, quantised: bool) -> dict[str, Any]:
-    """The defaults that depend on method, device and precision."""
+    """Return the defaults that depend on method, device and precision."""
     own: Mapping[str, Mapping[str, Any]] = {"lora": method.defaults, "trainer": method.trainer}
     of_method = {
         name: own[option.section][option.name]

@@ -74,7 +74,7 @@ class Layer:
         return self.kv_heads * self.head_dim
 
     def targeted(self, names: tuple[str, ...]) -> list[Linear]:
-        """Its linears that PEFT's `target_modules` name."""
+        """Return its linears that PEFT's `target_modules` name."""
         return [linear for linear in self.linears.values() if linear.name in names]
 
 
@@ -107,7 +107,7 @@ class Model:
         last: int,
         pattern: str = STRUCTURED,
     ) -> "Model":
-        """The sizes of the model that pruning makes of another one.
+        """Return the sizes of the model that pruning makes of another one.
 
         Args:
             config: the content of the full model's config.json.

@@ -21,7 +21,7 @@ def parse_size(text: str, flag: str = "--memory") -> int:
 
 
 def show_size(count: int) -> str:
-    """Bytes for people, in the unit that graphics cards are measured in: `9.53 GiB`."""
+    """Return bytes for people, in the unit that graphics cards are measured in: `9.53 GiB`."""
     if count >= 1 << 30:
         return f"{count / (1 << 30):.2f} GiB"
     return f"{count / (1 << 20):.1f} MiB" if count else "0"

@@ -90,7 +90,7 @@ def _prune(full: Model, model: Model) -> list[Stage]:
 
 
 def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stage]:
-    """The stages of sparse pruning.
+    """Return the stages of sparse pruning.
 
     SparseGPT holds a Hessian for each tensor that a layer's linears read, and works with three more of the largest.
     """
@@ -152,7 +152,7 @@ def _streamed(full: Model) -> int:
 
 
 def _head(full: Model) -> int:
-    """The memory while logits are computed: the head as in the file, a slice of it in float32, that slice's logits."""
+    """Return the memory while logits are computed: the head, a slice of it in float32, and that slice's logits."""
     return IMPORTS + 2 * HIDDEN_BYTES + full.vocabulary * file_bytes(full) + 4 * BLOCK_BYTES
 
 
@@ -161,6 +161,6 @@ def _layer(model: Model, size: int) -> int:
 
 
 def _working(full: Model) -> int:
-    """The bytes of a micro-batch's activations inside a layer, in float32."""
+    """Return the bytes of a micro-batch's activations inside a layer, in float32."""
     layer = full.layers[0]
     return BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)

@@ -105,7 +105,7 @@ def prunes(pruning: PruneOptions) -> bool:
 
 
 def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, options: PruneOptions) -> Estimate:
-    """The same estimate from a config.json's content and checked settings."""
+    """Return the same estimate from a config.json's content and checked settings."""
     pruned = prunes(options)
     pruning = (options if pruned else PruneOptions.of(options, ratio=0.5)).resolved()
     full = Model.of(config, where, None, 0, 0)
@@ -145,7 +145,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
 
 
 def _flops(model: Model, settings: Settings) -> int:
-    """Operations per token: 2 per weight forward and 2 backward, 2 more where forward is done again, 2 if it trains.
+    """Return operations per token: 2 per weight forward, 2 backward, 2 if forward is done again, 2 if it trains.
 
     The logits are always worked out again in the backward pass; a lookup in the embedding costs nothing.
     """
@@ -158,7 +158,7 @@ def _flops(model: Model, settings: Settings) -> int:
 
 
 def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
-    """Operations per token that measure the full model's course; each token is measured once per time it is trained on.
+    """Return operations per token that measure the full model; a token is measured each time it is trained on.
 
     The full model goes forward, and with gradients forward again and backward. The layers that are pruned also go
     forward in their pruned form, and with gradients backward.
@@ -172,5 +172,5 @@ def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
 
 
 def _head(model: Model) -> tuple[int, int]:
-    """(out_features, in_features) of lm_head."""
+    """Return (out_features, in_features) of lm_head."""
     return model.geometry.vocab_size, model.geometry.hidden_size

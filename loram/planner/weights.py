@@ -35,7 +35,7 @@ class WeightBytes:
 
 
 def nf4_bytes(parameters: int) -> tuple[int, int]:
-    """(bytes of the values, bytes of their constants) of one weight in NF4 with double quantisation.
+    """Return (bytes of the values, bytes of their constants) of one weight in NF4 with double quantisation.
 
     A value takes half a byte; a block of 64 values has an 8-bit constant, and 256 of these have one in float32; and
     there are tables. Together that is 0.516 bytes per value. This is bitsandbytes' layout, which rounds every block up.
@@ -45,7 +45,7 @@ def nf4_bytes(parameters: int) -> tuple[int, int]:
 
 
 def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
-    """The bytes of the frozen weights; a tied head is the embedding, in 4 bits too."""
+    """Return the bytes of the frozen weights; a tied head is the embedding, in 4 bits too."""
     geometry, size = model.geometry, settings.compute_bytes
     masks = sum(layer.mask_bytes for layer in model.layers)
     if not settings.quantised:
@@ -64,7 +64,7 @@ def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
 
 
 def adapted(model: Model, settings: Settings) -> Iterator[tuple[int, int]]:
-    """(out_features, in_features) of every linear that has an adapter."""
+    """Yield (out_features, in_features) of every linear that has an adapter."""
     for layer in model.layers:
         for linear in layer.targeted(settings.targets):
             yield layer.shapes[linear.path]
@@ -88,7 +88,7 @@ def trained(model: Model, settings: Settings) -> Iterator[int]:
 
 
 def optimizer_bytes(model: Model, settings: Settings) -> int:
-    """The bytes of AdamW's two moments, in the adapter's dtype or in 8 bits; small tensors are never in 8 bits."""
+    """Return the bytes of AdamW's two moments, in the adapter's dtype or 8 bits; small tensors are never in 8 bits."""
     if not settings.optimizer[0]:
         return 2 * settings.lora_bytes * sum(trained(model, settings))
     total, any_8bit = 0, False
@@ -102,6 +102,6 @@ def optimizer_bytes(model: Model, settings: Settings) -> int:
 
 
 def file_bytes(model: Model) -> int:
-    """The bytes of a stored value: as config.json says, or else 2."""
+    """Return the bytes of a stored value: as config.json says, or else 2."""
     dtype = model.config.get("dtype", model.config.get("torch_dtype"))
     return 4 if dtype == "float32" else 2

@@ -66,7 +66,7 @@ class PruneOptions(Options):
         return f"{value // 60}:{value % 60}" if type(value) is int else value
 
     def resolved(self) -> "ResolvedPruneOptions":
-        """The same options with the pattern's defaults filled in.
+        """Return the same options with the pattern's defaults filled in.
 
         Raises:
             UserError: the pattern or criterion is not known, the criterion does not go with the pattern, the ratio is

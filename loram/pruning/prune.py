@@ -147,7 +147,7 @@ def _prune_structured(
 
 
 def _pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, TensorSpec]:
-    """The names, dtypes and shapes of a pruned model's tensors."""
+    """Return the names, dtypes and shapes of a pruned model's tensors."""
     specs = {}
     for name in checkpoint.names():
         full = checkpoint.spec(name)
@@ -161,7 +161,7 @@ def _pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, Tensor
 
 
 def _compensated(plan: PruningPlan, layer: int) -> Iterator[tuple[str, Linear]]:
-    """(full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
+    """Yield (full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
     if layer not in plan.layers or not plan.bias_compensation:
         return
     for linear in plan.geometry.layer(plan.architecture, layer).linears:
@@ -170,7 +170,7 @@ def _compensated(plan: PruningPlan, layer: int) -> Iterator[tuple[str, Linear]]:
 
 
 def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
-    """A layer's tensors as the pruned model has them."""
+    """Yield a layer's tensors as the pruned model has them."""
     biases = {}
     for path, linear in _compensated(plan, layer.index):
         weight = layer.tensors[f"{path}.weight"]
@@ -238,7 +238,7 @@ def _shares_embedding(checkpoint: Checkpoint) -> bool:
 
 
 def load_calibration(checkpoint: Checkpoint, tokenizer: Any, options: PruneOptions) -> Tokens:
-    """The longest rows or pieces of the calibration data, or of the built-in passages where there is none.
+    """Return the longest rows or pieces of the calibration data, or of the built-in passages where there is none.
 
     Raises:
         UserError: as `loram.data.tokens.load_tokens`.

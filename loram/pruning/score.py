@@ -100,7 +100,7 @@ def score_layers(
 def score(
     checkpoint: Checkpoint, criteria: Sequence[str], layers: Sequence[int], **options: object
 ) -> dict[str, Scores]:
-    """The scores of all layers, by criterion; arguments as for `score_layers`."""
+    """Return the scores of all layers, by criterion; arguments as for `score_layers`."""
     by_criterion: dict[str, dict[int, Mapping[str, Tensor]]] = {criterion: {} for criterion in criteria}
     for layer in score_layers(checkpoint, criteria, layers, **options):  # type: ignore[arg-type]
         for criterion, spaces in layer.scores.items():
@@ -136,7 +136,7 @@ class _Tally:
             self._add(name, weight, gradient)
 
     def finished(self, layer: int, tensors: Mapping[str, Tensor]) -> ScoredLayer:
-        """A layer whose evidence is complete."""
+        """Return a layer whose evidence is complete."""
         if layer not in self.layers:
             return ScoredLayer(index=layer, scores={}, tensors=tensors, inputs={})
         for linear in self.rows_by_layer[layer].linears:
@@ -186,7 +186,7 @@ class _Tally:
                 self.sums[key] = added + self.sums[key] if key in self.sums else added
 
     def _place(self, name: str) -> tuple[int, Linear]:
-        """The layer and the linear that a weight (`model.layers.3.mlp.up_proj.weight`) belongs to."""
+        """Return the layer and the linear that a weight (`model.layers.3.mlp.up_proj.weight`) belongs to."""
         place = self.architecture.split(name)
         assert place is not None
         layer, rest = place
@@ -201,7 +201,7 @@ class _Tally:
 def _importance_by_line(
     rule: Criterion, weight: Tensor, gradient: Tensor | None, inputs: InputStatistics | None, axis: int
 ) -> Tensor:
-    """A weight's importance, summed over the other axis: (out_features,) for axis 0 or (in_features,) for 1, float64.
+    """Return a weight's importance, summed over the other axis, in float64: (out_features,) or (in_features,).
 
     The importance of single elements is worked out some rows at a time.
     """

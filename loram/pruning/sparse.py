@@ -91,7 +91,7 @@ def prune_sparse(
 def sparse_plan(
     geometry: Geometry, model_type: str, base: BaseReference, settings: ResolvedPruneOptions, *, seed: int, masks: str
 ) -> PruningPlan:
-    """The plan of a sparse model; `masks` is the SHA-256 of its masks, or empty while there are none."""
+    """Return the plan of a sparse model; `masks` is the SHA-256 of its masks, or empty while there are none."""
     return PruningPlan(
         model_type=model_type,
         base=base,
@@ -105,7 +105,7 @@ def sparse_plan(
 
 
 def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-    """Dtypes and shapes of a sparse model's tensors, and of its masks."""
+    """Return dtypes and shapes of a sparse model's tensors, and of its masks."""
     specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
     masks = {}
     for layer in plan.sparse_layers:
@@ -216,5 +216,5 @@ class _Job:
 
 
 def _first_reader(row: Architecture, linear: Linear) -> Linear:
-    """The first linear of a layer that reads the same as this one."""
+    """Return the first linear of a layer that reads the same as this one."""
     return next(other for other in row.linears if other.reads == linear.reads)

@@ -155,7 +155,7 @@ class _PolishJob(Job[Polished]):
         return Polished(log=progress.log, tensors=progress.tensors)
 
     def _batch(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """The token ids and labels of a step's rows, again from the first row when all are used up."""
+        """Return the token ids and labels of a step's rows, again from the first row when all are used up."""
         size = self.options.per_device_train_batch_size
         batch = self.rows.select([(step * size + row) % len(self.rows) for row in range(size)])
         return batch["input_ids"][:], batch["labels"][:]

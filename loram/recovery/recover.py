@@ -102,7 +102,7 @@ def recover(
 
 
 def _trained_on(adapter: Adapter, manifest: Manifest | None, pruned: str | Path | None) -> Checkpoint:
-    """The pruned model that an adapter was trained on, in 16 or 32 bits."""
+    """Return the pruned model that an adapter was trained on, in 16 or 32 bits."""
     name = pruned or adapter.config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter.folder}: does not say what it was trained on; name that folder with --pruned")

@@ -92,7 +92,7 @@ def compare(recipe: Recipe) -> list[Measured]:
 
 
 def variant_of(recipe: Recipe, name: str) -> Recipe:
-    """The recipe of one variant.
+    """Return the recipe of one variant.
 
     Raises:
         UserError: what it changes is not valid there.
@@ -196,7 +196,7 @@ class _Meter(TrainerCallback):
 
 
 def table(rows: list[Measured]) -> Table:
-    """The comparison for a terminal."""
+    """Return the comparison for a terminal."""
     result = Table(title="the full model with what was trained")
     for place, heading in enumerate(_headings(rows)):
         result.add_column(heading, justify="left" if place < 2 else "right")
@@ -240,7 +240,7 @@ def _write(out: Path, rows: list[Measured]) -> None:
 
 
 def _plot(rows: list[Measured], path: Path) -> None:
-    """Peak memory and seconds of the training against perplexity on the first data set."""
+    """Return peak memory and seconds of the training against perplexity on the first data set."""
     from matplotlib import pyplot
 
     dataset = next(iter(rows[0].perplexity))

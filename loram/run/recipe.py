@@ -204,7 +204,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem in one line: `prune.ration: unknown key; did you mean ratio?`."""
+    """Return the first problem in one line: `prune.ration: unknown key; did you mean ratio?`."""
     problem = first_problem_of(error)
     place = canonical(problem["loc"], Recipe)
     where = ".".join(place)
@@ -219,7 +219,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def file_digest(spec: DataSpec) -> str:
-    """SHA-256 of a data set's settings, and of its content if it is a local file; a hub data set is not fetched."""
+    """Return the SHA-256 of a data set's settings, and of a local file's content; a hub data set is not fetched."""
     path = Path(spec.path).expanduser()
     content = path.read_bytes() if path.is_file() else b""
     return hashlib.sha256(spec.model_dump_json().encode() + content).hexdigest()

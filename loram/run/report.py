@@ -1,4 +1,4 @@
-"""The report of a run: one row a model, as a table for people and JSON for programs."""
+"""The report of a run: one row per model, as a table for people and as JSON for programs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,12 @@ def together(costs: Sequence[Cost | None]) -> Cost | None:
 
 
 class RowCounts(BaseModel):
-    """What became of a data set's rows (or pieces of a text): how many were trained on or scored, lost their end to
-    max_length, or were left out for having nothing in the loss, which `truncated` ones may be too.
+    """What became of a data set's rows, or of the pieces of a text.
+
+    Args:
+        used: the number of rows that were trained on or scored.
+        truncated: the number of rows that `max_length` cut; some of them may be among the skipped ones.
+        skipped: the number of rows that were left out because none of their tokens is in the loss.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,15 +41,17 @@ class RowCounts(BaseModel):
 
 
 class Row(BaseModel):
-    """One model of the comparison.
+    """One model of the report.
 
     Args:
-        name: base, full LoRA, pruned, aligned, pruned (or aligned) + adapter, recovered (or merged).
-        parameters: of the model as evaluated, adapter included.
-        perplexity, tokens, evaluated_on: by evaluation data set.
-        trained_on: rows of the training data; None where nothing was trained.
-        made: what making it took beyond the row it was made from; None for the base.
-        evaluated: what evaluating it took; None in a recipe that evaluates nothing.
+        name: base, full LoRA, pruned, aligned, pruned (or aligned) + adapter, recovered (or merged), or polished.
+        parameters: the number of parameters of the evaluated model, its adapter included.
+        perplexity: the perplexity on each evaluation data set.
+        tokens: the number of tokens that each perplexity is the mean of.
+        evaluated_on: the counts of each evaluation data set's rows.
+        trained_on: the counts of the training data's rows; None if nothing was trained.
+        made: the cost of making the model from the row that it was made from; None for the base.
+        evaluated: the cost of evaluating it; None in a recipe that evaluates nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,10 +71,11 @@ class RunReport(BaseModel):
 
     Args:
         recipe: the recipe.
-        versions: of the libraries.
+        versions: the versions of the libraries.
         rows: one row per model that was evaluated.
-        final: the row that the run is about, the full model with what was trained; None where nothing was.
-        kept_gain: how much of what LoRA on the full model gains the final row keeps, by data set; see `kept_gain`.
+        final: the name of the row that the run is about: the full model with the trained adapter; None if the run
+            trains nothing.
+        kept_gain: for each data set, the share of full LoRA's gain that the final row keeps; see `kept_gain`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,7 +87,7 @@ class RunReport(BaseModel):
     kept_gain: dict[str, float] | None
 
     def row(self, name: str) -> Row:
-        """The row of that name."""
+        """Return the row with this name."""
         return next(row for row in self.rows if row.name == name)
 
     def data(self) -> list[tuple[str, RowCounts]]:
@@ -90,10 +97,10 @@ class RunReport(BaseModel):
 
 
 def kept_gain(rows: Mapping[str, Row], final: str | None) -> dict[str, float] | None:
-    """(ln untuned - ln final) / (ln untuned - ln full LoRA) of the perplexities, by data set.
+    """Return (ln base - ln final) / (ln base - ln full LoRA), computed from the perplexities on each data set.
 
-    1 means that the final row is worth as much as LoRA on the full model, 0 that it is worth nothing. None where the
-    run has no full LoRA; a data set that full LoRA does not improve has no gain to keep and is left out.
+    1 means that the final row is as good as LoRA on the full model, and 0 that it is no better than the base. The
+    result is None if the run has no full LoRA. A data set that full LoRA does not improve is left out.
     """
     if final is None or "full LoRA" not in rows:
         return None
@@ -106,7 +113,7 @@ def kept_gain(rows: Mapping[str, Row], final: str | None) -> dict[str, float] | 
 
 
 def table(report: RunReport) -> Table:
-    """The rows as a table, the costs in seconds and GB (10^9 bytes)."""
+    """Return the rows as a table; the costs are in seconds and GB (10^9 bytes)."""
     datasets = list(report.rows[0].perplexity)
     result = Table(title=f"{report.recipe['model_name_or_path']}")
     result.add_column("model", no_wrap=True)

@@ -13,7 +13,7 @@ from loram.run.stages import Evaluated, Run, described, fingerprint
 
 
 def evaluations(run: Run, name: str, evaluated: Evaluated) -> dict[str, Done]:
-    """The perplexity of a model, with an adapter or without, on every evaluation data set of the recipe, by its name.
+    """Return the perplexity of a model, with or without an adapter, on every evaluation data set, by its name.
 
     Args:
         run: the run; finished evaluations are not repeated.
@@ -42,7 +42,7 @@ def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: P
 def row_of(
     name: str, parameters: int, cost: Cost | None, evaluated: Mapping[str, Done], trained_on: RowCounts | None
 ) -> Row:
-    """One row of the report.
+    """Return one row of the report.
 
     Args:
         name: its name.

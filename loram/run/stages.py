@@ -46,7 +46,7 @@ class Run:
     done: dict[str, Done] = field(default_factory=dict)
 
     def folder(self, name: str) -> Path:
-        """The folder of a stage."""
+        """Return the folder of a stage."""
         return self.recipe.output_dir / name
 
     @cached_property
@@ -160,7 +160,7 @@ def _aligning(run: Run, number: int = 0) -> dict[str, Any]:
 
 
 def _of_small(run: Run, *, aligned: bool = True) -> dict[str, Any]:
-    """The settings that the small model was made with in this run."""
+    """Return the settings that the small model was made with in this run."""
     settings = {} if run.recipe.prune is None else {"pruning": _pruning(run)}
     return {**settings, "aligning": _aligning(run)} if aligned and run.recipe.align is not None else settings
 
@@ -295,12 +295,12 @@ EVERY = (*SHRINKING, *ADAPTING, FULL_LORA, TUNED)
 
 
 def final_of(recipe: Recipe) -> Stage:
-    """The stage that a run of a recipe that trains is about: the full model with what was trained."""
+    """Return the stage that a run of a recipe that trains is about: the full model with what was trained."""
     return next(stage for stage in (POLISHED, RECOVERED, MERGED) if stage.count(recipe))
 
 
 def rows_of(run: Run) -> dict[str, Stage]:
-    """The rows of the report below the base, in order: name -> the stage that made it."""
+    """Return the rows of the report below the base, in order: name -> the stage that made it."""
     stages = (FULL_LORA, PRUNED, ALIGNED, *ADAPTING)
     return {stage.row(run): stage for stage in stages if stage is PRUNED or stage.count(run.recipe)}
 
@@ -312,7 +312,7 @@ def cost_of(run: Run, stage: Stage) -> Cost | None:
 
 
 def train_options(recipe: Recipe) -> TrainOptions:
-    """The options of training, anchored by default where the recipe prunes, since the full model is at hand then."""
+    """Return the options of training. A recipe that prunes anchors by default, since it has the full model at hand."""
     return TrainOptions.of(recipe.train, anchor_steps=anchor_steps(recipe))
 
 
@@ -325,12 +325,12 @@ def anchor_steps(recipe: Recipe) -> int:
 
 
 def described(spec: DataSpec | None) -> dict[str, Any] | None:
-    """A data set as settings have it: what it is called, and the digest of its content."""
+    """Return a data set as settings have it: what it is called, and the digest of its content."""
     return None if spec is None else {**spec.model_dump(mode="json"), "sha256": file_digest(spec)}
 
 
 def fingerprint(folder: Path) -> str:
-    """The fingerprint of a folder that a stage made."""
+    """Return the fingerprint of a folder that a stage made."""
     manifest = find_manifest(folder)
     assert manifest is not None, folder
     return manifest.fingerprint
@@ -342,12 +342,12 @@ def _alignment(recipe: Recipe) -> AlignOptions:
 
 
 def _teach_options(recipe: Recipe) -> TeachOptions:
-    """The options of `teach`, whose rows are as long as those of the alignment."""
+    """Return the options of `teach`, whose rows are as long as those of the alignment."""
     return TeachOptions.of(recipe.teach, max_length=resolve_trainer(_alignment(recipe).trainer)["max_length"])
 
 
 def _from_caches(run: Run, section: AlignOptions) -> AlignOptions:
-    """The options of `align` with the folders that `teach` wrote in place of its data sets."""
+    """Return the options of `align` with the folders that `teach` wrote in place of its data sets."""
     caches = [
         {"path": str(run.folder(TEACHERS.folder.format(number=number + 1))), "weight": spec.weight}
         for number, spec in enumerate(section.dataset)
@@ -359,7 +359,7 @@ def _from_caches(run: Run, section: AlignOptions) -> AlignOptions:
 
 
 def _polish_options(recipe: Recipe) -> dict[str, Any]:
-    """The options of `polish`; its learning rate is that of training where none is given."""
+    """Return the options of `polish`; its learning rate is that of training where none is given."""
     section = recipe.polish
     assert section is not None
     chosen = section.model_dump(exclude={"dataset"})

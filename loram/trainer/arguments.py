@@ -75,7 +75,7 @@ class TrainerFlags(Options):
 
 
 def defaults_of(named: type[Options]) -> dict[str, Any]:
-    """The options of a library that have a default here: name -> default."""
+    """Return the options of a library that have a default here: name -> default."""
     return {name: field.default for name, field in named.model_fields.items() if field.default is not None}
 
 
@@ -119,5 +119,5 @@ def checkpoints_activations(arguments: Any) -> bool:
 
 
 def option_names(config: Any) -> list[str]:
-    """The names that a dataclass of options takes."""
+    """Return the names that a dataclass of options takes."""
     return [field.name for field in dataclasses.fields(config) if field.init]

@@ -60,7 +60,7 @@ def fit_model_(
 
 
 def read_state(checkpoint: Path) -> TrainerState:
-    """The Trainer's state in a checkpoint: its step and its log."""
+    """Return the Trainer's state in a checkpoint: its step and its log."""
     state: TrainerState = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state
 
@@ -71,5 +71,5 @@ def is_over(state: TrainerState) -> bool:
 
 
 def losses(state: TrainerState, *kinds: str) -> list[dict[str, Any]]:
-    """The log entries that hold one of `kinds`, with sorted keys and without what changes with interruptions."""
+    """Return the log entries that hold one of `kinds`, with sorted keys and without what changes with interruptions."""
     return [dict(sorted(entry.items())) for entry in reproducible_entries(state.log_history, *kinds)]

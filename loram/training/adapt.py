@@ -24,7 +24,7 @@ def trainable_model(
     device: torch.device,
     batches: Callable[[], Sequence[Mapping[str, Tensor]]],
 ) -> PreTrainedModel | PeftModel:
-    """The model with the parameters that the method trains; everything else is frozen.
+    """Return the model with the parameters that the method trains; everything else is frozen.
 
     Args:
         checkpoint: the pruned or full model.
@@ -61,7 +61,7 @@ def trainable_model(
 
 
 def _frozen_model(checkpoint: Checkpoint, options: TrainOptions, device: torch.device) -> PreTrainedModel:
-    """The model that gets an adapter, in 4 bits or in the device's dtype."""
+    """Return the model that gets an adapter, in 4 bits or in the device's dtype."""
     dtype = compute_dtype(device)
     if not options.load_in_4bit:
         return load_model(checkpoint, dtype=dtype)

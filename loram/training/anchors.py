@@ -91,7 +91,7 @@ class _Measured:
         return (kind, part) in self._kept
 
     def padded(self, kind: str, part: int, rows: Sequence[int], like: Tensor) -> Tensor:
-        """The values of some rows, padded with zeros to the shape of `like`, in its dtype and on its device."""
+        """Return the values of some rows, padded with zeros to the shape of `like`, in its dtype and on its device."""
         padded = torch.zeros(like.shape, dtype=self._dtype)  # (rows, width, hidden)
         for place, row in enumerate(rows):
             values = self._kept[kind, part][row]  # (tokens of the row, hidden)
@@ -228,7 +228,7 @@ def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
 
 
 def _parts(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """The blocks (attention and MLP) of layer after layer."""
+    """Return the blocks (attention and MLP) of layer after layer."""
     layers = cast(nn.ModuleList, model.get_submodule(architecture.layers_path))
     return [layer.get_submodule(path) for layer in layers for path in architecture.blocks]
 
@@ -250,13 +250,13 @@ def _alike(full: nn.Module, pruned: nn.Module) -> bool:
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states that a block reads."""
+    """Return the hidden states that a block reads."""
     states: Tensor = args[0] if args else kwargs["hidden_states"]
     return states
 
 
 def _with(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A block's arguments with other hidden states."""
+    """Return a block's arguments with other hidden states."""
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
@@ -275,7 +275,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _states(output: Any) -> Tensor:
-    """The hidden states that a block gives."""
+    """Return the hidden states that a block gives."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 

@@ -148,7 +148,7 @@ else:  # with a section for each method that has options of its own
 
 
 def lora_defaults(architecture: Architecture | None = None) -> dict[str, Any]:
-    """The options of LoraConfig that have a default here: name -> default.
+    """Return the options of LoraConfig that have a default here: name -> default.
 
     Args:
         architecture: the family whose linears are the default targets; None for those that most families have.

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the rows' token ids and labels, in order."""
+    """Return the SHA-256 of the rows' token ids and labels, in order."""
     digest = hashlib.sha256()
     for batch in rows.with_format("numpy").iter(1000):
         for column in ("input_ids", "labels"):
@@ -26,7 +26,7 @@ def rows_digest(rows: Dataset) -> str:
 def arrange(
     rows: Dataset, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, DataCollatorForLanguageModeling]:
-    """The rows, shuffled and packed where the arguments say so, and TRL's collator, which makes batches of them."""
+    """Return the rows, shuffled and packed as the arguments say, and TRL's collator, which makes batches of them."""
     if arguments.shuffle_dataset:
         rows = rows.shuffle(seed=arguments.seed)
     if arguments.packing:
@@ -42,7 +42,7 @@ def arrange(
 def first_batches(
     rows: Dataset, collator: DataCollatorForLanguageModeling, size: int, count: int
 ) -> list[Mapping[str, Tensor]]:
-    """The first `count` batches of `size` rows, or as many as there are."""
+    """Yield the first `count` batches of `size` rows, or as many as there are."""
 
     def batches() -> Iterator[Any]:
         for start in range(0, len(rows), size):

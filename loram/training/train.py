@@ -120,7 +120,7 @@ def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
 def _course(
     checkpoint: Checkpoint, options: TrainOptions, base: str | Path | None, device: torch.device, *, scratch: Path
 ) -> Course:
-    """The full model's course that a pruned model is trained on.
+    """Return the full model's course that a pruned model is trained on.
 
     Raises:
         UserError: the model is a full one, or its full model is not there.

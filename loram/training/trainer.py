@@ -37,7 +37,7 @@ class AdapterTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> torch.Tensor:
-        """A step with activations in host memory where the options say so."""
+        """Return a step with activations in host memory where the options say so."""
         with self._offloading:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss

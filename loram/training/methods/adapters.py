@@ -7,7 +7,7 @@ from torch import nn
 
 
 def adapted_linears(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """(path in the base model, PEFT's layer) of every linear that has an adapter."""
+    """Yield (path in the base model, PEFT's layer) of every linear that has an adapter."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
             yield path.removeprefix("base_model.model."), module

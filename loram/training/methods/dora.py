@@ -15,14 +15,14 @@ class Dora(Method):
     """PEFT's DoRA; recovery must know the lengths that the learnt ones began as."""
 
     def added_files(self, model: "nn.Module") -> Mapping[str, Mapping[str, "Tensor"]]:
-        """The lengths of the rows of the frozen weights."""
+        """Return the lengths of the rows of the frozen weights."""
         from loram.disk.adapter import ROW_LENGTHS_NAME
 
         return {ROW_LENGTHS_NAME: row_lengths(model)}
 
 
 def row_lengths(model: "nn.Module") -> dict[str, "Tensor"]:
-    """The length ‖W‖ of every row of each frozen weight that has an adapter, as DoRA's magnitudes begin.
+    """Return the length ‖W‖ of every row of each frozen weight that has an adapter, as DoRA's magnitudes begin.
 
     Returns:
         Module path in the base model -> (out_features,) float32, in host memory.

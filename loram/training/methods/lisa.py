@@ -56,7 +56,7 @@ class Lisa(Full):
         unfreeze_(model, pruned=pruned, around=own.train_embeddings)
 
     def callbacks(self, model: "nn.Module", own: Options | None, seed: int) -> Sequence["TrainerCallback"]:
-        """The callback that draws layers.
+        """Return the callback that draws layers.
 
         Raises:
             UserError: the model has fewer layers than should train at a time.
@@ -69,7 +69,7 @@ class Lisa(Full):
         return [LayerDraws(layers, active_layers=own.active_layers, interval_steps=own.interval_steps, seed=seed)]
 
     def layers_at_once(self, layers: int, own: Options | None) -> int:
-        """As many as `active_layers` says."""
+        """Return as many as `active_layers` says."""
         assert isinstance(own, LisaOptions)
         return min(own.active_layers, layers)
 

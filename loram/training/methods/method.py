@@ -54,7 +54,7 @@ class Method:
     adds_files: bool = False
 
     def own_options(self, options: "TrainOptions") -> Options | None:
-        """The method's own options with their defaults filled in; None if it has none."""
+        """Return the method's own options with their defaults filled in; None if it has none."""
         if self.section is None or self.options is None:
             return None
         section: Options | None = getattr(options, self.section)
@@ -89,11 +89,11 @@ class Method:
         """
 
     def callbacks(self, model: "nn.Module", own: Options | None, seed: int) -> Sequence["TrainerCallback"]:
-        """The callbacks that the Trainer needs for the method, for a model after `specialise_`."""
+        """Return the callbacks that the Trainer needs for the method, for a model after `specialise_`."""
         return ()
 
     def added_files(self, model: "nn.Module") -> Mapping[str, Mapping[str, "Tensor"]]:
-        """The safetensors files that recovery needs beside the adapter of a pruned model: name -> its tensors.
+        """Return the safetensors files that recovery needs beside the adapter of a pruned model: name -> its tensors.
 
         Args:
             model: the model before the first step.

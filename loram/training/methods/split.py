@@ -53,7 +53,7 @@ class Split(nn.Module):
         return (self.trained, self.frozen) if self.axis == 0 else (self.frozen, self.trained)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), part by part: autograd would keep a weight put together."""
+        """Return (..., in_features) -> (..., out_features), part by part: autograd would keep a weight put together."""
         if self.axis == 0:
             return torch.cat([linear(x, part) for part in self._parts()], -1)
         first, second = self._parts()

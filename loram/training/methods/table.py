@@ -36,7 +36,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS
 
 
 def method_of(name: str) -> Method:
-    """A row of the table.
+    """Return a row of the table.
 
     Raises:
         UserError: no method has that name.

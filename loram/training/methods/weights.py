@@ -40,7 +40,7 @@ def unfreeze_(model: Any, *, pruned: bool, around: bool) -> None:
 
 
 def trained_layers(model: Any) -> list[list[nn.Parameter]]:
-    """The parameters that train in each decoder layer."""
+    """Return the parameters that train in each decoder layer."""
     layers = model.get_submodule(family_of(model.config.to_dict()).layers_path)
     return [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
 
@@ -92,7 +92,7 @@ def extract(trained: Checkpoint, base: Checkpoint, r: int) -> tuple[dict[str, An
 
 
 def _config(r: int, targets: Sequence[str]) -> dict[str, Any]:
-    """The content of adapter_config.json, as PEFT writes it after training."""
+    """Return the content of adapter_config.json, as PEFT writes it after training."""
     from peft import LoraConfig
 
     config = LoraConfig(r=r, lora_alpha=r, target_modules=list(targets), task_type="CAUSAL_LM", inference_mode=True)
