@@ -294,5 +294,5 @@ def _checked(checkpoint: Checkpoint, name: str, tensor: Tensor, shape: tuple[int
     return tensor
 
 
-def _wrong_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return f"{checkpoint.folder}: {name} has shape {found}, but config.json's model has {expected}"
+def _wrong_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return f"{checkpoint.folder}: {name} has shape {shape}, but config.json's model has {expected}"

@@ -125,11 +125,13 @@ class Adapter:
             raise UserError(f"{where}: holds no LoRA factors")
 
     def _check_magnitude(self, module: str, rows: int) -> None:
-        where, found = self.folder / WEIGHTS_NAME, self.magnitudes.get(module)
-        if found is None:
+        where, magnitude = self.folder / WEIGHTS_NAME, self.magnitudes.get(module)
+        if magnitude is None:
             raise UserError(f"{where}: {module} lacks lora_magnitude_vector, though {CONFIG_NAME} says use_dora")
-        if found.shape != (rows,):
-            raise UserError(f"{where}: {module}.lora_magnitude_vector has shape {tuple(found.shape)}, not ({rows},)")
+        if magnitude.shape != (rows,):
+            raise UserError(
+                f"{where}: {module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, not ({rows},)"
+            )
 
     @cached_property
     def _options(self) -> _Options:

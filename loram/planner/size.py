@@ -14,10 +14,10 @@ def parse_size(text: str, flag: str = "--memory") -> int:
     Raises:
         UserError: it is no size, or zero; the message begins with `flag`.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    if not found or found[2].upper() not in _UNITS or not float(found[1]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    if not match or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(f"{flag} {text!r}: should be a number with a unit, as 12GiB, 24GB or 800MiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def show_size(count: int) -> str:

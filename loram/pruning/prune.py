@@ -131,9 +131,9 @@ def _prune_structured(
                 device=device,
                 scratch=staging,
             ):
-                found = {layer.index: layer.scores[criterion]} if layer.scores else {}
-                scores.update(found)
-                for name, tensor in _narrowed(layer, decide(found)):
+                layer_scores = {layer.index: layer.scores[criterion]} if layer.scores else {}
+                scores.update(layer_scores)
+                for name, tensor in _narrowed(layer, decide(layer_scores)):
                     writer.write(name, tensor.to(specs[name].dtype))
                     del left[name]
             for name in track(list(left), "Other weights"):

@@ -37,10 +37,10 @@ def recover(
 ) -> Path:
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
-    Exact (arXiv 2502.13533, section 3.2, the recovery function R) and without the full model: the plan beside the
-    adapter has its geometry. Of a sparse model, whose shapes are the full model's, all is copied. Weights are read,
-    tensor by tensor, only for what is asked for beyond that (see `loram.recovery.correct`), and for DoRA: its
-    magnitudes are lengths of rows, and a full row is longer than a pruned one.
+    This is the recovery function R of arXiv 2502.13533, section 3.2. It is exact and does without the full model: the
+    plan beside the adapter has its geometry. An adapter of a sparse model is copied, because the shapes are those of
+    the full model. Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`) and for
+    DoRA: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
 
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
@@ -107,18 +107,18 @@ def _trained_on(adapter: Adapter, manifest: Manifest | None, pruned: str | Path 
     if not name:
         raise UserError(f"{adapter.folder}: does not say what it was trained on; name that folder with --pruned")
     try:
-        found = open_model(name)
+        model = open_model(name)
     except UserError as error:
         raise UserError(f"{error}; say where the model that the adapter was trained on is: --pruned") from error
     expected = None if manifest is None else manifest.made_from.get("pruned")
-    if expected is not None and found.fingerprint != expected:
+    if expected is not None and model.fingerprint != expected:
         raise UserError(
-            f"{found.name}: not the model that {adapter.folder} was trained on "
-            f"(fingerprint {found.fingerprint[:12]} instead of {expected[:12]}); name that one with --pruned"
+            f"{model.name}: not the model that {adapter.folder} was trained on "
+            f"(fingerprint {model.fingerprint[:12]} instead of {expected[:12]}); name that one with --pruned"
         )
-    if found.quantized:
-        raise UserError(f"{found.name}: is in 4 bits; name the folder that it was made from with --pruned")
-    return found
+    if model.quantized:
+        raise UserError(f"{model.name}: is in 4 bits; name the folder that it was made from with --pruned")
+    return model
 
 
 def _magnitudes(adapter: Adapter, plan: PruningPlan, full: Checkpoint) -> dict[str, Tensor]:
