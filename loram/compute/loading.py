@@ -45,10 +45,7 @@ def _pruned_config(base: Path, plan: PruningPlan) -> PreTrainedConfig:
             "AutoConfig": f"{_CODE}.{config_class.__name__}",
             "AutoModelForCausalLM": f"{_CODE}.{model_class.__name__}",
         },
-        "per_layer_config": plan.per_layer_config(),
-        "narrow_linears": plan.narrow_linears() or None,
-        "bias_compensation": plan.bias_compensation,
-        "sparsity": plan.sparsity(),
+        **plan.config_keys(),
     }
     return config_class(**values)
 

@@ -163,6 +163,15 @@ class PruningPlan(BaseModel):
             start += size
         return torch.cat(parts)
 
+    def config_keys(self) -> dict[str, Any]:
+        """Return the keys of a pruned model's config.json that follow from the plan."""
+        return {
+            "per_layer_config": self.per_layer_config(),
+            "narrow_linears": self.narrow_linears() or None,
+            "bias_compensation": self.bias_compensation,
+            "sparsity": self.sparsity(),
+        }
+
     def per_layer_config(self) -> dict[str, dict[str, int]]:
         """Return the narrowed layers' widths as transformers' `per_layer_config`."""
         widths: dict[str, dict[str, int]] = {}

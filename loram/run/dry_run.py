@@ -30,7 +30,7 @@ from loram.pruning.prune import load_calibration
 from loram.pruning.sparse import sparse_plan
 from loram.run.pipeline import check
 from loram.run.recipe import Recipe
-from loram.run.stages import train_options
+from loram.run.stages import FULL_LORA, train_options
 from loram.trainer.arguments import as_user_error, checkpoints_activations
 from loram.training.configs import build_configs
 from loram.training.methods.table import METHODS
@@ -205,7 +205,7 @@ def _trained(
         narrowed = range(min(plan.layers), max(plan.layers) + 1)
         pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
     yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
-    if recipe.evaluate.full_lora:
+    if FULL_LORA.count(recipe):
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
         yield "full", empty_model(full, dtype), sizes, None
 

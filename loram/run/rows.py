@@ -25,7 +25,7 @@ def evaluations(run: Run, name: str, evaluated: Evaluated) -> dict[str, Done]:
 
 def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: Path | None) -> Done:
     spec, section = run.recipe.eval_dataset[dataset], run.recipe.evaluate
-    options = EvaluateOptions.of(**section.model_dump(exclude={"full_lora"}))
+    options = EvaluateOptions.of(**section.model_dump(include=set(EvaluateOptions.model_fields)))
     settings = {
         "dataset": described(spec),
         **options.model_dump(exclude={"stream"}),  # which changes nothing

@@ -170,8 +170,8 @@ def _training(run: Run, number: int = 0) -> dict[str, Any]:
 
 
 def _recovering(run: Run, number: int) -> dict[str, Any]:
-    options = run.recipe.recover
-    chosen = {"correct": options.correct, "dev_dataset": described(options.dev_dataset)}
+    options = dict(run.recipe.recover).items()
+    chosen = {name: described(value) if isinstance(value, DataSpec) else value for name, value in options}
     return {"training": _training(run), **_of_small(run), **chosen}
 
 

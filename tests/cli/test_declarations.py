@@ -155,7 +155,7 @@ def test_the_reference_page_is_up_to_date() -> None:
 # Names that stand in more than four files for a reason that has nothing to do with where options are declared.
 ELSEWHERE = {
     "a word of plain English or of Python, or the name of a stage, library or method": (
-        "prune teach align train recover polish evaluate compare lora trainer lisa calibration correct criterion "
+        "prune teach align train recover polish evaluate compare lora trainer lisa calibration criterion "
         "dataset device method pattern probe r ratio seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
@@ -163,10 +163,8 @@ ELSEWHERE = {
         "top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
-    "it is written into a plan, an adapter or a manifest, and read from there": (
-        "base_model_name_or_path bias_compensation mask_update"
-    ),
-    "each module of the room `run` reads this part of the recipe": ("dev_dataset full_lora model_name_or_path"),
+    "it is written into a plan, an adapter or a manifest, and read from there": ("base_model_name_or_path mask_update"),
+    "each module of the room `run` reads this part of the recipe": ("model_name_or_path"),
 }
 
 
