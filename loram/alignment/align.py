@@ -1,8 +1,7 @@
 """The align stage: all weights of a pruned model trained until it says what the full model says."""
 
 import logging
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,14 +19,10 @@ from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.alignment.probe import Probe
 from loram.base import processes
 from loram.base.errors import UserError
-from loram.base.progress import track
 from loram.compute.loading import load_model
 from loram.disk.artifacts import check_output
-from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
-from loram.disk.writer import ShardedWriter
-from loram.model.plan import MASKS_NAME
+from loram.disk.writer import write_trained
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
 from loram.trainer.frame import Job, Outcome, join_processes, run_job
@@ -196,7 +191,7 @@ class _AlignJob(Job[Aligned]):
         """Write the pruned folder with the weights that are kept."""
         row = self.inputs.student.architecture
         frozen = () if self.spec.train_embeddings else (row.embedding_weight, row.head_weight)
-        write_student(self.inputs.student, outcome.weights, out, frozen=frozen)
+        write_trained(out, self.inputs.student, outcome.weights, frozen=frozen)
         return {}
 
 
@@ -213,26 +208,3 @@ def _aligned(state: TrainerState, last: Path, checkpoints: Checkpoints) -> Align
     if step is not None:
         logger.info("kept: the weights of step %d", step)
     return Aligned(log=losses(state, "loss", "recovered_loss"), weights=weights)
-
-
-def write_student(student: Checkpoint, trained: Path | None, out: Path, *, frozen: Collection[str]) -> None:
-    """Write the student's folder with the weights of a checkpoint, in the student's dtypes, block by block of rows.
-
-    Args:
-        student: the pruned folder that was aligned.
-        trained: the checkpoint; None for the student's own weights.
-        out: the folder to write into.
-        frozen: the names of the weights that did not train.
-    """
-    source, student = None if trained is None else Checkpoint(trained).stored, student.stored
-    masks = {name: file for name, file in student.index.items() if file == MASKS_NAME}  # as they were
-    specs = {name: student.spec(name) for name in student.names() if name not in masks}
-    with ShardedWriter(out, specs, beside=masks) as writer:
-        for name in track(list(specs), "Writing"):
-            if source is None or name in frozen:
-                writer.copy(name, student)
-                continue
-            for row, block in source.blocks(source.holder(name)):
-                writer.write(name, block.to(specs[name].dtype), row)
-    copy_side_files(student.folder, out)
-    shutil.copyfile(student.folder / "config.json", out / "config.json")

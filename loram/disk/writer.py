@@ -1,16 +1,19 @@
-"""Write a sharded model folder tensor by tensor, in any order, so that a whole model is never in memory."""
+"""Write a model folder tensor by tensor, in any order and in shards, so that a whole model is never in memory."""
 
 import contextlib
-import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
 from loram.base.constants import SHARD_BYTES
+from loram.base.progress import track
 from loram.disk.checkpoint import INDEX, WEIGHTS, Checkpoint
+from loram.disk.files import copy_side_files, write_json
 from loram.disk.tensorfile import TensorFileWriter, TensorSpec
+from loram.model.plan import MASKS_NAME
 
 
 class ShardedWriter:
@@ -72,4 +75,27 @@ class ShardedWriter:
         if exception[0] is None and (self._beside or len(set(self._weight_map.values())) > 1):
             total = sum(spec.nbytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": {**self._weight_map, **self._beside}}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(self.folder / INDEX, index)
+
+
+def write_trained(out: Path, base: Checkpoint, trained: Path | None, *, frozen: Collection[str] = ()) -> None:
+    """Write a model folder again with the weights of a checkpoint, in the dtypes of the folder, block by block of rows.
+
+    Args:
+        out: the folder to write into.
+        base: the full or pruned model that was trained.
+        trained: the checkpoint; None for the model's own weights.
+        frozen: the names of the weights that did not train.
+    """
+    source, base = None if trained is None else Checkpoint(trained).stored, base.stored
+    masks = {name: file for name, file in base.index.items() if file == MASKS_NAME}  # as they were
+    specs = {name: base.spec(name) for name in base.names() if name not in masks}
+    with ShardedWriter(out, specs, beside=masks) as writer:
+        for name in track(list(specs), "Writing"):
+            if source is None or name in frozen:
+                writer.copy(name, base)
+                continue
+            for row, block in source.blocks(source.holder(name)):
+                writer.write(name, block.to(specs[name].dtype), row)
+    copy_side_files(base.folder, out)
+    shutil.copyfile(base.folder / "config.json", out / "config.json")

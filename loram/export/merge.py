@@ -1,6 +1,5 @@
 """The merge stage: add an adapter to its base's weights, a few rows at a time, and write a plain model folder."""
 
-import json
 from pathlib import Path
 
 from loram.base.errors import UserError
@@ -28,7 +27,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     from loram.base.progress import track
     from loram.disk.adapter import load_for
     from loram.disk.artifacts import check_output, publish
-    from loram.disk.files import copy_side_files
+    from loram.disk.files import copy_side_files, write_json
     from loram.disk.opening import open_model
     from loram.disk.writer import ShardedWriter
 
@@ -63,7 +62,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
                     writer.write(name, block, row)
         copy_side_files(checkpoint.folder, staging)
         config = {**checkpoint.config, **({"tie_word_embeddings": False} if untied else {})}
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(staging / "config.json", config)
     return out
 
 

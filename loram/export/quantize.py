@@ -1,6 +1,5 @@
 """The quantize stage: write a model folder again with its linears in 4 bits, one tensor at a time."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
     from loram.base.progress import track
     from loram.compute.nf4 import packed_specs, packed_tensors
     from loram.disk.artifacts import check_output, publish
-    from loram.disk.files import copy_side_files
+    from loram.disk.files import copy_side_files, write_json
     from loram.disk.opening import open_model
     from loram.disk.writer import ShardedWriter
     from loram.model.plan import find_plan
@@ -67,7 +66,7 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
         copy_side_files(checkpoint.folder, staging)
         tied = [architecture.head] if checkpoint.tied else []
         config = {**checkpoint.config, "quantization_config": quantization_config(tied)}
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(staging / "config.json", config)
     return out
 
 

@@ -22,6 +22,7 @@ from loram.data.tokens import load_tokens
 from loram.disk.artifacts import check_output
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
+from loram.disk.writer import write_trained
 from loram.model.plan import PruningPlan, find_plan
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
@@ -32,7 +33,6 @@ from loram.training.configs import build_configs
 from loram.training.liger import use_liger_
 from loram.training.methods.method import Method
 from loram.training.methods.table import METHODS
-from loram.training.methods.weights import write_model
 from loram.training.options import TrainOptions, resolve
 from loram.training.rows import arrange, first_batches, rows_digest
 from loram.training.trainer import AdapterTrainer
@@ -253,7 +253,7 @@ class _TrainJob(Job[Trained]):
     def write(self, out: Path, outcome: Trained) -> Mapping[str, float]:
         """Write the model, or the adapter with the tokenizer beside it."""
         if self.kind == "model":
-            write_model(out, Checkpoint(outcome.folder), self.checkpoint)
+            write_trained(out, self.checkpoint, outcome.folder)
             return {}
         figures = write_adapter(out, outcome, self.checkpoint, self.plan, self.options)
         self.tokenizer.save_pretrained(out)

@@ -423,7 +423,7 @@ def interrupted_at_the_end(losses: list[float], pruned: Path, out: Path, **optio
 
     with pytest.MonkeyPatch.context() as patch:
         scripted(patch, losses)
-        patch.setattr(MODULE, "write_student", fail)
+        patch.setattr(MODULE, "write_trained", fail)
         with pytest.raises(Stopped):
             run(pruned, out, **options)
 

@@ -1,8 +1,7 @@
-"""Methods that train the model's own weights: which weights train, and how they become a model or an adapter."""
+"""Methods that train the model's own weights: which weights train, and how they become an adapter."""
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch.nn.functional import pad
 
 from loram.base.progress import track
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import copy_side_files
-from loram.disk.writer import ShardedWriter
 from loram.model.families import family_of
 
 logger = logging.getLogger(__name__)
@@ -43,16 +40,6 @@ def trained_layers(model: Any) -> list[list[nn.Parameter]]:
     """Return the parameters that train in each decoder layer."""
     layers = model.get_submodule(family_of(model.config.to_dict()).layers_path)
     return [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
-
-
-def write_model(out: Path, trained: Checkpoint, base: Checkpoint) -> None:
-    """Write trained weights as an ordinary model folder with the names, dtypes, config and tokenizer of the base."""
-    with ShardedWriter(out, {name: base.spec(name) for name in base.names()}) as writer:
-        for name in track(base.names(), "Writing the model"):
-            for row, block in trained.blocks(trained.holder(name)):
-                writer.write(name, block.to(base.spec(name).dtype), row)
-    copy_side_files(base.folder, out)
-    (out / "config.json").write_bytes((base.folder / "config.json").read_bytes())
 
 
 def extract(trained: Checkpoint, base: Checkpoint, r: int) -> tuple[dict[str, Any], dict[str, Tensor], float]:
