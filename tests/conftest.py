@@ -186,17 +186,17 @@ def own_names(family: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def unfused(layer: Any, of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `of` gives for the linears of a tiny model's layer, by the names of Llama's; a fused one is taken apart."""
-    found = {
+    tensors = {
         name: of(part)
         for block in (layer.self_attn, layer.mlp)
         for name, part in block.named_children()
         if isinstance(part, torch.nn.Linear)
     }
-    if "qkv_proj" in found:
-        queries, keys, values = found.pop("qkv_proj").split([64, 32, 32])
-        gate, up = found.pop("gate_up_proj").split(40)
-        found |= {"q_proj": queries, "k_proj": keys, "v_proj": values, "gate_proj": gate, "up_proj": up}
-    return found
+    if "qkv_proj" in tensors:
+        queries, keys, values = tensors.pop("qkv_proj").split([64, 32, 32])
+        gate, up = tensors.pop("gate_up_proj").split(40)
+        tensors |= {"q_proj": queries, "k_proj": keys, "v_proj": values, "gate_proj": gate, "up_proj": up}
+    return tensors
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,7 +1,6 @@
 """Alignment has the plain loss and keeps the best weights; probes and interruptions change nothing."""
 
 import filecmp
-import itertools
 import json
 import shutil
 import sys
@@ -12,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import EMBEDDING, FAMILIES, HEAD, make_model, relative
+from helpers import Stopped, stop
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 
 import loram
 from loram import cli
@@ -403,14 +403,10 @@ def test_a_probe_is_train_recover_evaluate(
 # Interruptions
 
 
-class Stopped(BaseException):
-    """The exception that a test raises in an alignment."""
-
-
 def interrupted(batch: int, pruned: Path, out: Path, **options: Any) -> None:
     """Start an alignment that is stopped in the batch with this number."""
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, batch)
+        stop(patch, batch, Stopped())
         with pytest.raises(Stopped):
             run(pruned, out, **options)
 
@@ -426,17 +422,6 @@ def interrupted_at_the_end(losses: list[float], pruned: Path, out: Path, **optio
         patch.setattr(MODULE, "write_trained", fail)
         with pytest.raises(Stopped):
             run(pruned, out, **options)
-
-
-def stop(patch: pytest.MonkeyPatch, number: int) -> None:
-    count, step = itertools.count(1), Trainer.training_step
-
-    def training_step(self: Trainer, *args: Any, **options: Any) -> Any:
-        if next(count) == number:
-            raise Stopped
-        return step(self, *args, **options)
-
-    patch.setattr(Trainer, "training_step", training_step)
 
 
 @pytest.mark.parametrize("batch", [2, 4, 7, 9])

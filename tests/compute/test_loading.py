@@ -33,11 +33,11 @@ print(json.dumps(result))
 def test_trust_remote_code_loads_where_loram_is_not_imported(pruned_models: dict[str, Path], tmp_path: Path) -> None:
     done = elsewhere(REMOTE, *map(str, pruned_models.values()), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    losses = json.loads(done.stdout)
     for folder in pruned_models.values():
         with torch.inference_mode():
             ours = loram.load_pruned(folder).eval()(TOKENS).logits.sum().item()
-        assert found[str(folder)] == pytest.approx(ours, rel=1e-5)
+        assert losses[str(folder)] == pytest.approx(ours, rel=1e-5)
 
 
 def test_without_loram_and_without_trust_it_fails_loudly(pruned_models: dict[str, Path], tmp_path: Path) -> None:

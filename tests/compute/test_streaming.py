@@ -156,19 +156,19 @@ def whole_gradients(model: Any) -> dict[str, Tensor]:
 
 
 def streamed_gradients(stream: Stream, down_to: int) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     def on_gradient(name: str, weight: Tensor, gradient: Tensor) -> None:
-        assert name not in found
+        assert name not in gradients
         assert weight.shape == gradient.shape
-        found[name] = gradient.clone()
+        gradients[name] = gradient.clone()
 
     for _ in stream.forward(keep_from=down_to):
-        assert not found
+        assert not gradients
     for layer in stream.backward(down_to, on_gradient):
         linears = stream.architecture.linears
-        assert {f"model.layers.{layer.index}.{linear.path}.weight" for linear in linears} <= found.keys()
-    return found
+        assert {f"model.layers.{layer.index}.{linear.path}.weight" for linear in linears} <= gradients.keys()
+    return gradients
 
 
 @pytest.mark.parametrize(("hidden_bytes", "max_tokens"), WAYS)
@@ -177,11 +177,11 @@ def test_gradients_are_those_of_the_whole_model(
     family: str, hidden_bytes: int, max_tokens: int, tiny_models: dict[str, Path]
 ) -> None:
     stream = stream_of(tiny_models[family], hidden_bytes=hidden_bytes, max_tokens=max_tokens)
-    found = streamed_gradients(stream, 0)
+    streamed = streamed_gradients(stream, 0)
     expected = whole_gradients(AutoModelForCausalLM.from_pretrained(tiny_models[family]))
-    assert found.keys() == expected.keys()
-    assert len(found) == 5 * len(targets_of(family))
-    for name, gradient in found.items():
+    assert streamed.keys() == expected.keys()
+    assert len(streamed) == 5 * len(targets_of(family))
+    for name, gradient in streamed.items():
         assert relative(gradient, expected[name]) <= 1e-5, name
 
 

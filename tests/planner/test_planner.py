@@ -64,9 +64,9 @@ def adapted(
 ) -> Any:
     targets = targets or tuple(targets_of(model.config.model_type))
     config = LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
-    found = get_peft_model(model, config).train()
-    METHODS[method].specialise_(found, LoraSpOptions(share=0.5), pruned=True)
-    return found
+    adapted_model = get_peft_model(model, config).train()
+    METHODS[method].specialise_(adapted_model, LoraSpOptions(share=0.5), pruned=True)
+    return adapted_model
 
 
 def sizes_of(model: Any) -> Model:

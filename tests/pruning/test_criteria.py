@@ -28,23 +28,23 @@ FUSED = {"qkv_proj": UP[:3], "gate_up_proj": UP[3:]}
 
 def inputs_of(model: Any) -> dict[str, list[Tensor]]:
     """Linear of layer 2 -> its inputs (tokens, features), float64, for every sample alone."""
-    found: dict[str, list[Tensor]] = {}
+    inputs: dict[str, list[Tensor]] = {}
     layer = model.model.layers[LAYER]
     for block in (layer.self_attn, layer.mlp):
         for name, part in block.named_children():
             for plain in FUSED.get(name, (name,) if isinstance(part, torch.nn.Linear) else ()):
                 part.register_forward_hook(
-                    lambda _, args, output, name=plain: found.setdefault(name, []).append(args[0][0].double())
+                    lambda _, args, output, name=plain: inputs.setdefault(name, []).append(args[0][0].double())
                 )
     with torch.inference_mode():
         for sample in SAMPLES:
             model.eval()(torch.tensor([sample]))
-    return found
+    return inputs
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    found = unfused(model.model.layers[LAYER], lambda linear: linear.weight.detach().double())
-    return {name: found[name] for name in (*UP, *DOWN)}
+    weights = unfused(model.model.layers[LAYER], lambda linear: linear.weight.detach().double())
+    return {name: weights[name] for name in (*UP, *DOWN)}
 
 
 def summed(importance: dict[str, Tensor]) -> dict[str, Tensor]:

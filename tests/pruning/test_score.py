@@ -30,17 +30,17 @@ def test_taylor_equals_plain_autograd_summed_by_hand(family: str, tiny_models: d
     def salience(linear: Any) -> torch.Tensor:
         return (linear.weight * linear.weight.grad).abs().detach().double()
 
-    found = unfused(model.model.layers[2], salience)
+    saliences = unfused(model.model.layers[2], salience)
     for group in range(4):
         queries, head = slice(2 * width * group, 2 * width * (group + 1)), slice(width * group, width * (group + 1))
         expected = (
-            found["q_proj"][queries].sum()
-            + found["k_proj"][head].sum()
-            + found["v_proj"][head].sum()
-            + found["o_proj"][:, queries].sum()
+            saliences["q_proj"][queries].sum()
+            + saliences["k_proj"][head].sum()
+            + saliences["v_proj"][head].sum()
+            + saliences["o_proj"][:, queries].sum()
         )
         assert scores[2]["kv_groups"][group].item() == pytest.approx(expected.item(), rel=1e-4)
-    expected = found["gate_proj"].sum(1) + found["up_proj"].sum(1) + found["down_proj"].sum(0)
+    expected = saliences["gate_proj"].sum(1) + saliences["up_proj"].sum(1) + saliences["down_proj"].sum(0)
     assert torch.allclose(scores[2]["channels"], expected, rtol=1e-4)
 
 

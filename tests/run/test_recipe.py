@@ -36,12 +36,12 @@ def recipe(tmp_path: Path) -> Any:
 
 
 def test_a_good_recipe_and_its_defaults(recipe: Any) -> None:
-    found = recipe()
-    assert found.train.trainer == {"learning_rate": 0.001, "max_steps": 50}  # 1e-3 is a number, as in YAML 1.2
-    assert found.dataset == DataSpec(path="train.jsonl")
-    assert found.eval_dataset == {"eval": DataSpec(path="test.jsonl")}
-    pruning = found.prune.resolved()
-    assert (found.seed, pruning.criterion, pruning.keep_first, pruning.keep_last) == (42, "taylor", 4, 2)
+    loaded = recipe()
+    assert loaded.train.trainer == {"learning_rate": 0.001, "max_steps": 50}  # 1e-3 is a number, as in YAML 1.2
+    assert loaded.dataset == DataSpec(path="train.jsonl")
+    assert loaded.eval_dataset == {"eval": DataSpec(path="test.jsonl")}
+    pruning = loaded.prune.resolved()
+    assert (loaded.seed, pruning.criterion, pruning.keep_first, pruning.keep_last) == (42, "taylor", 4, 2)
 
 
 def test_the_quickstart_is_a_good_recipe() -> None:
@@ -61,8 +61,8 @@ def test_parts_of_a_run(recipe: Any) -> None:
 
 @pytest.mark.parametrize("name", ["publisher", "user"])
 def test_the_recipes_of_two_machines_are_good(name: str) -> None:
-    found = load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
-    assert (found.prune is None, found.align is None, found.dataset is None) == (
+    loaded = load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
+    assert (loaded.prune is None, loaded.align is None, loaded.dataset is None) == (
         (name == "user",) * 2 + (name != "user",)
     )
 

@@ -130,15 +130,15 @@ def test_where_nothing_is_left_out_anchors_change_nothing(tokenizer: Any, rows_f
     base = nothing_lost(tmp_path / "base", tokenizer)
     loram.prune(base, tmp_path / "pruned", ratio=0.5, criterion="magnitude", keep_first=1, keep_last=1)
     trainer = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
-    found: dict[int, Any] = {}
+    adapters: dict[int, Any] = {}
     for options in ({}, {"anchor_steps": 1}, {"anchor_steps": 2, "anchor_gradients": False}, {"anchor_steps": 100}):
-        out = tmp_path / f"adapter-{len(found)}"
+        out = tmp_path / f"adapter-{len(adapters)}"
         lora = {"r": 2, "lora_dropout": 0.0}
         loram.train(tmp_path / "pruned", out, data=rows_file, lora=lora, trainer=trainer, **options)
-        found[len(found)] = loram.disk.adapter.Adapter.load(out)
+        adapters[len(adapters)] = loram.disk.adapter.Adapter.load(out)
     for number in (1, 2, 3):
-        for name, tensor in found[0].tensors.items():
-            torch.testing.assert_close(found[number].tensors[name], tensor, rtol=1e-3, atol=1e-4)
+        for name, tensor in adapters[0].tensors.items():
+            torch.testing.assert_close(adapters[number].tensors[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_4_bits_are_made_up_for_too(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
@@ -157,14 +157,14 @@ def test_4_bits_are_made_up_for_too(pruned_models: dict[str, Path], rows_file: P
 
 
 def test_with_checkpointing_it_is_the_same(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
-    found = []
+    adapters = []
     for checkpointing in (False, True):
         out = tmp_path / f"adapter-{checkpointing}"
         trainer = {"max_steps": 3, "learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
         loram.train(pruned_models["qwen3"], out, data=rows_file, trainer=trainer, anchor_steps=2)
-        found.append(loram.disk.adapter.Adapter.load(out).tensors)
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-5)
+        adapters.append(loram.disk.adapter.Adapter.load(out).tensors)
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_what_cannot_be_anchored_is_refused(

@@ -356,8 +356,8 @@ def test_of_a_pruned_model_only_linears_train_and_a_full_rank_keeps_it_all(
     family: str, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     """The extracted update, at a rank no side is above, is the trained model."""
-    model, asked = pruned_models[family], {"save_strategy": "steps", "save_steps": 8}
-    out = train(model, tmp_path / "a", rows_file, "full", trainer=asked)
+    model, trainer = pruned_models[family], {"save_strategy": "steps", "save_steps": 8}
+    out = train(model, tmp_path / "a", rows_file, "full", trainer=trainer)
     trained, began = Checkpoint(tmp_path / "a-checkpoints" / "checkpoint-8"), Checkpoint(model)
     adapter = Adapter.load(out)
     for name in began.names():

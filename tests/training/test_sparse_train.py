@@ -294,12 +294,12 @@ def test_estimated_bytes_are_those_of_the_model(
     model = load_4bit(Checkpoint(tmp_path / "out"), **CPU) if in_4bit else loram.load_pruned(tmp_path / "out")
     buffers = sum(b.nbytes for name, b in model.named_buffers() if not name.endswith(".mask"))  # rotary embeddings
     assert frozen_bytes(sizes, settings).total == nbytes(model) - buffers
-    found = loram.estimate(base, pattern=pattern, ratio=ratio, keep_first=1, device="cpu", load_in_4bit=in_4bit)
-    assert found.pruned_parameters == plan.parameters()[1]
-    assert found.weight_bytes == frozen_bytes(sizes, settings).total
+    estimated = loram.estimate(base, pattern=pattern, ratio=ratio, keep_first=1, device="cpu", load_in_4bit=in_4bit)
+    assert estimated.pruned_parameters == plan.parameters()[1]
+    assert estimated.weight_bytes == frozen_bytes(sizes, settings).total
     if not in_4bit:
         stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-        assert found.weight_bytes <= stored < found.weight_bytes + 20_000  # the rest is headers
+        assert estimated.weight_bytes <= stored < estimated.weight_bytes + 20_000  # the rest is headers
 
 
 def test_alignment_trains_the_values(sparse: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
