@@ -118,6 +118,11 @@ def has_flag(field: FieldInfo) -> bool:
     return extra_of(field).get("flag") != ""
 
 
+def has_opposite(field: FieldInfo) -> bool:
+    """Return whether an option also has a flag `--no-...`: it can be on, or is left open, by default."""
+    return plain_type(field.annotation) is bool and field.default is not False
+
+
 def without_none(annotation: Any) -> Any:
     """Return a type without `None`: `PositiveInt` for `PositiveInt | None`."""
     if get_origin(annotation) not in (Union, UnionType):

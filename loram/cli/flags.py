@@ -7,7 +7,17 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loram.base.options import Options, extra_of, flag_of, has_flag, help_of, named_in, plain_type, section_in
+from loram.base.options import (
+    Options,
+    extra_of,
+    flag_of,
+    has_flag,
+    has_opposite,
+    help_of,
+    named_in,
+    plain_type,
+    section_in,
+)
 from loram.run.recipe import parse_pair
 
 COMMON, RUN = "Common options", "This run"  # the first group of a command's help, and the last
@@ -101,7 +111,7 @@ def _flag(name: str, field: FieldInfo, group: str, under: tuple[str, ...]) -> Fl
         help=help_of(field),
         group=COMMON if extra_of(field).get("common") else group,
         required=field.is_required(),
-        negative=plain is bool and field.default is not False,
+        negative=has_opposite(field),
     )
     repeated = replace(single, type=list[str], metavar="<name>", help=f"{single.help} Repeatable.")
     origin = get_origin(plain)

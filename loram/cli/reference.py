@@ -13,6 +13,7 @@ from loram.base.options import (
     fields_below,
     flag_of,
     has_flag,
+    has_opposite,
     named_in,
     plain_type,
     section_at,
@@ -100,8 +101,7 @@ def _flag(name: str, field: FieldInfo, flags: set[str]) -> str:
         return ""
     if flag.isupper():
         return f"`{flag}`"
-    negative = plain_type(field.annotation) is bool and field.default is not False
-    return f"`--{flag}`, `--no-{flag}`" if negative else f"`--{flag}`"
+    return f"`--{flag}`, `--no-{flag}`" if has_opposite(field) else f"`--{flag}`"
 
 
 def _value(field: FieldInfo) -> str:

@@ -98,8 +98,7 @@ class Run:
     def perform(self, *stages: "Stage") -> None:
         """Do the stages that the recipe has, in order; finished ones are skipped."""
         for stage in stages:
-            for number in range(stage.count(self.recipe)):
-                name = stage.folder.format(number=number + 1)
+            for number, name in enumerate(stage.folders(self.recipe)):
                 action = _bound(stage.action, self, number, self.folder(name))
                 self.done[name] = self.record.stage(name, stage.settings(self, number), action)
 
@@ -126,6 +125,10 @@ class Stage:
     row: Callable[[Run], str] = lambda run: ""
     evaluated: Callable[[Run], Evaluated] = lambda run: (run.base, None)
     trains: bool = False
+
+    def folders(self, recipe: Recipe) -> list[str]:
+        """Return the names of the folders that a recipe has of this stage."""
+        return [self.folder.format(number=number + 1) for number in range(self.count(recipe))]
 
 
 def _bound(action: Callable[[Run, int, Path], object], run: Run, number: int, out: Path) -> Callable[[], None]:
@@ -307,7 +310,7 @@ def rows_of(run: Run) -> dict[str, Stage]:
 
 def cost_of(run: Run, stage: Stage) -> Cost | None:
     """Return what a stage took in this run; alignment also counts the caches that were made for it."""
-    teachers = [f"teacher-{number + 1}" for number in range(TEACHERS.count(run.recipe))] if stage is ALIGNED else []
+    teachers = TEACHERS.folders(run.recipe) if stage is ALIGNED else []
     return together([run.done[name].cost for name in (*teachers, stage.folder) if name in run.done])
 
 
@@ -349,8 +352,8 @@ def _teach_options(recipe: Recipe) -> TeachOptions:
 def _from_caches(run: Run, section: AlignOptions) -> AlignOptions:
     """Return the options of `align` with the folders that `teach` wrote in place of its data sets."""
     caches = [
-        {"path": str(run.folder(TEACHERS.folder.format(number=number + 1))), "weight": spec.weight}
-        for number, spec in enumerate(section.dataset)
+        {"path": str(run.folder(name)), "weight": spec.weight}
+        for name, spec in zip(TEACHERS.folders(run.recipe), section.dataset, strict=True)
     ]
     trainer = dict(section.trainer)
     if section.probe_dataset is None:  # then no row is read whose length is still to be decided

@@ -1,12 +1,13 @@
 """LISA (arXiv 2403.17919): all weights train, but only a few decoder layers at a time, which are drawn anew."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
 from loram.base import processes
+from loram.base.errors import UserError
 from loram.base.options import Options, option
 from loram.training.methods.full import Full
 
@@ -40,11 +41,11 @@ class LisaOptions(Options):
 class Lisa(Full):
     """Full fine-tuning of a few decoder layers at a time."""
 
-    def refusals(self, options: "TrainOptions", lora: Mapping[str, Any]) -> Iterator[str]:
+    def check(self, options: "TrainOptions", lora: Mapping[str, Any]) -> None:
         """Also refuse to train in several processes."""
-        yield from super().refusals(options, lora)
+        super().check(options, lora)
         if processes.count() > 1:
-            yield (
+            raise UserError(
                 f"method {self.name}: trains in one process; several would wait for gradients of the layers it freezes"
             )
 

@@ -1,6 +1,6 @@
 """LoRA-SP (arXiv 2403.08822): a share of the adapter's parameters trains, and the others stay as they were drawn."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,14 @@ class LoraSpOptions(Options):
 class LoraSp(Method):
     """LoRA with some ranks of lora_A frozen, and as many others of lora_B."""
 
-    def refusals(self, options: "TrainOptions", lora: Mapping[str, Any]) -> Iterator[str]:
+    def check(self, options: "TrainOptions", lora: Mapping[str, Any]) -> None:
         """Also refuse ranks and initialisations that differ between linears, and a share that no split gives."""
-        yield from super().refusals(options, lora)
+        super().check(options, lora)
         for key in ("rank_pattern", "init_lora_weights"):
             if lora.get(key, True) not in (True, None, {}):
-                yield f"lora: {key} cannot be used with method {self.name}, which splits and draws all ranks alike"
+                raise UserError(
+                    f"lora: {key} cannot be used with method {self.name}, which splits and draws all ranks alike"
+                )
         self.trained_ranks(lora["r"], self.own_options(options))
 
     def specialise_(self, model: "nn.Module", own: Options | None, *, pruned: bool) -> None:

@@ -1,6 +1,6 @@
 """What a method is: one object that holds everything particular to it. This module imports nothing heavy."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,16 +68,11 @@ class Method:
             lora: the options of LoraConfig with every default filled in.
 
         Raises:
-            UserError: the first of the `refusals`.
+            UserError: names the option and what to do.
         """
-        for refusal in self.refusals(options, lora):
-            raise UserError(refusal)
-
-    def refusals(self, options: "TrainOptions", lora: Mapping[str, Any]) -> Iterator[str]:
-        """Return what the method refuses, one sentence for each refusal; arguments as for `check`."""
         for key, value in self.lora.items():
             if options.lora.get(key, value) != value:
-                yield f"lora: {key} is {value} with method {self.name}; leave it out"
+                raise UserError(f"lora: {key} is {value} with method {self.name}; leave it out")
 
     def specialise_(self, model: "nn.Module", own: Options | None, *, pruned: bool) -> None:
         """Change which parameters of a model train, and how, to what the method says.
