@@ -233,9 +233,20 @@ def estimate(model: str, *, memory: str | None = None, json: bool = False, **opt
     It reads only config.json. With --memory, it finds the smallest ratio that fits. Training options that are left
     out take the defaults of `loram train`.
     """
-    from loram.planner.show import command
+    from loram.planner.fit import fit
+    from loram.planner.show import show
+    from loram.planner.size import parse_size
+    from loram.planner.total import estimate as compute
 
-    typer.echo(command(model, memory, PlannerOptions.of(**options), as_json=json))
+    chosen = PlannerOptions.of(**options)
+    fitting = None if memory is None else fit(model, parse_size(memory), options=chosen)
+    estimated = compute(model, options=chosen) if fitting is None else fitting.estimate
+    if json:
+        typer.echo((fitting or estimated).model_dump_json())
+        return
+    show(estimated, _console())
+    if fitting is not None:
+        typer.echo(f"\nThe least pruning that fits into {memory} is written like this in a recipe:\n\n{fitting.recipe}")
 
 
 def convert(gguf: Path, out: Path) -> None:

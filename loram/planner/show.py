@@ -1,7 +1,5 @@
 """Print an estimate for people."""
 
-import io
-import sys
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -9,12 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from loram.model.sparsity import STRUCTURED
-from loram.planner.fit import fit
 from loram.planner.memory import TrainingMemory
-from loram.planner.settings import PlannerOptions
-from loram.planner.size import parse_size, show_size
+from loram.planner.size import show_size
 from loram.planner.total import Estimate
-from loram.planner.total import estimate as estimate_model
 
 _ITEMS = {
     "weights": "frozen model",
@@ -30,29 +25,10 @@ _ITEMS = {
 }
 
 
-def command(model: str, memory: str | None, options: PlannerOptions, *, as_json: bool) -> str:
-    """Return what `loram estimate` prints: an estimate or, with `memory`, the one that fits and its recipe.
-
-    Raises:
-        UserError: what `estimate` and `fit` raise.
-    """
-    if memory is None:
-        counted = estimate_model(model, options=options)
-        return counted.model_dump_json() if as_json else text(counted)
-    fitting = fit(model, parse_size(memory), options=options)
-    if as_json:
-        return fitting.model_dump_json()
-    heading = f"The least pruning that fits into {memory} is written like this in a recipe:"
-    return f"{text(fitting.estimate)}\n\n{heading}\n\n{fitting.recipe}"
-
-
-def text(estimate: Estimate) -> str:
-    """Return an estimate as text that is as wide as the terminal."""
-    printed = io.StringIO()
-    console = Console(file=printed, width=None if sys.stdout.isatty() else 120, highlight=False)
+def show(estimate: Estimate, console: Console) -> None:
+    """Print an estimate."""
     for part in _parts(estimate):
         console.print(part, soft_wrap=isinstance(part, Text))
-    return printed.getvalue().rstrip("\n")
 
 
 def _parts(estimate: Estimate) -> Iterator[Table | Text]:
