@@ -143,7 +143,7 @@ class Checkpoint:
 
     @property
     def stored(self) -> "Checkpoint":
-        """The same folder, but with a sparse folder's tensors as they are stored."""
+        """A view of the same folder that has a sparse folder's tensors as they are stored."""
         return Checkpoint(self.folder, self.name, stored=True)
 
     def names(self) -> list[str]:
@@ -226,7 +226,7 @@ class Checkpoint:
         return dense(file.read(name, first, last), self.tensor(mask, start, stop))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Return a tensor in pieces of about 64 MB: (index of the first row, the rows)."""
+        """Yield a tensor in pieces of about 64 MB: (index of the first row, the rows)."""
         spec = self.spec(name)
         if self._mask_of(name) is None:
             return self._open(self.index[name]).blocks(name)

@@ -73,14 +73,14 @@ def adapted(model: Model, settings: Settings) -> Iterator[tuple[int, int]]:
 
 
 def factors(model: Model, settings: Settings) -> Iterator[int]:
-    """Return how many parameters each tensor of the adapter has: lora_A and lora_B of each adapted linear."""
+    """Yield how many parameters each tensor of the adapter has: lora_A and lora_B of each adapted linear."""
     for rows, columns in adapted(model, settings):
         yield settings.rank * columns
         yield settings.rank * rows
 
 
 def trained(model: Model, settings: Settings) -> Iterator[int]:
-    """Return how many parameters of each tensor of the adapter train, in the order of `factors`."""
+    """Yield how many parameters of each tensor of the adapter train, in the order of `factors`."""
     in_a, in_b = settings.trained_ranks
     for rows, columns in adapted(model, settings):
         yield in_a * columns

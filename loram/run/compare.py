@@ -240,7 +240,7 @@ def _write(out: Path, rows: list[Measured]) -> None:
 
 
 def _plot(rows: list[Measured], path: Path) -> None:
-    """Return peak memory and seconds of the training against perplexity on the first data set."""
+    """Draw the perplexity on the first data set against the peak memory and the seconds of the training."""
     from matplotlib import pyplot
 
     dataset = next(iter(rows[0].perplexity))

@@ -107,7 +107,7 @@ def as_user_error(error: Exception, stage: str = "train") -> UserError:
 
 
 def checkpointing(trainer: Mapping[str, Any], *, default: bool, known: Sequence[str]) -> dict[str, bool | None]:
-    """Activation checkpointing under the name this version of transformers has; newer ones deprecate the older name."""
+    """Return activation checkpointing under this version's name for it; newer versions deprecate the older name."""
     new, old = "activation_checkpointing", "gradient_checkpointing"
     value = trainer.get(new, trainer.get(old, default))
     return {new: value, old: None} if new in known else {old: value}

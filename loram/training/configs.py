@@ -51,6 +51,6 @@ def build_configs(
 
 
 def _from_data(lora: Mapping[str, Any]) -> dict[str, Any]:
-    """LoraConfig's options, with EVA's own where it is asked for: PEFT warns where they are left to it."""
+    """Return LoraConfig's options. An EVA initialisation gets options of its own, since PEFT warns without them."""
     eva = lora.get("init_lora_weights") == "eva" and "eva_config" not in lora
     return {**lora, **({"eva_config": EvaConfig()} if eva else {})}
