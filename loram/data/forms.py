@@ -1,55 +1,112 @@
-"""Raw rows -> rows of one form: `messages`, `prompt` and `completion`, or `text`, as TRL calls them.
+"""Raw rows -> a text, a prompt and its completion, or a chat.
 
-A question-answer or instruction row becomes a prompt and a completion in two versions, as a chat and as plain text.
-Which version is used is decided later by whether the tokenizer has a chat template.
+Rows of a prompt and a completion, a question and an answer, or an instruction and an output are chats with a plain
+version. Which version is used is decided later, by whether the tokenizer has a chat template.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loram.base.errors import UserError
-from loram.data.reading import Row, location
+from loram.data.messages import Message, check_text, read_messages, read_tools
+from loram.data.reading import Row
 from loram.data.spec import DataSpec
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-# Our name of a column -> the file's name. The first form whose columns are all in the file is taken.
-_KNOWN_FORMS: tuple[Mapping[str, str], ...] = (
-    {"messages": "messages"},
-    {"messages": "conversations"},
-    {"prompt": "prompt", "completion": "completion"},
-    {"instruction": "instruction", "input": "input", "output": "output"},
-    {"instruction": "instruction", "output": "output"},
-    {"question": "question", "answer": "answer"},
-    {"text": "text"},
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text, all of which is in the loss."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A prompt, and a text that continues it and is in the loss."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A chat.
+
+    Args:
+        messages: the messages, as transformers' chat templates take them.
+        turns: the indices of the messages that are in the loss.
+        tools: the schemas of the tools that the assistant may call.
+        plain: the same as plain text, for tokenizers without a chat template; None if it has no such form.
+    """
+
+    messages: Sequence[Message]
+    turns: Sequence[int]
+    tools: Sequence[Message] = ()
+    plain: Completion | None = None
+
+
+Example = Text | Completion | Chat
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """A kind of rows: the columns that it needs, and those that it can use."""
+
+    needs: tuple[str, ...]
+    may: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> set[str]:
+        return {*self.needs, *self.may}
+
+
+# The first form whose columns are there is taken.
+_FORMS = (
+    _Form(needs=("messages",), may=("system", "tools")),
+    _Form(needs=("prompt", "completion"), may=("system", "tools")),
+    _Form(needs=("instruction", "output"), may=("input", "system", "history", "tools")),
+    _Form(needs=("question", "answer"), may=("system", "history", "tools")),
+    _Form(needs=("text",)),
 )
+_OTHER_NAMES = {"messages": ("conversations", "conversation")}
+_OPTIONAL = {name for form in _FORMS for name in form.may}
+_LEARNED = {"messages", "completion", "output", "answer", "text"}  # a row without its text teaches nothing
 
 
 def pick_form(spec: DataSpec, columns: Sequence[str]) -> Mapping[str, str]:
-    """Decide which of a file's columns to use: the ones that the spec names, else those of the first known form.
+    """Decide which of a data set's columns to use: the ones that the spec names, and others by their own names.
 
     Returns:
-        Our name of each column -> its name in the file.
+        Our name of each column -> its name in the data.
 
     Raises:
         UserError: a named column does not exist, or no form fits.
     """
-    if spec.columns:
-        for ours, theirs in spec.columns.items():
-            if theirs not in columns:
-                raise UserError(f"{spec.path}: no column {theirs!r} for {ours}; there are {', '.join(columns)}")
-        if set(spec.columns) not in ({"messages"}, {"text"}, {"prompt", "completion"}):
-            raise UserError(f"{spec.path}: name the column of messages, or of text, or both prompt and completion")
-        return {str(ours): theirs for ours, theirs in spec.columns.items()}
-    for form in _KNOWN_FORMS:
-        if set(form.values()) <= set(columns):
-            return form
+    named = {str(ours): theirs for ours, theirs in spec.columns.items()}
+    for ours, theirs in named.items():
+        if theirs not in columns:
+            raise UserError(f"{spec.path}: no column {theirs!r} for {ours}; there are {', '.join(columns)}")
+    own = {name: name for form in _FORMS for name in form.columns if name in columns and name not in named.values()}
+    for ours, others in _OTHER_NAMES.items():
+        if ours not in own and (there := [name for name in others if name in columns]):
+            own[ours] = there[0]
+    names = own | named
+    forms = [form for form in _FORMS if set(named) <= form.columns]
+    for form in forms:
+        if set(form.needs) <= set(names):
+            return {ours: names[ours] for ours in (*form.needs, *form.may) if ours in names}
+    every = ", ".join(columns) or "none"
+    if named:
+        needs = " or ".join(" and ".join(form.needs) for form in forms) or "one form only"
+        raise UserError(f"{spec.path}: the columns {', '.join(named)} belong to rows with {needs}; there are {every}")
     raise UserError(
-        f"{spec.path}: cannot tell which columns to use from {', '.join(columns) or 'none'}; expected messages, prompt "
-        "and completion, instruction and output, question and answer, or text; or name them, as in prompt=COLUMN"
+        f"{spec.path}: cannot tell which columns to use from {every}; expected messages, prompt and completion, "
+        "instruction and output, question and answer, or text; or name them, as in prompt=COLUMN"
     )
 
 
-def normalise(row: Row, form: Mapping[str, str], where: str) -> Row:
+def normalise(row: Row, form: Mapping[str, str], where: str) -> Example | None:
     """Bring a raw row into the form that the rest of loram reads.
 
     Args:
@@ -57,75 +114,88 @@ def normalise(row: Row, form: Mapping[str, str], where: str) -> Row:
         form: our name of each column -> its name in the row.
         where: the place of the row, for messages.
 
+    Returns:
+        The row; None if it is empty, because what the model is to learn from it is empty or null.
+
     Raises:
-        UserError: a value is missing, empty, or not of the expected type.
+        UserError: a value is missing, or not of the expected type.
     """
     values: Row = {ours: row.get(theirs) for ours, theirs in form.items()}
-    if "input" in values:
-        values["input"] = values["input"] or ""  # the only value that may be missing
-    for ours, value in values.items():
-        name = repr(form[ours])
-        if ours == "messages" or (ours in ("prompt", "completion") and isinstance(value, list)):
-            values[ours] = _messages(value, name, where)
-        elif ours != "input" and not value:
-            raise UserError(f"{where}: {name} is {value!r}, where text is needed")
-        elif not isinstance(value, str):
-            raise UserError(f"{where}: {name} should be text, but is {value!r}")
-        else:
-            _check_text(value, name, where)
-    if "question" in values:
-        return _single_turn(f"Question: {values['question']}\nAnswer:", values["question"], values["answer"])
-    if "instruction" in values:
-        return _instruction(values)
-    if "prompt" in values and isinstance(values["prompt"], str) != isinstance(values["completion"], str):
-        raise UserError(f"{where}: prompt and completion should both be text or both be messages")
-    return values
+    for ours, theirs in form.items():
+        if ours in _LEARNED and theirs in row and _is_empty(values[ours]):
+            return None
+        if ours not in _OPTIONAL and theirs not in row:
+            raise UserError(f"{where}: there is no {theirs!r}")
+    if "text" in form:
+        return Text(text=_text(values["text"], form["text"], where))
+    messages, turns, plain = _turns(values, form, where)
+    if values.get("system"):
+        system = _text(values["system"], form["system"], where)
+        if messages[:1] and messages[0]["role"] == "system":
+            raise UserError(f"{where}: {form['system']!r} is a second system prompt; the chat has one already")
+        messages, turns = [{"role": "system", "content": system}, *messages], [turn + 1 for turn in turns]
+        plain = None if plain is None else replace(plain, prompt=f"{system}\n\n{plain.prompt}")
+    tools = read_tools(values["tools"], form["tools"], where) if values.get("tools") else ()
+    return Chat(messages=messages, turns=turns, tools=tools, plain=None if tools else plain)
 
 
-def check_alike(rows: Sequence[Row], path: str, lines: Sequence[int] | None) -> None:
-    """Check that the prompts of all rows are chats, or that all are plain text.
-
-    Raises:
-        UserError: the column has both.
-    """
-    kinds = [isinstance(row.get("prompt"), str) for row in rows]
-    if len(set(kinds)) > 1:
-        first, other = ("text", "messages") if kinds[0] else ("messages", "text")
-        where = location(path, kinds.index(not kinds[0]), lines)
-        raise UserError(f"{where}: the prompt is {other}, but above it is {first}; use one kind")
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
-def _messages(value: Any, name: str, where: str) -> list[Row]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {name} should be a list of messages, but is {value!r}")
-    return [_message(message, where) for message in value]
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name!r} should be text, but is {value!r}")
+    if not value:
+        raise UserError(f"{where}: {name!r} is '', where text is needed")
+    check_text(value, repr(name), where)
+    return value
 
 
-def _message(message: Any, where: str) -> Row:
-    fields = message if isinstance(message, dict) else {}
-    role = fields.get("role") or fields.get("from")
-    content = fields.get("content") if "content" in fields else fields.get("value")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise UserError(f"{where}: a message needs a role and a content, but this is {message!r}")
-    _check_text(role + content, "a message", where)
-    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
+def _turns(values: Row, form: Mapping[str, str], where: str) -> tuple[list[Message], list[int], Completion | None]:
+    """Return a row's messages, which of them are in the loss, and the row as plain text."""
+    if "messages" in form:
+        return *read_messages(values["messages"], form["messages"], where), None
+    if "prompt" in form and (isinstance(values["prompt"], list) or isinstance(values["completion"], list)):
+        if not isinstance(values["prompt"], list) or not isinstance(values["completion"], list):
+            raise UserError(f"{where}: prompt and completion should both be text or both be messages")
+        before, _ = read_messages(values["prompt"], form["prompt"], where)
+        after, turns = read_messages(values["completion"], form["completion"], where)
+        return [*before, *after], [len(before) + turn for turn in turns], None
+    texts = {ours: _text(values[ours], form[ours], where) for ours in form if ours not in _OPTIONAL}
+    if values.get("input"):
+        texts["input"] = _text(values["input"], form["input"], where)
+    ask, answer, plain = _single_turn(texts)
+    messages = [*_history(values, form, where), _message("user", ask), _message("assistant", answer)]
+    return messages, list(range(1, len(messages), 2)), plain if len(messages) == 2 else None
 
 
-def _check_text(text: str, name: str, where: str) -> None:
-    r"""Refuse half a character, such as \ud83d alone: JSON can write it, but no tokenizer and no file accepts it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name} is not valid text: {error}") from error
+def _single_turn(texts: Mapping[str, str]) -> tuple[str, str, Completion]:
+    """Return the question, the answer, and both as plain text."""
+    if "prompt" in texts:
+        return texts["prompt"], texts["completion"], Completion(prompt=texts["prompt"], completion=texts["completion"])
+    if "question" in texts:
+        ask, answer, prompt = texts["question"], texts["answer"], f"Question: {texts['question']}\nAnswer:"
+    else:
+        ask, answer, extra = texts["instruction"], texts["output"], texts.get("input")
+        part = f"### Input:\n{extra}\n\n" if extra else ""
+        prompt = f"### Instruction:\n{ask}\n\n{part}### Response:"
+        ask = f"{ask}\n\n{extra}" if extra else ask
+    return ask, answer, Completion(prompt=prompt, completion=f" {answer}")
 
 
-def _single_turn(plain: str, user: str, answer: str) -> Row:
-    """Make a prompt-completion row that is both a chat and plain text."""
-    chat = {"prompt": [{"role": "user", "content": user}], "completion": [{"role": "assistant", "content": answer}]}
-    return {**chat, "plain_prompt": plain, "plain_completion": f" {answer}"}
+def _history(values: Row, form: Mapping[str, str], where: str) -> list[Message]:
+    """Return the earlier turns of an Alpaca row, which are pairs of a question and an answer."""
+    messages = []
+    for pair in values.get("history") or []:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise UserError(
+                f"{where}: {form['history']!r} should be pairs of a question and an answer, but has {pair!r}"
+            )
+        check_text("".join(pair), repr(form["history"]), where)
+        messages += [_message("user", pair[0]), _message("assistant", pair[1])]
+    return messages
 
 
-def _instruction(values: Row) -> Row:
-    instruction, extra = values["instruction"], values.get("input", "")
-    plain = f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{extra}\n\n" if extra else "") + "### Response:"
-    return _single_turn(plain, f"{instruction}\n\n{extra}" if extra else instruction, values["output"])
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

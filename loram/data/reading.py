@@ -1,63 +1,72 @@
-"""Data files and hub data sets -> raw rows, exactly as they were written, with the line that each row begins on."""
+"""Data files and hub data sets -> raw rows, exactly as they were written, with the place of each row."""
 
 import contextlib
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, zip_longest
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from loram.base.errors import UserError
+from loram.data.files import DELIMITERS, SUFFIXES, find_files, is_saved, kind_of, open_text
 from loram.data.spec import DataSpec
 
 Row = dict[str, Any]  # Any: the values are JSON
 NumberedRows = Iterator[tuple[int, Row]]  # (number of the line that the row begins on, or of the row; the row)
 
 _SLOW_ROWS = 5_000
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _LONGEST_FIELD = 2**31 - 1  # characters; by default Python's csv refuses fields above 128 KiB
 
 
-def read_raw(spec: DataSpec) -> tuple[Dataset | list[Row], list[int] | None]:
-    """Read the raw rows of a data set, and the line that each row begins on (None if the format has no lines).
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """Raw rows.
+
+    Args:
+        name: the name of the data set.
+        rows: the rows; a `Dataset` where they stay on disk.
+        places: where each row stands, such as `rows.jsonl:7`; None where rows have numbers only.
+    """
+
+    name: str
+    rows: Sequence[Row] | Dataset
+    places: Sequence[str] | None = None
+
+    def place(self, index: int) -> str:
+        """Return where a row stands, for messages: `rows.jsonl:7` or `rows.parquet: row 7`."""
+        return f"{self.name}: row {index + 1}" if self.places is None else self.places[index]
+
+    def columns(self) -> dict[str, int]:
+        """Return each column and the number of rows that have a value in it."""
+        if isinstance(self.rows, Dataset):
+            table = self.rows.data
+            return {name: len(table) - table.column(name).null_count for name in self.rows.column_names}
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            for name, value in row.items():
+                counts[name] = counts.get(name, 0) + (value is not None)
+        return counts
+
+
+def read_raw(spec: DataSpec) -> Raw:
+    """Read the raw rows of a data set.
 
     Text formats are read by Python's own parsers, because `datasets` would turn some text into dates and numbers.
 
     Raises:
-        UserError: the data set does not exist, or a part of it cannot be read; the message names file and line.
+        UserError: the data set does not exist, is empty, or a part of it cannot be read; the message names file and
+            line.
     """
-    path = Path(spec.path).expanduser()
-    if not path.exists():
-        return _limit(_read_hub(spec), spec), None
-    if path.is_dir():
-        raise UserError(f"{path}: this is a folder; name a data file in it")
-    if path.suffix not in _SUFFIXES:
-        raise UserError(f"{path}: unknown kind of data file; the known kinds are {', '.join(_SUFFIXES)}")
-    for option in ("config", "split"):
-        if (value := getattr(spec, option)) is not None:
-            raise UserError(f"{path}: {option} {value!r} is for hub data sets, but this is a file; leave it out")
-    try:
-        if path.suffix == ".parquet":
-            return _limit(_read_parquet(path), spec), None
-        # utf-8-sig: files that Excel writes begin with a byte order mark
-        with path.open(encoding="utf-8-sig", newline="" if path.suffix in _DELIMITERS else None) as handle:
-            parser, has_lines = _parser(handle, path)
-            numbered = list(islice(parser, spec.max_samples))
-            return [row for _, row in numbered], [line for line, _ in numbered] if has_lines else None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read as text: {error}; save it in UTF-8") from error
-
-
-def location(name: str, index: int, lines: Sequence[int] | None = None) -> str:
-    """Name a row in a message: `rows.jsonl:7` if the rows have lines, else `rows.parquet: row 7`."""
-    return f"{name}: row {index + 1}" if lines is None else f"{name}:{lines[index]}"
+    files = find_files(spec)
+    raw = Raw(name=spec.path, rows=_limit(_read_hub(spec), spec)) if files is None else _read_files(files, spec)
+    if not len(raw.rows):
+        raise UserError(f"{spec.path}: the data set is empty")
+    return raw
 
 
 @contextlib.contextmanager
@@ -77,18 +86,63 @@ def _limit(rows: Dataset, spec: DataSpec) -> Dataset:
     return rows if spec.max_samples is None else rows.select(range(min(spec.max_samples, len(rows))))
 
 
-def _read_parquet(path: Path) -> Dataset:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the data set is empty")
+def _read_files(files: list[Path], spec: DataSpec) -> Raw:
+    path = Path(spec.path).expanduser()
+    if spec.config is not None:
+        raise UserError(f"{path}: config {spec.config!r} is for hub data sets, but this is a file; leave it out")
+    if is_saved(path):
+        return Raw(name=spec.path, rows=_limit(_read_saved(path, spec), spec))
+    if spec.split is not None and not path.is_dir():
+        raise UserError(f"{path}: split {spec.split!r} is for hub data sets and folders; leave it out")
+    if (kind := kind_of(files[0])) not in SUFFIXES:
+        raise UserError(f"{path}: unknown kind of data file; the known kinds are {', '.join(SUFFIXES)}")
+    if kind == ".parquet":
+        return Raw(name=spec.path, rows=_limit(_read_parquet(files, spec), spec))
+    numbered = list(islice(_read_text_files(files), spec.max_samples))
+    return Raw(name=spec.path, rows=[row for _, row in numbered], places=[place for place, _ in numbered])
+
+
+def _read_text_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
+    """Yield the place of each row, and the row."""
+    for path in files:
+        try:
+            with open_text(path) as handle:
+                parser, has_lines = _parser(handle, path)
+                for number, row in parser:
+                    yield (f"{path}:{number}" if has_lines else f"{path}: row {number}"), row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: cannot be read as text: {error}; save it in UTF-8") from error
+        except (OSError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def _read_parquet(files: list[Path], spec: DataSpec) -> Dataset:
+    full = [str(path) for path in files if path.stat().st_size]
+    if not full:
+        raise UserError(f"{spec.path}: the data set is empty")
     try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        return datasets.load_dataset("parquet", data_files=full, split="train")
     except Exception as error:  # datasets wraps whatever its readers raise
-        raise UserError(f"{path}: cannot be read as parquet: {_reason(error.__cause__ or error)}") from error
+        raise UserError(f"{spec.path}: cannot be read as parquet: {_reason(error.__cause__ or error)}") from error
+
+
+def _read_saved(path: Path, spec: DataSpec) -> Dataset:
+    """Read a folder that `save_to_disk` made."""
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # as above
+        raise UserError(f"{path}: cannot be read as a saved data set: {_reason(error)}") from error
+    if not isinstance(data, DatasetDict):
+        if spec.split is not None:
+            raise UserError(f"{path}: split {spec.split!r}: this folder has one data set without splits; leave it out")
+        return data
+    if (split := spec.split or "train") not in data:
+        raise UserError(f"{path}: no split {split!r}; there are {', '.join(map(str, data))}; choose one of them")
+    return data[split]
 
 
 def _read_hub(spec: DataSpec) -> Dataset:
-    if Path(spec.path).suffix in _SUFFIXES or spec.path.startswith((".", "/", "~")):
-        raise UserError(f"{spec.path}: no such file")
     try:
         return datasets.load_dataset(spec.path, spec.config, split=spec.split or "train")
     except Exception as error:  # the hub, the network and the builders raise exceptions of many types
@@ -103,12 +157,13 @@ def _reason(error: BaseException) -> str:
 
 def _parser(handle: TextIO, path: Path) -> tuple[NumberedRows, bool]:
     """Return the rows of a text file, and whether their numbers are line numbers."""
-    if path.suffix in _DELIMITERS:
-        return _parse_csv(handle, path, _DELIMITERS[path.suffix]), True
-    if path.suffix == ".jsonl":
+    kind = kind_of(path)
+    if kind in DELIMITERS:
+        return _parse_csv(handle, path, DELIMITERS[kind]), True
+    if kind == ".jsonl":
         return _parse_json_lines(handle, path), True
     text = handle.read()
-    if path.suffix == ".txt":
+    if kind == ".txt":
         return iter([(1, {"text": text})] if text.strip() else []), True
     if text.lstrip().startswith("["):
         return _parse_json_list(text, path), False
@@ -153,7 +208,7 @@ def _parse_csv(handle: TextIO, path: Path, delimiter: str) -> NumberedRows:
             elif len(fields) > len(columns):
                 raise UserError(f"{path}:{line}: this row has more fields than there are columns; quote them")
             elif fields:
-                yield line, dict(zip_longest(columns, fields))
+                yield line, dict(zip(columns, fields, strict=False))  # a short row lacks its last columns
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: cannot be read as {path.suffix[1:]}: {error}") from error
+        raise UserError(f"{path}:{line}: cannot be read as {kind_of(path)[1:]}: {error}") from error

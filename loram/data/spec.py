@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from loram.base.errors import UserError, first_problem
 from loram.base.options import option
 
-Column = Literal["messages", "prompt", "completion", "text"]
+Column = Literal[
+    "messages", "prompt", "completion", "question", "answer", "instruction", "input", "output", "text",
+    "system", "history", "tools",
+]  # fmt: skip
 
 
 class _ByPath(BaseModel):
@@ -30,18 +33,24 @@ class DataSpec(_ByPath):
 
     path: str = option(
         ...,
-        "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub.",
+        "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, several by a pattern, a folder of them, or a name on the "
+        "hub.",
         flag="dataset",
         common=True,
         min_length=1,
     )
     config: str | None = option(None, "The configuration of a hub data set.", flag="dataset-config")
-    split: str | None = option(None, "The split of a hub data set (default: train).", flag="dataset-split")
+    split: str | None = option(None, "The split of a hub data set or a folder (default: train).", flag="dataset-split")
     columns: dict[Column, str] = option(
         {},
-        "The data's name for one of our columns (messages, prompt, completion, text), such as prompt=question "
-        "(default: columns are found by inspection).",
+        f"The data's name for one of our columns ({', '.join(get_args(Column))}), such as question=query (default: "
+        "columns are found by inspection).",
         flag="column",
+    )
+    apply_chat_template: bool = option(
+        True,
+        "Write rows of a prompt and a completion, a question and an answer, or an instruction and an output as chats, "
+        "where the tokenizer has a chat template.",
     )
     max_samples: PositiveInt | None = option(
         None, "Use only this many rows from the start; an evaluation counts pieces of a long text."

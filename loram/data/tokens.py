@@ -1,23 +1,75 @@
 """Rows of a data set -> token ids, with the loss mask in `labels`. Every stage reads its text through this module."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from datasets import Dataset
-from jinja2 import TemplateError
 
 from loram.base.errors import UserError
 from loram.data.batches import IGNORED
-from loram.data.forms import check_alike, normalise, pick_form
-from loram.data.reading import Row, bars_if_slow, location, read_raw
+from loram.data.encode import Encoder
+from loram.data.forms import Example, normalise, pick_form
+from loram.data.messages import without_nulls
+from loram.data.reading import Raw, Row, bars_if_slow, read_raw
 from loram.data.spec import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a data set in one form.
+
+    Args:
+        raw: the rows as they were read.
+        form: our name of each column that is used -> its name in the data.
+        chats: whether rows that can be a chat or plain text are to be chats, where the tokenizer has a chat template.
+    """
+
+    raw: Raw
+    form: Mapping[str, str]
+    chats: bool = True
+
+    def __len__(self) -> int:
+        return len(self.raw.rows)
+
+    def __iter__(self) -> Iterator[Example | None]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Example | None:
+        """Return a row, or None if it is empty.
+
+        Raises:
+            UserError: the row cannot be used; names file and line.
+        """
+        if index >= len(self):
+            raise IndexError(index)
+        row, where = self.raw.rows[index], self.raw.place(index)
+        if isinstance(self.raw.rows, Dataset):
+            row = {name: without_nulls(value) for name, value in row.items()}
+        self._check_prompt(row, where)
+        return normalise(row, self.form, where)
+
+    @cached_property
+    def unused(self) -> dict[str, int]:
+        """The columns that are not used, each with the number of rows that have a value in it."""
+        used = set(self.form.values())
+        return {name: count for name, count in self.raw.columns().items() if name not in used and count}
+
+    def _check_prompt(self, row: Row, where: str) -> None:
+        """Check that the prompts of all rows are chats, or that all are plain text."""
+        if "prompt" not in self.form:
+            return
+        kinds = ["text" if isinstance(r.get(self.form["prompt"]), str) else "messages" for r in (self.raw.rows[0], row)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{where}: the prompt is {kinds[1]}, but above it is {kinds[0]}; use one kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +80,38 @@ class Tokens:
         rows: the columns `input_ids` and `labels`, lists of int of the same length; labels are -100 where a token is
             not in the loss.
         truncated: how many rows lost their end to `max_length`.
-        skipped: how many rows had no token left in the loss; they are not in `rows`.
+        skipped: how many rows had no token left in the loss, such as empty ones; they are not in `rows`.
+        columns: our name of each column that was used -> its name in the data.
+        unused: the columns that were not used -> how many rows have a value there.
+        templated: whether the rows went through the tokenizer's chat template.
     """
 
     rows: Dataset
     truncated: int
     skipped: int
+    columns: Mapping[str, str]
+    unused: Mapping[str, int]
+    templated: bool
 
 
-def load_rows(spec: DataSpec) -> Dataset:
-    """Read a data set into rows of one form: `messages`, `prompt` and `completion`, or `text`, as TRL calls them.
-
-    A data set with the columns `instruction`, `input` and `output`, or `question` and `answer`, becomes
-    prompt-completion; a .txt file is one text.
+def load_rows(spec: DataSpec) -> Rows:
+    """Read a data set. Its rows are checked when they are taken.
 
     Raises:
-        UserError: the data set does not exist, is empty, or has an unknown form; or a row cannot be read, and the
-            message names its file and line.
+        UserError: the data set does not exist, is empty, cannot be read, or has an unknown form.
     """
-    return _load(spec)[0]
+    raw = read_raw(spec)
+    return Rows(raw=raw, form=pick_form(spec, list(raw.columns())), chats=spec.apply_chat_template)
+
+
+def check_rows(spec: DataSpec) -> None:
+    """Check that a data set can be read, row by row.
+
+    Raises:
+        UserError: names the file and the line of the first row that cannot be used.
+    """
+    for _ in load_rows(spec):
+        pass
 
 
 def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, vocabulary: int) -> Tokens:
@@ -67,69 +132,40 @@ def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length
             f"{tokenizer.name_or_path}: the tokenizer knows {tokenizer.vocab_size:,} tokens, but the model's embedding "
             f"has only {vocabulary:,} rows: it does not fit the model; use the tokenizer that came with it"
         )
-    rows, lines = _load(spec)
-    length = spec.max_length or max_length
-    return tokenize(rows, tokenizer, length, name=spec.path, lines=lines, vocabulary=vocabulary)
-
-
-def _load(spec: DataSpec) -> tuple[Dataset, list[int] | None]:
-    """Return the rows, as `load_rows` does, and the line that each begins on, if the file has lines."""
-    raw, lines = read_raw(spec)
-    if not len(raw):
-        raise UserError(f"{spec.path}: the data set is empty")
-    if isinstance(raw, Dataset):
-        form = pick_form(spec, raw.column_names)
-        with bars_if_slow(len(raw)):
-            return raw.map(
-                lambda row, index: normalise(row, form, location(spec.path, index)),
-                with_indices=True,
-                remove_columns=raw.column_names,
-                load_from_cache_file=False,  # the cache would not notice a change of our code
-                desc="Reading rows",
-            ), None
-    form = pick_form(spec, list(dict.fromkeys(column for row in raw for column in row)))
-    rows = [normalise(row, form, location(spec.path, index, lines)) for index, row in enumerate(raw)]
-    check_alike(rows, spec.path, lines)
-    return Dataset.from_list(rows), lines
+    return tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
 
 
 def tokenize(
-    rows: Dataset,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
-    *,
-    name: str = "data set",
-    lines: Sequence[int] | None = None,
-    vocabulary: int | None = None,
+    rows: Rows, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, vocabulary: int | None = None
 ) -> Tokens:
-    """Turn rows from `load_rows` into token ids and labels. Training and evaluation share this function.
+    """Turn rows into token ids and labels. Training and evaluation share this function.
 
     - A chat goes through the tokenizer's chat template. Every assistant turn is in the loss; in a prompt-completion row
       only the completion is.
-    - In a plain prompt-completion row the completion and the end-of-sequence token after it are in the loss.
+    - Rows of a prompt and a completion, a question and an answer, or an instruction and an output are chats if the
+      tokenizer has a chat template and `rows.chats` is true. Otherwise they are plain text: the answer and the
+      end-of-sequence token after it are in the loss.
     - In a text all tokens are in the loss, and a long text is cut into pieces of `max_length` tokens.
-    - Question-answer and instruction rows are chats if the tokenizer has a chat template, and plain text otherwise.
 
     Args:
-        rows: rows as `load_rows` returns them.
+        rows: the rows.
         tokenizer: a tokenizer of transformers.
         max_length: the limit in tokens. Longer rows lose their end, and rows that then have no token in the loss are
             skipped; both are counted.
-        name: the name of the data set in error messages.
-        lines: the line of the file that each row begins on, for error messages.
         vocabulary: how many tokens the model knows; None skips this check.
 
     Raises:
-        UserError: a row needs a chat template or an end-of-sequence token and the tokenizer has none, or has a token
-            that the model does not know, or no row has a token in the loss.
+        UserError: a row cannot be used, needs a chat template or an end-of-sequence token and the tokenizer has none,
+            or has a token that the model does not know, or no row has a token in the loss.
     """
+    name, encoder = rows.raw.name, Encoder(tokenizer, chats=rows.chats)
 
-    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def encode(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
-        for position, index in enumerate(indices):
-            row = {key: column[position] for key, column in batch.items()}
-            where = location(name, index, lines)
-            for ids, labels in _encode(row, tokenizer, max_length, where):
+        for index in batch["index"]:
+            where, example = rows.raw.place(index), rows[index]
+            pieces = [([], [])] if example is None else encoder.encode(example, max_length, where)
+            for ids, labels in pieces:
                 if vocabulary is not None:
                     _check_vocabulary(ids, vocabulary, tokenizer, where)
                 columns["input_ids"].append(ids[:max_length])
@@ -138,17 +174,18 @@ def tokenize(
         return columns
 
     with bars_if_slow(len(rows)):
-        encoded = rows.map(
+        encoded = Dataset.from_dict({"index": range(len(rows))}).map(
             encode,
             batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
+            remove_columns=["index"],
             desc="Tokenizing",
-            load_from_cache_file=False,
+            new_fingerprint=uuid4().hex,  # otherwise `datasets` hashes all rows for a cache that is not used
         )
         kept = encoded.remove_columns("truncated").filter(
             _has_loss, desc="Dropping rows without loss", load_from_cache_file=False
         )
+    if unused := rows.unused:
+        logger.info("%s: not used: %s", name, ", ".join(f"{key} ({count} rows)" for key, count in unused.items()))
     truncated = sum(encoded["truncated"])
     skipped = len(encoded) - len(kept)
     if not len(kept):
@@ -162,7 +199,14 @@ def tokenize(
             truncated,
             skipped,
         )
-    return Tokens(rows=kept, truncated=truncated, skipped=skipped)
+    return Tokens(
+        rows=kept,
+        truncated=truncated,
+        skipped=skipped,
+        columns=rows.form,
+        unused=rows.unused,
+        templated="text" not in rows.form and encoder.chats,
+    )
 
 
 def _check_vocabulary(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
@@ -175,91 +219,3 @@ def _check_vocabulary(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTok
 
 def _has_loss(row: Row) -> bool:
     return any(label != IGNORED for label in row["labels"][1:])  # the first token is never predicted
-
-
-def _encode(
-    row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, where: str
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the (input_ids, labels) of a row; a long text gives several pieces."""
-    if "text" in row:
-        ids = [*_ids(tokenizer, row["text"]), _end_token(tokenizer, where)]
-        for start in range(0, len(ids), max_length):
-            piece = ids[start : start + max_length]
-            yield piece, list(piece)
-        return
-    if "plain_prompt" in row and tokenizer.chat_template is None:
-        row = {"prompt": row["plain_prompt"], "completion": row["plain_completion"]}
-    if isinstance(row.get("prompt"), str):
-        ids = [*_ids(tokenizer, row["prompt"] + row["completion"]), _end_token(tokenizer, where)]
-        start = _common_prefix(_ids(tokenizer, row["prompt"]), ids)
-        yield ids, [IGNORED] * start + ids[start:]
-        return
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{where}: this row is a chat, but the tokenizer has no chat template; use prompt and completion"
-        )
-    messages, first = row.get("messages"), 0
-    if messages is None:
-        messages, first = row["prompt"] + row["completion"], len(row["prompt"])
-    try:
-        yield _encode_chat(messages, first, tokenizer)
-    except TemplateError as error:
-        raise UserError(f"{where}: the tokenizer's chat template refuses this chat: {error}") from error
-
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
-
-
-def _end_token(tokenizer: "PreTrainedTokenizerBase", where: str) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: plain text ends with the end-of-sequence token, but the tokenizer names none")
-    return int(tokenizer.eos_token_id)
-
-
-def _encode_chat(messages: list[Row], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Return the ids and labels of a chat. The assistant turns from message `first` on are in the loss."""
-    full = _template_ids(tokenizer, messages)
-    labels = [IGNORED] * len(full)
-    for turn in range(first, len(messages)):
-        if messages[turn]["role"] != "assistant":
-            continue
-        before = _template_ids(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
-        start = _common_prefix(before, full)
-        end = _end_of_turn(messages, turn, full, start, tokenizer)
-        labels[start:end] = full[start:end]
-    return full, labels
-
-
-def _template_ids(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[Row], *, add_generation_prompt: bool = False
-) -> list[int]:
-    # Any: the declared type also covers calls that return text or a bare list of ids
-    encoding: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-    )
-    return list(encoding["input_ids"])
-
-
-def _common_prefix(short: list[int], long: list[int]) -> int:
-    """Return how many tokens two lists share at their beginning: tokens may merge across the end of a prompt."""
-    return next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), min(len(short), len(long)))
-
-
-def _end_of_turn(
-    messages: list[Row], turn: int, full: list[int], start: int, tokenizer: "PreTrainedTokenizerBase"
-) -> int:
-    """Return where a turn ends, behind its end-of-turn token, in the ids `full` of the whole chat.
-
-    Usually this is where the chat that stops after this turn ends. But a template may write the last turn of a chat
-    differently: Qwen3 puts an empty thought before it, so that the short and the whole chat differ from `start` on. In
-    that case a full stop is added to the turn, and the ids that do not change show what follows the turn: `<|im_end|>`
-    in the short chat, and `<|im_end|>` and the rest of the chat in the whole one.
-    """
-    short = _template_ids(tokenizer, messages[: turn + 1])
-    if (end := _common_prefix(short, full)) > start:
-        return end
-    changed = [*messages[:turn], {**messages[turn], "content": messages[turn]["content"] + "."}]
-    tail = _common_prefix(short[::-1], _template_ids(tokenizer, changed)[::-1])
-    tail_and_rest = _common_prefix(full[::-1], _template_ids(tokenizer, changed + messages[turn + 1 :])[::-1])
-    return len(full) - tail_and_rest + tail

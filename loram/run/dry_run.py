@@ -71,6 +71,9 @@ class DataCounts(_Value):
             because the cut left nothing in the loss.
         rows_skipped: the number of rows that are not used.
         longest: the number of tokens in the longest row.
+        columns: what loram calls each column that is used -> its name in the data.
+        unused: each column that is not used -> the number of rows that have a value there.
+        chat_template: whether the rows go through the tokenizer's chat template.
     """
 
     rows: int
@@ -79,6 +82,9 @@ class DataCounts(_Value):
     rows_truncated: int
     rows_skipped: int
     longest: int
+    columns: dict[str, str]
+    unused: dict[str, int]
+    chat_template: bool
 
 
 class Span(_Value):
@@ -322,6 +328,9 @@ def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
         rows_truncated=tokens.truncated,
         rows_skipped=tokens.skipped,
         longest=max(lengths),
+        columns=dict(tokens.columns),
+        unused=dict(tokens.unused),
+        chat_template=tokens.templated,
     )
 
 

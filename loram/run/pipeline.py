@@ -6,7 +6,7 @@ from loram.alignment.options import resolve_trainer
 from loram.alignment.teacher import TeacherCache
 from loram.base.errors import UserError
 from loram.compute.loading import open_full
-from loram.data.tokens import load_rows
+from loram.data.tokens import check_rows
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model.families import architecture_of
@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{section}.trainer.seed: set the recipe's own seed, which every stage uses")
     for spec in specs:
         if spec is not None:
-            load_rows(spec)
+            check_rows(spec)
 
 
 def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:

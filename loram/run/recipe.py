@@ -219,7 +219,13 @@ def _explain(error: ValidationError) -> str:
 
 
 def file_digest(spec: DataSpec) -> str:
-    """Return the SHA-256 of a data set's settings, and of a local file's content; a hub data set is not fetched."""
-    path = Path(spec.path).expanduser()
-    content = path.read_bytes() if path.is_file() else b""
-    return hashlib.sha256(spec.model_dump_json().encode() + content).hexdigest()
+    """Return the SHA-256 of a data set's settings, and of its files' content; a hub data set is not fetched."""
+    from loram.data.files import find_files
+
+    digest = hashlib.sha256(spec.model_dump_json().encode())
+    for path in find_files(spec) or ():
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                with file.open("rb") as handle:
+                    hashlib.file_digest(handle, lambda: digest)
+    return digest.hexdigest()

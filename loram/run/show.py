@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loram.planner.show import memory_table
-from loram.run.dry_run import DryRun, Span, Training
+from loram.run.dry_run import DataCounts, DryRun, Span, Training
 
 COUNTS = {
     "rows used": "rows",
@@ -31,6 +31,8 @@ def _parts(result: DryRun) -> Iterator[Table | Text]:
     for name, training in result.training.items():
         yield from _training(name, training, result.device)
     yield _data_table(result)
+    for name, counts in result.data_sets():
+        yield _columns(name, counts)
     if result.examples:
         yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
     for number, spans in enumerate(result.examples, 1):
@@ -56,6 +58,14 @@ def _data_table(result: DryRun) -> Table:
     for name, counts in result.data_sets():
         table.add_row(name, *(f"{getattr(counts, count):,}" for count in COUNTS.values()))
     return table
+
+
+def _columns(name: str, counts: DataCounts) -> Text:
+    """Say which columns of a data set are used, how, and which are not."""
+    used = ", ".join(ours if ours == theirs else f"{theirs} as {ours}" for ours, theirs in counts.columns.items())
+    how = "through the chat template" if counts.chat_template else "as plain text"
+    unused = ", ".join(f"{column} ({rows:,} rows)" for column, rows in counts.unused.items())
+    return Text(f"{name}: {used}, written {how}" + (f"; not used: {unused}" if unused else ""))
 
 
 def _example(number: int, spans: tuple[Span, ...]) -> Text:

@@ -24,15 +24,20 @@ def rows_digest(rows: Dataset) -> str:
 
 
 def arrange(
-    rows: Dataset, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase
+    rows: Dataset, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[Dataset, DataCollatorForLanguageModeling]:
-    """Return the rows, shuffled and packed as the arguments say, and TRL's collator, which makes batches of them."""
+    """Return the rows, shuffled and packed as the arguments say, and TRL's collator, which makes batches of them.
+
+    Where the tokenizer has no token for padding, or one that is beyond the model's `vocabulary`, token 0 takes its
+    place: padding is neither attended to nor in the loss, so any token will do.
+    """
+    padding = tokenizer.pad_token_id
     if arguments.shuffle_dataset:
         rows = rows.shuffle(seed=arguments.seed)
     if arguments.packing:
         rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
     collator = DataCollatorForLanguageModeling(
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=padding if padding is not None and padding < vocabulary else 0,
         padding_free=arguments.padding_free or (arguments.packing and arguments.packing_strategy != "wrapped"),
         pad_to_multiple_of=arguments.pad_to_multiple_of,
     )

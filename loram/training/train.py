@@ -219,7 +219,7 @@ class _TrainJob(Job[Trained]):
                 return over
         adapter, arguments = build_configs(self.options, self.device, checkpoints.staging)
         set_seed(arguments.seed)
-        rows, collator = arrange(self.rows, arguments, self.tokenizer)
+        rows, collator = arrange(self.rows, arguments, self.tokenizer, self.checkpoint.vocabulary)
 
         def batches() -> Sequence[Mapping[str, torch.Tensor]]:
             return first_batches(rows, collator, arguments.per_device_train_batch_size, _EVA_BATCHES)

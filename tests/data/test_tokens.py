@@ -7,12 +7,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import VOCABULARY
+from conftest import CHAT_TEMPLATE, VOCABULARY
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from loram.base.errors import UserError
+from loram.data.batches import IGNORED
+from loram.data.forms import Chat, Text
 from loram.data.spec import DataSpec, as_spec
-from loram.data.tokens import IGNORED, load_rows, load_tokens, tokenize
+from loram.data.tokens import check_rows, load_rows, load_tokens, tokenize
 
 Jsonl = Callable[..., Path]
 ASK, REPLY = "what is one plus one", "one plus one is two"
@@ -56,9 +59,25 @@ def test_alpaca_input_follows_the_instruction(jsonl: Jsonl, tokenizer: PreTraine
     assert "user\nsay\n\na word<|im_end|>" in prompt
 
 
-def test_plain_prompt_and_completion(jsonl: Jsonl, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompt_and_completion_go_through_the_chat_template_unless_told_otherwise(
+    jsonl: Jsonl, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = jsonl({"prompt": ASK, "completion": REPLY})
+    assert labelled(path, tokenizer) == [(PROMPT_TEXT, f"{REPLY}<|im_end|>\n")]
     path = jsonl({"prompt": f"{ASK}:", "completion": f" {REPLY}"})
-    assert labelled(path, tokenizer) == [(f"{ASK}:", f" {REPLY}<|im_end|>")]
+    assert labelled(path, tokenizer, apply_chat_template=False) == [(f"{ASK}:", f" {REPLY}<|im_end|>")]
+    path = jsonl({"question": ASK, "answer": REPLY})
+    [(prompt, _)] = labelled(path, tokenizer, apply_chat_template=False)
+    assert prompt == f"Question: {ASK}\nAnswer:"
+
+
+def test_a_prompt_that_was_written_by_a_template_already_is_refused(jsonl: Jsonl, tokenizer: Any) -> None:
+    path = jsonl({"prompt": PROMPT_TEXT, "completion": f"{REPLY}<|im_end|>"})
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the prompt begins with '<\|im_start\|>'.*apply_chat_template"):
+        labelled(path, tokenizer)
+    assert labelled(path, tokenizer, apply_chat_template=False) == [(PROMPT_TEXT, f"{REPLY}<|im_end|>")]
+    with pytest.raises(UserError, match="this row is a chat and has no other form"):
+        labelled(jsonl({"messages": CHAT}), tokenizer, apply_chat_template=False)
 
 
 def test_every_assistant_turn_of_messages_is_in_the_loss(jsonl: Jsonl, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -107,7 +126,7 @@ def test_without_a_chat_template_questions_are_plain_and_chats_refused(jsonl: Js
     assert (prompt, completion) == (f"Question: {ASK}\nAnswer:", f" {REPLY}<|im_end|>")
     [(prompt, _)] = labelled(jsonl({"instruction": ASK, "output": REPLY}), plain)
     assert prompt.endswith("### Response:")
-    with pytest.raises(UserError, match="row 1: this row is a chat, but the tokenizer has no chat template"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: this row is a chat, but the tokenizer has no chat template"):
         labelled(jsonl({"messages": CHAT}), plain)
 
 
@@ -164,10 +183,10 @@ def test_chats_in_a_column_by_name(jsonl: Jsonl, tokenizer: Any) -> None:
 def test_csv_fields_are_text_whatever_they_look_like(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "sums.csv"
     path.write_text('prompt,completion\n1+1=,2\n1-1=,007\n"a, b",NA\n')
-    assert [inside for _, inside in labelled(path, tokenizer)] == [f"{x}<|im_end|>" for x in ("2", "007", "NA")]
+    assert [inside for _, inside in labelled(path, tokenizer)] == [f"{x}<|im_end|>\n" for x in ("2", "007", "NA")]
     path = tmp_path / "numbers.csv"  # a whole column that looks like numbers
     path.write_text("prompt,completion\n1+1=,2\n0+7=,007\n")
-    assert [inside for _, inside in labelled(path, tokenizer)] == ["2<|im_end|>", "007<|im_end|>"]
+    assert [inside for _, inside in labelled(path, tokenizer)] == ["2<|im_end|>\n", "007<|im_end|>\n"]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -181,25 +200,25 @@ def test_text_that_looks_like_a_date_or_nothing_stays_text(suffix: str, tmp_path
         "parquet": lambda: frame.to_parquet(path),
     }
     writers[suffix]()
-    assert [inside for _, inside in labelled(path, tokenizer)] == [f"{answer}<|im_end|>" for answer in answers]
+    assert [inside for _, inside in labelled(path, tokenizer)] == [f"{answer}<|im_end|>\n" for answer in answers]
 
 
 def test_json_lines_by_the_name_of_json_and_a_byte_order_mark(tmp_path: Path) -> None:
-    row = {"prompt": "caf\u00e9 \u2028", "completion": "b"}
+    row = {"text": "caf\u00e9 \u2028"}
     for name, text in (
         ("a.json", f"{json.dumps(row, ensure_ascii=False)}\n" * 2),
         ("b.json", f"\n[{json.dumps(row)},\n{json.dumps(row)}]"),
-        ("c.csv", "prompt,completion\n" + "caf\u00e9 \u2028,b\n" * 2),
+        ("c.csv", "text\n" + "caf\u00e9 \u2028\n" * 2),
     ):
         for encoding in ("utf-8", "utf-8-sig"):
             (tmp_path / name).write_text(text, encoding=encoding)
-            assert load_rows(DataSpec(path=str(tmp_path / name))).to_list() == [row, row]
+            assert list(load_rows(DataSpec(path=str(tmp_path / name)))) == [Text(**row)] * 2
 
 
 def test_long_and_quoted_csv_fields(tmp_path: Path) -> None:
     text = 'a "word", and\na line ' * 20_000  # longer than the limit of Python's csv
     pd.DataFrame([{"text": text}]).to_csv(tmp_path / "a.csv", index=False)
-    assert load_rows(DataSpec(path=str(tmp_path / "a.csv"))).to_list() == [{"text": text}]
+    assert list(load_rows(DataSpec(path=str(tmp_path / "a.csv")))) == [Text(text=text)]
 
 
 def test_alpaca_rows_may_lack_their_input(jsonl: Jsonl, tokenizer: Any) -> None:
@@ -211,7 +230,8 @@ def test_alpaca_rows_may_lack_their_input(jsonl: Jsonl, tokenizer: Any) -> None:
 
 def test_columns_by_name_and_max_samples(jsonl: Jsonl, tokenizer: Any) -> None:
     path = jsonl(*[{"ask": ASK, "reply": f" {n}", "text": "no"} for n in ("one", "two", "three")])
-    found = labelled(path, tokenizer, columns={"prompt": "ask", "completion": "reply"}, max_samples=2)
+    columns = {"prompt": "ask", "completion": "reply"}
+    found = labelled(path, tokenizer, columns=columns, max_samples=2, apply_chat_template=False)
     assert found == [(ASK, " one<|im_end|>"), (ASK, " two<|im_end|>")]
 
 
@@ -222,7 +242,7 @@ def test_truncated_and_skipped_rows_are_counted(jsonl: Jsonl, tokenizer: Any) ->
         {"prompt": ASK, "completion": long},
         {"prompt": long, "completion": " two"},
     )
-    tokens = tokenize(load_rows(DataSpec(path=str(path))), tokenizer, 40)
+    tokens = tokenize(load_rows(DataSpec(path=str(path), apply_chat_template=False)), tokenizer, 40)
     assert (len(tokens.rows), tokens.truncated, tokens.skipped) == (2, 2, 1)
     assert max(map(len, tokens.rows["input_ids"])) == 40
 
@@ -235,10 +255,11 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
     rows = load_rows(DataSpec(path=str(jsonl({"question": ASK, "answer": REPLY}, {"question": "a", "answer": "b"}))))
     ours = tokenize(rows, tokenizer, 100).rows
     arguments = SFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_length=100)
+    chats = [{"prompt": row.messages[:1], "completion": row.messages[1:]} for row in rows if isinstance(row, Chat)]
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_llama),
         arguments,
-        train_dataset=rows.select_columns(["prompt", "completion"]),
+        train_dataset=Dataset.from_list(chats),
         processing_class=tokenizer,
     )
     assert trainer.train_dataset["input_ids"][:] == ours["input_ids"][:]
@@ -251,7 +272,10 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
         ("", r"rows\.jsonl: the data set is empty"),
         ('{"question": "a", "answer": "b"}\n{"question": "a", ', r"rows\.jsonl:2: this row is not valid JSON"),
         ('{"question": "a", "answer": "b"}\n[1, 2]\n', r"rows\.jsonl:2: this row is not a JSON object"),
-        ('{"question": "a", "answer": "b"}\n{"question": "a", "answer": null}\n', r"rows\.jsonl:2: 'answer' is None"),
+        (
+            '{"question": "a", "answer": "b"}\n{"question": null, "answer": "b"}\n',
+            r"rows\.jsonl:2: 'question' should be",
+        ),
         (
             '{"question": "a", "answer": "b"}\n{"question": "", "answer": "b"}\n',
             r"rows\.jsonl:2: 'question' is '', where text is needed",
@@ -259,7 +283,10 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
         ('{"question": "a", "answer": 7}\n', r"rows\.jsonl:1: 'answer' should be text, but is 7"),
         ('{"foo": "a", "bar": 7}\n', r"cannot tell which columns to use from foo, bar"),
         ("{}\n", r"cannot tell which columns to use from none"),
-        ('{"messages": [{"role": "user"}]}\n', r"rows\.jsonl:1: a message needs a role and a content"),
+        (
+            '{"messages": [{"role": "user"}]}\n',
+            r"rows\.jsonl:1: message 1 of messages: a message needs a role and a content",
+        ),
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"rows\.jsonl:2: 'text' is not valid text: .*surrogates not allowed"),
         ('{"text": ' + "9" * 5000 + "}\n", r"rows\.jsonl:1: this row is not valid JSON"),
         ('{"text": ' + "[" * 100_000 + "\n", r"rows\.jsonl:1: this row is not valid JSON"),
@@ -268,7 +295,7 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
             '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}\n',
             r"rows\.jsonl:2: the prompt is messages, but above it is text",
         ),
-        ('{"question": "a", "answer": "b"}\n{"text": "a"}\n', r"rows\.jsonl:2: 'question' is None"),
+        ('{"question": "a", "answer": "b"}\n{"text": "a"}\n', r"rows\.jsonl:2: there is no 'question'"),
     ],
     ids=[
         "empty",
@@ -291,7 +318,7 @@ def test_errors_name_file_and_line(content: str, message: str, tmp_path: Path) -
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        load_rows(DataSpec(path=str(path)))
+        check_rows(DataSpec(path=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +339,7 @@ def test_errors_name_file_and_line(content: str, message: str, tmp_path: Path) -
 )
 def test_a_chat_that_is_none_names_file_and_line(bad: dict[str, Any], jsonl: Jsonl) -> None:
     with pytest.raises(UserError, match=r"data\.jsonl:1: "):
-        load_rows(DataSpec(path=str(jsonl(bad))))
+        check_rows(DataSpec(path=str(jsonl(bad))))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +355,7 @@ def test_a_chat_that_is_none_names_file_and_line(bad: dict[str, Any], jsonl: Jso
 def test_no_rows_is_said_plainly(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=rf"{name}: the data set is empty"):
-        load_rows(DataSpec(path=str(tmp_path / name)))
+        check_rows(DataSpec(path=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -343,21 +370,21 @@ def test_no_rows_is_said_plainly(name: str, content: str, tmp_path: Path) -> Non
 def test_files_in_another_encoding_name_the_file(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=rf"{name}.*utf-8"):
-        load_rows(DataSpec(path=str(tmp_path / name)))
+        check_rows(DataSpec(path=str(tmp_path / name)))
 
 
 def test_broken_files_of_other_kinds_name_the_file(tmp_path: Path) -> None:
     for name, content in (("a.json", '[{"question": "a"'), ("a.parquet", "no parquet"), ("a.csv", 'a,b\n"open,1\n')):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=rf"{name}(:2)?: cannot"):
-            load_rows(DataSpec(path=str(tmp_path / name)))
+            check_rows(DataSpec(path=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("question,answer\na,b\na,b,c\n", r"a\.csv:3: this row has more fields than there are columns"),
-        ("question,answer\na\n", r"a\.csv:2: 'answer' is None"),
+        ("question,answer\na,b\na\n", r"a\.csv:3: there is no 'answer'"),
         ("question,answer,answer\na,b,c\n", r"a\.csv: column 'answer' stands twice"),
         ('question,answer\na,"b"c\n', r"a\.csv:2: cannot be read as csv: "),
     ],
@@ -366,10 +393,10 @@ def test_broken_files_of_other_kinds_name_the_file(tmp_path: Path) -> None:
 def test_csv_rows_that_do_not_fit_their_header(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError, match=message):
-        load_rows(DataSpec(path=str(tmp_path / "a.csv")))
+        check_rows(DataSpec(path=str(tmp_path / "a.csv")))
 
 
-GOOD_ROW, BAD_ROW = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}
+GOOD_ROW, BAD_ROW = {"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}
 
 
 @pytest.mark.parametrize(
@@ -378,26 +405,26 @@ GOOD_ROW, BAD_ROW = {"prompt": "a", "completion": "b"}, {"prompt": "a", "complet
         ("a.jsonl", f"\n\n{json.dumps(GOOD_ROW)}\n\n{json.dumps(BAD_ROW)}\n", ":5"),
         ("a.json", f"\n{json.dumps(GOOD_ROW)}\n{json.dumps(BAD_ROW)}\n", ":3"),
         ("a.json", json.dumps([GOOD_ROW, BAD_ROW], indent=2), ": row 2"),
-        ("a.csv", '\nprompt,completion\n\n"a\nb\r\nc",d\n\na,""\n', ":8"),
-        ("a.csv", 'prompt,completion\na,b\n"a\nb",""\n', ":3"),  # where a row begins, however many lines it has
-        ("a.tsv", "prompt\tcompletion\r\n\r\na\t\r\n", ":3"),
+        ("a.csv", '\nprompt,completion\n\n"a\nb\r\nc",d\n\n"",a\n', ":8"),
+        ("a.csv", 'prompt,completion\na,b\n"","a\nb"\n', ":3"),  # where a row begins, however many lines it has
+        ("a.tsv", "prompt\tcompletion\r\n\r\n\ta\r\n", ":3"),
     ],
     ids=["jsonl", "json-lines", "json-list", "csv", "csv-long", "tsv"],
 )
 def test_rows_are_named_by_the_line_they_begin_on(name: str, content: str, where: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, newline="")
-    with pytest.raises(UserError, match=rf"{name}{where}: 'completion' is ''"):
-        load_rows(DataSpec(path=str(tmp_path / name)))
+    with pytest.raises(UserError, match=rf"{name}{where}: 'prompt' is ''"):
+        check_rows(DataSpec(path=str(tmp_path / name)))
 
 
 def test_rows_of_parquet_are_named_by_number(tmp_path: Path) -> None:
     pd.DataFrame([GOOD_ROW, BAD_ROW]).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: row 2: 'completion' is ''"):
-        load_rows(DataSpec(path=str(tmp_path / "a.parquet")))
+    with pytest.raises(UserError, match=r"a\.parquet: row 2: 'prompt' is ''"):
+        check_rows(DataSpec(path=str(tmp_path / "a.parquet")))
 
 
 def test_what_the_tokenizer_refuses_is_named_by_line_too(tmp_path: Path, tokenizer: Any) -> None:
-    template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' else 'a' }}"
+    template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' else '' }}" + CHAT_TEMPLATE
     strict = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=template
     )
@@ -436,7 +463,7 @@ def test_padding_with_the_end_token_keeps_real_ends_in_the_loss(jsonl: Jsonl, to
     end = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == end
     path = jsonl({"prompt": ASK, "completion": " two"}, {"prompt": ASK, "completion": f" {REPLY} {REPLY}"})
-    rows = load_tokens(DataSpec(path=str(path)), tokenizer, 100, vocabulary=VOCABULARY).rows
+    rows = load_tokens(DataSpec(path=str(path), apply_chat_template=False), tokenizer, 100, vocabulary=VOCABULARY).rows
     batch = DataCollatorForLanguageModeling(pad_token_id=end)(list(rows))
     for row, ids, labels in zip(rows, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
         length = len(row["input_ids"])
@@ -447,7 +474,7 @@ def test_padding_with_the_end_token_keeps_real_ends_in_the_loss(jsonl: Jsonl, to
 
 
 def test_a_mapping_with_a_bad_key_or_value_is_a_clear_error() -> None:
-    for data in ({"pth": "a"}, {"path": "a", "max_samples": 0}, {"path": "a", "columns": {"question": "q"}}, {}, ""):
+    for data in ({"pth": "a"}, {"path": "a", "max_samples": 0}, {"path": "a", "columns": {"query": "q"}}, {}, ""):
         with pytest.raises(UserError, match="data: "):
             as_spec(data)
 
@@ -456,14 +483,14 @@ def test_a_mapping_with_a_bad_key_or_value_is_a_clear_error() -> None:
 def test_options_of_hub_data_sets_are_not_ignored_for_files(option: str, jsonl: Jsonl) -> None:
     path = jsonl({"text": "a"})
     with pytest.raises(UserError, match=option):
-        load_rows(DataSpec(path=str(path), **{option: "test"}))
+        check_rows(DataSpec(path=str(path), **{option: "test"}))
 
 
 @pytest.mark.parametrize("name", ["rows", "rows.jsonl"])
 def test_a_folder_is_no_data_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=rf"{name}: "):
-        load_rows(DataSpec(path=str(tmp_path / name)))
+        check_rows(DataSpec(path=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +500,7 @@ def test_a_folder_is_no_data_file(name: str, tmp_path: Path) -> None:
         ({"path": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl: no such file"),
         ({"path": "data.xlsx"}, "unknown kind of data file"),
         ({"path": "rows.jsonl", "columns": {"text": "body"}}, "no column 'body' for text; there are question, answer"),
-        ({"path": "rows.jsonl", "columns": {"prompt": "question"}}, "both prompt and completion"),
+        ({"path": "rows.jsonl", "columns": {"prompt": "question"}}, "prompt belong to rows with prompt and completion"),
     ],
     ids=["bare", "missing", "suffix", "column", "half"],
 )
@@ -482,7 +509,7 @@ def test_bad_specs(spec: dict[str, Any], message: str, tmp_path: Path, monkeypat
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
     (tmp_path / "data.xlsx").touch()
     with pytest.raises(UserError, match=message):
-        load_rows(DataSpec(**spec))
+        check_rows(DataSpec(**spec))
 
 
 def test_nothing_in_the_loss_is_an_error(jsonl: Jsonl, tokenizer: Any) -> None:
