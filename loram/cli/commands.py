@@ -63,6 +63,9 @@ class _DryRun(Options):
     dry_run: bool = option(
         False, "Check everything, show sizes, memory and the tokens of the rows, and write nothing.", common=True
     )
+    show_row: int | None = option(
+        None, "With --dry-run: show this row of the training data (default: the first two that are used)."
+    )
 
 
 class _Memory(Options):
@@ -177,7 +180,13 @@ def evaluate(model: str, *, json: bool = False, **options: Any) -> None:
 
 
 def run(
-    recipe: Path, overrides: list[str] | None, *, fresh: bool = False, dry_run: bool = False, json: bool = False
+    recipe: Path,
+    overrides: list[str] | None,
+    *,
+    fresh: bool = False,
+    dry_run: bool = False,
+    show_row: int | None = None,
+    json: bool = False,
 ) -> None:
     """Run a recipe: prune, align, train, recover, polish, evaluate.
 
@@ -188,7 +197,7 @@ def run(
         from loram.run.dry_run import dry_run as compute
         from loram.run.show import show
 
-        result = compute(loaded)
+        result = compute(loaded, show_row=show_row)
         if json:
             typer.echo(result.model_dump_json())
         else:

@@ -1,5 +1,6 @@
 """One example -> token ids and labels."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -7,10 +8,12 @@ from loram.base.errors import UserError
 from loram.data.batches import IGNORED
 from loram.data.chat import TEMPLATE_ERRORS, Renderer, Span, UnclearChat, find_turns
 from loram.data.forms import Chat, Completion, Example, Text
+from loram.data.messages import REASONING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_READ = {"role", "content", "tool_calls", *REASONING}  # what `find_turns` looks after
 Encoded = tuple[list[int], list[int]]  # (token ids, labels), of the same length
 
 
@@ -26,6 +29,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.chats = chats and bool(tokenizer.chat_template)
         self.renderer = Renderer(tokenizer)
+        self.unused: Counter[str] = Counter()  # keys of messages that the chat template does not name
 
     def encode(self, example: Example, max_length: int, where: str) -> Iterator[Encoded]:
         """Yield the token ids and labels of an example; a text that is longer than `max_length` gives several pieces.
@@ -77,6 +81,10 @@ class Encoder:
             raise UserError(
                 f"{where}: the tokenizer's chat template {error}; change the row, or use another chat template"
             ) from error
+        template = self.tokenizer.get_chat_template(tools=list(chat.tools) or None)
+        self.unused.update(
+            f"{key} of messages" for m in chat.messages for key in m if key not in _READ and key not in template
+        )
         ids, spans = self._tokens(text, special=False)
         inside = [any(start < last and stop > first for first, last in turns) for start, stop in spans]
         return ids, [token if wanted else IGNORED for token, wanted in zip(ids, inside, strict=True)]

@@ -51,6 +51,7 @@ class DataSpec(_ByPath):
         True,
         "Write rows of a prompt and a completion, a question and an answer, or an instruction and an output as chats, "
         "where the tokenizer has a chat template.",
+        exclude_if=bool,  # so that folders of earlier versions, which know nothing of it, are gone on with
     )
     max_samples: PositiveInt | None = option(
         None, "Use only this many rows from the start; an evaluation counts pieces of a long text."

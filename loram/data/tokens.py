@@ -1,7 +1,7 @@
 """Rows of a data set -> token ids, with the loss mask in `labels`. Every stage reads its text through this module."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -82,8 +82,9 @@ class Tokens:
         truncated: how many rows lost their end to `max_length`.
         skipped: how many rows had no token left in the loss, such as empty ones; they are not in `rows`.
         columns: our name of each column that was used -> its name in the data.
-        unused: the columns that were not used -> how many rows have a value there.
+        unused: the columns, and keys of messages, that were not used -> how many rows, or messages, have a value there.
         templated: whether the rows went through the tokenizer's chat template.
+        sources: the index in the data set that each of `rows` was made from.
     """
 
     rows: Dataset
@@ -92,6 +93,7 @@ class Tokens:
     columns: Mapping[str, str]
     unused: Mapping[str, int]
     templated: bool
+    sources: Sequence[int]
 
 
 def load_rows(spec: DataSpec) -> Rows:
@@ -161,7 +163,7 @@ def tokenize(
     name, encoder = rows.raw.name, Encoder(tokenizer, chats=rows.chats)
 
     def encode(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": [], "source": []}
         for index in batch["index"]:
             where, example = rows.raw.place(index), rows[index]
             pieces = [([], [])] if example is None else encoder.encode(example, max_length, where)
@@ -171,6 +173,7 @@ def tokenize(
                 columns["input_ids"].append(ids[:max_length])
                 columns["labels"].append(labels[:max_length])
                 columns["truncated"].append(len(ids) > max_length)
+                columns["source"].append(index)
         return columns
 
     with bars_if_slow(len(rows)):
@@ -184,7 +187,7 @@ def tokenize(
         kept = encoded.remove_columns("truncated").filter(
             _has_loss, desc="Dropping rows without loss", load_from_cache_file=False
         )
-    if unused := rows.unused:
+    if unused := {**rows.unused, **encoder.unused}:
         logger.info("%s: not used: %s", name, ", ".join(f"{key} ({count} rows)" for key, count in unused.items()))
     truncated = sum(encoded["truncated"])
     skipped = len(encoded) - len(kept)
@@ -200,12 +203,13 @@ def tokenize(
             skipped,
         )
     return Tokens(
-        rows=kept,
+        rows=kept.remove_columns("source"),
         truncated=truncated,
         skipped=skipped,
         columns=rows.form,
-        unused=rows.unused,
+        unused=unused,
         templated="text" not in rows.form and encoder.chats,
+        sources=kept["source"][:],
     )
 
 

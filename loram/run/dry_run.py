@@ -108,7 +108,8 @@ class DryRun(_Value):
         align: the counts of each data set for alignment.
         calibration: the counts of the calibration data; None if pruning reads no text.
         eval_dataset: the counts of each data set for evaluation.
-        examples: the first rows of the training data, or of the data for alignment.
+        examples: rows of the training data, or of the data for alignment; a long text is several.
+        example_rows: the number of each of these rows in its data set; the first is 1.
     """
 
     model: str
@@ -122,6 +123,7 @@ class DryRun(_Value):
     calibration: DataCounts | None
     eval_dataset: dict[str, DataCounts]
     examples: tuple[tuple[Span, ...], ...]
+    example_rows: tuple[int, ...]
 
     def data_sets(self) -> Iterator[tuple[str, DataCounts]]:
         """Yield the counts of each data set with a label for people."""
@@ -133,13 +135,17 @@ class DryRun(_Value):
         yield from ((f"evaluation: {name}", counts) for name, counts in self.eval_dataset.items())
 
 
-def dry_run(recipe: Recipe) -> DryRun:
+def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
     """Check a recipe as `run` does and tokenise its data, but do not make `output_dir`.
 
     A model or data set on the hub is downloaded into the hub's cache, as in a run.
 
+    Args:
+        recipe: the recipe.
+        show_row: the number of the row to show, from 1; by default the first two rows that are used.
+
     Raises:
-        UserError: names the first problem that would stop the run.
+        UserError: names the first problem that would stop the run, or the row to show is not used.
     """
     check(recipe)
     checkpoint, device = open_model(recipe.model_name_or_path), pick_device(recipe.device)
@@ -170,6 +176,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         longest = max(map(len, to_train.rows["input_ids"]))
         settings = _settings(training, adapter, arguments, device, longest)
     first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
+    examples = [] if first is None else _pick_examples(first, show_row)
     return DryRun(
         model=checkpoint.name,
         parameters=before,
@@ -184,10 +191,19 @@ def dry_run(recipe: Recipe) -> DryRun:
         align={name: _count(tokens) for name, tokens in to_align.items()},
         calibration=_calibration(recipe.prune, checkpoint, tokenizer),
         eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
-        examples=tuple(
-            tuple(_spans(row, tokenizer)) for row in itertools.islice(first.rows if first else [], EXAMPLES)
-        ),
+        examples=tuple(tuple(_spans(first.rows[index], tokenizer)) for index in examples if first),
+        example_rows=tuple(first.sources[index] + 1 for index in examples if first),
     )
+
+
+def _pick_examples(tokens: Tokens, show_row: int | None) -> list[int]:
+    """Return which of the tokenised rows to show."""
+    if show_row is None:
+        return list(range(min(EXAMPLES, len(tokens.rows))))
+    pieces = [index for index, source in enumerate(tokens.sources) if source == show_row - 1]
+    if not pieces:
+        raise UserError(f"show_row: row {show_row} is not used: it has no token in the loss, or there is no such row")
+    return pieces
 
 
 def _trained(

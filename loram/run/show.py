@@ -35,7 +35,7 @@ def _parts(result: DryRun) -> Iterator[Table | Text]:
         yield _columns(name, counts)
     if result.examples:
         yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
-    for number, spans in enumerate(result.examples, 1):
+    for number, spans in zip(result.example_rows, result.examples, strict=True):
         yield _example(number, spans)
     yield Text("\nNothing was written: this was a dry run.")
 
