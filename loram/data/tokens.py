@@ -63,13 +63,17 @@ class Rows:
         used = set(self.form.values())
         return {name: count for name, count in self.raw.columns().items() if name not in used and count}
 
+    @cached_property
+    def _kind(self) -> str:
+        return self._kind_of(self.raw.rows[0])
+
+    def _kind_of(self, row: Row) -> str:
+        return "text" if isinstance(row.get(self.form["prompt"]), str) else "messages"
+
     def _check_prompt(self, row: Row, where: str) -> None:
         """Check that the prompts of all rows are chats, or that all are plain text."""
-        if "prompt" not in self.form:
-            return
-        kinds = ["text" if isinstance(r.get(self.form["prompt"]), str) else "messages" for r in (self.raw.rows[0], row)]
-        if kinds[0] != kinds[1]:
-            raise UserError(f"{where}: the prompt is {kinds[1]}, but above it is {kinds[0]}; use one kind")
+        if "prompt" in self.form and (kind := self._kind_of(row)) != self._kind:
+            raise UserError(f"{where}: the prompt is {kind}, but above it is {self._kind}; use one kind")
 
 
 @dataclass(frozen=True, kw_only=True)
