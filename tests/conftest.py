@@ -66,6 +66,7 @@ SLOW = (
     "test_align",
     "test_anchors",
     "test_compare",
+    "test_configs",
     "test_correct",
     "test_dry_run",
     "test_end_to_end",
@@ -85,6 +86,7 @@ SLOW = (
     "test_sparse_train",
     "test_teach",
     "test_train",
+    "test_unevaluated",
 )
 
 

@@ -1,6 +1,7 @@
 """Load models, pruned ones included. Only this file touches how transformers builds a model."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,8 @@ from loram.model.plan import PruningPlan
 
 _CODE = "modeling_loram"
 _SLOW_BYTES = 4 << 30
+# What somebody once wanted of a forward pass. A pruned folder leaves it out: it says nothing about the model.
+_OF_A_RUN = ("return_dict", "output_attentions", "output_hidden_states", "quantization_config")
 
 
 def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
@@ -36,7 +39,7 @@ def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
 def _pruned_config(base: Path, plan: PruningPlan) -> PreTrainedConfig:
     config_class, model_class = modeling_loram.pruned_classes(plan.architecture.model_class)
     values = AutoConfig.from_pretrained(base).to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+    for key in ("model_type", "architectures", "transformers_version", "auto_map", *_OF_A_RUN):
         values.pop(key, None)
     values |= {
         "head_dim": plan.geometry.head_dim,  # some families would divide by a number of heads that varies
@@ -47,7 +50,8 @@ def _pruned_config(base: Path, plan: PruningPlan) -> PreTrainedConfig:
         },
         **plan.config_keys(),
     }
-    return config_class(**values)
+    made = config_class(**values)
+    return config_class.from_dict(json.loads(made.to_json_string()))  # as it is read back from the folder
 
 
 def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -115,16 +119,22 @@ def empty_model(
         dense: give a sparse model ordinary linears, for the weights that `checkpoint` shows.
 
     Raises:
-        UserError: the family is not supported.
+        UserError: the family is not supported, or transformers refuses the config.
     """
     family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
-    config: Any = (
-        AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint.folder, plan)
-    )
-    if dense and checkpoint.sparse:
-        config.sparsity = None
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    folder = checkpoint.folder
+    try:
+        config: Any = AutoConfig.from_pretrained(folder) if plan is None else _pruned_config(folder, plan)
+        if dense and checkpoint.sparse:
+            config.sparsity = None
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # the checks of configs, and the families' own code, raise exceptions of many types
+        what = "the model" if plan is None else "the pruned model"
+        reason = " ".join(str(error).split()) or "no further detail"
+        raise UserError(
+            f"{folder / 'config.json'}: transformers cannot build {what} from it ({type(error).__name__}: {reason})"
+        ) from error
     model.tie_weights()  # each parameter was moved to the meta device by itself
     model.train(False)
     return model

@@ -25,6 +25,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MASK = ".mask"
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints hold, and that the model computes itself
 
 
 class Checkpoint:
@@ -147,9 +148,15 @@ class Checkpoint:
         return Checkpoint(self.folder, self.name, stored=True)
 
     def names(self) -> list[str]:
-        """Return the names of all tensors, sorted as a person counts: layer 2 comes before layer 10."""
-        hidden = set() if self._stored else set(self._masks.values())
-        return sorted(self.index.keys() - hidden, key=_natural)
+        """Return the names of all tensors, sorted as a person counts: layer 2 comes before layer 10.
+
+        Tables that the model computes by itself are left out.
+        """
+        return sorted((name for name in self._shown() if not _COMPUTED.search(name)), key=_natural)
+
+    def _shown(self) -> set[str]:
+        """Return the names of all tensors but the masks of weights that are shown dense."""
+        return self.index.keys() - (set() if self._stored else set(self._masks.values()))
 
     def layer_tensors(self, layer: int) -> dict[str, Tensor]:
         """Return all tensors of a decoder layer, by name."""
@@ -196,7 +203,8 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Return how many values all tensors hold together; a tied head counts once."""
-        files = {name: self._open(shard) for name, shard in self.index.items() if name not in self._masks.values()}
+        left_out = {*self._masks.values(), *filter(_COMPUTED.search, self.index)}
+        files = {name: self._open(shard) for name, shard in self.index.items() if name not in left_out}
         again = self.architecture.head_weight if self.tied else None
         return sum(math.prod(file.specs[name].shape) for name, file in files.items() if name != again)
 
@@ -244,7 +252,7 @@ class Checkpoint:
         if (manifest := find_manifest(self.folder)) is not None and manifest.kind == "quantized":
             return manifest.made_from["original"]
         digest = hashlib.sha256()
-        for name in sorted(self.names()):
+        for name in sorted(self._shown()):
             if self.holder(name) != name:
                 continue
             spec = self.spec(name)

@@ -66,7 +66,7 @@ class Recipe(Options):
     )
     eval_dataset: dict[str, DataSpec] = option(
         {},
-        "The held-out rows: a file, a hub name, or a mapping of names to data sets.",
+        "The held-out rows: a file, a hub name, or a mapping of names to data sets; without it, nothing is evaluated.",
         also="test_datasets val_dataset validation_dataset validation_file",
         flag="dataset",
     )
@@ -78,20 +78,39 @@ class Recipe(Options):
     train: TrainOptions = option(TrainOptions(), "How to train.")
     recover: RecoverOptions = option(RecoverOptions(), "What recovery does beyond widening.")
     polish: PolishSection | None = option(None, "How to polish; without it, nothing is polished.")
-    evaluate: EvaluateSection = option(EvaluateSection(), "How to evaluate, and what to compare with.")
+    evaluate: EvaluateSection | None = option(
+        EvaluateSection(), "How to evaluate, and what to compare with; with false, nothing is evaluated."
+    )
     compare: dict[str, Variant] = option({}, "What `loram compare` puts side by side, by name.")
 
     @field_validator("eval_dataset", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
+        if value is None:
+            return {}
         return {"eval": value} if isinstance(value, str) or (isinstance(value, dict) and "path" in value) else value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    @property
+    def held_out(self) -> dict[str, DataSpec]:
+        """The data sets that models are evaluated on, by name; none where the run evaluates nothing."""
+        return {} if self.evaluate is None else self.eval_dataset
+
+    @property
+    def compares(self) -> bool:
+        """Return whether LoRA on the full model is trained too, to compare with."""
+        return self.evaluate is not None and self.evaluate.full_lora
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
-        if self.dataset is None and ("train" in self.model_fields_set or self.evaluate.full_lora):
+        if self.dataset is None and ("train" in self.model_fields_set or self.compares):
             raise ValueError("dataset: missing, and training needs rows; a recipe that trains nothing has no `train`")
-        if self.dataset is not None and not self.eval_dataset:
-            raise ValueError("eval_dataset: missing, and what was trained is compared on held-out rows")
+        if self.dataset is not None and not self.eval_dataset and self.evaluate not in (None, EvaluateSection()):
+            raise ValueError("evaluate: needs an `eval_dataset`; without held-out rows, leave the section out")
         if self.dataset is None and self.prune is None and self.align is None:
             raise ValueError("prune, align, dataset: at least one is needed, else there is nothing to do")
         if self.prune is not None and self.base_model_name_or_path is not None:

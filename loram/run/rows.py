@@ -1,10 +1,13 @@
 """The rows of the report of a run: evaluations of each model, and what became of the training rows."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from loram.disk.adapter import WEIGHTS_NAME
 from loram.disk.artifacts import find_manifest
 from loram.disk.opening import open_model
+from loram.disk.tensorfile import TensorFile
 from loram.evaluation.evaluate import evaluate
 from loram.evaluation.options import EvaluateOptions
 from loram.run.record import Done
@@ -20,11 +23,12 @@ def evaluations(run: Run, name: str, evaluated: Evaluated) -> dict[str, Done]:
         name: the row of the report that they are for.
         evaluated: the model and the adapter.
     """
-    return {dataset: _evaluation(run, name, dataset, *evaluated) for dataset in run.recipe.eval_dataset}
+    return {dataset: _evaluation(run, name, dataset, *evaluated) for dataset in run.recipe.held_out}
 
 
 def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: Path | None) -> Done:
-    spec, section = run.recipe.eval_dataset[dataset], run.recipe.evaluate
+    spec, section = run.recipe.held_out[dataset], run.recipe.evaluate
+    assert section is not None
     options = EvaluateOptions.of(**section.model_dump(include=set(EvaluateOptions.model_fields)))
     settings = {
         "dataset": described(spec),
@@ -37,6 +41,13 @@ def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: P
         settings,
         lambda: evaluate(model, adapter=adapter, data=spec, options=options, device=run.recipe.device),
     )
+
+
+def parameters_of(run: Run, evaluated: Evaluated) -> int:
+    """Return how many parameters a model has with its adapter, by the plan and the adapter's file alone."""
+    (full, pruned), (model, adapter) = run.plan.parameters(), evaluated
+    specs = {} if adapter is None else TensorFile(adapter / WEIGHTS_NAME).specs
+    return (pruned if model in run.small_models.values() else full) + sum(math.prod(s.shape) for s in specs.values())
 
 
 def row_of(

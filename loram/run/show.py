@@ -8,6 +8,7 @@ from rich.text import Text
 
 from loram.planner.show import memory_table
 from loram.run.dry_run import DryRun, Span, Training
+from loram.run.report import NOT_EVALUATED
 
 COUNTS = {
     "rows used": "rows",
@@ -31,6 +32,8 @@ def _parts(result: DryRun) -> Iterator[Table | Text]:
     for name, training in result.training.items():
         yield from _training(name, training, result.device)
     yield _data_table(result)
+    if not result.eval_dataset:
+        yield Text(NOT_EVALUATED)
     if result.examples:
         yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
     for number, spans in enumerate(result.examples, 1):

@@ -277,7 +277,7 @@ POLISHED: Stage = Stage(
 )
 FULL_LORA: Stage = Stage(
     folder="full_lora",
-    count=lambda recipe: int(recipe.evaluate.full_lora),
+    count=lambda recipe: int(recipe.compares),
     settings=_training,
     action=lambda run, number, out: _train(run, run.base, out, train_options(run.recipe), anchor_steps=0),
     row=lambda run: "full LoRA",
