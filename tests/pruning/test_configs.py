@@ -110,7 +110,7 @@ PHI3_LONG = {  # as microsoft/Phi-3-mini-128k-instruct has it
     "original_max_position_embeddings": TRAINED,
     "rope_parameters": ABSENT,
     "rope_theta": 1e4,
-    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, 4.0]},  # for half of a head
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]},
 }
 GEMMA3_LAYERS = {
     "rope_parameters": {
@@ -122,7 +122,7 @@ GEMMA3_LAYERS = {
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name -> family, sizes, changes of config.json
     "qwen2-dynamic": ("qwen2", {}, rope("dynamic", "oldest")),
     "mistral-yarn": ("mistral", {}, rope("yarn", "oldest")),
-    "phi3-longrope": ("phi3", {}, PHI3_LONG),
+    "phi3-longrope": ("phi3", {"num_attention_heads": 4}, PHI3_LONG),
     "gemma3-layers": ("gemma3_text", {}, GEMMA3_LAYERS),
     "gemma3-local": (
         "gemma3_text",
