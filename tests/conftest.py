@@ -76,6 +76,7 @@ SLOW = (
     "test_memory",
     "test_methods",
     "test_nf4",
+    "test_paths",
     "test_pipeline",
     "test_planner",
     "test_polish",
@@ -85,6 +86,7 @@ SLOW = (
     "test_sparse",
     "test_sparse_train",
     "test_teach",
+    "test_template",
     "test_train",
     "test_unevaluated",
 )

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from loram.base.errors import UserError
+from loram.base.paths import local
 from loram.base.progress import without_library_bars
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
@@ -64,7 +65,7 @@ def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedMo
     Raises:
         UserError: the folder has no valid plan, or it is not a model.
     """
-    folder = Path(path)
+    folder = local(path)
     PruningPlan.load(folder)
     return load_model(Checkpoint(folder), **from_pretrained_kwargs)
 
@@ -87,14 +88,16 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     return model
 
 
-def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
-    """Open the full model of a plan: at `base`, or else at the name that the plan has.
+def open_full(
+    plan: PruningPlan, base: str | Path | None = None, *, chat_template: str | Path | None = None
+) -> Checkpoint:
+    """Open the full model of a plan: at `base`, or else at the name that the plan has; `chat_template` as `open_model`.
 
     Raises:
         UserError: it is not there, or it is another model.
     """
     try:
-        full = open_model(base or plan.base.name)
+        full = open_model(base or plan.base.name, chat_template=chat_template)
     except UserError as error:
         if base is not None:
             raise
@@ -141,7 +144,7 @@ def empty_model(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return the tokenizer in a model's folder.
+    """Return the tokenizer in a model's folder, with the chat template that was chosen for it.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or it names no end-of-sequence token.
@@ -150,6 +153,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint.folder}: no usable tokenizer here: {str(error).splitlines()[0]}") from error
+    if checkpoint.chat_template is not None:
+        tokenizer.chat_template = checkpoint.chat_template
     if tokenizer.eos_token_id is None:
         raise UserError(f"{checkpoint.folder}: the tokenizer names no eos_token; set it in tokenizer_config.json")
     return tokenizer

@@ -14,7 +14,7 @@ from torch import Tensor
 from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
-from loram.disk.files import read_json, refuse_pointer, side_files
+from loram.disk.files import CHAT_TEMPLATE, copy_side_files, read_json, refuse_pointer, side_files
 from loram.disk.tensorfile import TensorFile, TensorSpec
 from loram.model.architecture import Architecture
 from loram.model.families import family_of, is_pruned
@@ -37,14 +37,17 @@ class Checkpoint:
         folder: the model's folder.
         name: what the user calls the model: its hub id or absolute path.
         stored: show a sparse folder's tensors as they are stored: values and masks.
+        chat_template: the text of a chat template that takes the place of the folder's own.
 
     Raises:
         UserError: the folder is not a model, its weights are in a format that we do not read, a shard is missing,
             broken or outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
     """
 
-    def __init__(self, folder: Path, name: str | None = None, *, stored: bool = False) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, name: str | None = None, *, stored: bool = False, chat_template: str | None = None
+    ) -> None:
+        self.folder, self.chat_template = folder, chat_template
         self.name = name or str(folder.absolute())
         self._files: dict[str, TensorFile] = {}
         if not (folder / "config.json").is_file():
@@ -145,7 +148,13 @@ class Checkpoint:
     @property
     def stored(self) -> "Checkpoint":
         """A view of the same folder that has a sparse folder's tensors as they are stored."""
-        return Checkpoint(self.folder, self.name, stored=True)
+        return Checkpoint(self.folder, self.name, stored=True, chat_template=self.chat_template)
+
+    def copy_side_files(self, out: Path) -> None:
+        """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen."""
+        copy_side_files(self.folder, out)
+        if self.chat_template is not None:
+            (out / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted as a person counts: layer 2 comes before layer 10.

@@ -1,13 +1,10 @@
 """What a pruned folder will hold: as many units or weights as the options keep, and the tensors that follow."""
 
-from collections.abc import Iterator
-
 import torch
 
 from loram.disk.artifacts import library_versions
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
-from loram.model.architecture import Linear
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
 from loram.pruning.choose import choose, recorded
@@ -54,20 +51,11 @@ def pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, T
         full = checkpoint.spec(name)
         specs[name] = TensorSpec.of(narrow(name, torch.empty(full.shape, dtype=full.dtype, device="meta"), plan))
     for layer in plan.layers:
-        for path, _ in compensated(plan, layer):
+        for path, _ in plan.compensated(layer):
             if f"{path}.bias" not in specs:
                 weight = specs[f"{path}.weight"]
                 specs[f"{path}.bias"] = TensorSpec(dtype=weight.dtype, shape=weight.shape[:1])
     return specs, {}
-
-
-def compensated(plan: PruningPlan, layer: int) -> Iterator[tuple[str, Linear]]:
-    """Yield (full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
-    if layer not in plan.layers or not plan.bias_compensation:
-        return
-    for linear in plan.geometry.layer(plan.architecture, layer).linears:
-        if linear.consumes_units:
-            yield f"{plan.architecture.layer_path(layer)}.{linear.path}", linear
 
 
 def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

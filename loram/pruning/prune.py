@@ -20,14 +20,13 @@ from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
 from loram.disk.writer import ShardedWriter
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
 from loram.pruning.check import check_prunable
 from loram.pruning.choose import choose
-from loram.pruning.layout import blank_plan, compensated, pruned_specs
+from loram.pruning.layout import blank_plan, pruned_specs
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.score import ScoredLayer, score_layers
 from loram.pruning.sparse import prune_sparse
@@ -43,6 +42,7 @@ def prune(
     seed: int = 42,
     device: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> PruningPlan:
     """Make a model smaller: remove units of its middle layers, or single weights of all its layers.
@@ -62,6 +62,7 @@ def prune(
         seed: of the random criterion.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         shard_bytes: size of the files that weights are written to, at most.
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `PruneOptions`.
 
     Returns:
@@ -70,10 +71,9 @@ def prune(
     Raises:
         UserError: the model or data cannot be used, a setting is out of range, or `out` exists.
     """
-    out = Path(out)
     settings = PruneOptions.of(options, **fields).resolved()
-    check_output(out, base)
-    checkpoint = open_model(base)
+    out = check_output(out, base)
+    checkpoint = open_model(base, chat_template=chat_template)
     check_prunable(checkpoint, settings)
 
     samples: list[list[int]] = []
@@ -133,7 +133,7 @@ def _prune_structured(
                 writer.copy(name, checkpoint)
         plan = decide(scores)
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        copy_side_files(checkpoint.folder, staging)
+        checkpoint.copy_side_files(staging)
         write_config(checkpoint.folder, plan, staging)
         plan.save(staging)
     return plan
@@ -142,7 +142,7 @@ def _prune_structured(
 def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
     """Yield a layer's tensors as the pruned model has them."""
     biases = {}
-    for path, linear in compensated(plan, layer.index):
+    for path, linear in plan.compensated(layer.index):
         weight = layer.tensors[f"{path}.weight"]
         removed = layer.inputs[f"{path}.weight"].mean.to(weight)  # the mean input, (in_features,)
         kept = plan.kept_elements(layer.index, linear.columns)

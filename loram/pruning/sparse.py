@@ -16,7 +16,6 @@ from loram.compute.streaming import ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.artifacts import file_sha256, publish
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import copy_side_files
 from loram.disk.tensorfile import TensorFileWriter
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import Architecture, Linear
@@ -79,7 +78,7 @@ def prune_sparse(
                 writer.copy(name, checkpoint)
         plan = blank.model_copy(update={"masks": file_sha256(staging / MASKS_NAME)})
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        copy_side_files(checkpoint.folder, staging)
+        checkpoint.copy_side_files(staging)
         write_config(checkpoint.folder, plan, staging)
         plan.save(staging)
     return plan

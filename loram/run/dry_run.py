@@ -134,7 +134,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: names the first problem that would stop the run.
     """
     check(recipe)
-    checkpoint, device = open_model(recipe.model_name_or_path), pick_device(recipe.device)
+    checkpoint = open_model(recipe.model_name_or_path, chat_template=recipe.chat_template_path)
+    device = pick_device(recipe.device)
     training, dtype = resolve(train_options(recipe), checkpoint.architecture), compute_dtype(device)
     adapter, arguments = build_configs(training, device)
     plan = (

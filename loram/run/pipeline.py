@@ -1,7 +1,5 @@
 """Run a recipe: check it, do its stages in order, evaluate what they make."""
 
-from pathlib import Path
-
 from loram.alignment.options import resolve_trainer
 from loram.alignment.teacher import TeacherCache
 from loram.base.errors import UserError
@@ -26,7 +24,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: the first problem.
     """
-    checkpoint = open_model(recipe.model_name_or_path)
+    checkpoint = open_model(recipe.model_name_or_path, chat_template=recipe.chat_template_path)
     if recipe.prune is not None:
         _check_pruning(checkpoint, recipe.prune)
     elif not checkpoint.pruned:
@@ -41,7 +39,7 @@ def check(recipe: Recipe) -> None:
         resolve_trainer(recipe.align.trainer)
         specs += [*recipe.align.dataset, recipe.align.probe_dataset]
         for cache in recipe.align.teacher:
-            TeacherCache(Path(cache.path))
+            TeacherCache(cache.path)
     for section, options in (("train", recipe.train), ("align", recipe.align)):
         if options is not None and "seed" in options.trainer:
             raise UserError(f"{section}.trainer.seed: set the recipe's own seed, which every stage uses")

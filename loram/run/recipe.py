@@ -12,6 +12,7 @@ from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
+from loram.base.paths import LocalPath, Named, local
 from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
@@ -49,16 +50,24 @@ class Recipe(Options):
     one recipe can prune on one machine, and another can train on what it left on another machine.
     """
 
-    model_name_or_path: str = option(
+    model_name_or_path: Named = option(
         ...,
         "The hub id, folder or GGUF file of the full model; without `prune`, a pruned folder.",
         flag="MODEL",
         also="base_model model model_id model_name pretrained_model_name_or_path",
     )
-    base_model_name_or_path: str | None = option(
+    base_model_name_or_path: Named | None = option(
         None, "The full model of a pruned folder, if it is not where the plan says.", flag="base"
     )
-    output_dir: Path = option(..., "The folder for the report and one folder per stage.", flag="OUT", also="output")
+    chat_template_path: Named | None = option(
+        None,
+        "A .jinja file, or a model whose tokenizer has the chat template, in place of the model's own template.",
+        flag="chat-template",
+        also="chat_template",
+    )
+    output_dir: LocalPath = option(
+        ..., "The folder for the report and one folder per stage.", flag="OUT", also="output"
+    )
     dataset: DataSpec | None = option(
         None,
         "The training rows: a file, a hub name, or a mapping.",
@@ -163,12 +172,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
         UserError: the file is missing or not YAML, or a key is unknown (names the nearest one) or has a bad value.
     """
+    path = local(path)
     if not path.is_file():
         raise UserError(f"{path}: no such recipe")
     try:

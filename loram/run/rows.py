@@ -32,6 +32,7 @@ def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: P
     options = EvaluateOptions.of(**section.model_dump(include=set(EvaluateOptions.model_fields)))
     settings = {
         "dataset": described(spec),
+        **run.template,
         **options.model_dump(exclude={"stream"}),  # which changes nothing
         "model": open_model(model).fingerprint,
         "adapter": None if adapter is None else fingerprint(adapter),
@@ -39,7 +40,14 @@ def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: P
     return run.record.stage(
         f"evaluate {name} on {dataset}",
         settings,
-        lambda: evaluate(model, adapter=adapter, data=spec, options=options, device=run.recipe.device),
+        lambda: evaluate(
+            model,
+            adapter=adapter,
+            data=spec,
+            options=options,
+            device=run.recipe.device,
+            chat_template=run.chat_template,
+        ),
     )
 
 

@@ -123,7 +123,6 @@ def test_eval_dataset_forms(recipe: Any) -> None:
         ("eval_dataset=3", "eval_dataset: "),
         ("prune.ratio.x=1", "ratio is not a section"),
         ("eval_dataset={test: {path: a, spilt: b}}", r"eval_dataset\.test\.spilt: unknown key; did you mean split"),
-        ("eval_dataset={}", "evaluate: needs an `eval_dataset`"),
         ("prune.calibration={pth: a}", r"prune\.calibration\."),
         ("prune.ratio=.nan", r"prune\.ratio: "),
         ("prune.ratio=-0.5", r"prune\.ratio: Input should be greater than 0"),
