@@ -40,7 +40,7 @@ def read_template(source: str | Path) -> str:
 
 
 def _compile(text: str) -> None:
-    """Compile a template as transformers does, which knows tags that Jinja alone does not."""
+    """Compile a template as transformers does, whose tags Jinja alone does not know."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     _compile_jinja_template(text)
