@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from loram.base.errors import UserError
+from loram.base.errors import UserError, in_one_line
 from loram.base.paths import local
 from loram.base.progress import without_library_bars
 from loram.disk.checkpoint import Checkpoint
@@ -134,10 +134,8 @@ def empty_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # the checks of configs, and the families' own code, raise exceptions of many types
         what = "the model" if plan is None else "the pruned model"
-        reason = " ".join(str(error).split()) or "no further detail"
-        raise UserError(
-            f"{folder / 'config.json'}: transformers cannot build {what} from it ({type(error).__name__}: {reason})"
-        ) from error
+        where = folder / "config.json"
+        raise UserError(f"{where}: transformers cannot build {what} from it ({in_one_line(error)})") from error
     model.tie_weights()  # each parameter was moved to the meta device by itself
     model.train(False)
     return model

@@ -277,6 +277,15 @@ def _remedy(name: str) -> str:
     return f"make the folder again{given if name in (CHAT_TEMPLATE, 'tokenizer_config.json') else ''}"
 
 
+def edited_template(folder: Path) -> Path | None:
+    """Return the chat template that a user put into a folder of ours, or changed there; None where it is ours."""
+    manifest, path = find_manifest(folder), folder / CHAT_TEMPLATE
+    if manifest is None or not path.is_file():
+        return None
+    entry = manifest.files.get(CHAT_TEMPLATE)
+    return None if entry is not None and entry.sha256 == file_sha256(path) else path
+
+
 @functools.cache
 def _warn_of_edit(file: Path, expected: str) -> None:
     """Say once that a file of `EDITABLE` is not as it was written."""

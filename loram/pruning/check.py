@@ -2,7 +2,7 @@
 
 import torch
 
-from loram.base.errors import UserError
+from loram.base.errors import UserError, in_one_line
 from loram.compute.loading import empty_model
 from loram.compute.streaming import without_layers
 from loram.disk.checkpoint import Checkpoint
@@ -15,7 +15,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_prunable(checkpoint: Checkpoint, options: ResolvedPruneOptions) -> None:
-    """Refuse a model that cannot be pruned like this, or whose pruned folder could not be loaded; reads no weight.
+    """Refuse a model that cannot be pruned like this, or whose pruned folder could not be loaded.
 
     Raises:
         UserError: names the tensor, config key or option.
@@ -59,8 +59,7 @@ def check_loads(checkpoint: Checkpoint, plan: PruningPlan) -> None:
             decoder(inputs_embeds=torch.zeros(1, 2, config.hidden_size), position_ids=positions, use_cache=False)
     except Exception as error:  # whatever transformers' own code raises
         raise UserError(
-            f"{where}: transformers cannot compute the rotary tables of this config "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"{where}: transformers cannot compute the rotary tables of this config ({in_one_line(error)})"
         ) from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from loram.disk.adapter import WEIGHTS_NAME
 from loram.disk.artifacts import find_manifest
 from loram.disk.opening import open_model
+from loram.disk.template import as_setting
 from loram.disk.tensorfile import TensorFile
 from loram.evaluation.evaluate import evaluate
 from loram.evaluation.options import EvaluateOptions
@@ -30,11 +31,12 @@ def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: P
     spec, section = run.recipe.held_out[dataset], run.recipe.evaluate
     assert section is not None
     options = EvaluateOptions.of(**section.model_dump(include=set(EvaluateOptions.model_fields)))
+    opened = open_model(model, chat_template=run.recipe.chat_template_path)
     settings = {
+        **as_setting(opened.chat_template),
         "dataset": described(spec),
-        **run.template,
         **options.model_dump(exclude={"stream"}),  # which changes nothing
-        "model": open_model(model).fingerprint,
+        "model": opened.fingerprint,
         "adapter": None if adapter is None else fingerprint(adapter),
     }
     return run.record.stage(

@@ -12,10 +12,9 @@ from loram.alignment.align import align
 from loram.alignment.options import AlignOptions, TeachOptions, resolve_trainer
 from loram.alignment.teach import teach
 from loram.data.spec import DataSpec
-from loram.disk.artifacts import find_manifest
-from loram.disk.files import CHAT_TEMPLATE
+from loram.disk.artifacts import edited_template, find_manifest
 from loram.disk.opening import open_model
-from loram.disk.template import as_setting, read_template
+from loram.disk.template import as_setting
 from loram.export.merge import merge
 from loram.model.plan import PruningPlan
 from loram.pruning.prune import prune
@@ -89,8 +88,9 @@ class Run:
     @cached_property
     def common(self) -> dict[str, Any]:
         """The settings that decide the outcome of every stage."""
-        model = open_model(self.recipe.model_name_or_path)
-        return {"base": model.fingerprint, "seed": self.recipe.seed, "device": self.recipe.device}
+        model = open_model(self.recipe.model_name_or_path, chat_template=self.recipe.chat_template_path)
+        chosen = as_setting(model.chat_template)
+        return {"base": model.fingerprint, "seed": self.recipe.seed, "device": self.recipe.device, **chosen}
 
     @property
     def where(self) -> dict[str, Any]:
@@ -99,17 +99,11 @@ class Run:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The chat template of every stage: the recipe's, or that of the pruned folder that the recipe begins with."""
+        """The chat template of every stage: the recipe's, or one that was put into the folder that it begins with."""
         if self.recipe.chat_template_path is not None or self.recipe.prune is not None:
             return self.recipe.chat_template_path
-        own = self.pruned / CHAT_TEMPLATE
-        return str(own) if own.is_file() else None
-
-    @cached_property
-    def template(self) -> dict[str, str]:
-        """The settings of stages that tokenise: the recipe's chat template."""
-        source = self.recipe.chat_template_path
-        return as_setting(None if source is None else read_template(source))
+        edited = edited_template(self.pruned)
+        return None if edited is None else str(edited)
 
     def perform(self, *stages: "Stage") -> None:
         """Do the stages that the recipe has, in order; finished ones are skipped."""
@@ -157,22 +151,19 @@ def _bound(action: Callable[[Run, int, Path], object], run: Run, number: int, ou
 def _pruning(run: Run, number: int = 0) -> dict[str, Any]:
     section = run.recipe.prune
     assert section is not None
-    resolved = section.resolved()
-    options = {**resolved.model_dump(mode="json"), **(run.template if resolved.reads_text else {})}
+    options = section.resolved().model_dump(mode="json")
     return {**run.common, **options, "calibration": described(section.calibration)}
 
 
 def _teaching(run: Run, number: int) -> dict[str, Any]:
     options = _teach_options(run.recipe).model_dump(mode="json")
-    dataset = described(_alignment(run.recipe).dataset[number].unweighted())
-    return {**run.common, **run.template, **options, "dataset": dataset}
+    return {**run.common, **options, "dataset": described(_alignment(run.recipe).dataset[number].unweighted())}
 
 
 def _aligning(run: Run, number: int = 0) -> dict[str, Any]:
     section, teach_section = _alignment(run.recipe), run.recipe.teach
     return {
         **run.common,
-        **run.template,
         **_of_small(run, aligned=False),
         **section.model_dump(mode="json"),
         "dataset": [described(spec) for spec in section.dataset],
@@ -188,7 +179,7 @@ def _of_small(run: Run, *, aligned: bool = True) -> dict[str, Any]:
 
 
 def _training(run: Run, number: int = 0) -> dict[str, Any]:
-    return {**run.common, **run.template, **train_options(run.recipe).model_dump(), "dataset": described(run.dataset)}
+    return {**run.common, **train_options(run.recipe).model_dump(), "dataset": described(run.dataset)}
 
 
 def _recovering(run: Run, number: int) -> dict[str, Any]:
@@ -202,11 +193,11 @@ def _polishing(run: Run, number: int) -> dict[str, Any]:
     assert section is not None
     dataset = described(section.dataset or run.dataset)
     adapter = fingerprint(run.folder(RECOVERED.folder))
-    return {**run.common, **run.template, **_polish_options(run.recipe), "dataset": dataset, "adapter": adapter}
+    return {**run.common, **_polish_options(run.recipe), "dataset": dataset, "adapter": adapter}
 
 
 def _tuning(run: Run, number: int) -> dict[str, Any]:
-    return {**run.common, **run.template, **run.recipe.train.model_dump(), "dataset": described(run.dataset)}
+    return {**run.common, **run.recipe.train.model_dump(), "dataset": described(run.dataset)}
 
 
 def _align(run: Run, number: int, out: Path) -> None:

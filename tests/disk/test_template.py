@@ -89,7 +89,7 @@ def test_every_stage_of_a_recipe_uses_its_template(
     assert report.row("base").perplexity["eval"] == base.perplexity
     assert template_in(tmp_path / "out" / "recovered") == MINE
     mine.write_text(MINE + "{# changed #}", encoding="utf-8")
-    with pytest.raises(loram.UserError, match="adapter was made with other settings \\(chat_template"):
+    with pytest.raises(loram.UserError, match="pruned was made with other settings \\(chat_template"):
         run(chosen)
     with pytest.raises(loram.UserError, match="trainer: chat_template_path cannot be set: it is a key of the recipe"):
         dry_run(Recipe.model_validate({**values, "train": {"trainer": {"chat_template_path": str(mine)}}}))

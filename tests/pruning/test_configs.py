@@ -237,3 +237,27 @@ def test_configs_that_cannot_work_are_refused_before_anything_is_written(
     with pytest.raises(loram.UserError, match=message):
         loram.prune(base, tmp_path / "pruned", **PRUNE)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_what_one_stage_makes_the_next_one_takes(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Merged and quantised folders, aligned ones and sparse ones go through the stages like the folders they are of."""
+    out, trainer = tmp_path, {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    loram.prune(tiny_llama, out / "pruned", **PRUNE)
+    loram.align(out / "pruned", out / "aligned", data=rows_file, trainer=trainer, probe=False)
+    loram.quantize(out / "aligned", out / "packed")
+    loram.train(out / "packed", out / "adapter", data=rows_file, trainer=trainer)
+    loram.recover(out / "adapter", out / "recovered", correct=True, pruned=out / "aligned")
+    loram.merge(tiny_llama, out / "recovered", out / "merged")
+    expected = loram.evaluate(tiny_llama, adapter=out / "recovered", data=rows_file).loss
+    assert loram.evaluate(out / "merged", data=rows_file).loss == pytest.approx(expected, rel=1e-5)
+    loram.quantize(out / "merged", out / "merged_packed")
+    assert loram.evaluate(out / "merged_packed", data=rows_file).loss == pytest.approx(expected, rel=0.05)
+    loram.prune(out / "merged", out / "sparse", pattern="4:8", criterion="magnitude")
+    loram.train(out / "sparse", out / "masked", data=rows_file, trainer=trainer, mask_update=True, load_in_4bit=True)
+    loram.merge(out / "merged", out / "masked", out / "twice")
+    loram.prune(out / "twice", out / "again", **PRUNE, bias_compensation=True)
+    loram.train(out / "again", out / "last", data=rows_file, trainer=trainer)
+    loram.recover(out / "last", out / "last_recovered")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "twice"), out / "last_recovered")
+    untouched = logits(AutoModelForCausalLM.from_pretrained(out / "twice"), SHORT)
+    assert relative(logits(adapted.eval(), SHORT), untouched) > 1e-3
