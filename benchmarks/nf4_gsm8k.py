@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loram.run.pipeline import run
+from loram.run.recipe import EvaluateSection
 from loram.run.report import RunReport
 
 
@@ -64,7 +65,7 @@ def main() -> None:
             chosen = recipe(args.model, args.data, out, seed, args.ratio, args.steps, args.samples)
             trainer = {**chosen.train.trainer, "per_device_train_batch_size": args.batch}
             train = chosen.train.model_copy(update={"load_in_4bit": load_in_4bit, "trainer": trainer})
-            evaluate = chosen.evaluate.model_copy(update={"full_lora": False})
+            evaluate = EvaluateSection.of(chosen.evaluate, full_lora=False)
             pair.append(run(chosen.model_copy(update={"train": train, "evaluate": evaluate})))
         reports[seed] = (pair[0], pair[1])
     Console(width=120).print(compare(reports))

@@ -66,6 +66,7 @@ SLOW = (
     "test_align",
     "test_anchors",
     "test_compare",
+    "test_configs",
     "test_correct",
     "test_dry_run",
     "test_end_to_end",
@@ -75,6 +76,7 @@ SLOW = (
     "test_memory",
     "test_methods",
     "test_nf4",
+    "test_paths",
     "test_pipeline",
     "test_planner",
     "test_polish",
@@ -84,7 +86,9 @@ SLOW = (
     "test_sparse",
     "test_sparse_train",
     "test_teach",
+    "test_template",
     "test_train",
+    "test_unevaluated",
 )
 
 

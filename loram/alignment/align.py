@@ -22,6 +22,7 @@ from loram.base.errors import UserError
 from loram.compute.loading import load_model
 from loram.disk.artifacts import check_output
 from loram.disk.opening import open_model
+from loram.disk.template import as_setting
 from loram.disk.writer import write_trained
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
@@ -41,6 +42,7 @@ def align(
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> Path:
     """Train all weights of a pruned model, except embedding and lm_head, on what the full model predicts.
@@ -65,6 +67,7 @@ def align(
         seed: the seed of everything that is drawn.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         fresh: begin anew where `OUT-checkpoints` has an interrupted alignment.
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `AlignOptions`.
 
     Returns:
@@ -75,12 +78,11 @@ def align(
             fit in memory, `out` exists, or the interrupted alignment had other settings or data.
         FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
     """
-    out = Path(out)
     spec = AlignOptions.of(options, **fields)
-    check_output(out, pruned)
+    out = check_output(out, pruned)
     on = join_processes(device)
     arguments = resolve_trainer(spec.trainer, seed)
-    inputs = open_inputs(open_model(pruned), spec, arguments, base, on)
+    inputs = open_inputs(open_model(pruned, chat_template=chat_template), spec, arguments, base, on)
     probe_rows = ""
     if inputs.probe is not None:
         probe_rows = f", the probe trains on {len(inputs.probe[0])} and is judged by {len(inputs.probe[1])}"
@@ -97,6 +99,7 @@ def _job(inputs: Inputs, spec: AlignOptions, options: Mapping[str, Any], device:
             "trainer": dict(options),
             "rows": len(inputs.rows),
             "processes": processes.count(),
+            **as_setting(inputs.student.chat_template),
         },
         device=device,
         checkpoint_limit=options["save_total_limit"],

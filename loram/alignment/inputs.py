@@ -15,6 +15,7 @@ from loram.alignment.probe import hold_out, split
 from loram.alignment.sample import sample_rows
 from loram.base import processes
 from loram.base.errors import UserError
+from loram.base.paths import local
 from loram.compute.device import compute_dtype, fits
 from loram.compute.loading import load_model, load_tokenizer, open_full
 from loram.disk.artifacts import digest, find_manifest
@@ -101,7 +102,7 @@ def open_inputs(
         probe = split(probe_rows, spec.probe_steps, seed, spec.probe_dataset.path)
     elif spec.probe:
         rows, probe = hold_out(rows, spec.probe_steps, seed)
-    caches = tuple(_fingerprint(Path(cache.path)) for cache in spec.teacher)
+    caches = tuple(_fingerprint(local(cache.path)) for cache in spec.teacher)
     return Inputs(student=student, plan=plan, full=full, teacher=caches, rows=rows, probe=probe)
 
 

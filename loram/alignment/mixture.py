@@ -1,7 +1,6 @@
 """Rows of several data sets or teacher caches as one mixture, and the batches that alignment trains on."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -92,7 +91,7 @@ def cached_rows(specs: Sequence[CacheSpec], base: BaseReference, seed: int) -> "
     Raises:
         UserError: a folder is not a teacher cache, or its teacher was another model than `base`.
     """
-    caches = [TeacherCache(Path(spec.path)) for spec in specs]
+    caches = [TeacherCache(spec.path) for spec in specs]
     for spec, cache in zip(specs, caches, strict=True):
         teacher = cache.info.base
         if teacher.fingerprint != base.fingerprint:

@@ -23,6 +23,7 @@ from loram.data.tokens import load_tokens
 from loram.disk.artifacts import check_output, difference, digest, lock, publish, sync
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
+from loram.disk.template import as_setting
 from loram.model.plan import BaseReference
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def teach(
     options: TeachOptions | None = None,
     device: str | None = None,
     fresh: bool = False,
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> Path:
     """Cache the predictions of a full model on a text.
@@ -55,6 +57,7 @@ def teach(
             fewer passes over the model, but holds the hidden states of a whole part in memory or in a scratch file.
         device: `cpu`, `cuda`, ... (default: the first GPU, or the CPU if there is none).
         fresh: start from the beginning even if `OUT-parts` has finished parts.
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `TeachOptions`.
 
     Returns:
@@ -64,9 +67,9 @@ def teach(
         UserError: the model or the data cannot be used, a setting is out of range, `out` exists already, or
             `OUT-parts` belongs to a call with other settings.
     """
-    out, spec, settings = Path(out), as_spec(data), TeachOptions.of(options, **fields)
-    check_output(out, model)
-    checkpoint, compute_device = open_model(model), pick_device(device)
+    spec, settings = as_spec(data), TeachOptions.of(options, **fields)
+    out = check_output(out, model)
+    checkpoint, compute_device = open_model(model, chat_template=chat_template), pick_device(device)
     tokens = load_tokens(spec, load_tokenizer(checkpoint), settings.max_length, vocabulary=checkpoint.vocabulary)
     input_ids, labels = tokens.rows["input_ids"][:], tokens.rows["labels"][:]
     vocab_size = checkpoint.shape(checkpoint.head)[0]
@@ -97,7 +100,7 @@ def teach(
                 logger.info("part %d of %d: %d rows", number + 1, len(parts), len(rows))
                 part = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
                 _teach_part(path, checkpoint, *part, info=info, device=compute_device)
-            _publish(work, out, info, spec, len(parts))
+            _publish(work, out, info, {"data": spec.model_dump(mode="json"), **as_setting(checkpoint.chat_template)})
         finally:
             if out.exists() or not (work / part_name(0)).exists():  # there is nothing to continue from
                 shutil.rmtree(work)
@@ -149,11 +152,10 @@ def _check_request(work: Path, request: Mapping[str, Any]) -> None:
         raise UserError(f"{work}: was begun with other settings ({changed}); give --fresh to start over")
 
 
-def _publish(work: Path, out: Path, info: TeacherInfo, spec: DataSpec, parts: int) -> None:
-    made_from = {"base": info.base.fingerprint, "rows": info.rows_digest}
-    settings = {"data": spec.model_dump(mode="json"), "top_k": info.top_k}
+def _publish(work: Path, out: Path, info: TeacherInfo, settings: Mapping[str, Any]) -> None:
+    made_from, settings = {"base": info.base.fingerprint, "rows": info.rows_digest}, {**settings, "top_k": info.top_k}
     with publish(out, kind="teacher", made_from=made_from, settings=settings) as staging:
-        for number in range(parts):
+        for number in range(len(info.part_rows)):
             source, target = work / part_name(number), staging / part_name(number)
             try:
                 os.link(source, target)  # avoids a second copy of what may be many gigabytes

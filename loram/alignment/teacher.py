@@ -28,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loram.base.errors import UserError, first_problem
+from loram.base.paths import local
 from loram.compute.head import TopK
 from loram.data.batches import Batch
 from loram.disk.artifacts import find_manifest
@@ -86,7 +87,8 @@ class TeacherCache:
         UserError: the folder is not a complete teacher cache.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
+        folder = local(folder)
         path = folder / INFO_NAME
         if not path.is_file():
             raise UserError(f"{folder}: no {INFO_NAME} here, so this is not a folder that `loram teach` wrote")

@@ -14,6 +14,12 @@ class UserError(ValueError):
     """
 
 
+def in_one_line(error: Exception) -> str:
+    """Return an exception of a library as one line: `KeyError: 'magic'`."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def first_problem(error: Exception) -> str:
     """Describe the first problem of a validation error as `key.key: what is wrong`; other errors as they are."""
     if not isinstance(error, ValidationError):

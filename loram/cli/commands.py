@@ -90,7 +90,9 @@ ADAPTER = Argument(name="adapter", type=Path, help="The folder of a recovered ad
 OVERRIDES = Argument(name="overrides", type=list[str], help="Values that replace those of the recipe: key.sub=value.")
 DATA = (*flags_of(DataSpec, "Data set", under=("data",)),)
 BASE = (*flags_of(Recipe, RUN, only=("base_model_name_or_path",)),)
-SEED, DEVICE = (tuple(flags_of(Recipe, RUN, only=(name,))) for name in ("seed", "device"))
+SEED, DEVICE, TEMPLATE = (
+    tuple(flags_of(Recipe, RUN, only=(name,))) for name in ("seed", "device", "chat_template_path")
+)
 FRESH, JSON = (tuple(flags_of(options, RUN)) for options in (_Fresh, _Json))
 
 
@@ -110,7 +112,7 @@ def prune(model: str, out: Path, **options: Any) -> None:
     typer.echo(f"{out}: {full:,} -> {pruned:,} parameters ({full / pruned:.2f}x fewer)")
 
 
-def align(pruned: Path, out: Path, **options: Any) -> None:
+def align(pruned: str, out: Path, **options: Any) -> None:
     """Train a pruned model to predict what the full model predicts.
 
     All weights of PRUNED train, except the embedding and lm_head; OUT is a pruned folder again.
@@ -315,17 +317,17 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
         arguments=(Argument(name="model", type=str, help="A config.json, a model folder or a hub id."),),
         flags=(*_stage(PlannerOptions), *flags_of(_Memory, RUN), *JSON),
     ),
-    "prune": Command(call=prune, arguments=(MODEL, OUT), flags=(*_stage(PruneOptions), *SEED, *DEVICE)),
+    "prune": Command(call=prune, arguments=(MODEL, OUT), flags=(*_stage(PruneOptions), *TEMPLATE, *SEED, *DEVICE)),
     "align": Command(
         call=align,
-        arguments=(Argument(name="pruned", type=Path, help="A pruned folder."), OUT),
-        flags=(*_stage(AlignOptions), *BASE, *SEED, *DEVICE, *FRESH),
+        arguments=(Argument(name="pruned", type=str, help="A pruned folder."), OUT),
+        flags=(*_stage(AlignOptions), *BASE, *TEMPLATE, *SEED, *DEVICE, *FRESH),
         together=True,
     ),
     "train": Command(
         call=train,
         arguments=(MODEL, OUT),
-        flags=(*DATA, *_stage(TrainOptions), *BASE, *SEED, *DEVICE, *FRESH),
+        flags=(*DATA, *_stage(TrainOptions), *BASE, *TEMPLATE, *SEED, *DEVICE, *FRESH),
         together=True,
     ),
     "recover": Command(
@@ -336,13 +338,14 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
             *flags_of(DataSpec, "Development rows", only=("columns", "max_samples"), under=("dev_dataset",)),
             *flags_of(_Pruned, RUN),
             *BASE,
+            *TEMPLATE,
             *DEVICE,
         ),
     ),
     "polish": Command(
         call=polish,
         arguments=(MODEL, ADAPTER, OUT),
-        flags=(*DATA, *_stage(PolishOptions), *SEED, *DEVICE, *FRESH),
+        flags=(*DATA, *_stage(PolishOptions), *TEMPLATE, *SEED, *DEVICE, *FRESH),
     ),
     "eval": Command(
         call=evaluate,
@@ -351,6 +354,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
             *flags_of(DataSpec, "Data set", only=("path", "config", "split", "columns"), under=("data",)),
             *flags_of(_Adapter, RUN),
             *_stage(EvaluateOptions),
+            *TEMPLATE,
             *DEVICE,
             *JSON,
         ),
@@ -358,7 +362,9 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
     **{name: _exporting(export) for name, export in exports().items()},
     "run": Command(call=run, arguments=(RECIPE, OVERRIDES), flags=(*flags_of(_DryRun, RUN), *FRESH, *JSON)),
     "compare": Command(call=compare, arguments=(RECIPE, OVERRIDES), flags=JSON),
-    "teach": Command(call=teach, arguments=(MODEL, OUT), flags=(*DATA, *_stage(TeachOptions), *DEVICE, *FRESH)),
+    "teach": Command(
+        call=teach, arguments=(MODEL, OUT), flags=(*DATA, *_stage(TeachOptions), *TEMPLATE, *DEVICE, *FRESH)
+    ),
     "convert": Command(call=convert, arguments=(Argument(name="gguf", type=Path, help="A .gguf file."), OUT)),
     "verify": Command(
         call=verify,

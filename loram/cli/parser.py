@@ -6,12 +6,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from loram.base import processes
+from loram.base.paths import local
 from loram.cli.commands import COMMANDS, Command
 from loram.cli.flags import COMMON, RUN, keywords
 
@@ -57,7 +59,8 @@ def make_app() -> typer.Typer:
 def _function(command: Command) -> Callable[..., None]:
     """Return the function that typer inspects and calls: its signature is generated, its body calls the command."""
 
-    def call(**values: Any) -> None:
+    def call(**given: Any) -> None:
+        values = {name: local(value) if isinstance(value, Path) else value for name, value in given.items()}
         arguments = [values[argument.name] for argument in command.arguments]
         command.call(*arguments, **keywords(command.flags, values))
 

@@ -1,6 +1,7 @@
 """Load models, pruned ones included. Only this file touches how transformers builds a model."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +10,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from loram.base.errors import UserError
+from loram.base.errors import UserError, in_one_line
+from loram.base.paths import local
 from loram.base.progress import without_library_bars
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
@@ -19,6 +21,8 @@ from loram.model.plan import PruningPlan
 
 _CODE = "modeling_loram"
 _SLOW_BYTES = 4 << 30
+# What somebody once wanted of a forward pass. A pruned folder leaves it out: it says nothing about the model.
+_OF_A_RUN = ("return_dict", "output_attentions", "output_hidden_states", "quantization_config")
 
 
 def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
@@ -36,7 +40,7 @@ def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
 def _pruned_config(base: Path, plan: PruningPlan) -> PreTrainedConfig:
     config_class, model_class = modeling_loram.pruned_classes(plan.architecture.model_class)
     values = AutoConfig.from_pretrained(base).to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+    for key in ("model_type", "architectures", "transformers_version", "auto_map", *_OF_A_RUN):
         values.pop(key, None)
     values |= {
         "head_dim": plan.geometry.head_dim,  # some families would divide by a number of heads that varies
@@ -47,7 +51,8 @@ def _pruned_config(base: Path, plan: PruningPlan) -> PreTrainedConfig:
         },
         **plan.config_keys(),
     }
-    return config_class(**values)
+    made = config_class(**values)
+    return config_class.from_dict(json.loads(made.to_json_string()))  # as it is read back from the folder
 
 
 def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -60,7 +65,7 @@ def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedMo
     Raises:
         UserError: the folder has no valid plan, or it is not a model.
     """
-    folder = Path(path)
+    folder = local(path)
     PruningPlan.load(folder)
     return load_model(Checkpoint(folder), **from_pretrained_kwargs)
 
@@ -83,14 +88,16 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     return model
 
 
-def open_full(plan: PruningPlan, base: str | Path | None = None) -> Checkpoint:
-    """Open the full model of a plan: at `base`, or else at the name that the plan has.
+def open_full(
+    plan: PruningPlan, base: str | Path | None = None, *, chat_template: str | Path | None = None
+) -> Checkpoint:
+    """Open the full model of a plan: at `base`, or else at the name that the plan has; `chat_template` as `open_model`.
 
     Raises:
         UserError: it is not there, or it is another model.
     """
     try:
-        full = open_model(base or plan.base.name)
+        full = open_model(base or plan.base.name, chat_template=chat_template)
     except UserError as error:
         if base is not None:
             raise
@@ -115,23 +122,27 @@ def empty_model(
         dense: give a sparse model ordinary linears, for the weights that `checkpoint` shows.
 
     Raises:
-        UserError: the family is not supported.
+        UserError: the family is not supported, or transformers refuses the config.
     """
     family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
-    config: Any = (
-        AutoConfig.from_pretrained(checkpoint.folder) if plan is None else _pruned_config(checkpoint.folder, plan)
-    )
-    if dense and checkpoint.sparse:
-        config.sparsity = None
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    folder = checkpoint.folder
+    try:
+        config: Any = AutoConfig.from_pretrained(folder) if plan is None else _pruned_config(folder, plan)
+        if dense and checkpoint.sparse:
+            config.sparsity = None
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # the checks of configs, and the families' own code, raise exceptions of many types
+        what = "the model" if plan is None else "the pruned model"
+        where = folder / "config.json"
+        raise UserError(f"{where}: transformers cannot build {what} from it ({in_one_line(error)})") from error
     model.tie_weights()  # each parameter was moved to the meta device by itself
     model.train(False)
     return model
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return the tokenizer in a model's folder.
+    """Return the tokenizer in a model's folder, with the chat template that was chosen for it.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or it names no end-of-sequence token.
@@ -140,6 +151,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint.folder}: no usable tokenizer here: {str(error).splitlines()[0]}") from error
+    if checkpoint.chat_template is not None:
+        tokenizer.chat_template = checkpoint.chat_template
     if tokenizer.eos_token_id is None:
         raise UserError(f"{checkpoint.folder}: the tokenizer names no eos_token; set it in tokenizer_config.json")
     return tokenizer

@@ -29,7 +29,7 @@ from loram.compute.scratch import Activations, Scratch
 from loram.data.batches import Batch
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import Linear
+from loram.model.architecture import Architecture, Linear
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
@@ -63,6 +63,28 @@ class ResidentLayer:
 
     index: int
     tensors: dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def without_layers(
+    model: nn.Module, architecture: Architecture, note: Callable[..., Tensor]
+) -> Generator[nn.Module, None, None]:
+    """Let a model's decoder run without its layers and final norm, and yield the decoder.
+
+    Args:
+        model: the model; its layers may be without weights.
+        architecture: the family's row.
+        note: called in place of each layer: (index, hidden states, what else the layer gets) -> hidden states.
+    """
+    layers = cast(nn.ModuleList, model.get_submodule(architecture.layers_path))
+    norm = model.get_submodule(architecture.final_norm_path)
+    with contextlib.ExitStack() as undo:
+        for index, layer in enumerate(layers):
+            layer.forward = functools.partial(note, index)
+            undo.callback(delattr, layer, "forward")
+        norm.forward = lambda hidden_states: hidden_states
+        undo.callback(delattr, norm, "forward")
+        yield model.get_submodule(architecture.decoder)
 
 
 class Stream:
@@ -237,22 +259,17 @@ class Stream:
         for module in decoder.children():
             if next(module.parameters(), None) is None:  # rotary tables
                 module.to(self.device)
-        hidden, norm = self._room(), self.model.get_submodule(row.final_norm_path)
+        hidden = self._room()
         notes: dict[int, dict[str, Any]] = {}
 
         def note(index: int, hidden_states: Tensor, **arguments: Any) -> Tensor:
             notes[index] = arguments
             return hidden_states
 
-        with torch.no_grad(), contextlib.ExitStack() as undo:
-            for index, layer in enumerate(self._layers):
-                layer.forward = functools.partial(note, index)
-                undo.callback(delattr, layer, "forward")
-            norm.forward = lambda hidden_states: hidden_states
-            undo.callback(delattr, norm, "forward")
+        with torch.no_grad(), without_layers(self.model, row, note):
             for number, batch in enumerate(self.batches):
                 ids = torch.searchsorted(used, batch.ids).to(self.device)  # places in `used`, (rows, width)
-                hidden[number] = decoder(input_ids=ids, use_cache=False).last_hidden_state
+                hidden[number] = decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
                 self._arguments[tuple(ids.shape)] = dict(notes)
         table.to_empty(device="meta")
         return hidden

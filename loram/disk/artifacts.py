@@ -5,6 +5,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,11 +17,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram.base import processes
 from loram.base.errors import UserError, first_problem
+from loram.base.paths import local
 from loram.base.progress import track
+from loram.disk.files import CHAT_TEMPLATE
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "loram_manifest.json"
 # Bytes. Readers compare the SHA-256 of files up to this size, which takes about a second; `verify` compares all files.
 HASHED_BYTES = 1 << 30
+# What a user may change in a folder that we wrote; no other file, since weights, config and plan have to fit together.
+EDITABLE = (CHAT_TEMPLATE,)
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets")
 
 
@@ -74,26 +81,29 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def check_output(out: Path, *inputs: str | Path) -> None:
+def check_output(out: str | Path, *inputs: str | Path) -> Path:
     """Refuse an output folder that exists already or cannot be made. Stages call this before they do any work.
 
     Args:
         out: the folder to make.
         inputs: the folders that it is made from; names of anything else, such as hub ids, are ignored.
 
+    Returns:
+        The absolute path of `out`.
+
     Raises:
         UserError: `out` is a file or a folder with content, or lies below a file or inside an input.
     """
-    for source in inputs:
-        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+    out = local(out)
+    for source in map(local, inputs):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise UserError(f"{out}: lies inside {source}, and inputs are never written to; choose another place")
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out}: the output exists already; remove it or choose another name")
-    for parent in out.absolute().parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise UserError(f"{out}: {parent} is a file, so no folder can be made below it")
-            return
+    existing = next(parent for parent in out.parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{out}: {existing} is a file, so no folder can be made below it")
+    return out
 
 
 @contextlib.contextmanager
@@ -112,7 +122,7 @@ def publish(
     Raises:
         UserError: `out` exists already, or another process is writing it.
     """
-    out = out.absolute()
+    out = local(out)
     staging = out.parent / f".{out.name}.partial"
     if not processes.first():
         yield staging
@@ -217,13 +227,14 @@ def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
     return file_sha256(path)
 
 
-def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES) -> Manifest | None:
+def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES, edits: bool = True) -> Manifest | None:
     """Read a folder's manifest and check the files against it; return None if the folder has no manifest.
 
     Args:
         folder: the folder.
         hashed_bytes: for files up to this size the SHA-256 is compared, for larger files only the size; None compares
             the SHA-256 of all files.
+        edits: accept other contents of the files in `EDITABLE`, with one warning per process.
 
     Raises:
         UserError: the manifest cannot be read, or a file is missing or has changed since it was written.
@@ -239,22 +250,50 @@ def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES) -> M
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: the manifest lists this file, but it is missing; make the folder again")
-        if (size := file.stat().st_size) != entry.size:
-            raise UserError(f"{file}: {size} bytes, but the manifest says {entry.size}; make the folder again")
-    checked = [name for name, entry in manifest.files.items() if hashed_bytes is None or entry.size <= hashed_bytes]
+        if edits and name in EDITABLE:
+            _warn_of_edit(file, entry.sha256)
+        elif (size := file.stat().st_size) != entry.size:
+            raise UserError(f"{file}: {size} bytes, but the manifest says {entry.size}; {_remedy(name)}")
+    checked = [
+        name
+        for name, entry in manifest.files.items()
+        if (hashed_bytes is None or entry.size <= hashed_bytes) and not (edits and name in EDITABLE)
+    ]
     for name in track(checked, "Verifying"):
         status = (folder / name).stat()
         actual = _sha256_once(folder / name, status.st_size, status.st_mtime_ns, status.st_ino)
         if actual != manifest.files[name].sha256:
             raise UserError(
                 f"{folder / name}: not the content that the manifest says was written (SHA-256 {actual[:12]} instead "
-                f"of {manifest.files[name].sha256[:12]}); make the folder again, or, if you changed it on purpose, "
+                f"of {manifest.files[name].sha256[:12]}); {_remedy(name)}, or, if you changed it on purpose, "
                 f"remove {MANIFEST_NAME}"
             )
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Manifest]:
+def _remedy(name: str) -> str:
+    """Return what to do about a file that is not as it was written."""
+    given = "; another chat template is given by --chat-template, or in a recipe by chat_template_path"
+    return f"make the folder again{given if name in (CHAT_TEMPLATE, 'tokenizer_config.json') else ''}"
+
+
+def edited_template(folder: Path) -> Path | None:
+    """Return the chat template that a user put into a folder of ours, or changed there; None where it is ours."""
+    manifest, path = find_manifest(folder), folder / CHAT_TEMPLATE
+    if manifest is None or not path.is_file():
+        return None
+    entry = manifest.files.get(CHAT_TEMPLATE)
+    return None if entry is not None and entry.sha256 == file_sha256(path) else path
+
+
+@functools.cache
+def _warn_of_edit(file: Path, expected: str) -> None:
+    """Say once that a file of `EDITABLE` is not as it was written."""
+    if file_sha256(file) != expected:
+        logger.warning("%s: changed since the folder was written; it is used as it is now", file)
+
+
+def verify(folder: str | Path) -> dict[str, Manifest]:
     """Compare every byte of a folder, and of the folders inside it, with their manifests.
 
     Returns:
@@ -263,11 +302,12 @@ def verify(folder: Path) -> dict[str, Manifest]:
     Raises:
         UserError: there is no manifest, or a file is missing or has changed.
     """
+    folder = local(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     manifests = {}
     for path in sorted(folder.rglob(MANIFEST_NAME)):
-        if (manifest := find_manifest(path.parent, hashed_bytes=None)) is not None:
+        if (manifest := find_manifest(path.parent, hashed_bytes=None, edits=False)) is not None:
             manifests[str(path.parent)] = manifest
     if not manifests:
         raise UserError(f"{folder}: no {MANIFEST_NAME} here or below, so there is nothing to compare with")

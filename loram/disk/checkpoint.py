@@ -14,7 +14,7 @@ from torch import Tensor
 from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
-from loram.disk.files import read_json, refuse_pointer, side_files
+from loram.disk.files import CHAT_TEMPLATE, copy_side_files, read_json, refuse_pointer, side_files
 from loram.disk.tensorfile import TensorFile, TensorSpec
 from loram.model.architecture import Architecture
 from loram.model.families import family_of, is_pruned
@@ -25,6 +25,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MASK = ".mask"
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints hold, and that the model computes itself
 
 
 class Checkpoint:
@@ -36,14 +37,17 @@ class Checkpoint:
         folder: the model's folder.
         name: what the user calls the model: its hub id or absolute path.
         stored: show a sparse folder's tensors as they are stored: values and masks.
+        chat_template: the text of a chat template that takes the place of the folder's own.
 
     Raises:
         UserError: the folder is not a model, its weights are in a format that we do not read, a shard is missing,
             broken or outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
     """
 
-    def __init__(self, folder: Path, name: str | None = None, *, stored: bool = False) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, name: str | None = None, *, stored: bool = False, chat_template: str | None = None
+    ) -> None:
+        self.folder, self.chat_template = folder, chat_template
         self.name = name or str(folder.absolute())
         self._files: dict[str, TensorFile] = {}
         if not (folder / "config.json").is_file():
@@ -144,12 +148,24 @@ class Checkpoint:
     @property
     def stored(self) -> "Checkpoint":
         """A view of the same folder that has a sparse folder's tensors as they are stored."""
-        return Checkpoint(self.folder, self.name, stored=True)
+        return Checkpoint(self.folder, self.name, stored=True, chat_template=self.chat_template)
+
+    def copy_side_files(self, out: Path) -> None:
+        """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen."""
+        copy_side_files(self.folder, out)
+        if self.chat_template is not None:
+            (out / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
     def names(self) -> list[str]:
-        """Return the names of all tensors, sorted as a person counts: layer 2 comes before layer 10."""
-        hidden = set() if self._stored else set(self._masks.values())
-        return sorted(self.index.keys() - hidden, key=_natural)
+        """Return the names of all tensors, sorted as a person counts: layer 2 comes before layer 10.
+
+        Tables that the model computes by itself are left out.
+        """
+        return sorted((name for name in self._shown() if not _COMPUTED.search(name)), key=_natural)
+
+    def _shown(self) -> set[str]:
+        """Return the names of all tensors but the masks of weights that are shown dense."""
+        return self.index.keys() - (set() if self._stored else set(self._masks.values()))
 
     def layer_tensors(self, layer: int) -> dict[str, Tensor]:
         """Return all tensors of a decoder layer, by name."""
@@ -196,7 +212,8 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Return how many values all tensors hold together; a tied head counts once."""
-        files = {name: self._open(shard) for name, shard in self.index.items() if name not in self._masks.values()}
+        left_out = {*self._masks.values(), *filter(_COMPUTED.search, self.index)}
+        files = {name: self._open(shard) for name, shard in self.index.items() if name not in left_out}
         again = self.architecture.head_weight if self.tied else None
         return sum(math.prod(file.specs[name].shape) for name, file in files.items() if name != again)
 
@@ -244,7 +261,7 @@ class Checkpoint:
         if (manifest := find_manifest(self.folder)) is not None and manifest.kind == "quantized":
             return manifest.made_from["original"]
         digest = hashlib.sha256()
-        for name in sorted(self.names()):
+        for name in sorted(self._shown()):
             if self.holder(name) != name:
                 continue
             spec = self.spec(name)

@@ -28,6 +28,9 @@ SIDE_FILES = (
 )
 
 
+CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for it first
+
+
 def refuse_pointer(path: Path) -> None:
     """Refuse a Git LFS pointer: a clone without git-lfs has such a small text file in the place of each large file.
 

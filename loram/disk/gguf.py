@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from loram.base.errors import UserError
-from loram.disk.artifacts import find_manifest, publish
+from loram.base.paths import local
+from loram.disk.artifacts import check_output, find_manifest, publish
 from loram.disk.files import refuse_pointer
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
@@ -16,7 +17,7 @@ from loram.disk.writer import ShardedWriter
 
 def cache_folder() -> Path:
     """Return the folder where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
-    return Path(os.environ.get("LORAM_CACHE", Path.home() / ".cache" / "loram"))
+    return local(os.environ.get("LORAM_CACHE") or "~/.cache/loram")
 
 
 def cached_conversion(path: Path) -> Path:
@@ -29,7 +30,7 @@ def cached_conversion(path: Path) -> Path:
     return folder
 
 
-def convert_gguf(path: Path, out: Path) -> Path:
+def convert_gguf(path: str | Path, out: str | Path) -> Path:
     """Dequantise a GGUF file into a Hugging Face folder: float32 safetensors, config, tokenizer, chat template.
 
     transformers reads the file. float32 keeps exactly the values that `from_pretrained(..., gguf_file=...)` gives.
@@ -39,6 +40,7 @@ def convert_gguf(path: Path, out: Path) -> Path:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    path, out = local(path), check_output(out)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     refuse_pointer(path)

@@ -1,34 +1,46 @@
 """Open a model by the name that the user has for it: a hub id, a folder, or a GGUF file."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from loram.base.errors import UserError
+from loram.base.paths import is_hub_id, named
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import SIDE_FILES
 from loram.disk.gguf import cached_conversion
+from loram.disk.template import read_template
 
 
-def open_model(model: str | Path) -> Checkpoint:
+def open_model(model: str | Path, *, chat_template: str | Path | None = None) -> Checkpoint:
     """Open a model by hub id, folder or GGUF file.
 
     A hub id is downloaded to the hub's cache (safetensors, config and tokenizer only). A GGUF file is converted once
     into a safetensors folder in loram's cache.
 
+    Args:
+        model: its name.
+        chat_template: what takes the place of its chat template; see `loram.disk.template.read_template`.
+
     Raises:
-        UserError: there is no model of that name.
+        UserError: there is no model of that name, or the chat template cannot be used.
     """
-    path = Path(model).expanduser()
+    checkpoint = _open(named(model))
+    if chat_template is not None:
+        checkpoint.chat_template = read_template(chat_template)
+    return checkpoint
+
+
+def _open(name: str) -> Checkpoint:
+    path = Path(name)
     if path.is_dir():
         return Checkpoint(path)
     if path.is_file() and path.suffix == ".gguf":
-        return Checkpoint(cached_conversion(path), name=str(path.absolute()))
+        return Checkpoint(cached_conversion(path), name=name)
     if path.exists():
         raise UserError(f"{path}: neither a model folder nor a .gguf file")
-    return Checkpoint(_download(str(model)), name=str(model))
+    return Checkpoint(_download(name), name=name)
 
 
 def _download(model: str) -> Path:
@@ -47,7 +59,7 @@ def download_config(model: str) -> Path:
 
 def _ask_hub(model: str, fetch: Callable[[], str]) -> str:
     missing = f"{model}: no such file or folder"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_hub_id(model):
         raise UserError(f"{missing}, and not a hub id (owner/name) either")
     try:
         return fetch()

@@ -11,7 +11,7 @@ from torch import Tensor
 from loram.base.constants import SHARD_BYTES
 from loram.base.progress import track
 from loram.disk.checkpoint import INDEX, WEIGHTS, Checkpoint
-from loram.disk.files import copy_side_files, write_json
+from loram.disk.files import write_json
 from loram.disk.tensorfile import TensorFileWriter, TensorSpec
 from loram.model.plan import MASKS_NAME
 
@@ -97,5 +97,5 @@ def write_trained(out: Path, base: Checkpoint, trained: Path | None, *, frozen: 
                 continue
             for row, block in source.blocks(source.holder(name)):
                 writer.write(name, block.to(specs[name].dtype), row)
-    copy_side_files(base.folder, out)
+    base.copy_side_files(out)
     shutil.copyfile(base.folder / "config.json", out / "config.json")

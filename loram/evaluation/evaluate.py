@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from loram.base.paths import local
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored, loaded_loss, streamed_loss
 from loram.compute.loading import load_tokenizer
@@ -51,6 +52,7 @@ def evaluate(
     data: DataSpec | str | Path | Mapping[str, Any],
     options: EvaluateOptions | None = None,
     device: str | None = None,
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> Report:
     """Compute the perplexity of a model on a data set.
@@ -65,6 +67,7 @@ def evaluate(
         options: how to evaluate; single options may be given by name instead: `stream=True` reads the model from disk
             one decoder layer at a time instead of loading it, with the same result.
         device: `cpu`, `cuda`, ... (default: the first GPU, or the CPU if there is none).
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `EvaluateOptions`.
 
     Raises:
@@ -72,8 +75,8 @@ def evaluate(
         FloatingPointError: the loss is not finite.
     """
     settings = EvaluateOptions.of(options, **fields)
-    checkpoint, spec = open_model(base), as_spec(data)
-    loaded_adapter = None if adapter is None else load_for(checkpoint, Path(adapter))
+    checkpoint, spec = open_model(base, chat_template=chat_template), as_spec(data)
+    loaded_adapter = None if adapter is None else load_for(checkpoint, local(adapter))
     compute_device = pick_device(device)
     tokens = load_scored(spec, checkpoint, load_tokenizer(checkpoint), settings.max_samples, settings.max_length)
     rows = tokens.rows

@@ -1,5 +1,6 @@
 """The merge stage: add an adapter to its base's weights, a few rows at a time, and write a plain model folder."""
 
+import shutil
 from pathlib import Path
 
 from loram.base.errors import UserError
@@ -24,21 +25,21 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     Raises:
         UserError: the adapter does not fit the base, or `out` exists.
     """
+    from loram.base.paths import local
     from loram.base.progress import track
     from loram.disk.adapter import load_for
     from loram.disk.artifacts import check_output, publish
-    from loram.disk.files import copy_side_files, write_json
+    from loram.disk.files import CHAT_TEMPLATE, copy_side_files, write_json
     from loram.disk.opening import open_model
     from loram.disk.writer import ShardedWriter
 
-    out = Path(out)
-    check_output(out, base, adapter)
+    out = check_output(out, base, adapter)
     checkpoint = open_model(base)
     if checkpoint.sparse:
         raise UserError(
             f"{checkpoint.name}: is sparse, and an update would fill it; merge into the full model it was made from"
         )
-    update = load_for(checkpoint, Path(adapter))
+    update = load_for(checkpoint, local(adapter))
     sources = {name: name for name in checkpoint.names()}
     architecture = checkpoint.architecture
     untied = checkpoint.tied and architecture.head in update.modules
@@ -61,6 +62,8 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
                         block = update.updated(module, block, row).to(block.dtype)
                     writer.write(name, block, row)
         copy_side_files(checkpoint.folder, staging)
+        if (template := update.folder / CHAT_TEMPLATE).is_file():  # that of the chats that it was trained on
+            shutil.copyfile(template, staging / CHAT_TEMPLATE)
         config = {**checkpoint.config, **({"tie_word_embeddings": False} if untied else {})}
         write_json(staging / "config.json", config)
     return out

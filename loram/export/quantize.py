@@ -35,8 +35,7 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
     from loram.disk.writer import ShardedWriter
     from loram.model.plan import find_plan
 
-    out = Path(out)
-    check_output(out, model)
+    out = check_output(out, model)
     checkpoint = open_model(model)
     if checkpoint.quantized:
         raise UserError(f"{checkpoint.name}: is quantised already")

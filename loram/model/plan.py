@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -194,6 +194,14 @@ class PruningPlan(BaseModel):
             }
             for layer in sorted(self.layers)
         }
+
+    def compensated(self, layer: int) -> Iterator[tuple[str, Linear]]:
+        """Yield (full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
+        if layer not in self.layers or not self.bias_compensation:
+            return
+        for linear in self.geometry.layer(self.architecture, layer).linears:
+            if linear.consumes_units:
+                yield f"{self.architecture.layer_path(layer)}.{linear.path}", linear
 
     def _has_bias(self, linear: Linear) -> bool:
         """Return whether a linear of a narrowed layer has a bias."""

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from loram.base.paths import local
 from loram.disk.files import read_json
 from loram.model.architecture import ONE_HEAD, Architecture, Linear
 from loram.model.counts import kept_units, prunable_layers
@@ -197,7 +198,7 @@ def read_config(config: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, An
     """
     if isinstance(config, Mapping):
         return config, "config"
-    path = Path(config).expanduser()
+    path = local(config)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from loram.base.constants import SHARD_BYTES
-from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import pick_device
 from loram.compute.loading import load_tokenizer, write_config
@@ -21,21 +20,18 @@ from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
-from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
-from loram.model.architecture import Linear
-from loram.model.families import architecture_of
 from loram.model.plan import BaseReference, PruningPlan
 from loram.model.resize import narrow
+from loram.pruning.check import check_prunable
 from loram.pruning.choose import choose
+from loram.pruning.layout import blank_plan, pruned_specs
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.score import ScoredLayer, score_layers
 from loram.pruning.sparse import prune_sparse
 
 BUILTIN_CALIBRATION = Path(__file__).parent / "calibration.jsonl"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def prune(
@@ -46,6 +42,7 @@ def prune(
     seed: int = 42,
     device: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> PruningPlan:
     """Make a model smaller: remove units of its middle layers, or single weights of all its layers.
@@ -65,6 +62,7 @@ def prune(
         seed: of the random criterion.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         shard_bytes: size of the files that weights are written to, at most.
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `PruneOptions`.
 
     Returns:
@@ -73,13 +71,10 @@ def prune(
     Raises:
         UserError: the model or data cannot be used, a setting is out of range, or `out` exists.
     """
-    out = Path(out)
     settings = PruneOptions.of(options, **fields).resolved()
-    check_output(out, base)
-    checkpoint = open_model(base)
-    architecture = architecture_of(checkpoint.config, checkpoint.name)
-    settings.check_fits(checkpoint.geometry, architecture)
-    check_weights(checkpoint)
+    out = check_output(out, base)
+    checkpoint = open_model(base, chat_template=chat_template)
+    check_prunable(checkpoint, settings)
 
     samples: list[list[int]] = []
     if settings.reads_text:
@@ -103,19 +98,17 @@ def _prune_structured(
     shard_bytes: int,
 ) -> PruningPlan:
     """Score units, and write what stays of a layer while it is in memory; arguments as for `prune`, already checked."""
-    geometry, architecture = checkpoint.geometry, checkpoint.architecture
-    layers, criterion = settings.layers(geometry), settings.criterion
+    layers, criterion = settings.layers(checkpoint.geometry), settings.criterion
     decide = functools.partial(
         choose,
-        geometry=geometry,
-        model_type=architecture.model_type,
+        geometry=checkpoint.geometry,
+        model_type=checkpoint.architecture.model_type,
         base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
         options=settings,
         seed=seed,
     )
     # Which units stay is open, but how many is not, so the files can be laid out before any score is known.
-    blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
-    specs = _pruned_specs(checkpoint, decide(dict.fromkeys(layers, blank)))
+    specs, _ = pruned_specs(checkpoint, blank_plan(checkpoint, settings))
     made_from = {"base": checkpoint.fingerprint}
     with publish(out, kind="pruned", made_from=made_from) as staging:
         scores: dict[int, Mapping[str, Tensor]] = {}
@@ -140,39 +133,16 @@ def _prune_structured(
                 writer.copy(name, checkpoint)
         plan = decide(scores)
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        copy_side_files(checkpoint.folder, staging)
+        checkpoint.copy_side_files(staging)
         write_config(checkpoint.folder, plan, staging)
         plan.save(staging)
     return plan
 
 
-def _pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, TensorSpec]:
-    """Return the names, dtypes and shapes of a pruned model's tensors."""
-    specs = {}
-    for name in checkpoint.names():
-        full = checkpoint.spec(name)
-        specs[name] = TensorSpec.of(narrow(name, torch.empty(full.shape, dtype=full.dtype, device="meta"), plan))
-    for layer in plan.layers:
-        for path, _ in _compensated(plan, layer):
-            if f"{path}.bias" not in specs:
-                weight = specs[f"{path}.weight"]
-                specs[f"{path}.bias"] = TensorSpec(dtype=weight.dtype, shape=weight.shape[:1])
-    return specs
-
-
-def _compensated(plan: PruningPlan, layer: int) -> Iterator[tuple[str, Linear]]:
-    """Yield (full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
-    if layer not in plan.layers or not plan.bias_compensation:
-        return
-    for linear in plan.geometry.layer(plan.architecture, layer).linears:
-        if linear.consumes_units:
-            yield f"{plan.architecture.layer_path(layer)}.{linear.path}", linear
-
-
 def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
     """Yield a layer's tensors as the pruned model has them."""
     biases = {}
-    for path, linear in _compensated(plan, layer.index):
+    for path, linear in plan.compensated(layer.index):
         weight = layer.tensors[f"{path}.weight"]
         removed = layer.inputs[f"{path}.weight"].mean.to(weight)  # the mean input, (in_features,)
         kept = plan.kept_elements(layer.index, linear.columns)
@@ -181,60 +151,6 @@ def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tens
         biases[f"{path}.bias"] = weight @ removed + layer.tensors.get(f"{path}.bias", 0)
     for name, tensor in {**layer.tensors, **biases}.items():
         yield name, narrow(name, tensor, plan)
-
-
-def check_weights(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose tensors are missing, or differ in shape or number from what its config says.
-
-    Raises:
-        UserError: names the tensor or config key, what was found and what was expected.
-    """
-    geometry, name, row = checkpoint.geometry, checkpoint.name, checkpoint.architecture
-    embedding, head = row.embedding_weight, row.head_weight
-    if "quantization_config" in checkpoint.config:
-        raise UserError(f"{name}: the model is quantised; prune the original in 16 or 32 bits")
-    layers, first = geometry.num_hidden_layers, geometry.layer(row, geometry.num_hidden_layers - 1).linears[0].path
-    if any(tensor.startswith(f"{row.layer_path(layers)}.") for tensor in checkpoint.index):
-        raise UserError(f"{name}: has more layers than config.json's {layers}")
-    if (last := f"{row.layer_path(layers - 1)}.{first}.weight") not in checkpoint.index:
-        raise UserError(f"{name}: no tensor {last}, though config.json says {layers} layers")
-    if head not in checkpoint.index and not geometry.tie_word_embeddings:
-        raise UserError(
-            f"{name}: no tensor {head}, but config.json's tie_word_embeddings is false; "
-            f"set it to true if {row.head} shares the embedding's weight"
-        )
-    shapes = geometry.tensor_shapes(row)
-    for tensor, expected in shapes.items():
-        if tensor not in checkpoint.index:
-            raise UserError(f"{name}: no tensor {tensor}, which config.json's family needs")
-        if checkpoint.spec(tensor).dtype not in _FLOATS:
-            raise UserError(f"{name}: {tensor} is {checkpoint.spec(tensor).dtype}, not float32 or 16 bits")
-        if checkpoint.shape(tensor) != expected:
-            raise UserError(
-                f"{name}: {tensor} has shape {checkpoint.shape(tensor)}, but config.json says {expected}"
-                + (" (vocab_size, hidden_size)" if tensor in (embedding, head) else "")
-            )
-    biases = {f"{linear.path}.bias" for linear in row.linears}
-    for tensor in checkpoint.names():
-        place = row.split(tensor)
-        if place is not None and place[1] in biases and tensor not in shapes:
-            path = place[1].removesuffix(".bias")
-            raise UserError(f"{name}: has a tensor {tensor}, but config.json says that {path} has no bias")
-    if head in checkpoint.index and geometry.tie_word_embeddings and not _shares_embedding(checkpoint):
-        raise UserError(
-            f"{name}: config.json's tie_word_embeddings is true, but {head} differs from {embedding}; "
-            "set tie_word_embeddings to false"
-        )
-
-
-def _shares_embedding(checkpoint: Checkpoint) -> bool:
-    embedding, head = checkpoint.architecture.embedding_weight, checkpoint.architecture.head_weight
-    if checkpoint.shape(head) != checkpoint.shape(embedding):
-        return False
-    return all(
-        torch.equal(rows.float(), checkpoint.tensor(head, start, start + len(rows)).float())
-        for start, rows in checkpoint.blocks(embedding)
-    )
 
 
 def load_calibration(checkpoint: Checkpoint, tokenizer: Any, options: PruneOptions) -> Tokens:

@@ -14,18 +14,16 @@ from loram.base.progress import track
 from loram.compute.loading import write_config
 from loram.compute.streaming import ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
-from loram.disk.artifacts import file_sha256, library_versions, publish
+from loram.disk.artifacts import file_sha256, publish
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import copy_side_files
-from loram.disk.tensorfile import TensorFileWriter, TensorSpec
+from loram.disk.tensorfile import TensorFileWriter
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import Architecture, Linear
-from loram.model.geometry import Geometry
 from loram.model.modeling_loram import pack
-from loram.model.plan import MASKS_NAME, BaseReference, PruningPlan
-from loram.pruning.choose import recorded
+from loram.model.plan import MASKS_NAME, PruningPlan
 from loram.pruning.criteria import SPARSE
 from loram.pruning.evidence import Hessian, Inputs, InputStatistics
+from loram.pruning.layout import blank_plan, mask_of, pruned_specs
 from loram.pruning.options import ResolvedPruneOptions
 from loram.pruning.sparsify import sparsify
 
@@ -58,10 +56,8 @@ def prune_sparse(
     The masks are a file of their own, which the index of the weights names: it is part of the model, and it can also
     travel without the weights, beside an adapter.
     """
-    base = BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint)
-    model_type = checkpoint.architecture.model_type
-    blank = sparse_plan(checkpoint.geometry, model_type, base, settings, seed=seed, masks="")
-    specs, masks = _sparse_specs(checkpoint, blank)
+    blank = blank_plan(checkpoint, settings, seed=seed, fingerprint=checkpoint.fingerprint)
+    specs, masks = pruned_specs(checkpoint, blank)
     made_from = {"base": checkpoint.fingerprint}
     with publish(out, kind="pruned", made_from=made_from) as staging:
         with (
@@ -74,7 +70,7 @@ def prune_sparse(
             ):
                 for name, tensor in layer.tensors.items():
                     if (kept := layer.kept.get(name)) is not None:
-                        mask_writer.write(_mask(name), pack(kept))
+                        mask_writer.write(mask_of(name), pack(kept))
                         tensor = tensor[kept]
                     writer.write(name, tensor.to(specs[name].dtype))
                     del left[name]
@@ -82,43 +78,10 @@ def prune_sparse(
                 writer.copy(name, checkpoint)
         plan = blank.model_copy(update={"masks": file_sha256(staging / MASKS_NAME)})
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        copy_side_files(checkpoint.folder, staging)
+        checkpoint.copy_side_files(staging)
         write_config(checkpoint.folder, plan, staging)
         plan.save(staging)
     return plan
-
-
-def sparse_plan(
-    geometry: Geometry, model_type: str, base: BaseReference, settings: ResolvedPruneOptions, *, seed: int, masks: str
-) -> PruningPlan:
-    """Return the plan of a sparse model; `masks` is the SHA-256 of its masks, or empty while there are none."""
-    return PruningPlan(
-        model_type=model_type,
-        base=base,
-        geometry=geometry,
-        **recorded(settings),
-        masks=masks,
-        seed=seed,
-        versions=library_versions(),
-        layers={},
-    )
-
-
-def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-    """Return dtypes and shapes of a sparse model's tensors, and of its masks."""
-    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
-    masks = {}
-    for layer in plan.sparse_layers:
-        for path, count in plan.kept_values().items():
-            name = f"{plan.architecture.layer_path(layer)}.{path}.weight"
-            rows, columns = specs[name].shape
-            specs[name] = TensorSpec(dtype=specs[name].dtype, shape=(count,))
-            masks[_mask(name)] = TensorSpec(dtype=torch.uint8, shape=(rows, columns // 8))
-    return specs, masks
-
-
-def _mask(weight: str) -> str:
-    return f"{weight.removesuffix('.weight')}.mask"
 
 
 def sparse_layers(

@@ -21,6 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
+from loram.base.paths import local
 from loram.base.progress import track
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer
@@ -31,8 +32,9 @@ from loram.data.tokens import load_tokens
 from loram.disk.adapter import Adapter, load_for, save_adapter
 from loram.disk.artifacts import check_output, digest, find_manifest
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import copy_side_files
+from loram.disk.files import CHAT_TEMPLATE, copy_side_files
 from loram.disk.opening import open_model
+from loram.disk.template import as_setting
 from loram.recovery.options import PolishOptions
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.frame import Job, Outcome, join_processes, run_job
@@ -53,6 +55,7 @@ def polish(
     seed: int = 42,
     device: str | None = None,
     fresh: bool = False,
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> Path:
     """Go on training a recovered adapter on the full model, which is read from disk layer by layer.
@@ -73,6 +76,7 @@ def polish(
         seed: the seed of the order of rows.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         fresh: begin anew where `OUT-checkpoints` has an interrupted run.
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `PolishOptions`.
 
     Returns:
@@ -83,9 +87,9 @@ def polish(
             had other settings or data.
         FloatingPointError: a loss or gradient is not finite.
     """
-    out, source, chosen = Path(out), Path(adapter), PolishOptions.of(options, **fields)
-    check_output(out, base, source)
-    checkpoint, spec = open_model(base), as_spec(data)
+    source, chosen = local(adapter), PolishOptions.of(options, **fields)
+    out = check_output(out, base, source)
+    checkpoint, spec = open_model(base, chat_template=chat_template), as_spec(data)
     start = load_for(checkpoint, source)
     if start.dora:
         raise UserError(f"{source}: a DoRA adapter, and only plain LoRA can be polished")
@@ -101,7 +105,12 @@ def polish(
             "adapter": start.fingerprint,
             "rows": digest([rows["input_ids"][:], rows["labels"][:]]),
         },
-        settings={**chosen.model_dump(), "data": spec.model_dump(mode="json"), "seed": seed},
+        settings={
+            **chosen.model_dump(),
+            "data": spec.model_dump(mode="json"),
+            "seed": seed,
+            **as_setting(checkpoint.chat_template),
+        },
         device=on,
         checkpoint=checkpoint,
         start=start,
@@ -165,6 +174,8 @@ class _PolishJob(Job[Polished]):
         tensors = {name: tensor.to(self.start.tensors[name].dtype) for name, tensor in outcome.tensors.items()}
         save_adapter(out, self.start.config, tensors)
         copy_side_files(self.start.folder, out)
+        if self.checkpoint.chat_template is not None:
+            (out / CHAT_TEMPLATE).write_text(self.checkpoint.chat_template, encoding="utf-8")
         return {}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loram.base.errors import UserError
+from loram.base.paths import local
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored
 from loram.compute.loading import load_tokenizer, open_full
@@ -33,6 +34,7 @@ def recover(
     base: str | Path | None = None,
     pruned: str | Path | None = None,
     device: str | None = None,
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> Path:
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
@@ -51,6 +53,7 @@ def recover(
         base: the full model for that and for DoRA, where it is not at the name that the plan has.
         pruned: the folder the adapter was trained on, for `correct`, where it is not at the name the adapter has.
         device: for `dev_dataset`: `cpu`, `cuda`, ...; the first GPU where there is one.
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `RecoverOptions`.
 
     Returns:
@@ -60,9 +63,9 @@ def recover(
         UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, the plan is not that of
             the model it was trained on, `base` or `pruned` are other models, or `out` exists.
     """
-    source, out = Path(adapter), Path(out)
     chosen = RecoverOptions.of(options, **fields)
-    check_output(out, source)
+    source = local(adapter)
+    out = check_output(out, source)
     trained = Adapter.load(source)
     plan = find_plan(source)
     manifest = find_manifest(source)
@@ -80,7 +83,9 @@ def recover(
     if trained.dora and (chosen.correct or chosen.dev_dataset is not None):
         raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
     settings: dict[str, Any] = {"correct": chosen.correct}
-    full = open_full(plan, base) if chosen.correct or chosen.dev_dataset is not None else None
+    full = (
+        open_full(plan, base, chat_template=chat_template) if chosen.correct or chosen.dev_dataset is not None else None
+    )
     if chosen.correct and full is not None:
         in_4bit = manifest is not None and bool(manifest.settings.get("load_in_4bit"))
         trained = correct_adapter(trained, plan, full, _trained_on(trained, manifest, pruned), in_4bit=in_4bit)
@@ -161,7 +166,7 @@ def _check_origin(source: Path, adapter: Adapter, plan: PruningPlan, manifest: M
             )
         return
     trained_on = adapter.config.get("base_model_name_or_path")
-    theirs = find_plan(Path(trained_on)) if isinstance(trained_on, str) and trained_on else None
+    theirs = find_plan(local(trained_on)) if isinstance(trained_on, str) and trained_on else None
     if theirs is not None and theirs.fingerprint != plan.fingerprint:
         raise UserError(
             f"{source / PLAN_NAME}: not the plan of {trained_on}, which the adapter was trained on "

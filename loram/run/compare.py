@@ -73,6 +73,10 @@ def compare(recipe: Recipe) -> list[Measured]:
         raise UserError("compare: missing; name the variants, each with what it changes in `prune` and `train`")
     if recipe.dataset is None or recipe.prune is None:
         raise UserError("compare: needs `dataset` and `prune`, to train on the full and on the pruned model")
+    if not recipe.held_out:
+        raise UserError(
+            "compare: needs `eval_dataset`, and no `evaluate: false`: variants are compared on held-out rows"
+        )
     check(recipe)
     for name, variant in variants.items():
         try:

@@ -18,18 +18,16 @@ from loram.data.spec import DataSpec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
-from loram.model.families import architecture_of
-from loram.model.plan import BaseReference, PruningPlan
+from loram.model.plan import PruningPlan
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import TRAINING, Settings, make_settings
 from loram.planner.shapes import Model
 from loram.planner.size import show_size
-from loram.pruning.choose import choose
+from loram.pruning.layout import blank_plan
 from loram.pruning.options import PruneOptions
 from loram.pruning.prune import load_calibration
-from loram.pruning.sparse import sparse_plan
 from loram.run.pipeline import check
-from loram.run.recipe import Recipe
+from loram.run.recipe import EvaluateSection, Recipe
 from loram.run.stages import FULL_LORA, train_options
 from loram.trainer.arguments import as_user_error, checkpoints_activations
 from loram.training.configs import build_configs
@@ -148,16 +146,17 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
         UserError: names the first problem that would stop the run, or the row to show is not used.
     """
     check(recipe)
-    checkpoint, device = open_model(recipe.model_name_or_path), pick_device(recipe.device)
+    checkpoint = open_model(recipe.model_name_or_path, chat_template=recipe.chat_template_path)
+    device = pick_device(recipe.device)
     training, dtype = resolve(train_options(recipe), checkpoint.architecture), compute_dtype(device)
     adapter, arguments = build_configs(training, device)
     plan = (
         PruningPlan.load(checkpoint.folder)
         if recipe.prune is None
-        else _shape_of_plan(checkpoint, recipe.prune, recipe.seed)
+        else blank_plan(checkpoint, recipe.prune.resolved(), seed=recipe.seed)
     )
     before, after = plan.parameters()
-    tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate
+    tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate or EvaluateSection()
 
     def tokens(spec: DataSpec, trainer: Mapping[str, Any]) -> Tokens:
         return load_tokens(spec, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary)
@@ -169,7 +168,7 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
         to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
-        for name, spec in recipe.eval_dataset.items()
+        for name, spec in recipe.held_out.items()
     }
     settings: Settings | UserError | None = None
     if to_train is not None:
@@ -236,26 +235,6 @@ def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer
     if section is None or not section.resolved().reads_text:
         return None
     return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)
-
-
-def _shape_of_plan(checkpoint: Checkpoint, section: PruneOptions, seed: int) -> PruningPlan:
-    """Make a plan that keeps as many units or weights as the run's plan will keep.
-
-    Which ones the run keeps depends on the weights, which a dry run does not read.
-    """
-    architecture, geometry, cut = architecture_of(checkpoint.config), checkpoint.geometry, section.resolved()
-    base = BaseReference(name=checkpoint.name, fingerprint="")
-    if cut.sparse:
-        return sparse_plan(geometry, architecture.model_type, base, cut, seed=seed, masks="")
-    blank = {space.name: torch.zeros(geometry.units(space)) for space in architecture.spaces}
-    return choose(
-        dict.fromkeys(cut.layers(geometry), blank),
-        geometry=geometry,
-        model_type=architecture.model_type,
-        base=base,
-        options=cut,
-        seed=seed,
-    )
 
 
 def _training(

@@ -1,7 +1,5 @@
 """Run a recipe: check it, do its stages in order, evaluate what they make."""
 
-from pathlib import Path
-
 from loram.alignment.options import resolve_trainer
 from loram.alignment.teacher import TeacherCache
 from loram.base.errors import UserError
@@ -10,12 +8,12 @@ from loram.data.tokens import check_rows
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model.families import architecture_of
+from loram.pruning.check import check_prunable
 from loram.pruning.options import PruneOptions
-from loram.pruning.prune import check_weights
 from loram.run.recipe import Recipe
 from loram.run.record import Record, start_over
 from loram.run.report import RunReport
-from loram.run.rows import evaluations, row_of, trained_on
+from loram.run.rows import evaluations, parameters_of, row_of, trained_on
 from loram.run.stages import ADAPTING, EVERY, FULL_LORA, SHRINKING, Run, cost_of, final_of, rows_of
 from loram.training.options import resolve
 
@@ -26,7 +24,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: the first problem.
     """
-    checkpoint = open_model(recipe.model_name_or_path)
+    checkpoint = open_model(recipe.model_name_or_path, chat_template=recipe.chat_template_path)
     if recipe.prune is not None:
         _check_pruning(checkpoint, recipe.prune)
     elif not checkpoint.pruned:
@@ -36,12 +34,12 @@ def check(recipe: Recipe) -> None:
     resolve(recipe.train)
     if recipe.train.mask_update and not (checkpoint.sparse if recipe.prune is None else recipe.prune.resolved().sparse):
         raise UserError("train.mask_update: is for sparse models; set prune.pattern to 4:8, or leave it out")
-    specs = [recipe.dataset, *recipe.eval_dataset.values(), recipe.recover.dev_dataset]
+    specs = [recipe.dataset, *recipe.held_out.values(), recipe.recover.dev_dataset]
     if recipe.align is not None:
         resolve_trainer(recipe.align.trainer)
         specs += [*recipe.align.dataset, recipe.align.probe_dataset]
         for cache in recipe.align.teacher:
-            TeacherCache(Path(cache.path))
+            TeacherCache(cache.path)
     for section, options in (("train", recipe.train), ("align", recipe.align)):
         if options is not None and "seed" in options.trainer:
             raise UserError(f"{section}.trainer.seed: set the recipe's own seed, which every stage uses")
@@ -52,15 +50,16 @@ def check(recipe: Recipe) -> None:
 
 def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:
     architecture = architecture_of(checkpoint.config, checkpoint.name)
-    check_weights(checkpoint)
     try:
-        section.resolved().check_fits(checkpoint.geometry, architecture)
+        settings = section.resolved()
+        settings.check_fits(checkpoint.geometry, architecture)
     except UserError as error:
         raise UserError(f"prune.{error}") from error
+    check_prunable(checkpoint, settings)
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
-    """Do the stages that a recipe has, evaluate what they make, and compare.
+    """Do the stages that a recipe has, evaluate what they make, and compare. Without held-out rows it only does them.
 
     Leaves one folder per stage under `output_dir` (`pruned/`, `aligned/`, `adapter/`, `recovered/`, or `merged/` for a
     masked update, and on request `polished/` and `full_lora/`), each complete by itself, and `report.json`. A second
@@ -76,16 +75,16 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
         start_over(recipe.output_dir, [stage.folder.format(number="[0-9]*") for stage in EVERY])
     job = Run(recipe=recipe, record=Record(recipe))
     job.perform(*SHRINKING, *ADAPTING, FULL_LORA)
-    stages, small = rows_of(job), job.plan.parameters()[1]
-    if not recipe.eval_dataset:
-        made = {name: stage for name, stage in stages.items() if stage.folder in job.done}
-        rows = [row_of(name, small, cost_of(job, stage), {}, None) for name, stage in made.items()]
-        return job.record.finish(rows, None)
-    open_full(job.plan, job.base)  # from here on the full model is needed
-    rows = [row_of("base", small, None, evaluations(job, "base", (job.base, None)), None)]
+    stages, parameters = rows_of(job), job.plan.parameters()[0]
+    rows = []
+    if recipe.held_out:
+        open_full(job.plan, job.base)  # from here on the full model is needed
+        rows.append(row_of("base", parameters, None, evaluations(job, "base", (job.base, None)), None))
+    else:
+        stages = {name: stage for name, stage in stages.items() if stage.folder in job.done}
     for name, stage in stages.items():
         counts = trained_on(job.folder(stage.folder)) if stage.trains else None
-        evaluated = evaluations(job, name, stage.evaluated(job))
-        rows.append(row_of(name, small, cost_of(job, stage), evaluated, counts))
+        model = stage.evaluated(job)
+        rows.append(row_of(name, parameters_of(job, model), cost_of(job, stage), evaluations(job, name, model), counts))
     final = None if recipe.dataset is None else final_of(recipe).row(job)
     return job.record.finish(rows, final)

@@ -12,6 +12,7 @@ from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
+from loram.base.paths import LocalPath, Named, local
 from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
@@ -49,16 +50,24 @@ class Recipe(Options):
     one recipe can prune on one machine, and another can train on what it left on another machine.
     """
 
-    model_name_or_path: str = option(
+    model_name_or_path: Named = option(
         ...,
         "The hub id, folder or GGUF file of the full model; without `prune`, a pruned folder.",
         flag="MODEL",
         also="base_model model model_id model_name pretrained_model_name_or_path",
     )
-    base_model_name_or_path: str | None = option(
+    base_model_name_or_path: Named | None = option(
         None, "The full model of a pruned folder, if it is not where the plan says.", flag="base"
     )
-    output_dir: Path = option(..., "The folder for the report and one folder per stage.", flag="OUT", also="output")
+    chat_template_path: Named | None = option(
+        None,
+        "A .jinja file, or a model whose tokenizer has the chat template, in place of the model's own template.",
+        flag="chat-template",
+        also="chat_template",
+    )
+    output_dir: LocalPath = option(
+        ..., "The folder for the report and one folder per stage.", flag="OUT", also="output"
+    )
     dataset: DataSpec | None = option(
         None,
         "The training rows: a file, a hub name, or a mapping.",
@@ -66,7 +75,7 @@ class Recipe(Options):
     )
     eval_dataset: dict[str, DataSpec] = option(
         {},
-        "The held-out rows: a file, a hub name, or a mapping of names to data sets.",
+        "The held-out rows: a file, a hub name, or a mapping of names to data sets; without it, nothing is evaluated.",
         also="test_datasets val_dataset validation_dataset validation_file",
         flag="dataset",
     )
@@ -78,20 +87,39 @@ class Recipe(Options):
     train: TrainOptions = option(TrainOptions(), "How to train.")
     recover: RecoverOptions = option(RecoverOptions(), "What recovery does beyond widening.")
     polish: PolishSection | None = option(None, "How to polish; without it, nothing is polished.")
-    evaluate: EvaluateSection = option(EvaluateSection(), "How to evaluate, and what to compare with.")
+    evaluate: EvaluateSection | None = option(
+        EvaluateSection(), "How to evaluate, and what to compare with; with false, nothing is evaluated."
+    )
     compare: dict[str, Variant] = option({}, "What `loram compare` puts side by side, by name.")
 
     @field_validator("eval_dataset", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
+        if value is None:
+            return {}
         return {"eval": value} if isinstance(value, str) or (isinstance(value, dict) and "path" in value) else value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    @property
+    def held_out(self) -> dict[str, DataSpec]:
+        """The data sets that models are evaluated on, by name; none where the run evaluates nothing."""
+        return {} if self.evaluate is None else self.eval_dataset
+
+    @property
+    def compares(self) -> bool:
+        """Return whether LoRA on the full model is trained too, to compare with."""
+        return self.evaluate is not None and self.evaluate.full_lora
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
-        if self.dataset is None and ("train" in self.model_fields_set or self.evaluate.full_lora):
+        if self.dataset is None and ("train" in self.model_fields_set or self.compares):
             raise ValueError("dataset: missing, and training needs rows; a recipe that trains nothing has no `train`")
-        if self.dataset is not None and not self.eval_dataset:
-            raise ValueError("eval_dataset: missing, and what was trained is compared on held-out rows")
+        if self.dataset is not None and not self.eval_dataset and self.evaluate not in (None, EvaluateSection()):
+            raise ValueError("evaluate: needs an `eval_dataset`; without held-out rows, leave the section out")
         if self.dataset is None and self.prune is None and self.align is None:
             raise ValueError("prune, align, dataset: at least one is needed, else there is nothing to do")
         if self.prune is not None and self.base_model_name_or_path is not None:
@@ -144,12 +172,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
         UserError: the file is missing or not YAML, or a key is unknown (names the nearest one) or has a bad value.
     """
+    path = local(path)
     if not path.is_file():
         raise UserError(f"{path}: no such recipe")
     try:

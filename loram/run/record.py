@@ -78,7 +78,7 @@ class Record:
         """
         wanted: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
         done, folder = self.state.stages.get(name), self.out / name
-        whole = folder.exists() and find_manifest(folder) is not None
+        whole = folder.exists() and find_manifest(folder, edits=False) is not None
         kept = done is not None and (whole or done.report is not None)
         before = done.settings if kept and done is not None else self.state.begun.get(name)
         if before is not None and (changed := difference(before, wanted)):

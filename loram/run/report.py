@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+NOT_EVALUATED = "Nothing is evaluated: the recipe has no eval_dataset, or evaluate is false."
+
 
 class Cost(BaseModel):
     """The cost of a stage: wall-clock seconds, and the peak resident memory of the process in bytes."""
@@ -45,8 +47,8 @@ class Row(BaseModel):
 
     Args:
         name: base, full LoRA, pruned, aligned, pruned (or aligned) + adapter, recovered (or merged), or polished.
-        parameters: the number of parameters of the evaluated model, its adapter included.
-        perplexity: the perplexity on each evaluation data set.
+        parameters: the number of parameters of the model, its adapter included.
+        perplexity: the perplexity on each evaluation data set; empty in a recipe that evaluates nothing.
         tokens: the number of tokens that each perplexity is the mean of.
         evaluated_on: the counts of each evaluation data set's rows.
         trained_on: the counts of the training data's rows; None if nothing was trained.
@@ -72,7 +74,7 @@ class RunReport(BaseModel):
     Args:
         recipe: the recipe.
         versions: the versions of the libraries.
-        rows: one row per model that was evaluated.
+        rows: one row per model that was evaluated, or that was made where the recipe evaluates nothing.
         final: the name of the row that the run is about: the full model with the trained adapter; None if the run
             trains nothing.
         kept_gain: for each data set, the share of full LoRA's gain that the final row keeps; see `kept_gain`.
@@ -141,6 +143,8 @@ def summary(report: RunReport) -> str:
     if (final := report.final) is None:
         small = next(row.name for row in reversed(report.rows) if row.name in ("aligned", "pruned"))
         return f"Nothing was trained: the recipe has no dataset. Train on {report.recipe['output_dir']}/{small}."
+    if not report.rows[-1].perplexity:
+        return f"{NOT_EVALUATED} What was trained is in {report.recipe['output_dir']}/{final}."
     base, recovered = report.row("base").perplexity, report.row(final).perplexity
     for name in base:
         change = 100 * (1 - recovered[name] / base[name])

@@ -1,10 +1,14 @@
 """The rows of the report of a run: evaluations of each model, and what became of the training rows."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from loram.disk.adapter import WEIGHTS_NAME
 from loram.disk.artifacts import find_manifest
 from loram.disk.opening import open_model
+from loram.disk.template import as_setting
+from loram.disk.tensorfile import TensorFile
 from loram.evaluation.evaluate import evaluate
 from loram.evaluation.options import EvaluateOptions
 from loram.run.record import Done
@@ -20,23 +24,40 @@ def evaluations(run: Run, name: str, evaluated: Evaluated) -> dict[str, Done]:
         name: the row of the report that they are for.
         evaluated: the model and the adapter.
     """
-    return {dataset: _evaluation(run, name, dataset, *evaluated) for dataset in run.recipe.eval_dataset}
+    return {dataset: _evaluation(run, name, dataset, *evaluated) for dataset in run.recipe.held_out}
 
 
 def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: Path | None) -> Done:
-    spec, section = run.recipe.eval_dataset[dataset], run.recipe.evaluate
+    spec, section = run.recipe.held_out[dataset], run.recipe.evaluate
+    assert section is not None
     options = EvaluateOptions.of(**section.model_dump(include=set(EvaluateOptions.model_fields)))
+    opened = open_model(model, chat_template=run.recipe.chat_template_path)
     settings = {
+        **as_setting(opened.chat_template),
         "dataset": described(spec),
         **options.model_dump(exclude={"stream"}),  # which changes nothing
-        "model": open_model(model).fingerprint,
+        "model": opened.fingerprint,
         "adapter": None if adapter is None else fingerprint(adapter),
     }
     return run.record.stage(
         f"evaluate {name} on {dataset}",
         settings,
-        lambda: evaluate(model, adapter=adapter, data=spec, options=options, device=run.recipe.device),
+        lambda: evaluate(
+            model,
+            adapter=adapter,
+            data=spec,
+            options=options,
+            device=run.recipe.device,
+            chat_template=run.chat_template,
+        ),
     )
+
+
+def parameters_of(run: Run, evaluated: Evaluated) -> int:
+    """Return how many parameters a model has with its adapter, by the plan and the adapter's file alone."""
+    (full, pruned), (model, adapter) = run.plan.parameters(), evaluated
+    specs = {} if adapter is None else TensorFile(adapter / WEIGHTS_NAME).specs
+    return (pruned if model in run.small_models.values() else full) + sum(math.prod(s.shape) for s in specs.values())
 
 
 def row_of(

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from loram.planner.show import memory_table
 from loram.run.dry_run import DataCounts, DryRun, Span, Training
+from loram.run.report import NOT_EVALUATED
 
 COUNTS = {
     "rows used": "rows",
@@ -33,6 +34,8 @@ def _parts(result: DryRun) -> Iterator[Table | Text]:
     yield _data_table(result)
     for name, counts in result.data_sets():
         yield _columns(name, counts)
+    if not result.eval_dataset:
+        yield Text(NOT_EVALUATED)
     if result.examples:
         yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
     for number, spans in zip(result.example_rows, result.examples, strict=True):

@@ -12,8 +12,9 @@ from loram.alignment.align import align
 from loram.alignment.options import AlignOptions, TeachOptions, resolve_trainer
 from loram.alignment.teach import teach
 from loram.data.spec import DataSpec
-from loram.disk.artifacts import find_manifest
+from loram.disk.artifacts import edited_template, find_manifest
 from loram.disk.opening import open_model
+from loram.disk.template import as_setting
 from loram.export.merge import merge
 from loram.model.plan import PruningPlan
 from loram.pruning.prune import prune
@@ -87,13 +88,22 @@ class Run:
     @cached_property
     def common(self) -> dict[str, Any]:
         """The settings that decide the outcome of every stage."""
-        model = open_model(self.recipe.model_name_or_path)
-        return {"base": model.fingerprint, "seed": self.recipe.seed, "device": self.recipe.device}
+        model = open_model(self.recipe.model_name_or_path, chat_template=self.recipe.chat_template_path)
+        chosen = as_setting(model.chat_template)
+        return {"base": model.fingerprint, "seed": self.recipe.seed, "device": self.recipe.device, **chosen}
 
     @property
     def where(self) -> dict[str, Any]:
         """The keyword arguments that every stage takes from the recipe."""
-        return {"seed": self.recipe.seed, "device": self.recipe.device}
+        return {"seed": self.recipe.seed, "device": self.recipe.device, "chat_template": self.chat_template}
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template of every stage: the recipe's, or one that was put into the folder that it begins with."""
+        if self.recipe.chat_template_path is not None or self.recipe.prune is not None:
+            return self.recipe.chat_template_path
+        edited = edited_template(self.pruned)
+        return None if edited is None else str(edited)
 
     def perform(self, *stages: "Stage") -> None:
         """Do the stages that the recipe has, in order; finished ones are skipped."""
@@ -225,6 +235,7 @@ TEACHERS: Stage = Stage(
         data=_alignment(run.recipe).dataset[number].unweighted(),
         options=_teach_options(run.recipe),
         device=run.recipe.device,
+        chat_template=run.chat_template,
     ),
 )
 ALIGNED: Stage = Stage(
@@ -255,6 +266,7 @@ RECOVERED: Stage = Stage(
         base=run.base,
         pruned=run.small[1],
         device=run.recipe.device,
+        chat_template=run.chat_template,
     ),
     row=lambda run: "recovered",
     evaluated=lambda run: (run.base, run.folder(RECOVERED.folder)),
@@ -277,7 +289,7 @@ POLISHED: Stage = Stage(
 )
 FULL_LORA: Stage = Stage(
     folder="full_lora",
-    count=lambda recipe: int(recipe.evaluate.full_lora),
+    count=lambda recipe: int(recipe.compares),
     settings=_training,
     action=lambda run, number, out: _train(run, run.base, out, train_options(run.recipe), anchor_steps=0),
     row=lambda run: "full LoRA",

@@ -33,6 +33,9 @@ _OURS = {
     "eval_packing",
     "pad_token",
 }
+_ELSEWHERE = {
+    "chat_template_path": "it is a key of the recipe, beside `train`; on the command line it is --chat-template"
+}
 _OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
 
 
@@ -192,7 +195,8 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuse options of the Trainer that would be ignored, or that would change the loss."""
     if ours := sorted(_OURS & trainer.keys()):
-        raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and prepares the rows itself")
+        why = _ELSEWHERE.get(ours[0], "loram writes the output and prepares the rows itself")
+        raise UserError(f"trainer: {ours[0]} cannot be set: {why}")
     if other := [key for key in _OTHER_LOSSES if trainer.get(key) not in (None, 0, "nll")]:
         raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
     if trainer["max_length"] is None:

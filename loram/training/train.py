@@ -22,6 +22,7 @@ from loram.data.tokens import load_tokens
 from loram.disk.artifacts import check_output
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
+from loram.disk.template import as_setting
 from loram.disk.writer import write_trained
 from loram.model.plan import PruningPlan, find_plan
 from loram.trainer.checkpoints import Checkpoints
@@ -55,6 +56,7 @@ def train(
     device: str | None = None,
     fresh: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    chat_template: str | Path | None = None,
     **fields: Any,
 ) -> Path:
     """Train an adapter on a pruned folder or on any supported full model; or train the weights themselves.
@@ -78,6 +80,7 @@ def train(
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         fresh: begin anew where `OUT-checkpoints` has an interrupted training.
         callbacks: callbacks of transformers, called while the training goes on.
+        chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `TrainOptions`.
 
     Returns:
@@ -88,9 +91,8 @@ def train(
             settings or data.
         FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
     """
-    out = Path(out)
-    check_output(out, model)
-    checkpoint, spec = open_model(model), as_spec(data)
+    out = check_output(out, model)
+    checkpoint, spec = open_model(model, chat_template=chat_template), as_spec(data)
     chosen = TrainOptions.of(options, **fields)
     length = {"max_length": spec.max_length} if spec.max_length else {}
     trainer = {"seed": seed, **chosen.trainer, **length}
@@ -167,6 +169,7 @@ def _prepare(
             "rows_truncated": tokens.truncated,
             "rows_skipped": tokens.skipped,
             "processes": processes.count(),
+            **as_setting(checkpoint.chat_template),
         },
         device=device,
         checkpoint_limit=options.trainer["save_total_limit"],

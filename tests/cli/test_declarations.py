@@ -125,7 +125,7 @@ def test_a_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     make_app()(line.split(), prog_name="loram", standalone_mode=False)
     assert seen == {
-        "arguments": (Path("p"), Path("o")),
+        "arguments": ("p", Path.cwd() / "o"),
         "dataset": [{"path": "a.jsonl", "weight": 0.7}, {"path": "b.txt"}],
         "probe": False,
         "trainer": {"max_steps": 3, "weight_decay": 0.1},
@@ -164,7 +164,9 @@ ELSEWHERE = {
     ),
     "two or more stages have an option of this name": "max_samples",
     "it is written into a plan, an adapter or a manifest, and read from there": ("base_model_name_or_path mask_update"),
-    "each module of the room `run` reads this part of the recipe": ("model_name_or_path"),
+    "the modules of the room `run` read this part of the recipe, or name it": (
+        "model_name_or_path eval_dataset chat_template_path"
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from loram.disk.tensorfile import TensorFile
 from loram.disk.writer import ShardedWriter
 from loram.model.families import architecture_of
 from loram.model.plan import PruningPlan
-from loram.pruning.prune import check_weights
+from loram.pruning.check import check_weights
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""What a pruned folder will hold: as many units or weights as the options keep, and the tensors that follow."""
+
+import torch
+
+from loram.disk.artifacts import library_versions
+from loram.disk.checkpoint import Checkpoint
+from loram.disk.tensorfile import TensorSpec
+from loram.model.plan import BaseReference, PruningPlan
+from loram.model.resize import narrow
+from loram.pruning.choose import choose, recorded
+from loram.pruning.options import ResolvedPruneOptions
+
+
+def blank_plan(
+    checkpoint: Checkpoint, options: ResolvedPruneOptions, *, seed: int = 42, fingerprint: str = ""
+) -> PruningPlan:
+    """Return a plan that keeps as many units or weights as the plan of these options will keep.
+
+    Which ones stay depends on the weights, and these are not read here. A sparse plan lacks only its masks.
+
+    Args:
+        checkpoint: the full model.
+        options: how to prune.
+        seed: of the random criterion.
+        fingerprint: the fingerprint of the full model, where the plan is to have it.
+    """
+    geometry, model_type = checkpoint.geometry, checkpoint.architecture.model_type
+    base = BaseReference(name=checkpoint.name, fingerprint=fingerprint)
+    if options.sparse:
+        return PruningPlan(
+            model_type=model_type,
+            base=base,
+            geometry=geometry,
+            **recorded(options),
+            masks="",
+            seed=seed,
+            versions=library_versions(),
+            layers={},
+        )
+    blank = {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.architecture.spaces}
+    scores = dict.fromkeys(options.layers(geometry), blank)
+    return choose(scores, geometry=geometry, model_type=model_type, base=base, options=options, seed=seed)
+
+
+def pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Return the names, dtypes and shapes of a pruned model's tensors, and of a sparse model's masks."""
+    if plan.sparse:
+        return _sparse_specs(checkpoint, plan)
+    specs = {}
+    for name in checkpoint.names():
+        full = checkpoint.spec(name)
+        specs[name] = TensorSpec.of(narrow(name, torch.empty(full.shape, dtype=full.dtype, device="meta"), plan))
+    for layer in plan.layers:
+        for path, _ in plan.compensated(layer):
+            if f"{path}.bias" not in specs:
+                weight = specs[f"{path}.weight"]
+                specs[f"{path}.bias"] = TensorSpec(dtype=weight.dtype, shape=weight.shape[:1])
+    return specs, {}
+
+
+def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+    masks = {}
+    for layer in plan.sparse_layers:
+        for path, count in plan.kept_values().items():
+            name = f"{plan.architecture.layer_path(layer)}.{path}.weight"
+            rows, columns = specs[name].shape
+            specs[name] = TensorSpec(dtype=specs[name].dtype, shape=(count,))
+            masks[mask_of(name)] = TensorSpec(dtype=torch.uint8, shape=(rows, columns // 8))
+    return specs, masks
+
+
+def mask_of(weight: str) -> str:
+    """Return the name of a sparse weight's mask."""
+    return f"{weight.removesuffix('.weight')}.mask"
