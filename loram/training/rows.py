@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from loram.trainer.arguments import as_user_error
+
 
 def rows_digest(rows: Dataset) -> str:
     """Return the SHA-256 of the rows' token ids and labels, in order."""
@@ -26,11 +28,18 @@ def rows_digest(rows: Dataset) -> str:
 def arrange(
     rows: Dataset, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, DataCollatorForLanguageModeling]:
-    """Return the rows, shuffled and packed as the arguments say, and TRL's collator, which makes batches of them."""
+    """Return the rows, shuffled and packed as the arguments say, and TRL's collator, which makes batches of them.
+
+    Raises:
+        UserError: TRL has no such packing strategy.
+    """
     if arguments.shuffle_dataset:
         rows = rows.shuffle(seed=arguments.seed)
     if arguments.packing:
-        rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+        try:
+            rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+        except ValueError as error:
+            raise as_user_error(error) from error
     collator = DataCollatorForLanguageModeling(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         padding_free=arguments.padding_free or (arguments.packing and arguments.packing_strategy != "wrapped"),
