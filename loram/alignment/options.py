@@ -19,7 +19,7 @@ from loram.trainer.arguments import (
 )
 
 # Options that loram decides itself, or that would be ignored in silence.
-_OURS = {"output_dir", "label_smoothing_factor", "logging_nan_inf_filter", "remove_unused_columns"}
+_OURS = {"output_dir", "eval_steps", "label_smoothing_factor", "logging_nan_inf_filter", "remove_unused_columns"}
 
 
 class AlignTrainerFlags(TrainerFlags):
