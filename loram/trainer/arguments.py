@@ -18,7 +18,7 @@ TRAINER_NAMES = (
 )
 
 
-_NO_ROWS = "no rows are evaluated while a model trains; evaluate the result: `loram eval`, or eval_dataset in a recipe"
+_NO_ROWS = "no rows are evaluated while a model trains; evaluate the result with `loram eval`, or in a recipe"
 _NO_UPLOAD = "a finished folder is uploaded as a whole: hf upload NAME OUT"
 _CHECKPOINTS = "loram writes, checks and resumes checkpoints itself"
 _PROCESSES = "several GPUs train by `accelerate launch`, each with the whole model"
