@@ -26,7 +26,7 @@ def open_4bit(name: str | Path | None, fingerprint: str) -> Checkpoint | None:
     if not name:
         return None
     try:
-        folder = Path(name)
+        folder = Path(name).expanduser()
         config = folder / "config.json" if folder.is_dir() else download_config(str(name))
         if not read_json(config).get("quantization_config"):
             return None
