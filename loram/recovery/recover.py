@@ -73,6 +73,8 @@ def recover(
     plan = find_plan(source)
     manifest = find_manifest(source)
     if plan is None and base is not None:
+        if chosen.correct or chosen.dev_dataset is not None:
+            raise UserError(f"{source}: no loram_plan.json beside the adapter, and correction and multiplier need one")
         return _rebase(trained, open_model(base), pruned, out)
     if plan is None:
         raise UserError(

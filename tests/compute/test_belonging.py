@@ -255,6 +255,8 @@ def test_an_adapter_of_a_4_bit_model_is_recovered_to_its_original_and_then_needs
         other = make_model(tmp_path / "other", "mistral", tokenizer, seed=1, **WIDE)
         with pytest.raises(loram.UserError, match="not the original"):
             loram.recover(adapter, tmp_path / "recovered", base=other, pruned=nf4)
+        with pytest.raises(loram.UserError, match="correction and multiplier need one"):
+            loram.recover(adapter, tmp_path / "recovered", base=wide, pruned=nf4, correct=True)
         assert not (tmp_path / "recovered").exists()
         loram.recover(adapter, tmp_path / "recovered", base=wide, pruned=nf4)
     finally:
