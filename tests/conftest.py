@@ -65,6 +65,7 @@ ROWS = [
 SLOW = (
     "test_align",
     "test_anchors",
+    "test_belonging",
     "test_compare",
     "test_configs",
     "test_correct",

@@ -23,7 +23,16 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Importing torch takes seconds, so what answers at once does not import it at the top of a module.
 LIGHT = (
-    *("base", "planner", "cli", "export", "data/spec.py", "pruning/criteria.py", "training/methods/table.py"),
+    *(
+        "base",
+        "planner",
+        "cli",
+        "export",
+        "data/spec.py",
+        "disk/lora_keys.py",
+        "pruning/criteria.py",
+        "training/methods/table.py",
+    ),
     *(f"model/{name}.py" for name in ("architecture", "counts", "families", "geometry", "sparsity")),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "safetensors", "numpy"}

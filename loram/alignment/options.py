@@ -8,28 +8,18 @@ from pydantic import AliasChoices, PositiveInt, field_validator, model_validator
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
 from loram.data.spec import CacheSpec, WeightedSpec
-from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
+from loram.trainer.arguments import (
+    TRAINER_NAMES,
+    TrainerFlags,
+    check_names,
+    check_trainer,
+    check_values,
+    defaults_of,
+    option_names,
+)
 
 # Options that loram decides itself, or that would be ignored in silence.
-_OURS = {
-    "output_dir",
-    "do_eval",
-    "do_predict",
-    "do_train",
-    "eval_delay",
-    "eval_on_start",
-    "eval_steps",
-    "eval_strategy",
-    "greater_is_better",
-    "label_smoothing_factor",
-    "load_best_model_at_end",
-    "logging_nan_inf_filter",
-    "metric_for_best_model",
-    "per_device_eval_batch_size",
-    "remove_unused_columns",
-    "resume_from_checkpoint",
-    "save_only_model",
-}
+_OURS = {"output_dir", "eval_steps", "label_smoothing_factor", "logging_nan_inf_filter", "remove_unused_columns"}
 
 
 class AlignTrainerFlags(TrainerFlags):
@@ -40,6 +30,7 @@ class AlignTrainerFlags(TrainerFlags):
         "Warm-up steps, or a share of all steps if below 1.",
         also="warmup_ratio",
         notes={"warmup_ratio": "; a value below 1 is a share of all steps"},
+        ge=0,
     )
 
 
@@ -156,6 +147,8 @@ def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any
     known = ["max_length", *option_names(TrainingArguments)]
     check_names(trainer, known, "trainer", "TrainingArguments", AlignOptions)
     options = {**defaults_of(AlignTrainerFlags), "seed": seed, **trainer}
+    check_values(options, AlignTrainerFlags, "trainer")
+    check_trainer(options, TrainingArguments)
     if not isinstance(options["max_length"], int) or options["max_length"] < 2:
         raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")
     return options

@@ -4,6 +4,7 @@ A stage has one frozen class of options. Recipes, Python functions, the command 
 reference page all read that class, so an option is added in one place.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
@@ -92,6 +93,14 @@ def passed_on(named: type[Options], library: str, help: str, *, others: str = ""
     """
     extra: dict[str, Any] = {"library": library, "named": named, "others": others.split()}
     return Field(default_factory=dict, description=help, json_schema_extra=extra)
+
+
+def library_defaults(config: Any) -> dict[str, Any]:
+    """Return the defaults of a library's dataclass of options: name -> default."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
 
 
 def extra_of(field: FieldInfo) -> Mapping[str, Any]:

@@ -80,7 +80,7 @@ class _Adapter(Options):
 
 class _Pruned(Options):
     pruned: str | None = option(
-        None, "With --correct: the folder that was trained on, if it is not where the adapter says."
+        None, "The folder that was trained on, for --correct or 4 bits, if it is not where the adapter says."
     )
 
 

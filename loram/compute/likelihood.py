@@ -58,16 +58,19 @@ def loaded_loss(
     input_ids: Sequence[list[int]],
     labels: Sequence[list[int]],
 ) -> tuple[float, int, int]:
-    """Load a model, with an adapter that PEFT reads from its folder, and score rows.
+    """Load a model, with an adapter in PEFT's own layers, and score rows.
 
     Returns:
         (summed loss in nats, number of tokens in the loss, number of parameters with the adapter's).
     """
     model, parameters = _load(checkpoint, device)
     if adapter is not None:
-        from peft import PeftModel
+        from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 
-        model = PeftModel.from_pretrained(model, str(adapter.folder))
+        config = LoraConfig.from_pretrained(str(adapter.folder))
+        config.init_lora_weights = False  # the factors come now
+        model = PeftModelForCausalLM(model, config)
+        set_peft_model_state_dict(model, dict(adapter.tensors))  # without weights of the base that PEFT has saved
         mask_updates_(model, adapter.masks)
         parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
     total, count = model_loss(model.to(device).eval(), input_ids, labels)

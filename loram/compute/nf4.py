@@ -47,7 +47,7 @@ def load_4bit(
     Raises:
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
-    _check_method(checkpoint)
+    check_method(checkpoint)
     return_freed_memory_()  # else packed weights settle in the room that 16-bit ones leave, and it never is free again
     checkpoint = checkpoint.stored
     model: Any = empty_model(checkpoint, dtype)
@@ -95,6 +95,13 @@ def as_4bit(weight: Tensor) -> Tensor:
     """Return a weight after it was quantised to NF4 and dequantised, in its own dtype and shape."""
     rounded: Tensor = dequantize_4bit(*quantize(weight))
     return rounded.view_as(weight)
+
+
+def dequantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, int]:
+    """Return a weight that is in NF4 in a folder, dequantised, and how many values share a constant there."""
+    constants: dict[str, Any] = {key: checkpoint.tensor(key) for key in checkpoint.constants(name)}
+    weight = Params4bit.from_prequantized(checkpoint.tensor(name), constants, device="cpu")
+    return cast(Tensor, dequantize_4bit(weight.data, weight.quant_state)), weight.quant_state.blocksize
 
 
 def packed_specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
@@ -278,7 +285,7 @@ def _read_4bit(
     return weight
 
 
-def _check_method(checkpoint: Checkpoint) -> None:
+def check_method(checkpoint: Checkpoint) -> None:
     """Refuse a model that was quantised in another way."""
     config = checkpoint.config.get("quantization_config") or {}
     if config and (config.get("quant_method"), config.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):

@@ -8,6 +8,7 @@ from typing import TextIO, cast
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
 from loram.base.errors import UserError
+from loram.base.paths import local
 from loram.data.spec import DataSpec
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -26,7 +27,7 @@ def find_files(spec: DataSpec) -> list[Path] | None:
     Raises:
         UserError: no file matches, the folder has no such split, or the files are of several kinds.
     """
-    path = Path(spec.path).expanduser()
+    path = local(spec.path)
     if path.is_file() or is_saved(path):
         return [path]
     if path.is_dir():

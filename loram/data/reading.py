@@ -13,6 +13,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 from loram.base.errors import UserError
+from loram.base.paths import local
 from loram.data.files import DELIMITERS, SUFFIXES, find_files, is_saved, kind_of, open_text
 from loram.data.spec import DataSpec
 
@@ -87,7 +88,7 @@ def _limit(rows: Dataset, spec: DataSpec) -> Dataset:
 
 
 def _read_files(files: list[Path], spec: DataSpec) -> Raw:
-    path = Path(spec.path).expanduser()
+    path = local(spec.path)
     if spec.config is not None:
         raise UserError(f"{path}: config {spec.config!r} is for hub data sets, but this is a file; leave it out")
     if is_saved(path):

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loram.base.errors import UserError, first_problem
-from loram.disk.artifacts import file_sha256, find_manifest
-from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import read_json
+from loram.disk.lora_keys import ALL_LINEAR, READ, changes_the_base, refused_key
 from loram.disk.tensorfile import TensorFile
 from loram.model.modeling_loram import unpack
-from loram.model.plan import MASKS_NAME, find_plan
+from loram.model.plan import MASKS_NAME
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -32,6 +31,8 @@ ROW_LENGTHS_NAME = "row_lengths.safetensors"
 _PICKLED_NAME = "adapter_model.bin"
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 _MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector$")
+# a weight of the base that PEFT saves with the factors: save_embedding_layers is on, or lm_head is targeted
+_BASE_WEIGHT = re.compile(r"^base_model\.model\.(?P<module>(?!.*\.lora_).+?)(\.base_layer)?\.weight$")
 
 
 class _Options(BaseModel):
@@ -51,7 +52,6 @@ class _Options(BaseModel):
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +65,23 @@ class Adapter:
             DoRA's `lora_magnitude_vector` (out_features,).
         masks: module path -> the mask of its update, (out_features, in_features / 8) uint8, if the adapter was trained
             with `mask_update`; it then has `loram_masks.safetensors` beside it.
+        base_weights: weight of the base -> the tensor of adapter_model.safetensors that repeats it; it is not read.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    base_weights: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "Adapter":
         """Read an adapter folder.
 
         Raises:
-            UserError: the folder has no LoRA adapter, or a variant that we cannot widen or merge; or a factor is
-                missing, not finite, or has another rank than the config says.
+            UserError: the folder has no LoRA adapter, or a variant that we cannot widen or merge; adapter_config.json
+                has a key that we do not know and that is not off; or a factor is missing, not finite, or has another
+                rank than the config says.
         """
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
@@ -88,20 +91,36 @@ class Adapter:
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name} here, so this is not a LoRA adapter folder")
         config, file = read_json(folder / CONFIG_NAME), TensorFile(folder / WEIGHTS_NAME)
-        tensors, masks = {name: file.read(name) for name in file.specs}, {}
+        repeated = {f"{match['module']}.weight": name for name in file.specs if (match := _BASE_WEIGHT.match(name))}
+        tensors, masks = {name: file.read(name) for name in file.specs if name not in repeated.values()}, {}
         if (folder / MASKS_NAME).is_file():
             bits = TensorFile(folder / MASKS_NAME)
             masks = {name.removesuffix(".mask"): bits.read(name) for name in bits.specs}
-        adapter = cls(folder=folder, config=config, tensors=tensors, masks=masks)
-        adapter._check()
+        adapter = cls(folder=folder, config=config, tensors=tensors, masks=masks, base_weights=repeated)
+        adapter._check_config()
+        adapter._check_tensors()
         return adapter
 
-    def _check(self) -> None:
-        kind, where = self.config.get("peft_type"), self.folder / WEIGHTS_NAME
+    def _check_config(self) -> None:
+        kind, where = self.config.get("peft_type"), self.folder / CONFIG_NAME
         if kind != "LORA":
             raise UserError(f"{self.folder}: a {kind} adapter; only LoRA and DoRA are supported")
         if self._options.fan_in_fan_out:
             raise UserError(f"{self.folder}: fan_in_fan_out adapters are for Conv1D models, which we do not support")
+        if (key := refused_key(self.config, READ)) is not None:
+            raise UserError(
+                f"{where}: {key} is {shown(self.config[key])}, and LoRAM does not know an adapter with it; train one "
+                "without it, or remove the key if it says nothing about the weights"
+            )
+        if changes_the_base(initial := self.config.get("init_lora_weights", True)):
+            raise UserError(
+                f"{where}: init_lora_weights is {initial!r}, which takes a part out of the base's weights, so this "
+                "adapter does not fit the base; convert it with PEFT: "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+
+    def _check_tensors(self) -> None:
+        where = self.folder / WEIGHTS_NAME
         for name, tensor in self.tensors.items():
             if _FACTOR.match(name) is None and not (self.dora and _MAGNITUDE.match(name)):
                 raise UserError(
@@ -236,9 +255,9 @@ class Adapter:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+        keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         options = self._options.model_dump(include=keys)
-        if str(options["target_modules"]).lower() == "all-linear":  # which to PEFT are all but the head's
+        if str(options["target_modules"]).lower() == ALL_LINEAR:  # which to PEFT are all but the head's
             options |= {"target_modules": r".*\.\d+\..*"}  # all in a numbered layer
         try:
             config = LoraConfig(**options)
@@ -308,64 +327,16 @@ def masked_delta(a: Tensor, b: Tensor, mask: Tensor, scaling: float) -> Tensor:
     return delta.mul_(scaling).mul_(unpack(mask))
 
 
+def shown(value: Any) -> str:
+    """Return a value of a config as an error names it, cut where it is long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def scaled(adapter: Adapter, factor: float) -> Adapter:
     """Return an adapter whose update is `factor` times as large, since every lora_B is."""
     tensors = {n: t * factor if n.endswith(".lora_B.weight") else t for n, t in adapter.tensors.items()}
     return dataclasses.replace(adapter, tensors=tensors)
-
-
-def load_for(checkpoint: Checkpoint, folder: Path) -> Adapter:
-    """Read an adapter and make sure that it was made for this model.
-
-    Raises:
-        UserError: the adapter is not sound, its modules or shapes are not the model's, or its manifest or the plan
-            beside it says that it was made for other weights.
-    """
-    adapter = Adapter.load(folder)
-    _check_origin(checkpoint, adapter)
-    adapter.check_fits(_linear_shapes(checkpoint), checkpoint.name, full=not checkpoint.pruned)
-    return adapter
-
-
-def _linear_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
-    if checkpoint.quantized:  # packed tensors' shapes say nothing
-        if plan := find_plan(checkpoint.folder):
-            return plan.linear_shapes()
-        return checkpoint.geometry.linear_shapes(checkpoint.architecture)
-    row = checkpoint.architecture
-    shapes = {
-        name.removesuffix(".weight"): checkpoint.shape(name)
-        for name in checkpoint.names()
-        if name.endswith(".weight")
-        and len(checkpoint.shape(name)) == 2
-        and name not in (row.embedding_weight, row.head_weight)
-    }
-    return {**shapes, row.head: checkpoint.shape(checkpoint.head)}
-
-
-def _check_origin(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Refuse an adapter if its manifest, or the plan beside it, says that it was made for other weights."""
-    folder, name = adapter.folder, checkpoint.name
-    manifest, plan, ours = find_manifest(folder), find_plan(folder), find_plan(checkpoint.folder)
-    made_from = {} if manifest is None else manifest.made_from
-    if plan is not None and ours is not None and ours.fingerprint != plan.fingerprint:
-        raise UserError(f"{folder}: was trained on another pruned model than {name} (their plans differ)")
-    if checkpoint.pruned and manifest is not None and manifest.kind == "recovered":
-        raise UserError(f"{folder}: this adapter is recovered; use it on the full model, not on {name}")
-    if adapter.masks and plan is not None and file_sha256(folder / MASKS_NAME) != plan.masks:
-        raise UserError(f"{folder / MASKS_NAME}: not the masks of the plan beside it; copy the adapter's folder again")
-    made_for, expected = adapter.config.get("base_model_name_or_path"), made_from.get("base")
-    if checkpoint.pruned:
-        expected = made_from.get("pruned", expected)
-    elif plan is not None:
-        made_for, expected = plan.base.name, plan.base.fingerprint
-    if expected is not None and checkpoint.fingerprint != expected:
-        raise UserError(
-            f"{folder}: was made for {made_for}, and the weights of {name} are others "
-            f"(fingerprint {checkpoint.fingerprint[:12]} instead of {expected[:12]})"
-        )
-    if not checkpoint.pruned and "pruned" in made_from and not adapter.masks:
-        raise UserError(f"{folder}: this adapter was trained on a pruned model: run `loram recover` on it first")
 
 
 def save_adapter(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

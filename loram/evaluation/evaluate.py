@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.paths import local
+from loram.compute.belonging import load_for
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored, loaded_loss, streamed_loss
 from loram.compute.loading import load_tokenizer
 from loram.data.spec import DataSpec, as_spec
-from loram.disk.adapter import load_for
 from loram.disk.opening import open_model
 from loram.evaluation.options import EvaluateOptions
 

@@ -27,7 +27,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """
     from loram.base.paths import local
     from loram.base.progress import track
-    from loram.disk.adapter import load_for
+    from loram.compute.belonging import load_for
     from loram.disk.artifacts import check_output, publish
     from loram.disk.files import CHAT_TEMPLATE, copy_side_files, write_json
     from loram.disk.opening import open_model
@@ -49,7 +49,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     for module in update.modules:
         if not (dtype := specs[f"{module}.weight"].dtype).is_floating_point:
             raise UserError(
-                f"{checkpoint.name}: {module}.weight is quantised ({dtype}); merge into the original weights"
+                f"{checkpoint.name}: {module}.weight is quantised ({dtype}); merge into its original, in 16 or 32 bits"
             )
 
     made_from = {"base": checkpoint.fingerprint, "adapter": update.fingerprint}

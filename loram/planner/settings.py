@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from loram.base.errors import UserError
 from loram.base.options import Options, explain, extra_of, fields_below, flag_of, help_of, option, without_none
+from loram.disk.lora_keys import is_all_linear
 from loram.model.architecture import Architecture
 from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.pruning.options import PruneOptions
@@ -323,6 +324,8 @@ def make_settings(**given: Any) -> Settings:
         UserError: a value is out of range, or two do not go together.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
+    if is_all_linear(chosen.get("lora_target_modules")):
+        del chosen["lora_target_modules"]  # which then are all linears
     on_gpu = chosen.get("device", "cuda") == "cuda"
     method = method_of(chosen.get("method", "lora"))
     try:

@@ -23,13 +23,14 @@ from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.paths import local
 from loram.base.progress import track
+from loram.compute.belonging import load_for
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer
 from loram.compute.streaming import Stream
 from loram.data.batches import make_batches
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
-from loram.disk.adapter import Adapter, load_for, save_adapter
+from loram.disk.adapter import Adapter, save_adapter
 from loram.disk.artifacts import check_output, digest, find_manifest
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import CHAT_TEMPLATE, copy_side_files

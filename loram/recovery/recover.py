@@ -9,9 +9,11 @@ from torch import Tensor
 
 from loram.base.errors import UserError
 from loram.base.paths import local
+from loram.compute.belonging import check_base_weights, load_for
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored
 from loram.compute.loading import load_tokenizer, open_full
+from loram.compute.original import check_original, open_4bit
 from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
 from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
 from loram.disk.checkpoint import Checkpoint
@@ -44,14 +46,18 @@ def recover(
     the full model. Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`) and for
     DoRA: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
 
+    An adapter that was trained on a full model in NF4 has no plan. With `base`, the model's original, it is written
+    again as one of that, once every tensor is found to lie within NF4's error of the original's.
+
     Args:
         adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
             `loram_plan.json` copied beside it will do.
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
         options: what to do beyond widening; single options may be given by name instead: `correct=True` takes out what
             alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
-        base: the full model for that and for DoRA, where it is not at the name that the plan has.
-        pruned: the folder the adapter was trained on, for `correct`, where it is not at the name the adapter has.
+        base: the full model, where it is not at the name that the plan has. The recovered adapter then names this one.
+        pruned: the folder the adapter was trained on, for `correct` or a model in NF4, where it is not at the name the
+            adapter has.
         device: for `dev_dataset`: `cpu`, `cuda`, ...; the first GPU where there is one.
         chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
         fields: single options by name, over `options`; see `RecoverOptions`.
@@ -69,8 +75,15 @@ def recover(
     trained = Adapter.load(source)
     plan = find_plan(source)
     manifest = find_manifest(source)
+    if plan is None and base is not None:
+        if chosen.correct or chosen.dev_dataset is not None:
+            raise UserError(f"{source}: no loram_plan.json beside the adapter, and correction and multiplier need one")
+        return _rebase(trained, open_model(base), pruned, out)
     if plan is None:
-        raise UserError(f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model?")
+        raise UserError(
+            f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model? If it was on a full "
+            "model in 4 bits, name its original with --base"
+        )
     if manifest is not None and manifest.kind == "recovered":
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
     if trained.masks:
@@ -79,20 +92,22 @@ def recover(
             "equals it; `loram merge BASE ADAPTER OUT` adds it to the full model exactly"
         )
     _check_origin(source, trained, plan, manifest)
+    full = None if base is None else open_full(plan, base, chat_template=chat_template)
     trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
     if trained.dora and (chosen.correct or chosen.dev_dataset is not None):
         raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
     settings: dict[str, Any] = {"correct": chosen.correct}
-    full = (
-        open_full(plan, base, chat_template=chat_template) if chosen.correct or chosen.dev_dataset is not None else None
-    )
+    reads_full = chosen.correct or chosen.dev_dataset is not None or trained.dora
+    full = open_full(plan, chat_template=chat_template) if full is None and reads_full else full
+    _check_base_weights(trained, plan, full, pruned)
     if chosen.correct and full is not None:
         in_4bit = manifest is not None and bool(manifest.settings.get("load_in_4bit"))
         trained = correct_adapter(trained, plan, full, _trained_on(trained, manifest, pruned), in_4bit=in_4bit)
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
-    if trained.dora:
-        tensors |= _magnitudes(trained, plan, open_full(plan, base))
-    config = {**trained.config, "base_model_name_or_path": plan.base.name, "task_type": "CAUSAL_LM"}
+    if trained.dora and full is not None:
+        tensors |= _magnitudes(trained, plan, full)
+    name = plan.base.name if base is None or full is None else full.name
+    config = {**trained.config, "base_model_name_or_path": name, "task_type": "CAUSAL_LM"}
     recovered = dataclasses.replace(trained, config=config, tensors=tensors)
     if (spec := chosen.dev_dataset) is not None and full is not None:
         rows = load_scored(spec, full, load_tokenizer(full), None, _DEV_LENGTH).rows
@@ -106,6 +121,48 @@ def recover(
     return out
 
 
+def _rebase(adapter: Adapter, full: Checkpoint, trained_on: str | Path | None, out: Path) -> Path:
+    """Write an adapter that was trained on a full model in NF4 again, as one of the model's original.
+
+    Raises:
+        UserError: the model in 4 bits is not there, or `full` is not its original; or there is nothing to do.
+    """
+    manifest = find_manifest(adapter.folder)
+    if full.pruned or manifest is None or manifest.made_from.get("base") in (None, full.fingerprint):
+        raise UserError(
+            f"{adapter.folder}: no loram_plan.json beside the adapter, so it is for a full model already; only an "
+            "adapter that `loram train` made on a model in 4 bits is recovered without a plan, for its original"
+        )
+    load_for(full, adapter.folder, trained_on=trained_on)
+    made_from = {"base": full.fingerprint, "adapter": adapter.fingerprint}
+    with publish(out, kind="recovered", made_from=made_from) as staging:
+        save_adapter(staging, {**adapter.config, "base_model_name_or_path": full.name}, adapter.tensors)
+        copy_side_files(adapter.folder, staging)
+    return out
+
+
+def _check_base_weights(
+    adapter: Adapter, plan: PruningPlan, full: Checkpoint | None, pruned: str | Path | None
+) -> None:
+    """Refuse an adapter that repeats weights of its base, unless they are those of the model it was trained on.
+
+    That is the pruned model. Where it is not there, the full one will do: both tables are as large, and only alignment
+    can have trained them.
+    """
+    if not adapter.base_weights:
+        return
+    names = (pruned, adapter.config.get("base_model_name_or_path"), None if full else plan.base.name)
+    name = next((name for name in names if name and local(name).exists()), None)
+    model = full if name is None else open_model(name)
+    if model is None:
+        key = next(iter(adapter.base_weights.values()))
+        raise UserError(
+            f"{adapter.folder}: repeats a weight of its base, {key}, and no model is there to compare it with; name "
+            "the folder that it was trained on with --pruned, or the full model with --base"
+        )
+    check_base_weights(adapter, model)
+
+
 def _trained_on(adapter: Adapter, manifest: Manifest | None, pruned: str | Path | None) -> Checkpoint:
     """Return the pruned model that an adapter was trained on, in 16 or 32 bits."""
     name = pruned or adapter.config.get("base_model_name_or_path")
@@ -117,10 +174,13 @@ def _trained_on(adapter: Adapter, manifest: Manifest | None, pruned: str | Path 
         raise UserError(f"{error}; say where the model that the adapter was trained on is: --pruned") from error
     expected = None if manifest is None else manifest.made_from.get("pruned")
     if expected is not None and model.fingerprint != expected:
-        raise UserError(
-            f"{model.name}: not the model that {adapter.folder} was trained on "
-            f"(fingerprint {model.fingerprint[:12]} instead of {expected[:12]}); name that one with --pruned"
-        )
+        packed = None if model.quantized else open_4bit(adapter.config.get("base_model_name_or_path"), expected)
+        if packed is None:
+            raise UserError(
+                f"{model.name}: not the model that {adapter.folder} was trained on "
+                f"(fingerprint {model.fingerprint[:12]} instead of {expected[:12]}); name that one with --pruned"
+            )
+        check_original(model, packed)
     if model.quantized:
         raise UserError(f"{model.name}: is in 4 bits; name the folder that it was made from with --pruned")
     return model

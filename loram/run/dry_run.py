@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from loram.alignment.arguments import build_arguments
 from loram.alignment.options import resolve_trainer
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype, pick_device
@@ -165,6 +167,7 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
     to_align = {}
     if recipe.align is not None:
         aligning = resolve_trainer(recipe.align.trainer)
+        build_arguments(aligning, device, Path("unused"))  # or it refuses them
         to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)

@@ -263,7 +263,7 @@ RECOVERED: Stage = Stage(
         run.folder(ADAPTER.folder),
         out,
         options=run.recipe.recover,
-        base=run.base,
+        base=run.recipe.base_model_name_or_path,
         pruned=run.small[1],
         device=run.recipe.device,
         chat_template=run.chat_template,

@@ -2,18 +2,49 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationError
 
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
-from loram.base.options import Options, option, suggestion
+from loram.base.options import Options, explain, library_defaults, option, suggestion
 
 # Further names of transformers' and TRL's options, which are recognised where they stand on another level of a recipe.
 TRAINER_NAMES = (
     "max_grad_norm weight_decay adam_beta1 adam_beta2 adam_epsilon activation_checkpointing bf16 fp16 run_name "
     "neftune_noise_alpha"
+)
+
+
+_NO_ROWS = "no rows are evaluated while a model trains; evaluate the result with `loram eval`, or in a recipe"
+_NO_UPLOAD = "a finished folder is uploaded as a whole: hf upload NAME OUT"
+_CHECKPOINTS = "loram writes, checks and resumes checkpoints itself"
+_PROCESSES = "several GPUs train by `accelerate launch`, each with the whole model"
+# What cannot work in any training here, or does nothing, unless it is off; and what to do.
+_REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
+                *("eval_do_concat_batches", "eval_use_gather_object", "eval_packing", "per_device_eval_batch_size"),
+                *("do_eval", "do_predict", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
+                *("bf16_full_eval", "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model"),
+                *("greater_is_better", "label_names"),
+            ),
+            _NO_ROWS,
+        ),
+        **dict.fromkeys(
+            (
+                *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+                "hub_revision",
+            ),
+            _NO_UPLOAD,
+        ),
+        **dict.fromkeys(("resume_from_checkpoint", "save_only_model", "save_on_each_node"), _CHECKPOINTS),
+        **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"), _PROCESSES),
+    }
 )
 
 
@@ -25,14 +56,15 @@ class TrainerFlags(Options):
 
     max_steps: int | None = option(None, "Stop after this many optimiser steps.", common=True)
     num_train_epochs: float = option(
-        1, "How often all rows are used, if max_steps is not given.", also="num_epochs epochs", common=True
+        1, "How often all rows are used, if max_steps is not given.", also="num_epochs epochs", common=True, gt=0
     )
-    learning_rate: float = option(1e-4, "The learning rate after warm-up.", also="lr", common=True)
+    learning_rate: float = option(1e-4, "The learning rate after warm-up.", also="lr", common=True, gt=0)
     warmup_steps: float | None = option(
         None,
         "Warm-up steps, or a share of all steps if below 1 (default: 0).",
         also="warmup_ratio",
         notes={"warmup_ratio": "; a value below 1 is a share of all steps"},
+        ge=0,
     )
     per_device_train_batch_size: PositiveInt = option(
         4,
@@ -51,12 +83,12 @@ class TrainerFlags(Options):
         common=True,
         planned=True,
     )
-    report_to: str = option("none", "Where the log goes: none, tensorboard, wandb or trackio.")
+    report_to: str | list[str] = option("none", "Where the log goes: none, tensorboard, wandb or trackio.")
     lr_scheduler_type: str = option("cosine", "How the learning rate changes.", flag="", also="lr_scheduler")
-    logging_steps: int = option(10, "The number of steps from one log line to the next.", flag="")
+    logging_steps: int | float = option(10, "The number of steps from one log line to the next.", flag="", gt=0)
     save_strategy: str = option("steps", "When checkpoints are written.", flag="")
-    save_steps: int = option(50, "The number of steps from one checkpoint to the next.", flag="")
-    save_total_limit: int = option(1, "The number of checkpoints to keep.", flag="")
+    save_steps: int | float = option(50, "The number of steps from one checkpoint to the next.", flag="", gt=0)
+    save_total_limit: int | None = option(1, "The number of checkpoints to keep.", flag="")
     optim: str | None = option(
         None,
         "The optimiser, by its name in transformers (default: adamw_torch_fused; on a GPU with 4 bits "
@@ -99,6 +131,44 @@ def check_names(names: Iterable[str], known: Sequence[str], section: str, librar
             if ours := in_recipe(key, f"{stage.stage}.{section}", known, root=stage, at=stage.stage):
                 hint = f"; here it is called {ours}"
             raise UserError(f"{section}: {library} of this version has no option {key!r}{hint}")
+
+
+def check_values(values: Mapping[str, Any], named: type[Options], section: str) -> None:
+    """Refuse values of a library's options that are not of the type, or within the bounds, of their declaration here.
+
+    Args:
+        values: the options of the section, those without a declaration too.
+        named: the class of those that have one.
+        section: the section that they stand in: `lora` or `trainer`.
+
+    Raises:
+        UserError: names the first such option.
+    """
+    try:
+        named.model_validate({name: values[name] for name in named.model_fields if name in values})
+    except ValidationError as error:
+        raise UserError(f"{section}: {explain(error, named)}") from error
+
+
+def check_trainer(trainer: Mapping[str, Any], library: Any) -> None:
+    """Refuse options of the Trainer that cannot work in any training here, and numbers below zero.
+
+    Args:
+        trainer: the options.
+        library: the class that will take them.
+
+    Raises:
+        UserError: names the first such option, and what to do instead.
+    """
+    defaults = library_defaults(library)
+    for key, value in trainer.items():
+        default = defaults.get(key)
+        if key in _REFUSED and value != default and (value or default):
+            raise UserError(f"trainer: {key} cannot be set: {_REFUSED[key]}")
+        if isinstance(value, int | float) and value < 0 and value != default:
+            raise UserError(f"trainer: {key} is {value}, and should not be below 0")
+    if trainer.get("save_strategy") == "best":
+        raise UserError(f"trainer: save_strategy cannot be best: {_NO_ROWS}")
 
 
 def as_user_error(error: Exception, stage: str = "train") -> UserError:

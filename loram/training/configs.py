@@ -11,6 +11,7 @@ from trl import SFTConfig
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype
 from loram.trainer.arguments import as_user_error, checkpointing, option_names
+from loram.trainer.tryout import try_out
 from loram.training.options import TrainOptions
 
 
@@ -30,14 +31,16 @@ def build_configs(
     options = {
         **frugal,
         "bf16": on_gpu and compute_dtype(device) == torch.bfloat16,
-        "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": on_gpu,
         **chosen.trainer,
         **checkpointing(chosen.trainer, default=on_gpu, known=option_names(SFTConfig)),
+        "use_cpu": not on_gpu,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,  # it would drop the lengths of the rows that packing put together
         "output_dir": str(output_dir or "unused"),
     }
+    if chosen.trainer.get("use_cpu") and on_gpu:
+        raise UserError(f"trainer: use_cpu is set, and the device is {device}; set device to cpu instead")
     if options.get("use_liger_kernel") and not on_gpu:
         raise UserError("trainer: use_liger_kernel needs a GPU")
     if options.get("activation_offloading") and not on_gpu:
@@ -45,9 +48,11 @@ def build_configs(
     if str(options.get("optim", "")).endswith("8bit") and not on_gpu and "paged" in options["optim"]:
         raise UserError(f"trainer: optim {options['optim']!r} pages a GPU's memory; without one take adamw_8bit")
     try:
-        return LoraConfig(**_from_data(chosen.lora)), SFTConfig(**options)
-    except (TypeError, ValueError, NotImplementedError) as error:
+        adapter, arguments = LoraConfig(**_from_data(chosen.lora)), SFTConfig(**options)
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         raise as_user_error(error) from error
+    try_out(arguments, "train")
+    return adapter, arguments
 
 
 def _from_data(lora: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,20 @@ from pydantic import PositiveInt, create_model
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
+from loram.disk.lora_keys import ALL_LINEAR, INITIALISATIONS, TRAINED, is_all_linear, refused_key
 from loram.model.architecture import Architecture
 from loram.model.families import KNOWN_TARGETS, LINEARS
-from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
+from loram.trainer.arguments import (
+    TRAINER_NAMES,
+    TrainerFlags,
+    check_names,
+    check_trainer,
+    check_values,
+    defaults_of,
+    option_names,
+)
 from loram.training.methods.table import METHODS, check_method, method_of
 
-INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the model's weights as they are
-_BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 # Options that would be ignored in silence, since rows come to the trainer as token ids and labels.
 _OURS = {
     "output_dir",
@@ -26,11 +33,9 @@ _OURS = {
     "logging_nan_inf_filter",
     "model_init_kwargs",
     "remove_unused_columns",
-    "resume_from_checkpoint",
-    "save_only_model",
     "truncation_mode",
+    "trust_remote_code",
     "dataset_num_proc",
-    "eval_packing",
     "pad_token",
 }
 _ELSEWHERE = {
@@ -51,7 +56,7 @@ class LoraFlags(Options):
         common=True,
         planned=True,
     )
-    lora_alpha: int = option(16, "The update is scaled by alpha / r.", also="alpha", common=True)
+    lora_alpha: int | float = option(16, "The update is scaled by alpha / r.", also="alpha", common=True, gt=0)
     lora_dropout: float = option(
         0.05,
         "The dropout before lora_A (default: 0.05; with dora and lora-fa 0).",
@@ -60,9 +65,9 @@ class LoraFlags(Options):
         ge=0,
         lt=1,
     )
-    target_modules: list[str] | None = option(
+    target_modules: list[str] | str | None = option(
         None,
-        "The linears that get an adapter (default: all linears of a decoder layer; lm_head if named).",
+        "The linears that get an adapter; all-linear is all of a decoder layer (default: these; lm_head if named).",
         flag="lora-target-modules",
         also="lora_target_modules lora_target",
         planned=True,
@@ -72,8 +77,8 @@ class LoraFlags(Options):
 class SftFlags(TrainerFlags):
     """The options of TRL's SFTConfig that have a default, a flag or another tool's name here."""
 
-    learning_rate: float = option(2e-4, "The learning rate after warm-up.", also="lr", common=True)
-    save_total_limit: int = option(2, "The number of checkpoints to keep.", flag="")
+    learning_rate: float = option(2e-4, "The learning rate after warm-up.", also="lr", common=True, gt=0)
+    save_total_limit: int | None = option(2, "The number of checkpoints to keep.", flag="")
     packing: bool | None = option(None, "Put short rows together into one.", flag="", also="sample_packing")
     activation_offloading: bool | None = option(
         None,
@@ -156,8 +161,11 @@ def lora_defaults(architecture: Architecture | None = None) -> dict[str, Any]:
     Args:
         architecture: the family whose linears are the default targets; None for those that most families have.
     """
-    targets = LINEARS if architecture is None else architecture.adapter_targets
-    return {**defaults_of(LoraFlags), "target_modules": list(targets)}
+    return {**defaults_of(LoraFlags), "target_modules": _linears(architecture)}
+
+
+def _linears(architecture: Architecture | None) -> list[str]:
+    return list(LINEARS if architecture is None else architecture.adapter_targets)
 
 
 def resolve(options: TrainOptions, architecture: Architecture | None = None) -> TrainOptions:
@@ -176,6 +184,8 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
     undropped = {"lora_dropout": 0.0} if options.mask_update else {}
     lora = {**lora_defaults(architecture), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}
+    if is_all_linear(lora["target_modules"]):
+        lora["target_modules"] = _linears(architecture)
     trainer = {**defaults_of(SftFlags), **method.trainer, **options.trainer}
     if options.mask_update and lora["lora_dropout"]:
         raise UserError(
@@ -194,13 +204,17 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuse options of the Trainer that would be ignored, or that would change the loss."""
+    check_values(trainer, SftFlags, "trainer")
     if ours := sorted(_OURS & trainer.keys()):
         why = _ELSEWHERE.get(ours[0], "loram writes the output and prepares the rows itself")
         raise UserError(f"trainer: {ours[0]} cannot be set: {why}")
     if other := [key for key in _OTHER_LOSSES if trainer.get(key) not in (None, 0, "nll")]:
         raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
-    if trainer["max_length"] is None:
-        raise UserError("trainer: max_length should be a number of tokens")
+    from trl import SFTConfig
+
+    check_trainer(trainer, SFTConfig)
+    if trainer.get("pad_to_multiple_of") == 0:
+        raise UserError("trainer: pad_to_multiple_of should be at least 1; leave it out")
 
 
 def why_not_anchored(options: TrainOptions) -> str | None:
@@ -236,18 +250,28 @@ def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
 
 
 def _check_lora(lora: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse adapters that could not be recovered."""
-    if beyond := sorted(key for key in _BEYOND_LORA if lora.get(key)):
-        raise UserError(f"lora: {beyond[0]} cannot be used: what it trains could not be recovered for the full model")
-    if lora.get("bias", "none") != "none":
-        raise UserError("lora: bias should be none: trained biases could not be recovered for the full model")
-    if (initial := lora.get("init_lora_weights", True)) not in INITIALISATIONS:
+    """Refuse adapters that could not be recovered, and keys of PEFT that nobody has looked at."""
+    check_values(lora, LoraFlags, "lora")
+    if (key := refused_key({**lora, "task_type": None}, TRAINED)) is not None:
+        raise UserError(
+            f"lora: {key} cannot be used: with it nothing would train, or what trains could not be recovered or "
+            "merged; leave it out"
+        )
+    if lora["task_type"] != "CAUSAL_LM":
+        raise UserError(f"lora: task_type should be CAUSAL_LM, but is {lora['task_type']!r}; leave it out")
+    initial = lora.get("init_lora_weights", True)
+    if initial not in INITIALISATIONS:
         raise UserError(
             f"lora: init_lora_weights {initial!r} changes the model's own weights, which the full model has not; "
             f"take one of {', '.join(map(str, INITIALISATIONS))}"
         )
+    if lora.get("eva_config") is not None and initial != "eva":
+        raise UserError("lora: eva_config is for init_lora_weights eva; add that, or leave it out")
     targets = lora["target_modules"]
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets:
-        raise UserError(f"lora: target_modules should be a list of module names, but is {targets!r}")
+        raise UserError(
+            f"lora: target_modules should be {ALL_LINEAR} or a list of module names, but is {targets!r}; "
+            f"known are {', '.join(known)}"
+        )
     if unknown := sorted(set(targets) - set(known)):
-        raise UserError(f"lora: target_modules has {unknown[0]!r}; known are {', '.join(known)}")
+        raise UserError(f"lora: target_modules has {unknown[0]!r}; known are {ALL_LINEAR}, {', '.join(known)}")

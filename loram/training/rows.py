@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from loram.trainer.arguments import as_user_error
+
 
 def rows_digest(rows: Dataset) -> str:
     """Return the SHA-256 of the rows' token ids and labels, in order."""
@@ -30,12 +32,18 @@ def arrange(
 
     Where the tokenizer has no token for padding, or one that is beyond the model's `vocabulary`, token 0 takes its
     place: padding is neither attended to nor in the loss, so any token will do.
+
+    Raises:
+        UserError: TRL has no such packing strategy.
     """
     padding = tokenizer.pad_token_id
     if arguments.shuffle_dataset:
         rows = rows.shuffle(seed=arguments.seed)
     if arguments.packing:
-        rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+        try:
+            rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+        except ValueError as error:
+            raise as_user_error(error) from error
     collator = DataCollatorForLanguageModeling(
         pad_token_id=padding if padding is not None and padding < vocabulary else 0,
         padding_free=arguments.padding_free or (arguments.packing and arguments.packing_strategy != "wrapped"),

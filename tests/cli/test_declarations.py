@@ -159,8 +159,8 @@ ELSEWHERE = {
         "dataset device method pattern probe r ratio seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
-        "learning_rate load_in_4bit max_length max_steps optim output_dir per_device_train_batch_size target_modules "
-        "top_k"
+        "learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim output_dir "
+        "per_device_train_batch_size target_modules top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
     "it is written into a plan, an adapter or a manifest, and read from there": ("base_model_name_or_path mask_update"),

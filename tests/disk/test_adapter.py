@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import loram
-from loram.disk.adapter import Adapter, load_for
+from loram.compute.belonging import load_for
+from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 
 Tensors = dict[str, Tensor]

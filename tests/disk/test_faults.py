@@ -13,7 +13,7 @@ from conftest import make_model, random_adapter
 from safetensors.torch import load_file, save_file
 
 import loram
-from loram.disk.adapter import load_for
+from loram.compute.belonging import load_for
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.gguf import convert_gguf
 from loram.disk.writer import ShardedWriter

@@ -473,6 +473,12 @@ def test_sizes_that_are_none(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_all_linear_takes_what_the_default_takes(family: str, tiny_models: dict[str, Path]) -> None:
+    named = loram.estimate(tiny_models[family], lora_target_modules="all-linear")
+    assert named == loram.estimate(tiny_models[family])
+
+
 def test_sizes() -> None:
     found = [parse_size(text) for text in ("12GiB", "12 gb", "1.5 MiB", "800MB")]
     assert found == [12 * GIB, 12 * 10**9, 3 << 19, 800 * 10**6]

@@ -14,9 +14,9 @@ from peft import PeftModel
 
 import loram
 from loram.base.errors import UserError
+from loram.compute.belonging import load_for
 from loram.compute.loading import load_model
 from loram.compute.loss import use_chunked_loss_
-from loram.disk.adapter import load_for
 from loram.disk.opening import open_model
 from loram.recovery.options import PolishOptions
 from loram.recovery.polish import LOG_NAME, polish

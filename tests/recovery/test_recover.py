@@ -90,6 +90,20 @@ def test_recovered_config_is_stock_peft(trained: Path, tiny_llama: Path, tmp_pat
     assert ranks == {8}
 
 
+def test_the_base_that_is_named_is_checked_and_written_down(
+    trained: Path, tiny_llama: Path, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
+    loram.recover(trained, tmp_path / "recovered", base=moved)
+    config = json.loads((tmp_path / "recovered" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved)
+    with pytest.raises(loram.UserError, match=r"not the full model that the plan was made from.*--base"):
+        loram.recover(trained, tmp_path / "out", base=tiny_models["mistral"])
+    with pytest.raises(loram.UserError, match="no such file or folder"):
+        loram.recover(trained, tmp_path / "out", base=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
 def test_inputs_are_not_written_to(trained: Path, tmp_path: Path) -> None:
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in trained.iterdir()}
     loram.recover(trained, tmp_path / "recovered")

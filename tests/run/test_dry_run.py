@@ -177,8 +177,15 @@ def test_a_text_begins_with_a_token_that_is_not_predicted(
         ({"evaluate": {"max_length": 2}}, "no token of any row is in the loss"),
         ({"prune": {"ratio": 0.5, "keep_first": 1, "keep_last": 1, "calibration": "none.jsonl"}}, "no such file"),
         ({"device": "cuda:99"}, "cannot be used"),
+        ({"train": {"lora": {"arrow_config": {}}}}, "arrow_config cannot be used"),
+        ({"train": {"trainer": {"eval_strategy": "steps"}}}, "eval_strategy cannot be set"),
+        ({"train": {"trainer": {"optim_args": "foo"}}}, "unpack"),
+        ({"align": {"trainer": {"adam_beta1": 2}}}, "Invalid beta parameter"),
     ],
-    ids=["rank", "schedule", "length", "evaluation", "calibration", "device"],
+    ids=[
+        *("rank", "schedule", "length", "evaluation", "calibration", "device"),
+        *("lora", "trainer", "optimiser", "alignment"),
+    ],
 )
 def test_problems_are_found_before_a_weight_is_read(
     changes: dict[str, Any], message: str, tiny_llama: Path, rows_file: Path, tmp_path: Path

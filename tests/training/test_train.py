@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, elsewhere
+from helpers import contents
 from safetensors.torch import load_file
 
 import loram
@@ -105,7 +106,7 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
         ({"trainer": {"warmup_ratio": 0.1}}, "here it is called warmup_steps; a value below 1 is a share"),
         ({"trainer": {"learning_rte": 1}}, "did you mean learning_rate?"),
         ({"lora": {"target_modules": ["qproj"]}}, "'qproj'"),
-        ({"lora": {"target_modules": "all-linear"}}, "should be a list"),
+        ({"lora": {"target_modules": "q_proj"}}, "should be all-linear or a list"),
         ({"lora": {"r": 0}}, "r"),
         ({"method": "lisaa"}, "known are lora"),
         ({"trainer": {"loss_type": "dft"}}, "loss_type cannot be set"),
@@ -119,7 +120,26 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
         ({"trainer": {"output_dir": "x"}}, "output_dir cannot be set"),
         ({"trainer": {"assistant_only_loss": True}}, "assistant_only_loss cannot be set"),
         ({"lora": {"use_dora": True}}, "use_dora cannot be used"),
-        ({"lora": {"bias": "all"}}, "bias should be none"),
+        ({"lora": {"bias": "all"}}, "bias cannot be used"),
+        ({"lora": {"kasa_config": {}}}, "kasa_config cannot be used"),
+        ({"lora": {"inference_mode": True}}, "inference_mode cannot be used"),
+        ({"trainer": {"eval_strategy": "steps"}}, "eval_strategy cannot be set: no rows are evaluated"),
+        ({"trainer": {"save_strategy": "best"}}, "save_strategy cannot be best"),
+        ({"trainer": {"push_to_hub": True}}, "push_to_hub cannot be set: .* hf upload"),
+        ({"trainer": {"deepspeed": {}, "fsdp": "full_shard"}}, "fsdp cannot be set: .*accelerate launch"),
+        ({"trainer": {"learning_rate": -1}}, "learning_rate: Input should be greater than 0"),
+        ({"trainer": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size: "),
+        ({"trainer": {"weight_decay": -0.1}}, "weight_decay is -0.1"),
+        ({"trainer": {"adam_beta2": 1.5}}, "Invalid beta parameter"),
+        ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, "min_lr"),
+        ({"trainer": {"lr_scheduler_kwargs": {"foo": 1}}}, "foo"),
+        ({"trainer": {"optim_target_modules": ["q_proj"]}}, "optim_target_modules does nothing"),
+        ({"trainer": {"optim_args": "foo"}}, "unpack"),
+        ({"trainer": {"report_to": "nothing"}}, "nothing is not supported"),
+        ({"trainer": {"log_level": "loud"}}, "log_level is 'loud'; known are"),
+        ({"trainer": {"dataloader_persistent_workers": True}}, "num_workers"),
+        ({"trainer": {"packing": True, "packing_strategy": "x"}}, "Invalid packing strategy"),
+        ({"trainer": {"pad_to_multiple_of": 0}}, "pad_to_multiple_of should be at least 1"),
         ({"device": "cuda:99"}, "cannot be used"),
     ],
     ids=str,
@@ -130,6 +150,30 @@ def test_bad_options_are_refused_and_leave_nothing(
     with pytest.raises(loram.UserError, match=message.replace("?", r"\?")):
         loram.train(pruned_models["llama"], tmp_path / "out", data=rows_file, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_that_are_off_may_be_written_down(
+    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    off = {
+        "eval_strategy": "no",
+        "do_eval": False,
+        "push_to_hub": False,
+        "hub_token": None,
+        "fsdp": "",
+        "use_cpu": True,
+    }
+    lora = {"kasa_config": None, "inference_mode": False, "bias": "none", "modules_to_save": []}
+    loram.train(
+        pruned_models["llama"], tmp_path / "out", data=rows_file, device="cpu", lora=lora, trainer={**STEPS, **off}
+    )
+
+
+def test_all_linear_is_every_linear_of_the_layers(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = {"data": rows_file, "trainer": {"max_steps": 1}}
+    loram.train(tiny_llama, tmp_path / "named", lora={"target_modules": "all-linear"}, **options)
+    loram.train(tiny_llama, tmp_path / "left_out", **options)
+    assert contents(tmp_path / "named") == contents(tmp_path / "left_out")
 
 
 def test_a_loss_that_is_not_finite_stops_with_nothing_written(
