@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -10,6 +11,7 @@ from jinja2 import TemplateError
 
 from loram.base.errors import UserError
 from loram.data.batches import IGNORED
+from loram.data.clock import clock_at
 from loram.data.forms import check_alike, normalise, pick_form
 from loram.data.reading import Row, bars_if_slow, location, read_raw
 from loram.data.spec import DataSpec
@@ -49,7 +51,14 @@ def load_rows(spec: DataSpec) -> Dataset:
     return _load(spec)[0]
 
 
-def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, vocabulary: int) -> Tokens:
+def load_tokens(
+    spec: DataSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    vocabulary: int,
+    now: datetime | None = None,
+) -> Tokens:
     """Read and tokenise a data set.
 
     Args:
@@ -57,6 +66,7 @@ def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length
         tokenizer: the tokenizer of the model.
         max_length: the limit in tokens, as in `tokenize`.
         vocabulary: how many rows the model's embedding has; a token beyond it is refused.
+        now: the time for chat templates that write one; None is the time of this call.
 
     Raises:
         UserError: as in `load_rows` and `tokenize`, or the tokenizer does not fit the model.
@@ -69,7 +79,8 @@ def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length
         )
     rows, lines = _load(spec)
     length = spec.max_length or max_length
-    return tokenize(rows, tokenizer, length, name=spec.path, lines=lines, vocabulary=vocabulary)
+    with clock_at(now or datetime.now()):
+        return tokenize(rows, tokenizer, length, name=spec.path, lines=lines, vocabulary=vocabulary)
 
 
 def _load(spec: DataSpec) -> tuple[Dataset, list[int] | None]:
