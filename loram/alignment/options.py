@@ -8,7 +8,7 @@ from pydantic import AliasChoices, PositiveInt, field_validator, model_validator
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
 from loram.data.spec import CacheSpec, WeightedSpec
-from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
+from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, check_steps, defaults_of, option_names
 
 # Options that loram decides itself, or that would be ignored in silence.
 _OURS = {
@@ -158,4 +158,5 @@ def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any
     options = {**defaults_of(AlignTrainerFlags), "seed": seed, **trainer}
     if not isinstance(options["max_length"], int) or options["max_length"] < 2:
         raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")
+    check_steps(options)
     return options

@@ -3,12 +3,16 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from loram.alignment.options import resolve_trainer
+from loram.alignment.arguments import build_arguments
+from loram.alignment.inputs import divide
+from loram.alignment.mixture import Rows, draw
+from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype, pick_device
 from loram.compute.likelihood import load_scored
@@ -31,11 +35,12 @@ from loram.pruning.sparse import sparse_plan
 from loram.run.pipeline import check
 from loram.run.recipe import Recipe
 from loram.run.stages import FULL_LORA, train_options
-from loram.trainer.arguments import as_user_error, checkpoints_activations
+from loram.trainer.arguments import as_user_error, check_batches, checkpoints_activations
 from loram.training.configs import build_configs
 from loram.training.methods.table import METHODS
 from loram.training.methods.weights import trained_layers
 from loram.training.options import TrainOptions, resolve
+from loram.training.rows import check_rows
 
 EXAMPLES = 2
 
@@ -153,14 +158,16 @@ def dry_run(recipe: Recipe) -> DryRun:
     to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer)
     to_align = {}
     if recipe.align is not None:
-        aligning = resolve_trainer(recipe.align.trainer)
+        aligning = resolve_trainer(recipe.align.trainer, recipe.seed)
         to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
+        _check_alignment(recipe.align, aligning, list(to_align.values()), device)
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
         for name, spec in recipe.eval_dataset.items()
     }
     settings: Settings | UserError | None = None
     if to_train is not None:
+        check_rows(to_train.rows, arguments, tokenizer)
         longest = max(map(len, to_train.rows["input_ids"]))
         settings = _settings(training, adapter, arguments, device, longest)
     first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
@@ -182,6 +189,17 @@ def dry_run(recipe: Recipe) -> DryRun:
             tuple(_spans(row, tokenizer)) for row in itertools.islice(first.rows if first else [], EXAMPLES)
         ),
     )
+
+
+def _check_alignment(
+    section: AlignOptions, trainer: Mapping[str, Any], tokens: Sequence[Tokens], device: torch.device
+) -> None:
+    """Refuse rows that are too few for an alignment and its probe."""
+    if not tokens:
+        return  # it aligns on a teacher's folders, or on text that the full model is still to write
+    weights, seed = [spec.weight for spec in section.dataset], trainer["seed"]
+    rows = Rows([part.rows for part in tokens], draw([len(part.rows) for part in tokens], weights, seed))
+    check_batches(len(divide(rows, section, seed)[0]), build_arguments(trainer, device, Path("unused")))
 
 
 def _trained(

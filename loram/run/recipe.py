@@ -1,6 +1,5 @@
 """A recipe: the YAML that describes a whole run, validated before anything happens."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from loram.base.errors import UserError
 from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
 from loram.data.spec import DataSpec
+from loram.disk.artifacts import file_sha256
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import PolishOptions, RecoverOptions
@@ -219,7 +219,6 @@ def _explain(error: ValidationError) -> str:
 
 
 def file_digest(spec: DataSpec) -> str:
-    """Return the SHA-256 of a data set's settings, and of a local file's content; a hub data set is not fetched."""
+    """Return the SHA-256 of a local file's content, or the name of any other data set, which is not fetched."""
     path = Path(spec.path).expanduser()
-    content = path.read_bytes() if path.is_file() else b""
-    return hashlib.sha256(spec.model_dump_json().encode() + content).hexdigest()
+    return file_sha256(path) if path.is_file() else spec.path

@@ -9,7 +9,7 @@ from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
 from loram.model.architecture import Architecture
 from loram.model.families import KNOWN_TARGETS, LINEARS
-from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, defaults_of, option_names
+from loram.trainer.arguments import TRAINER_NAMES, TrainerFlags, check_names, check_steps, defaults_of, option_names
 from loram.training.methods.table import METHODS, check_method, method_of
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the model's weights as they are
@@ -183,8 +183,8 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     check_method(options, lora)
     lora |= method.lora
     _check_trainer(trainer)
-    if options.anchor_steps:
-        trainer = _anchored(options, trainer)
+    if options.anchor_steps and (problem := why_not_anchored(options)):
+        raise UserError(f"anchor_steps: {problem}")
     own = {} if method.section is None else {method.section: method.own_options(options)}
     return options.model_copy(update={"lora": lora, "trainer": trainer, **own})
 
@@ -197,6 +197,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
     if trainer["max_length"] is None:
         raise UserError("trainer: max_length should be a number of tokens")
+    check_steps(trainer)
 
 
 def why_not_anchored(options: TrainOptions) -> str | None:
@@ -209,17 +210,6 @@ def why_not_anchored(options: TrainOptions) -> str | None:
         if options.trainer.get(key):
             return f"measures each row by itself, and {key} puts rows together; drop one"
     return None
-
-
-def _anchored(options: TrainOptions, trainer: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the options of a measured training, which saves a checkpoint where each measurement begins."""
-    steps = options.anchor_steps
-    assert steps
-    if problem := why_not_anchored(options):
-        raise UserError(f"anchor_steps: {problem}")
-    if isinstance(saved := trainer["save_steps"], int) and saved % steps:
-        trainer = {**trainer, "save_steps": -(-saved // steps) * steps}
-    return trainer
 
 
 def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from loram.trainer.arguments import check_batches
+
 
 def rows_digest(rows: Dataset) -> str:
     """Return the SHA-256 of the rows' token ids and labels, in order."""
@@ -37,6 +39,12 @@ def arrange(
         pad_to_multiple_of=arguments.pad_to_multiple_of,
     )
     return rows, collator
+
+
+def check_rows(rows: Dataset, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows that make no batch, as `check_batches` does, after they are packed."""
+    if arguments.dataloader_drop_last:
+        check_batches(len(arrange(rows, arguments, tokenizer)[0]), arguments)
 
 
 def first_batches(
