@@ -68,6 +68,7 @@ SLOW = (
     "test_compare",
     "test_correct",
     "test_dry_run",
+    "test_gradients",
     "test_end_to_end",
     "test_kill",
     "test_laws",
@@ -83,6 +84,7 @@ SLOW = (
     "test_resume",
     "test_sparse",
     "test_sparse_train",
+    "test_stopping",
     "test_teach",
     "test_train",
 )

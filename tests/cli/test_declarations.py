@@ -159,10 +159,11 @@ ELSEWHERE = {
         "dataset device method pattern probe r ratio seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
-        "learning_rate load_in_4bit max_length max_steps optim output_dir per_device_train_batch_size target_modules "
-        "top_k"
+        "learning_rate load_in_4bit max_length max_steps optim output_dir per_device_train_batch_size "
+        "save_strategy save_total_limit target_modules top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
+    "`trainer/resume.py` lists it among what may change before a training goes on": "probe_dataset",
     "it is written into a plan, an adapter or a manifest, and read from there": ("base_model_name_or_path mask_update"),
     "each module of the room `run` reads this part of the recipe": ("model_name_or_path"),
 }
