@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,11 @@ from loram.disk.artifacts import check_output
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.disk.writer import write_trained
+from loram.trainer.arguments import check_batches
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
 from loram.trainer.frame import Job, Outcome, join_processes, run_job
+from loram.trainer.resume import first_start
 
 logger = logging.getLogger(__name__)
 
@@ -74,23 +77,29 @@ def align(
         `out`.
 
     Raises:
-        UserError: a folder, data set or option cannot be used, the teacher is not the plan's full model or does not
-            fit in memory, `out` exists, or the interrupted alignment had other settings or data.
+        UserError: a folder, data set or option cannot be used, no step would be taken, the teacher is not the plan's
+            full model or does not fit in memory, `out` exists, or the interrupted alignment had settings or data with
+            another result.
         FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
+        MissingGradientError: a parameter that should train gets no gradient; names it.
     """
     spec = AlignOptions.of(options, **fields)
     out = check_output(out, pruned)
     on = join_processes(device)
     arguments = resolve_trainer(spec.trainer, seed)
-    inputs = open_inputs(open_model(pruned, chat_template=chat_template), spec, arguments, base, on)
+    started = first_start(out, fresh=fresh)
+    inputs = open_inputs(open_model(pruned, chat_template=chat_template), spec, arguments, base, on, now=started)
+    check_batches(len(inputs.rows), build_arguments(arguments, on, out))
     probe_rows = ""
     if inputs.probe is not None:
         probe_rows = f", the probe trains on {len(inputs.probe[0])} and is judged by {len(inputs.probe[1])}"
     logger.info("aligning on %d rows%s", len(inputs.rows), probe_rows)
-    return run_job(_job(inputs, spec, arguments, on), out, fresh=fresh)
+    return run_job(_job(inputs, spec, arguments, on, started), out, fresh=fresh)
 
 
-def _job(inputs: Inputs, spec: AlignOptions, options: Mapping[str, Any], device: torch.device) -> "_AlignJob":
+def _job(
+    inputs: Inputs, spec: AlignOptions, options: Mapping[str, Any], device: torch.device, started: datetime
+) -> "_AlignJob":
     return _AlignJob(
         kind="pruned",
         made_from=inputs.fingerprints(),
@@ -101,6 +110,12 @@ def _job(inputs: Inputs, spec: AlignOptions, options: Mapping[str, Any], device:
             "processes": processes.count(),
             **as_setting(inputs.student.chat_template),
         },
+        names={
+            "rows": " and ".join(one.path for one in spec.dataset or spec.teacher) or "the sampled text",
+            "base": inputs.plan.base.name,
+            "pruned": inputs.student.name,
+        },
+        started=started,
         device=device,
         checkpoint_limit=options["save_total_limit"],
         keep_checkpoints=spec.trainer.get("save_strategy", "no") != "no",

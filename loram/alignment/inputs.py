@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,13 @@ class Inputs:
 
 
 def open_inputs(
-    student: Checkpoint, spec: AlignOptions, trainer: Mapping[str, Any], base: str | Path | None, device: torch.device
+    student: Checkpoint,
+    spec: AlignOptions,
+    trainer: Mapping[str, Any],
+    base: str | Path | None,
+    device: torch.device,
+    *,
+    now: datetime,
 ) -> Inputs:
     """Open and check everything, so that an error comes before any training.
 
@@ -74,6 +81,7 @@ def open_inputs(
         trainer: the options of the Trainer with every default filled in.
         base: the full model, if it is not at the name that the plan has.
         device: the device to train on.
+        now: the time for chat templates that write one.
 
     Raises:
         UserError: a folder or data set cannot be used, or the full model does not fit in memory beside the student.
@@ -92,18 +100,27 @@ def open_inputs(
     if spec.teacher:
         rows = cached_rows(spec.teacher, plan.base, seed)
     elif spec.dataset:
-        rows = read_rows(spec.dataset, tokenizer, length, student.vocabulary, seed)
+        rows = read_rows(spec.dataset, tokenizer, length, student.vocabulary, seed, now=now)
     else:
         assert full is not None
         rows = _sampled(full, tokenizer, trainer, device)
-    probe = None
+    rows, probe = divide(rows, spec, seed)
     if spec.probe_dataset is not None:
-        probe_rows = read_rows([spec.probe_dataset], tokenizer, length, student.vocabulary, seed)
+        probe_rows = read_rows([spec.probe_dataset], tokenizer, length, student.vocabulary, seed, now=now)
         probe = split(probe_rows, spec.probe_steps, seed, spec.probe_dataset.path)
-    elif spec.probe:
-        rows, probe = hold_out(rows, spec.probe_steps, seed)
     caches = tuple(_fingerprint(local(cache.path)) for cache in spec.teacher)
     return Inputs(student=student, plan=plan, full=full, teacher=caches, rows=rows, probe=probe)
+
+
+def divide(rows: Rows, spec: AlignOptions, seed: int) -> tuple[Rows, tuple[Rows, Rows] | None]:
+    """Divide rows into those to align on and those of the probe, where it has no data set of its own.
+
+    Raises:
+        UserError: there are too few rows.
+    """
+    if not spec.probe or spec.probe_dataset is not None:
+        return rows, None
+    return hold_out(rows, spec.probe_steps, seed)
 
 
 def load_on(model: Checkpoint, device: torch.device) -> PreTrainedModel:

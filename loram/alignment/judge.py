@@ -87,3 +87,4 @@ class Milestones(TrainerCallback):
         if self.judge is not None:
             control.should_evaluate = last or state.global_step % self.judge.every == 0
         control.should_save |= last or control.should_evaluate
+        control.should_log |= control.should_evaluate

@@ -1,6 +1,7 @@
 """Rows of several data sets or teacher caches as one mixture, and the batches that alignment trains on."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -64,7 +65,13 @@ def draw(lengths: Sequence[int], weights: Sequence[float | None], seed: int) -> 
 
 
 def read_rows(
-    specs: Sequence[WeightedSpec], tokenizer: "PreTrainedTokenizerBase", max_length: int, vocabulary: int, seed: int
+    specs: Sequence[WeightedSpec],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    vocabulary: int,
+    seed: int,
+    *,
+    now: datetime,
 ) -> "Rows":
     """Read and tokenise data sets, and mix their rows.
 
@@ -72,11 +79,12 @@ def read_rows(
         specs: the data sets, with their weights.
         tokenizer, max_length, vocabulary: as in `loram.data.tokens.load_tokens`.
         seed: the seed of the draw.
+        now: the time for chat templates that write one.
 
     Raises:
         UserError: as in `loram.data.tokens.load_tokens` and `draw`.
     """
-    sources = [load_tokens(spec, tokenizer, max_length, vocabulary=vocabulary).rows for spec in specs]
+    sources = [load_tokens(spec, tokenizer, max_length, vocabulary=vocabulary, now=now).rows for spec in specs]
     return Rows(sources, draw([len(rows) for rows in sources], [spec.weight for spec in specs], seed))
 
 

@@ -12,6 +12,7 @@ from loram.trainer.arguments import (
     TRAINER_NAMES,
     TrainerFlags,
     check_names,
+    check_steps,
     check_trainer,
     check_values,
     defaults_of,
@@ -151,4 +152,5 @@ def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any
     check_trainer(options, TrainingArguments)
     if not isinstance(options["max_length"], int) or options["max_length"] < 2:
         raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")
+    check_steps(options)
     return options

@@ -29,6 +29,7 @@ from loram.disk.adapter import Adapter, add_update_
 from loram.disk.checkpoint import Checkpoint
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
+from loram.trainer.guard import check_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,12 +165,13 @@ class Probe:
 
         Raises:
             FloatingPointError: a loss is not finite.
+            MissingGradientError: a factor of the adapter gets no gradient.
         """
         with _restore(student):
             with autocast():
                 alone = _mean(model_loss(student.eval(), *self.dev))
             with autocast(), _attach_adapter(student, self.plan, self.seed) as factors:
-                self._train(student.train(), list(factors.values()))
+                self._train(student.train(), factors)
                 adapted = _mean(model_loss(student.eval(), *self.dev))
             tensors = {name: tensor.detach().cpu() for name, tensor in factors.items()}
         losses = ProbeLosses(recovered_loss=self._recovered_loss(tensors), adapted_loss=adapted, student_loss=alone)
@@ -177,8 +179,8 @@ class Probe:
             raise FloatingPointError(f"the probe's losses are not all finite: {losses}; try a lower learning_rate")
         return losses
 
-    def _train(self, student: "PreTrainedModel", factors: list[Tensor]) -> None:
-        optimizer = torch.optim.AdamW(factors, lr=_LEARNING_RATE, weight_decay=0.0)
+    def _train(self, student: "PreTrainedModel", factors: dict[str, Tensor]) -> None:
+        optimizer = torch.optim.AdamW(factors.values(), lr=_LEARNING_RATE, weight_decay=0.0)
         for step in track(range(self.steps), "Probe"):
             batch = self.batches[step % len(self.batches)]
             # only these three: the rows of a teacher cache have more tensors
@@ -190,6 +192,7 @@ class Probe:
             )
             optimizer.zero_grad()
             loss.backward()
+            check_gradients(factors, step + 1)
             optimizer.step()
 
     def _recovered_loss(self, tensors: dict[str, Tensor]) -> float:

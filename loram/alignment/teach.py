@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.model.plan import BaseReference
+from loram.trainer.resume import STARTED
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,11 @@ def teach(
     spec, settings = as_spec(data), TeachOptions.of(options, **fields)
     out = check_output(out, model)
     checkpoint, compute_device = open_model(model, chat_template=chat_template), pick_device(device)
-    tokens = load_tokens(spec, load_tokenizer(checkpoint), settings.max_length, vocabulary=checkpoint.vocabulary)
+    work = out.with_name(f"{out.name}-parts")
+    started = datetime.now() if fresh else _first_start(work)
+    tokens = load_tokens(
+        spec, load_tokenizer(checkpoint), settings.max_length, vocabulary=checkpoint.vocabulary, now=started
+    )
     input_ids, labels = tokens.rows["input_ids"][:], tokens.rows["labels"][:]
     vocab_size = checkpoint.shape(checkpoint.head)[0]
     if not 0 < settings.top_k <= vocab_size:
@@ -84,14 +90,14 @@ def teach(
         part_rows=tuple(map(len, parts)),
     )
     dtype = compute_dtype(compute_device)
-    work = out.with_name(f"{out.name}-parts")
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
         try:
             if fresh:
                 for path in work.iterdir():
                     path.unlink()
-            _check_request(work, {**info.model_dump(mode="json"), "dtype": str(dtype)})
+            request = {**info.model_dump(mode="json"), "dtype": str(dtype), STARTED: started.isoformat()}
+            _check_request(work, request, spec.path)
             for number, rows in enumerate(parts):
                 path = work / part_name(number)
                 if path.exists():
@@ -101,6 +107,10 @@ def teach(
                 part = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
                 _teach_part(path, checkpoint, *part, info=info, device=compute_device)
             _publish(work, out, info, {"data": spec.model_dump(mode="json"), **as_setting(checkpoint.chat_template)})
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if (work / part_name(0)).exists():
+                stop.add_note("the same command continues after the finished parts")
+            raise
         finally:
             if out.exists() or not (work / part_name(0)).exists():  # there is nothing to continue from
                 shutil.rmtree(work)
@@ -139,17 +149,32 @@ def _parts(input_ids: Sequence[list[int]], part_tokens: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(input_ids)], strict=True)]
 
 
-def _check_request(work: Path, request: Mapping[str, Any]) -> None:
+def _check_request(work: Path, request: Mapping[str, Any], rows: str) -> None:
     path = work / _REQUEST_NAME
     if not path.is_file():
         path.write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        before = {}
-    if changed := difference(before, request):
+    before = _request(work)
+    changed = difference(before, request, ignored={"rows_digest", "part_rows", "name", STARTED})
+    if changed is None and any(before.get(key) != request[key] for key in ("rows_digest", "part_rows")):
+        changed = f"the rows of {rows}, or how they are cut into parts, are not those that it began with"
+    if changed:
         raise UserError(f"{work}: was begun with other settings ({changed}); give --fresh to start over")
+
+
+def _request(work: Path) -> dict[str, Any]:
+    """Return what the parts in a folder were made for; nothing if there are none, or if that file is damaged."""
+    try:
+        request: dict[str, Any] = json.loads((work / _REQUEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return request
+
+
+def _first_start(work: Path) -> datetime:
+    """Return when the first of the parts in a folder was begun; that is now if there are none."""
+    started = _request(work).get(STARTED)
+    return datetime.now() if started is None else datetime.fromisoformat(started)
 
 
 def _publish(work: Path, out: Path, info: TeacherInfo, settings: Mapping[str, Any]) -> None:

@@ -54,6 +54,17 @@ def broadcast(compute: Callable[[], T]) -> T:
     return result
 
 
+def gather(value: T) -> list[T]:
+    """Return the values of all processes, in the order of their numbers."""
+    if count() == 1:
+        return [value]
+    from torch.distributed import all_gather_object
+
+    values: list[Any] = [None] * count()  # Any: torch replaces each None by an object of type T
+    all_gather_object(values, value)
+    return values
+
+
 def leave() -> None:
     """Disconnect from the other processes at the end."""
     if count() > 1:

@@ -4,6 +4,7 @@ Nothing is decided here. A command (`commands.py`) names its arguments, its clas
 calls; `flags.py` makes flags of the options, and `parser.py` a parser of the flags.
 """
 
+import signal
 import sys
 
 import typer
@@ -11,13 +12,20 @@ import typer
 from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.names import on_the_line
+from loram.base.stopping import stop_by
 from loram.cli.commands import COMMANDS
 from loram.cli.parser import make_app
 from loram.run.recipe import Recipe
 
+_CTRL_C, _SIGTERM = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells give them
+
 
 def main() -> None:
-    """Entry point: exit code 0 for success, 2 for a user's mistake, 1 for a failure of ours, 130 for Ctrl-C."""
+    """Entry point: exit code 0 for success, 2 for a user's mistake, 1 for a failure of ours, 130 for Ctrl-C.
+
+    SIGTERM ends a command as Ctrl-C does, with the exit code 143.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_by(number))
     sys.exit(_main(sys.argv[1:]))
 
 
@@ -34,19 +42,22 @@ def _main(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except typer.TyperException as error:
         return _misused(error, spelled)
-    except KeyboardInterrupt:
-        code = 130
+    except KeyboardInterrupt as error:
+        return _stopped(error, _CTRL_C)
     except BrokenPipeError:
         return 0
     except SystemExit as stop:  # a library's way to end
         code = int(stop.code or 0)
+        if code in (_CTRL_C, _SIGTERM):
+            return _stopped(stop, code)
     except Exception as error:
         if debug:
             raise
         reason = (str(error).strip() or "no further detail").splitlines()[0]
-        return _fail(f"{type(error).__name__}: {reason} (run `loram --debug ...` for the traceback)", 1)
-    if code == 130:
-        return _fail("stopped; nothing half-written was left behind", code)
+        how = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        return _fail(f"{type(error).__name__}: {reason}{how} (run `loram --debug ...` for the traceback)", 1)
+    if code == _CTRL_C:  # before the command began
+        return _stopped(KeyboardInterrupt(), code)
     if not code:
         processes.leave()
     return code
@@ -94,6 +105,12 @@ def _check_names(arguments: list[str]) -> None:
     for flag in (a.split("=")[0] for a in arguments if a.startswith("--")):
         if ours := on_the_line(flag, flags, names, root=Recipe):
             raise UserError(f"{flag}: here it is called {ours}")
+
+
+def _stopped(error: BaseException, code: int) -> int:
+    """Say that a signal has stopped the command, and how to go on: stages leave a note where they keep something."""
+    how = "; ".join(getattr(error, "__notes__", ())) or "the same command starts over"
+    return _fail(f"stopped; nothing half-written was left behind; {how}", code)
 
 
 def _fail(message: str, code: int) -> int:

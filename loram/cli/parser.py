@@ -2,9 +2,8 @@
 
 import inspect
 import logging
-import os
+import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from typer.core import TyperCommand
 
 from loram.base import processes
 from loram.base.paths import local
+from loram.base.quiet import quieten_libraries
 from loram.cli.commands import COMMANDS, Command
 from loram.cli.flags import COMMON, RUN, keywords
 
@@ -62,7 +62,13 @@ def _function(command: Command) -> Callable[..., None]:
     def call(**given: Any) -> None:
         values = {name: local(value) if isinstance(value, Path) else value for name, value in given.items()}
         arguments = [values[argument.name] for argument in command.arguments]
-        command.call(*arguments, **keywords(command.flags, values))
+        try:
+            command.call(*arguments, **keywords(command.flags, values))
+        except KeyboardInterrupt as error:  # typer would keep its notes to itself
+            stop = SystemExit(128 + signal.SIGINT)
+            for note in getattr(error, "__notes__", ()):
+                stop.add_note(note)
+            raise stop from error
 
     function: Any = call
     parameters = list(_parameters(command))
@@ -114,9 +120,4 @@ def _configure(
     usual = logging.INFO if processes.first() else logging.ERROR
     logging.getLogger("loram").setLevel(logging.DEBUG if debug else usual)
     if not debug:
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        for name in ("httpx", "httpx2", "huggingface_hub", "urllib3", "filelock", "fsspec"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        quieten_libraries()

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from loram.base.errors import UserError, in_one_line
@@ -85,7 +86,20 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
+    keep_layout_(model)
     return model
+
+
+def keep_layout_(model: nn.Module) -> None:
+    """Keep bitsandbytes from laying a model's 4-bit weights out anew, as it does on CPUs with AVX512-BF16.
+
+    It does so in the first forward pass in evaluation mode without gradients, for a kernel that only predicts: whatever
+    trains after that gets no gradient through these weights, and shapes that are no multiple of 32 are an error there.
+    """
+    module: Any  # torch declares that a module's attributes are tensors or modules
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit
+            module.support_avx512bf16_for_cpu = False
 
 
 def open_full(

@@ -19,7 +19,7 @@ from loram.base.constants import NF4_BLOCK, NF4_NESTED_BLOCK
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
-from loram.compute.loading import empty_model
+from loram.compute.loading import empty_model, keep_layout_
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
 from loram.model.modeling_loram import SparseLinear
@@ -80,6 +80,7 @@ def load_4bit(
         else:
             tensor = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device, dtype)
             setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+    keep_layout_(model)
     model.is_loaded_in_4bit = True  # PEFT looks here
     model = model.to(device)  # the buffers are not there yet
     return cast(PreTrainedModel, model.requires_grad_(False).eval())

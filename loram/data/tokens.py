@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -11,6 +12,7 @@ from datasets import Dataset
 
 from loram.base.errors import UserError
 from loram.data.batches import IGNORED
+from loram.data.clock import clock_at
 from loram.data.encode import Encoder
 from loram.data.forms import Example, normalise, pick_form
 from loram.data.messages import without_nulls
@@ -120,7 +122,14 @@ def check_rows(spec: DataSpec) -> None:
         pass
 
 
-def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, vocabulary: int) -> Tokens:
+def load_tokens(
+    spec: DataSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    vocabulary: int,
+    now: datetime | None = None,
+) -> Tokens:
     """Read and tokenise a data set.
 
     Args:
@@ -128,6 +137,7 @@ def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length
         tokenizer: the tokenizer of the model.
         max_length: the limit in tokens, as in `tokenize`.
         vocabulary: how many rows the model's embedding has; a token beyond it is refused.
+        now: the time for chat templates that write one; None is the time of this call.
 
     Raises:
         UserError: as in `load_rows` and `tokenize`, or the tokenizer does not fit the model.
@@ -138,7 +148,8 @@ def load_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", max_length
             f"{tokenizer.name_or_path}: the tokenizer knows {tokenizer.vocab_size:,} tokens, but the model's embedding "
             f"has only {vocabulary:,} rows: it does not fit the model; use the tokenizer that came with it"
         )
-    return tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
+    with clock_at(now or datetime.now()):
+        return tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
 
 
 def tokenize(

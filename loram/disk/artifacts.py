@@ -7,8 +7,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -314,13 +315,37 @@ def verify(folder: str | Path) -> dict[str, Manifest]:
     return manifests
 
 
-def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Describe the first value that changed as `key.key: before -> after`; return None if no value changed."""
+def difference(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "", *, ignored: Collection[str] = ()
+) -> str | None:
+    """Describe the first value that changed as `key.key: before -> after`; return None if no value changed.
+
+    Args:
+        before, after: the values.
+        prefix: what stands before the keys.
+        ignored: keys that do not count, on whatever level.
+    """
     for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
+        if key in ignored:
+            continue
+        place, old, new = f"{prefix}{key}", before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if (inner := difference(old, new, f"{prefix}{key}.")) is not None:
-                return inner
-        elif old != new:
-            return f"{prefix}{key}: {old!r} -> {new!r}"
+            inner = difference(old, new, f"{place}.", ignored=ignored)
+        elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            inner = difference(_numbered(old), _numbered(new), f"{place}.", ignored=ignored)
+        elif old != new and _is_digest(old) and _is_digest(new):
+            name = after.get("path") or after.get("name")
+            inner = f"{place}: {f'the content of {name}' if name else 'its content'} is not what it was"
+        else:
+            inner = f"{place}: {old!r} -> {new!r}" if old != new else None
+        if inner is not None:
+            return inner
     return None
+
+
+def _numbered(values: list[Any]) -> dict[str, Any]:
+    return {str(number): value for number, value in enumerate(values)}
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None

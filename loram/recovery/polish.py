@@ -39,6 +39,8 @@ from loram.disk.template import as_setting
 from loram.recovery.options import PolishOptions
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.frame import Job, Outcome, join_processes, run_job
+from loram.trainer.guard import check_gradients
+from loram.trainer.resume import first_start
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,9 @@ def polish(
 
     Raises:
         UserError: the model, the adapter, the data or an option cannot be used, `out` exists, or the interrupted run
-            had other settings or data.
+            had settings or data with another result.
         FloatingPointError: a loss or gradient is not finite.
+        MissingGradientError: a tensor of the adapter gets no gradient; names it.
     """
     source, chosen = local(adapter), PolishOptions.of(options, **fields)
     out = check_output(out, base, source)
@@ -96,7 +99,8 @@ def polish(
         raise UserError(f"{source}: a DoRA adapter, and only plain LoRA can be polished")
     on, manifest = join_processes(device), find_manifest(source)
     length = spec.max_length or chosen.max_length
-    tokens = load_tokens(spec, load_tokenizer(checkpoint), length, vocabulary=checkpoint.vocabulary)
+    started = first_start(out, fresh=fresh)
+    tokens = load_tokens(spec, load_tokenizer(checkpoint), length, vocabulary=checkpoint.vocabulary, now=started)
     rows = tokens.rows.shuffle(seed=seed)
     job = _PolishJob(
         kind="adapter" if manifest is None else manifest.kind,
@@ -112,6 +116,8 @@ def polish(
             "seed": seed,
             **as_setting(checkpoint.chat_template),
         },
+        names={"rows": spec.path, "base": checkpoint.name, "adapter": str(source)},
+        started=started,
         device=on,
         checkpoint=checkpoint,
         start=start,
@@ -192,8 +198,8 @@ class _Progress:
     def __init__(self, start: Adapter, trained: Sequence[str], options: PolishOptions) -> None:
         self.options, self.log = options, list[dict[str, float]]()
         self.tensors = {name: tensor.float().clone() for name, tensor in start.tensors.items()}
-        self._trained = [self.tensors[name] for name in trained]
-        self._optimizer = torch.optim.AdamW(self._trained, lr=options.learning_rate, weight_decay=0.0)
+        self._trained = {name: self.tensors[name] for name in trained}
+        self._optimizer = torch.optim.AdamW(self._trained.values(), lr=options.learning_rate, weight_decay=0.0)
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, 0, options.max_steps)
 
     def step_(self, loss: float) -> None:
@@ -201,9 +207,11 @@ class _Progress:
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite.
+            MissingGradientError: a tensor has no gradient.
         """
         step, options = len(self.log) + 1, self.options
-        norm = nn.utils.clip_grad_norm_(self._trained, options.max_grad_norm)
+        check_gradients(self._trained, step)
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), options.max_grad_norm)
         if not (torch.isfinite(norm) and math.isfinite(loss)):
             raise FloatingPointError(f"step {step}: loss {loss}, norm of the gradient {norm}; lower learning_rate")
         self.log.append({"step": step, "loss": loss, "learning_rate": self._schedule.get_last_lr()[0]})

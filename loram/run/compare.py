@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from loram.base.errors import UserError, first_problem
+from loram.base.quiet import quieten_libraries
 from loram.evaluation.evaluate import Report
 from loram.run.pipeline import check
 from loram.run.recipe import Recipe, Variant
@@ -123,14 +124,22 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def _alone(action: Any, *arguments: Any) -> Any:
     """Call a function in a fresh process, so that its peak memory is its own."""
+    level = logging.getLogger("loram").level
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_as_here, initargs=(logger.level,)) as pool:
-        return pool.submit(action, *arguments).result()
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_as_here, initargs=(level,)) as pool:
+        try:
+            return pool.submit(action, *arguments).result()
+        except BaseException:
+            for child in multiprocessing.active_children():  # it may still train
+                child.terminate()
+            raise
 
 
 def _as_here(level: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("loram").setLevel(level or logging.INFO)
+    if level != logging.DEBUG:
+        quieten_libraries()
 
 
 def _untuned(recipe: Recipe) -> Measured:

@@ -10,7 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from loram.alignment.arguments import build_arguments
-from loram.alignment.options import resolve_trainer
+from loram.alignment.inputs import divide
+from loram.alignment.mixture import Rows, draw
+from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype, pick_device
 from loram.compute.likelihood import load_scored
@@ -31,11 +33,12 @@ from loram.pruning.prune import load_calibration
 from loram.run.pipeline import check
 from loram.run.recipe import EvaluateSection, Recipe
 from loram.run.stages import FULL_LORA, train_options
-from loram.trainer.arguments import as_user_error, checkpoints_activations
+from loram.trainer.arguments import as_user_error, check_batches, checkpoints_activations
 from loram.training.configs import build_configs
 from loram.training.methods.table import METHODS
 from loram.training.methods.weights import trained_layers
 from loram.training.options import TrainOptions, resolve
+from loram.training.rows import check_packed
 
 EXAMPLES = 2
 
@@ -166,15 +169,16 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
     to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer)
     to_align = {}
     if recipe.align is not None:
-        aligning = resolve_trainer(recipe.align.trainer)
-        build_arguments(aligning, device, Path("unused"))  # or it refuses them
+        aligning = resolve_trainer(recipe.align.trainer, recipe.seed)
         to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
+        _check_alignment(recipe.align, aligning, list(to_align.values()), device)
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
         for name, spec in recipe.held_out.items()
     }
     settings: Settings | UserError | None = None
     if to_train is not None:
+        check_packed(to_train.rows, arguments)
         longest = max(map(len, to_train.rows["input_ids"]))
         settings = _settings(training, adapter, arguments, device, longest)
     first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
@@ -206,6 +210,18 @@ def _pick_examples(tokens: Tokens, show_row: int | None) -> list[int]:
     if not pieces:
         raise UserError(f"show_row: row {show_row} is not used: it has no token in the loss, or there is no such row")
     return pieces
+
+
+def _check_alignment(
+    section: AlignOptions, trainer: Mapping[str, Any], tokens: Sequence[Tokens], device: torch.device
+) -> None:
+    """Refuse options that cannot work, and rows that are too few for an alignment and its probe."""
+    arguments = build_arguments(trainer, device, Path("unused"))
+    if not tokens:
+        return  # it aligns on a teacher's folders, or on text that the full model is still to write
+    weights, seed = [spec.weight for spec in section.dataset], trainer["seed"]
+    rows = Rows([part.rows for part in tokens], draw([len(part.rows) for part in tokens], weights, seed))
+    check_batches(len(divide(rows, section, seed)[0]), arguments)
 
 
 def _trained(

@@ -1,6 +1,5 @@
 """A recipe: the YAML that describes a whole run, validated before anything happens."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
 from loram.base.paths import LocalPath, Named, local
 from loram.data.spec import DataSpec
+from loram.disk.artifacts import digest, file_sha256
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import PolishOptions, RecoverOptions
@@ -248,13 +248,12 @@ def _explain(error: ValidationError) -> str:
 
 
 def file_digest(spec: DataSpec) -> str:
-    """Return the SHA-256 of a data set's settings, and of its files' content; a hub data set is not fetched."""
+    """Return the SHA-256 of the content of a data set's files, or the name of a hub data set, which is not fetched."""
     from loram.data.files import find_files
 
-    digest = hashlib.sha256(spec.model_dump_json().encode())
-    for path in find_files(spec) or ():
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                with file.open("rb") as handle:
-                    hashlib.file_digest(handle, lambda: digest)
-    return digest.hexdigest()
+    paths = find_files(spec)
+    if paths is None:
+        return spec.path
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    hashes = [file_sha256(file) for file in files if file.is_file()]
+    return hashes[0] if len(hashes) == 1 else digest(hashes)

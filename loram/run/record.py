@@ -17,6 +17,7 @@ from loram.disk.artifacts import difference, find_manifest, library_versions, sy
 from loram.evaluation.evaluate import Report
 from loram.run.recipe import Recipe
 from loram.run.report import Cost, Row, RunReport, kept_gain
+from loram.trainer.resume import HARMLESS
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +75,15 @@ class Record:
             action: does it; an evaluation returns its report.
 
         Raises:
-            UserError: it was done or begun with other settings; the message shows the first difference.
+            UserError: it was done or begun with settings that have another outcome; the message shows the first
+                difference.
         """
         wanted: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
         done, folder = self.state.stages.get(name), self.out / name
         whole = folder.exists() and find_manifest(folder, edits=False) is not None
         kept = done is not None and (whole or done.report is not None)
         before = done.settings if kept and done is not None else self.state.begun.get(name)
-        if before is not None and (changed := difference(before, wanted)):
+        if before is not None and (changed := difference(before, wanted, ignored={*HARMLESS, "path"})):
             raise UserError(
                 f"{self.out}: {name} was made with other settings ({changed}); "
                 "choose another output_dir, or give --fresh to start over"
@@ -99,7 +101,12 @@ class Record:
         self._save(self.path, self.state)
         reset_peak_rss()
         started = time.monotonic()
-        report = action()
+        try:
+            report = action()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if not hasattr(stop, "__notes__"):
+                stop.add_note(f"the same command goes on with {name}")
+            raise
         cost = Cost(seconds=time.monotonic() - started, peak_rss=peak_rss())
         logger.info("%s: %.1f s, peak RSS %.2f GB", name, cost.seconds, cost.peak_rss / 1e9)
         return self._record(name, Done(settings=wanted, cost=cost, report=report))

@@ -167,6 +167,7 @@ def _aligning(run: Run, number: int = 0) -> dict[str, Any]:
         **_of_small(run, aligned=False),
         **section.model_dump(mode="json"),
         "dataset": [described(spec) for spec in section.dataset],
+        "teacher": [{**cache.model_dump(mode="json"), "content": cache.path} for cache in section.teacher],
         "probe_dataset": described(section.probe_dataset),
         "teach": None if teach_section is None else teach_section.model_dump(mode="json", exclude={"max_length"}),
     }
@@ -340,8 +341,8 @@ def anchor_steps(recipe: Recipe) -> int:
 
 
 def described(spec: DataSpec | None) -> dict[str, Any] | None:
-    """Return a data set as settings have it: what it is called, and the digest of its content."""
-    return None if spec is None else {**spec.model_dump(mode="json"), "sha256": file_digest(spec)}
+    """Return a data set as settings have it: what it is called, and the digest of its content, which counts."""
+    return None if spec is None else {**spec.model_dump(mode="json"), "content": file_digest(spec)}
 
 
 def fingerprint(folder: Path) -> str:

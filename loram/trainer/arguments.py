@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import PositiveInt, ValidationError
 
+from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.names import in_recipe
 from loram.base.options import Options, explain, library_defaults, option, suggestion
@@ -169,6 +170,39 @@ def check_trainer(trainer: Mapping[str, Any], library: Any) -> None:
             raise UserError(f"trainer: {key} is {value}, and should not be below 0")
     if trainer.get("save_strategy") == "best":
         raise UserError(f"trainer: save_strategy cannot be best: {_NO_ROWS}")
+
+
+def check_steps(trainer: Mapping[str, Any]) -> None:
+    """Refuse options with which a training takes no step.
+
+    Raises:
+        UserError: names the option.
+    """
+    steps, epochs = trainer.get("max_steps"), trainer["num_train_epochs"]
+    if isinstance(steps, int | float) and steps != -1:  # -1 is transformers' way to say that epochs count
+        if steps < 1:
+            raise UserError(f"trainer: max_steps {steps} trains nothing; it should be at least 1, or be left out")
+    elif isinstance(epochs, int | float) and epochs <= 0:
+        raise UserError(f"trainer: num_train_epochs {epochs} trains nothing; it should be above 0")
+
+
+def check_batches(rows: int, arguments: Any) -> None:
+    """Refuse rows that are all dropped, because they are fewer than one batch.
+
+    Args:
+        rows: the number of rows, after they are packed.
+        arguments: the Trainer's arguments.
+
+    Raises:
+        UserError: says how many rows a batch has.
+    """
+    batch = arguments.train_batch_size * processes.count()
+    if arguments.dataloader_drop_last and rows < batch:
+        each = f" in {processes.count()} processes" if processes.count() > 1 else ""
+        raise UserError(
+            f"trainer: dataloader_drop_last drops all {rows} rows, since a batch has {batch}{each}; give more rows, "
+            "a smaller per_device_train_batch_size, or leave dataloader_drop_last out"
+        )
 
 
 def as_user_error(error: Exception, stage: str = "train") -> UserError:

@@ -1,5 +1,6 @@
 """Training with transformers' Trainer, as train and align set it up."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 from loram.base.progress import training_progress
+from loram.base.stopping import Stop
 from loram.compute.device import allocate_
 from loram.trainer.arguments import checkpoints_activations
-from loram.trainer.checkpoints import Checkpoints, guard_trainer, reproducible_entries
+from loram.trainer.checkpoints import Checkpoints, reproducible_entries
+from loram.trainer.guard import guard_trainer
 
 
 def fit_model_(
@@ -28,6 +32,8 @@ def fit_model_(
     **own: Any,
 ) -> Trainer:
     """Train a model, stop at the first value that is not finite, and save whole checkpoints.
+
+    Ctrl-C and SIGTERM stop it after the step, with a checkpoint, unless the arguments say that none is saved.
 
     Args:
         kind: the Trainer class.
@@ -46,16 +52,21 @@ def fit_model_(
 
     Raises:
         FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
+        MissingGradientError: a parameter that should train gets no gradient; names it.
+        KeyboardInterrupt, SystemExit: the training was stopped by Ctrl-C or by SIGTERM.
     """
     allocate_(arguments.device, lean=lean or checkpoints_activations(arguments))
-    trainer: Trainer = guard_trainer(kind, checkpoints)(
+    stop = Stop()
+    trainer: Trainer = guard_trainer(kind, checkpoints, stop)(
         model=model, args=arguments, train_dataset=rows, data_collator=collator, **own
     )
     for printing in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for results
         trainer.remove_callback(printing)
     for callback in (training_progress(), *callbacks):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    saves = arguments.save_strategy != SaveStrategy.NO
+    with stop.listen() if saves else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     return trainer
 
 

@@ -9,6 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from loram.base import processes
 from loram.compute.device import pick_device
 from loram.disk.artifacts import publish
 from loram.trainer.checkpoints import Checkpoints
+from loram.trainer.resume import STARTED, checkpoints_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Job(ABC, Generic[Result]):
         kind: the kind of folder that it makes, as manifests name it.
         made_from: the fingerprints of everything that goes in: name -> fingerprint.
         settings: everything else that decides the result, as the manifest has it.
+        names: name of an input -> what the user calls it, for messages.
+        started: when the training began; the rows were read with this time.
         device: the device to train on.
         checkpoint_limit: how many checkpoints to keep meanwhile; None keeps all.
         keep_checkpoints: whether the checkpoints stay when the output is in place.
@@ -54,6 +58,8 @@ class Job(ABC, Generic[Result]):
     kind: str
     made_from: Mapping[str, str]
     settings: Mapping[str, Any]
+    names: Mapping[str, str]
+    started: datetime
     device: torch.device
     checkpoint_limit: int | None = 1
     keep_checkpoints: bool = False
@@ -101,12 +107,13 @@ def run_job(job: Job[Result], out: Path, *, fresh: bool) -> Path:
         `out`.
 
     Raises:
-        UserError: `out` exists, or the interrupted run had other settings or data.
+        UserError: `out` exists, or the interrupted run had settings or data with another result.
     """
     checkpoints = Checkpoints(
-        out.with_name(f"{out.name}-checkpoints"),
+        checkpoints_of(out),
         made_from=job.made_from,
-        settings={**job.settings, "device": job.device.type},
+        settings={**job.settings, "device": job.device.type, STARTED: job.started.isoformat()},
+        names=job.names,
         limit=job.checkpoint_limit,
     )
     settings = dict(job.settings)

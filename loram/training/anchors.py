@@ -13,12 +13,10 @@ backward pass is the pruned model's, unless the gradients' differences are measu
 Shapes: a block's inputs and outputs, anchors, and their gradients are (rows, width, hidden).
 """
 
-import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,14 +26,12 @@ from torch import Tensor, nn
 from loram.base.constants import HIDDEN_BYTES, MEASURED_TOKENS
 from loram.compute.scratch import Activations, Scratch
 from loram.compute.streaming import Stream
-from loram.data.batches import IGNORED, Batch, make_batches
+from loram.data.batches import Batch, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Architecture
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,48 +283,3 @@ def recovered(model: Any, plan: PruningPlan) -> Adapter:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     wide = {name: widen(name, tensor.detach().cpu(), plan) for name, tensor in tensors.items()}
     return Adapter(folder=Path("in training"), config=model.peft_config["default"].to_dict(), tensors=wide)
-
-
-def anchored(kind: type, course: Course) -> type:
-    """Make a Trainer class that measures anchors every `course.steps` steps, at first sooner, and trains with them.
-
-    Args:
-        kind: the Trainer class to derive from.
-        course: the full model and how to stay on its course.
-    """
-
-    class Anchored(kind):  # type: ignore[misc]
-        """The given Trainer, anchored."""
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self._anchors = Anchors(course, self.model)
-            self._ahead: deque[Any] = deque()
-
-        def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any) -> Any:
-            """Take the batches of one step; the batches of the next steps are measured together."""
-            if not self._ahead:
-                done = self.state.global_step
-                steps = min(max(1, done), course.steps - done % course.steps, self.state.max_steps - done)
-                self._measure(epoch_iterator, steps * self.args.gradient_accumulation_steps)
-            step = [self._ahead.popleft() for _ in range(min(num_batches, len(self._ahead)))]
-            return super().get_batch_samples(iter(step), num_batches, *args)
-
-        def _measure(self, epoch_iterator: Iterator[Any], count: int) -> None:
-            batches = list(islice(epoch_iterator, count))
-            what = "batch" if len(batches) == 1 else f"{len(batches)} batches"
-            logger.info("measuring the full model's course on the next %s", what)
-            for batch, rows in zip(batches, self._anchors.measure_(batches), strict=True):
-                self._ahead.append({**batch, "anchor_rows": rows})
-
-        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-            rows = inputs.pop("anchor_rows")
-            tokens = num_items_in_batch
-            if tokens is None:
-                tokens = (inputs["labels"][:, 1:] != IGNORED).sum() * self.args.gradient_accumulation_steps
-            elif self.args.average_tokens_across_devices:  # gradients are averaged over processes, the count is of all
-                tokens = tokens / self.accelerator.num_processes
-            self._anchors.use_(rows, 1 / tokens)
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    return Anchored

@@ -14,6 +14,7 @@ from loram.trainer.arguments import (
     TRAINER_NAMES,
     TrainerFlags,
     check_names,
+    check_steps,
     check_trainer,
     check_values,
     defaults_of,
@@ -196,8 +197,8 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     check_method(options, lora)
     lora |= method.lora
     _check_trainer(trainer)
-    if options.anchor_steps:
-        trainer = _anchored(options, trainer)
+    if options.anchor_steps and (problem := why_not_anchored(options)):
+        raise UserError(f"anchor_steps: {problem}")
     own = {} if method.section is None else {method.section: method.own_options(options)}
     return options.model_copy(update={"lora": lora, "trainer": trainer, **own})
 
@@ -215,6 +216,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     check_trainer(trainer, SFTConfig)
     if trainer.get("pad_to_multiple_of") == 0:
         raise UserError("trainer: pad_to_multiple_of should be at least 1; leave it out")
+    if trainer["max_length"] is None:
+        raise UserError("trainer: max_length should be a number of tokens")
+    check_steps(trainer)
 
 
 def why_not_anchored(options: TrainOptions) -> str | None:
@@ -227,17 +231,6 @@ def why_not_anchored(options: TrainOptions) -> str | None:
         if options.trainer.get(key):
             return f"measures each row by itself, and {key} puts rows together; drop one"
     return None
-
-
-def _anchored(options: TrainOptions, trainer: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the options of a measured training, which saves a checkpoint where each measurement begins."""
-    steps = options.anchor_steps
-    assert steps
-    if problem := why_not_anchored(options):
-        raise UserError(f"anchor_steps: {problem}")
-    if isinstance(saved := trainer["save_steps"], int) and saved % steps:
-        trainer = {**trainer, "save_steps": -(-saved // steps) * steps}
-    return trainer
 
 
 def _check_names(lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from loram.trainer.arguments import as_user_error
+from loram.trainer.arguments import as_user_error, check_batches
 
 
 def rows_digest(rows: Dataset) -> str:
@@ -37,19 +37,30 @@ def arrange(
         UserError: TRL has no such packing strategy.
     """
     padding = tokenizer.pad_token_id
-    if arguments.shuffle_dataset:
-        rows = rows.shuffle(seed=arguments.seed)
-    if arguments.packing:
-        try:
-            rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
-        except ValueError as error:
-            raise as_user_error(error) from error
     collator = DataCollatorForLanguageModeling(
         pad_token_id=padding if padding is not None and padding < vocabulary else 0,
         padding_free=arguments.padding_free or (arguments.packing and arguments.packing_strategy != "wrapped"),
         pad_to_multiple_of=arguments.pad_to_multiple_of,
     )
-    return rows, collator
+    return _in_order(rows, arguments), collator
+
+
+def check_packed(rows: Dataset, arguments: SFTConfig) -> None:
+    """Refuse rows that make no batch, as `check_batches` does, after they are packed."""
+    if arguments.dataloader_drop_last:
+        check_batches(len(_in_order(rows, arguments)), arguments)
+
+
+def _in_order(rows: Dataset, arguments: SFTConfig) -> Dataset:
+    """Return the rows, shuffled and packed."""
+    if arguments.shuffle_dataset:
+        rows = rows.shuffle(seed=arguments.seed)
+    if not arguments.packing:
+        return rows
+    try:
+        return pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+    except ValueError as error:
+        raise as_user_error(error) from error
 
 
 def first_batches(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,14 +29,16 @@ from loram.model.plan import PruningPlan, find_plan
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
 from loram.trainer.frame import Job, join_processes, run_job
+from loram.trainer.resume import first_start
 from loram.training.adapt import trainable_model
-from loram.training.anchors import Course, anchored
+from loram.training.anchors import Course
 from loram.training.configs import build_configs
 from loram.training.liger import use_liger_
 from loram.training.methods.method import Method
 from loram.training.methods.table import METHODS
 from loram.training.options import TrainOptions, resolve
-from loram.training.rows import arrange, first_batches, rows_digest
+from loram.training.rounds import anchored
+from loram.training.rows import arrange, check_packed, first_batches, rows_digest
 from loram.training.trainer import AdapterTrainer
 from loram.training.write import Trained, write_adapter
 
@@ -87,9 +90,10 @@ def train(
         `out`.
 
     Raises:
-        UserError: a model, data set or option cannot be used, `out` exists, or the interrupted training had other
-            settings or data.
+        UserError: a model, data set or option cannot be used, no step would be taken, `out` exists, or the interrupted
+            training had settings or data with another result.
         FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
+        MissingGradientError: a parameter that should train gets no gradient; names it.
     """
     out = check_output(out, model)
     checkpoint, spec = open_model(model, chat_template=chat_template), as_spec(data)
@@ -104,7 +108,16 @@ def train(
     on = join_processes(device)
     course = _course(checkpoint, options, base, on, scratch=out.parent) if options.anchor_steps else None
     keep = "save_strategy" in chosen.trainer
-    job = _prepare(checkpoint, spec, options, on, course=course, callbacks=callbacks, keep_checkpoints=keep)
+    job = _prepare(
+        checkpoint,
+        spec,
+        options,
+        on,
+        course=course,
+        callbacks=callbacks,
+        keep_checkpoints=keep,
+        started=first_start(out, fresh=fresh),
+    )
     return run_job(job, out, fresh=fresh)
 
 
@@ -152,10 +165,12 @@ def _prepare(
     course: Course | None,
     callbacks: Sequence[TrainerCallback],
     keep_checkpoints: bool,
+    started: datetime,
 ) -> "_TrainJob":
     """Read the rows and say what the training is made from."""
     plan, tokenizer = find_plan(checkpoint.folder), load_tokenizer(checkpoint)
-    tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary)
+    tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary, now=started)
+    check_packed(tokens.rows, build_configs(options, device)[1])
     inputs = {"base": checkpoint.fingerprint}
     if plan is not None:
         inputs = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "pruned": checkpoint.fingerprint}
@@ -171,6 +186,8 @@ def _prepare(
             "processes": processes.count(),
             **as_setting(checkpoint.chat_template),
         },
+        names={"rows": spec.path, "base": checkpoint.name, "pruned": checkpoint.name},
+        started=started,
         device=device,
         checkpoint_limit=options.trainer["save_total_limit"],
         keep_checkpoints=keep_checkpoints,

@@ -93,11 +93,21 @@ def test_what_was_made_with_other_settings_is_refused(
         run(recipe(tiny_llama, rows_file, done, **changes))
 
 
+def test_what_cannot_change_a_result_may_change(done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    copy, moved = shutil.copytree(done, tmp_path / "out"), shutil.copy(rows_file, tmp_path / "moved.jsonl")
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    train = {"trainer": {"max_steps": 2, "learning_rate": 1e-2, "save_steps": 1, "logging_steps": 1}}
+    run(recipe(tiny_llama, Path(moved), copy, train=train))
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")} == before
+
+
 def test_changed_data_is_refused(done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(done, tmp_path / "out")
     changed = tmp_path / "rows.jsonl"
     changed.write_text(rows_file.read_text() + '{"question": "a", "answer": "b"}\n')
-    with pytest.raises(loram.UserError, match="adapter was made with other settings"):
+    with pytest.raises(
+        loram.UserError, match=r"adapter was made .* \(dataset\.content: the content of .*rows\.jsonl is"
+    ):
         run(recipe(tiny_llama, changed, copy))
 
 
