@@ -33,7 +33,8 @@ from loram.pruning.prune import load_calibration
 from loram.run.pipeline import check
 from loram.run.recipe import EvaluateSection, Recipe
 from loram.run.stages import FULL_LORA, train_options
-from loram.trainer.arguments import as_user_error, check_batches, checkpoints_activations
+from loram.trainer.arguments import check_batches, checkpoints_activations
+from loram.training.adapt import add_adapter
 from loram.training.configs import build_configs
 from loram.training.methods.table import METHODS
 from loram.training.methods.weights import trained_layers
@@ -279,14 +280,9 @@ def _training(
 
 def _count_adapter(model: Any, adapter: Any, chosen: TrainOptions, *, pruned: bool) -> int:
     """Count the parameters of the adapter that train."""
-    from peft import get_peft_model
-
-    try:
-        # The other initialisations compute with the weights, and this model has none.
-        config = dataclasses.replace(adapter, init_lora_weights=True, eva_config=None)
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise as_user_error(error) from error
+    # The other initialisations compute with the weights, and this model has none.
+    config = dataclasses.replace(adapter, init_lora_weights=True, eva_config=None)
+    adapted = add_adapter(model, config, low_cpu_mem_usage=True)
     method = METHODS[chosen.method]
     method.specialise_(adapted, method.own_options(chosen), pruned=pruned)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

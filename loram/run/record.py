@@ -83,7 +83,7 @@ class Record:
         whole = folder.exists() and find_manifest(folder, edits=False) is not None
         kept = done is not None and (whole or done.report is not None)
         before = done.settings if kept and done is not None else self.state.begun.get(name)
-        if before is not None and (changed := difference(before, wanted, ignored={*HARMLESS, "path"})):
+        if before is not None and (changed := difference(before, wanted, ignored=_ignored(before))):
             raise UserError(
                 f"{self.out}: {name} was made with other settings ({changed}); "
                 "choose another output_dir, or give --fresh to start over"
@@ -155,3 +155,9 @@ def start_over(out: Path, folders: Sequence[str]) -> None:
                 shutil.rmtree(path, ignore_errors=True)
     for name in (STATE_NAME, REPORT_NAME):
         (out / name).unlink(missing_ok=True)
+
+
+def _ignored(before: Mapping[str, Any]) -> set[str]:
+    """Return the settings that may differ from those of a stage that was done before."""
+    of_0_1 = '"sha256"' in json.dumps(before)  # there, the digest of a data file covers its name too
+    return {*HARMLESS, "path", *(("sha256", "content") if of_0_1 else ())}

@@ -114,7 +114,10 @@ class _GuardedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         assert checkpoint is not None
-        losses = json.loads(_losses_file(checkpoint).read_text(encoding="utf-8"))
+        path = _losses_file(checkpoint)
+        if not path.is_file():  # a checkpoint of version 0.1, which logged at each save
+            return
+        losses = json.loads(path.read_text(encoding="utf-8"))
         self._tr_loss.fill_(losses["sum"])
         self._globalstep_last_logged = losses["logged"]
 

@@ -1,12 +1,15 @@
 """The model that trains: frozen with PEFT's adapter on it, or with its own weights unfrozen."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loram.base.errors import UserError
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_model
 from loram.compute.masked import mask_updates_
@@ -34,7 +37,7 @@ def trainable_model(
         batches: gives batches of the training rows, for an adapter that begins with directions of the data.
 
     Raises:
-        UserError: PEFT refuses the adapter's options.
+        UserError: as in `add_adapter`.
     """
     method = METHODS[options.method]
     own, pruned = method.own_options(options), find_plan(checkpoint.folder) is not None
@@ -44,11 +47,7 @@ def trainable_model(
         return model
     frozen = _frozen_model(checkpoint, options, device)
     from_data = options.lora.get("init_lora_weights") == "eva"
-    try:
-        adapted = get_peft_model(frozen, adapter, low_cpu_mem_usage=from_data)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise as_user_error(error) from error
-    assert isinstance(adapted, PeftModel)
+    adapted = add_adapter(frozen, adapter, low_cpu_mem_usage=from_data)
     if from_data:
         _draw_from_data_(adapted, batches())
     method.specialise_(adapted, own, pruned=pruned)
@@ -57,6 +56,29 @@ def trainable_model(
             parameter.data = parameter.data.to(getattr(torch, options.lora_dtype))
     if options.mask_update:
         mask_updates_(adapted)
+    return adapted
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig, *, low_cpu_mem_usage: bool = False) -> PeftModel:
+    """Return a model with LoRA factors at the target modules.
+
+    Raises:
+        UserError: PEFT refuses the options, or a key of `rank_pattern` or `alpha_pattern` means no target module, so
+            that PEFT would ignore it.
+    """
+    try:
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise as_user_error(error) from error
+    assert isinstance(adapted, PeftModel)
+    tuner: Any = adapted.base_model  # Any: torch declares that a module's attributes are tensors or modules
+    targets: list[str] = tuner.targeted_module_names
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(re.match(rf"(.*\.)?({key})$", target) for target in targets):  # as PEFT matches them
+                raise UserError(
+                    f"lora: {option} has {key!r}, which is no target module; targets are such as {targets[0]}"
+                )
     return adapted
 
 

@@ -205,6 +205,7 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuse options of the Trainer that would be ignored, or that would change the loss."""
+    check_steps(trainer)
     check_values(trainer, SftFlags, "trainer")
     if ours := sorted(_OURS & trainer.keys()):
         why = _ELSEWHERE.get(ours[0], "loram writes the output and prepares the rows itself")
@@ -218,7 +219,6 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         raise UserError("trainer: pad_to_multiple_of should be at least 1; leave it out")
     if trainer["max_length"] is None:
         raise UserError("trainer: max_length should be a number of tokens")
-    check_steps(trainer)
 
 
 def why_not_anchored(options: TrainOptions) -> str | None:

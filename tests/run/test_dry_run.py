@@ -156,6 +156,26 @@ def test_the_loss_mask_is_visible_without_colour(tiny_llama: Path, rows_file: Pa
     assert "\x1b[1;32m⟦0 plus" in shown(found, force_terminal=True, color_system="standard")
 
 
+def test_any_row_is_shown_with_the_columns_that_are_used(
+    tiny_llama: Path, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"ask": "a", "answer": "b", "id": 1}, {"ask": "a", "answer": ""}, {"ask": "three?", "answer": "3"}]
+    data = {"path": str(jsonl(*rows)), "columns": {"question": "ask"}}
+    values = recipe(tiny_llama, jsonl({"text": "one plus"}, name="text.jsonl"), tmp_path / "out", dataset=data)
+    found = dry_run(values, show_row=3)
+    assert found.example_rows == (3,)
+    assert [span.text for span in found.examples[0] if span.in_loss] == ["3<|im_end|>\n"]
+    text = shown(found)
+    assert "--- row 3" in text
+    assert "training: ask as question, answer, written through the chat template; not used: id (1 rows)" in text
+    assert "evaluation: task: text, written as plain text" in text
+    assert found.dataset is not None
+    assert (found.dataset.rows, found.dataset.rows_skipped) == (2, 1)
+    for row in (2, 4):
+        with pytest.raises(loram.UserError, match=f"row {row} is not used"):
+            dry_run(values, show_row=row)
+
+
 def test_a_text_begins_with_a_token_that_is_not_predicted(
     tiny_llama: Path, jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -178,13 +198,14 @@ def test_a_text_begins_with_a_token_that_is_not_predicted(
         ({"prune": {"ratio": 0.5, "keep_first": 1, "keep_last": 1, "calibration": "none.jsonl"}}, "no such file"),
         ({"device": "cuda:99"}, "cannot be used"),
         ({"train": {"lora": {"arrow_config": {}}}}, "arrow_config cannot be used"),
+        ({"train": {"lora": {"rank_pattern": {"q_prj": 4}}}}, "rank_pattern has 'q_prj', which is no target module"),
         ({"train": {"trainer": {"eval_strategy": "steps"}}}, "eval_strategy cannot be set"),
         ({"train": {"trainer": {"optim_args": "foo"}}}, "unpack"),
         ({"align": {"trainer": {"adam_beta1": 2}}}, "Invalid beta parameter"),
     ],
     ids=[
         *("rank", "schedule", "length", "evaluation", "calibration", "device"),
-        *("lora", "trainer", "optimiser", "alignment"),
+        *("lora", "pattern", "trainer", "optimiser", "alignment"),
     ],
 )
 def test_problems_are_found_before_a_weight_is_read(

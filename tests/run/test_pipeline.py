@@ -1,6 +1,7 @@
 """A recipe run end to end on a tiny model: folders, report, skipping, refusing what is stale."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,20 @@ def test_what_cannot_change_a_result_may_change(done: Path, tiny_llama: Path, ro
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
     train = {"trainer": {"max_steps": 2, "learning_rate": 1e-2, "save_steps": 1, "logging_steps": 1}}
     run(recipe(tiny_llama, Path(moved), copy, train=train))
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")} == before
+
+
+def test_a_run_folder_of_version_0_1_is_gone_on_with(
+    done: Path, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """Its record has another digest of each data file, which covers the file's name too."""
+    copy = shutil.copytree(done, tmp_path / "out")
+    text = (copy / "stages.json").read_text()
+    old = re.sub(r'"content": "[0-9a-f]{64}"', f'"sha256": "{"0" * 64}"', text)
+    assert old != text
+    (copy / "stages.json").write_text(old)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    run(recipe(tiny_llama, rows_file, copy))
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")} == before
 
 

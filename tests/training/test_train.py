@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, elsewhere
+from conftest import CHAT_TEMPLATE, FAMILIES, elsewhere, make_model
 from helpers import contents
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 import loram
 
@@ -47,6 +49,23 @@ def test_the_folder_has_plan_tokenizer_and_stock_peft(
     assert config["base_model_name_or_path"] == str(pruned_models["llama"])
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
     assert not list(tmp_path.glob("*-checkpoints"))
+
+
+def test_a_token_for_padding_beyond_the_embedding_does_no_harm(
+    tokenizer: Any, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = jsonl({"question": "one?", "answer": "one"}, {"question": "one plus one plus one?", "answer": "three"})
+    weights = {}
+    for name, padding in (("known", None), ("unknown", "[PAD]")):
+        other = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE
+        )
+        if padding is not None:
+            other.add_special_tokens({"pad_token": padding})
+        model = make_model(tmp_path / f"model {name}", "llama", other, vocab_size=tokenizer.vocab_size)
+        loram.train(model, tmp_path / name, data=rows, trainer=STEPS)
+        weights[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+    assert weights["known"] == weights["unknown"]
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
