@@ -12,9 +12,7 @@ from loram.trainer.arguments import (
     TRAINER_NAMES,
     TrainerFlags,
     check_names,
-    check_steps,
     check_trainer,
-    check_values,
     defaults_of,
     option_names,
 )
@@ -148,9 +146,7 @@ def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any
     known = ["max_length", *option_names(TrainingArguments)]
     check_names(trainer, known, "trainer", "TrainingArguments", AlignOptions)
     options = {**defaults_of(AlignTrainerFlags), "seed": seed, **trainer}
-    check_steps(options)
-    check_values(options, AlignTrainerFlags, "trainer")
-    check_trainer(options, TrainingArguments)
+    check_trainer(options, AlignTrainerFlags, TrainingArguments)
     if not isinstance(options["max_length"], int) or options["max_length"] < 2:
         raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")
     return options

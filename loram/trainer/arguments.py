@@ -151,16 +151,19 @@ def check_values(values: Mapping[str, Any], named: type[Options], section: str) 
         raise UserError(f"{section}: {explain(error, named)}") from error
 
 
-def check_trainer(trainer: Mapping[str, Any], library: Any) -> None:
-    """Refuse options of the Trainer that cannot work in any training here, and numbers below zero.
+def check_trainer(trainer: Mapping[str, Any], named: type[Options], library: Any) -> None:
+    """Refuse options of the Trainer that cannot work in any training here, that train nothing, or of a wrong type.
 
     Args:
         trainer: the options.
-        library: the class that will take them.
+        named: the class of those that have a declaration here.
+        library: the class that will take them all.
 
     Raises:
         UserError: names the first such option, and what to do instead.
     """
+    _check_steps(trainer)
+    check_values(trainer, named, "trainer")
     defaults = library_defaults(library)
     for key, value in trainer.items():
         default = defaults.get(key)
@@ -172,7 +175,7 @@ def check_trainer(trainer: Mapping[str, Any], library: Any) -> None:
         raise UserError(f"trainer: save_strategy cannot be best: {_NO_ROWS}")
 
 
-def check_steps(trainer: Mapping[str, Any]) -> None:
+def _check_steps(trainer: Mapping[str, Any]) -> None:
     """Refuse options with which a training takes no step.
 
     Raises:

@@ -14,7 +14,6 @@ from loram.trainer.arguments import (
     TRAINER_NAMES,
     TrainerFlags,
     check_names,
-    check_steps,
     check_trainer,
     check_values,
     defaults_of,
@@ -205,8 +204,6 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuse options of the Trainer that would be ignored, or that would change the loss."""
-    check_steps(trainer)
-    check_values(trainer, SftFlags, "trainer")
     if ours := sorted(_OURS & trainer.keys()):
         why = _ELSEWHERE.get(ours[0], "loram writes the output and prepares the rows itself")
         raise UserError(f"trainer: {ours[0]} cannot be set: {why}")
@@ -214,11 +211,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
     from trl import SFTConfig
 
-    check_trainer(trainer, SFTConfig)
+    check_trainer(trainer, SftFlags, SFTConfig)
     if trainer.get("pad_to_multiple_of") == 0:
         raise UserError("trainer: pad_to_multiple_of should be at least 1; leave it out")
-    if trainer["max_length"] is None:
-        raise UserError("trainer: max_length should be a number of tokens")
 
 
 def why_not_anchored(options: TrainOptions) -> str | None:
