@@ -2,18 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loram.base.errors import UserError
 from loram.data.batches import IGNORED
-from loram.data.chat import TEMPLATE_ERRORS, Renderer, Span, UnclearChat, find_turns
+from loram.data.chat import find_turns
 from loram.data.forms import Chat, Completion, Example, Text
-from loram.data.messages import REASONING
+from loram.data.template import TEMPLATE_ERRORS, Renderer, Span, UnclearChat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_READ = {"role", "content", "tool_calls", *REASONING}  # what `find_turns` looks after
 Encoded = tuple[list[int], list[int]]  # (token ids, labels), of the same length
 
 
@@ -29,7 +29,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.chats = chats and bool(tokenizer.chat_template)
         self.renderer = Renderer(tokenizer)
-        self.unused: Counter[str] = Counter()  # keys of messages that the chat template does not name
+        self.unused: Counter[str] = Counter()  # what the chat template leaves out on purpose
 
     def encode(self, example: Example, max_length: int, where: str) -> Iterator[Encoded]:
         """Yield the token ids and labels of an example; a text that is longer than `max_length` gives several pieces.
@@ -55,16 +55,26 @@ class Encoder:
 
         A beginning or end token that the text has already is not added again.
         """
-        end, beginning = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        end = self.tokenizer.eos_token_id
         if end is None:
             raise UserError(f"{where}: plain text ends with the end-of-sequence token, but the tokenizer names none")
-        ids, spans = self._tokens(text, special=True)
-        if beginning is not None and ids[:2] == [beginning, beginning]:
-            ids, spans = ids[1:], spans[1:]
-        while ids[-1:] == [end]:
-            ids, spans = ids[:-1], spans[:-1]
+        ids, spans = self._tokens(text)
         labels = [token if stop > prompt else IGNORED for token, (_, stop) in zip(ids, spans, strict=True)]
-        return [*ids, end], [*labels, end]
+        begun, ended = (self._has(text.strip(), name) for name in ("bos_token", "eos_token"))
+        first = [] if begun else self._added_first
+        rest = [] if ended else [end]
+        return [*first, *ids, *rest], [*((IGNORED if prompt else token) for token in first), *labels, *rest]
+
+    def _has(self, text: str, name: str) -> bool:
+        """Return whether a text begins with the beginning token already, or ends with the end token."""
+        token = getattr(self.tokenizer, name)
+        return bool(token) and (text.startswith(token) if name == "bos_token" else text.endswith(token))
+
+    @cached_property
+    def _added_first(self) -> list[int]:
+        """The tokens that the tokenizer puts before each text by itself."""
+        ids, plain = (list(self.tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (True, False))
+        return next(ids[:at] for at in range(len(ids)) if ids[at : at + len(plain)] == plain)
 
     def _chat(self, chat: Chat, where: str) -> Encoded:
         if not self.chats:
@@ -74,19 +84,22 @@ class Encoder:
             raise UserError(f"{where}: {reason}")
         self._check_unrendered(chat, where)
         try:
-            text, turns = find_turns(chat, self.renderer)
+            turns = find_turns(chat, self.renderer)
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{where}: the tokenizer's chat template refuses this chat: {error}") from error
         except UnclearChat as error:
             raise UserError(
                 f"{where}: the tokenizer's chat template {error}; change the row, or use another chat template"
             ) from error
-        template = self.tokenizer.get_chat_template(tools=list(chat.tools) or None)
-        self.unused.update(
-            f"{key} of messages" for m in chat.messages for key in m if key not in _READ and key not in template
-        )
-        ids, spans = self._tokens(text, special=False)
-        inside = [any(start < last and stop > first for first, last in turns) for start, stop in spans]
+        self.unused.update(turns.unused)
+        ids, places = self._tokens(turns.text)
+        # A token that begins in the blanks behind a turn, and goes on, belongs to what follows.
+        ends = [start + len(turns.text[start:stop].rstrip()) for start, stop in turns.spans]
+        spans = [(start, stop, end) for (start, stop), end in zip(turns.spans, ends, strict=True)]
+        inside = [
+            any((first < end and last > start) or (start <= first and last <= stop) for start, stop, end in spans)
+            for first, last in places
+        ]
         return ids, [token if wanted else IGNORED for token, wanted in zip(ids, inside, strict=True)]
 
     def _check_unrendered(self, chat: Chat, where: str) -> None:
@@ -97,12 +110,12 @@ class Encoder:
                 "set apply_chat_template to false"
             )
 
-    def _tokens(self, text: str, *, special: bool) -> tuple[list[int], Sequence[Span]]:
-        """Return a text's tokens, and the characters that each stands for; `special` lets the tokenizer add its own."""
+    def _tokens(self, text: str) -> tuple[list[int], Sequence[Span]]:
+        """Return a text's tokens, without those that the tokenizer adds, and the characters that each stands for."""
         if not self.tokenizer.is_fast:
             raise UserError(
                 f"{self.tokenizer.name_or_path}: this tokenizer does not tell where its tokens stand in a text; use "
                 "the fast version of it (a folder with tokenizer.json)"
             )
-        encoding = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoding["input_ids"]), encoding["offset_mapping"]

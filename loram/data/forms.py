@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loram.base.errors import UserError
-from loram.data.messages import Message, check_text, read_messages, read_tools
+from loram.data.messages import Message, check_text, read_list, read_messages, read_tools
 from loram.data.reading import Row
 from loram.data.spec import DataSpec
 
@@ -147,7 +147,7 @@ def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: {name!r} should be text, but is {value!r}")
     if not value:
-        raise UserError(f"{where}: {name!r} is '', where text is needed")
+        raise UserError(f"{where}: {name!r} is '', where text is needed; name a row without a prompt text=COLUMN")
     check_text(value, repr(name), where)
     return value
 
@@ -162,12 +162,18 @@ def _turns(values: Row, form: Mapping[str, str], where: str) -> tuple[list[Messa
         before, _ = read_messages(values["prompt"], form["prompt"], where)
         after, turns = read_messages(values["completion"], form["completion"], where)
         return [*before, *after], [len(before) + turn for turn in turns], None
-    texts = {ours: _text(values[ours], form[ours], where) for ours in form if ours not in _OPTIONAL}
-    if values.get("input"):
-        texts["input"] = _text(values["input"], form["input"], where)
+    texts = {ours: _text(values[ours], form[ours], where) for ours in form if _is_needed(ours, values)}
     ask, answer, plain = _single_turn(texts)
     messages = [*_history(values, form, where), _message("user", ask), _message("assistant", answer)]
-    return messages, list(range(1, len(messages), 2)), plain if len(messages) == 2 else None
+    turns = [turn for turn in range(1, len(messages), 2) if messages[turn]["content"].strip()]
+    return messages, turns, plain if len(messages) == 2 else None
+
+
+def _is_needed(ours: str, values: Row) -> bool:
+    """Return whether a column has to be text. An instruction may be empty where there is an input."""
+    if ours in ("input", "instruction"):
+        return bool(values[ours]) or (ours == "instruction" and not values.get("input"))
+    return ours not in _OPTIONAL
 
 
 def _single_turn(texts: Mapping[str, str]) -> tuple[str, str, Completion]:
@@ -177,21 +183,19 @@ def _single_turn(texts: Mapping[str, str]) -> tuple[str, str, Completion]:
     if "question" in texts:
         ask, answer, prompt = texts["question"], texts["answer"], f"Question: {texts['question']}\nAnswer:"
     else:
-        ask, answer, extra = texts["instruction"], texts["output"], texts.get("input")
-        part = f"### Input:\n{extra}\n\n" if extra else ""
-        prompt = f"### Instruction:\n{ask}\n\n{part}### Response:"
-        ask = f"{ask}\n\n{extra}" if extra else ask
+        headed = [("Instruction", texts.get("instruction")), ("Input", texts.get("input"))]
+        ask, answer = "\n\n".join(text for _, text in headed if text), texts["output"]
+        prompt = "".join(f"### {name}:\n{text}\n\n" for name, text in headed if text) + "### Response:"
     return ask, answer, Completion(prompt=prompt, completion=f" {answer}")
 
 
 def _history(values: Row, form: Mapping[str, str], where: str) -> list[Message]:
     """Return the earlier turns of an Alpaca row, which are pairs of a question and an answer."""
     messages = []
-    for pair in values.get("history") or []:
+    problem = f"{where}: {form['history']!r} should be pairs of a question and an answer" if "history" in form else ""
+    for pair in read_list(values.get("history") or [], problem):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise UserError(
-                f"{where}: {form['history']!r} should be pairs of a question and an answer, but has {pair!r}"
-            )
+            raise UserError(f"{problem}, but has {pair!r}")
         check_text("".join(pair), repr(form["history"]), where)
         messages += [_message("user", pair[0]), _message("assistant", pair[1])]
     return messages

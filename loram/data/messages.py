@@ -9,17 +9,16 @@ from loram.base.errors import UserError
 Message = dict[str, Any]  # Any: the values are JSON
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives a template the first that is there
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function": "tool",
-    "observation": "tool",
-} | {role: role for role in ("user", "assistant", "system", "developer", "tool")}
+_ROLES = (
+    {role: role for role in ("user", "assistant", "system", "developer", "tool")}
+    | dict.fromkeys(("human", "prompter"), "user")
+    | dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "chatbot", "ai", "model", "output"), "assistant")
+    | dict.fromkeys(("function", "function_response", "observation"), "tool")
+)
 _CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose text is a call, or a list of calls
 _TRAIN = ("train", "training")
+_TEXTS = ("content", *REASONING)
+_ARGUMENTS = ("arguments", "parameters", "input")  # the last two are Llama's and Anthropic's names
 
 
 def read_messages(value: Any, name: str, where: str) -> tuple[list[Message], list[int]]:
@@ -37,16 +36,14 @@ def read_messages(value: Any, name: str, where: str) -> tuple[list[Message], lis
     Raises:
         UserError: a message has no role or no content, or a value that cannot be used; names the row and the key.
     """
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {name} should be a list of messages, but is {value!r}")
     messages, turns = [], []
-    for number, fields in enumerate(value):
+    for number, fields in enumerate(read_list(value, f"{where}: {name} should be a list of messages")):
         here = f"{where}: message {number + 1} of {name}"
         if not isinstance(fields, dict):
             raise UserError(f"{here}: a message needs a role and a content, but this is {fields!r}")
         message, trains = _read_message({key: item for key, item in fields.items() if item is not None}, here)
         messages.append(message)
-        if trains and any(message.get(key) for key in ("content", "tool_calls", *REASONING)):
+        if trains and (message.get("tool_calls") or any(str(message.get(key, "")).strip() for key in _TEXTS)):
             turns.append(number)
     return messages, turns
 
@@ -57,10 +54,30 @@ def read_tools(value: Any, name: str, where: str) -> list[Message]:
     Raises:
         UserError: it is something else.
     """
-    tools = _from_json(value, f"{where}: {name}") if isinstance(value, str) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{where}: {name} should be a list of tool schemas, but is {value!r}")
-    return tools
+    problem = f"{where}: {name} should be a list of tool schemas"
+    tools = read_list(value, problem)
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{problem}, but is {value!r}")
+    return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
+
+
+def read_list(value: Any, problem: str) -> list[Any]:
+    """Return a list that may be written as JSON text, or as an Arrow table's object of lists.
+
+    Args:
+        value: the value of a row.
+        problem: what the error begins with.
+
+    Raises:
+        UserError: it is no list.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _from_json(value, problem)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=False)]
+    if not isinstance(value, list):
+        raise UserError(f"{problem}, but is {value!r}")
+    return value
 
 
 def arguments_as_text(message: Message) -> Message:
@@ -93,6 +110,7 @@ def check_text(text: str, name: str, where: str) -> None:
 def _read_message(fields: Message, where: str) -> tuple[Message, bool]:
     """Return a message, and whether the loss may count it. `fields` holds no None."""
     fields = dict(fields)
+    sharegpt = "role" not in fields
     role = fields.pop("role", None) or fields.pop("from", None)
     if not isinstance(role, str):
         raise UserError(f"{where}: a message needs a role and a content, but this is {fields!r}")
@@ -101,6 +119,8 @@ def _read_message(fields: Message, where: str) -> tuple[Message, bool]:
     calls = _calls(fields, where)
     if role.lower() in _CALLS:
         role, calls, content = "assistant", [*calls, *_listed(content, where)], ""
+    if sharegpt and role.lower() not in _ROLES:
+        raise UserError(f"{where}: the role {role!r} is not known; known are {', '.join((*_ROLES, *_CALLS))}")
     role = _ROLES.get(role.lower(), role)
     trains = _trains(fields, role, where)
     for key in REASONING:
@@ -130,9 +150,7 @@ def _content(value: Any, where: str) -> str | None:
 
 def _calls(fields: Message, where: str) -> list[Message]:
     """Take a message's tool calls out of its fields, OpenAI's older single `function_call` among them."""
-    calls = fields.pop("tool_calls", None) or []
-    if not isinstance(calls, list):
-        raise UserError(f"{where}: tool_calls should be a list, but is {calls!r}")
+    calls = read_list(fields.pop("tool_calls", None) or [], f"{where}: tool_calls should be a list")
     single = fields.pop("function_call", None)
     return [_call(call, where) for call in [*calls, *([single] if single else [])]]
 
@@ -147,10 +165,13 @@ def _call(value: Any, where: str) -> Message:
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f"{where}: a tool call needs the name of a function, but this is {value!r}")
-    arguments = function.get("arguments")
+    key = next((key for key in _ARGUMENTS if key in function), _ARGUMENTS[0])
+    if other := sorted(function.keys() - {"name", key, "id", "type", "index"}):
+        raise UserError(f"{where}: the call of {function['name']} has {other[0]!r}, which no chat template writes")
+    arguments = function.get(key)
     if isinstance(arguments, str):  # as OpenAI sends them; templates write a text as a quoted text
         arguments = _from_json(arguments, f"{where}: the arguments of {function['name']}") if arguments.strip() else {}
-    call = {"type": "function", "function": {**function, "arguments": {} if arguments is None else arguments}}
+    call = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
     return {"id": value["id"], **call} if isinstance(value.get("id"), str) else call
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
 from loram.base.errors import UserError
@@ -50,7 +51,7 @@ class Raw:
         counts: dict[str, int] = {}
         for row in self.rows:
             for name, value in row.items():
-                counts[name] = counts.get(name, 0) + (value is not None)
+                counts[name] = counts.get(name, 0) + (value not in (None, ""))
         return counts
 
 
@@ -119,11 +120,13 @@ def _read_text_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
 
 
 def _read_parquet(files: list[Path], spec: DataSpec) -> Dataset:
-    full = [str(path) for path in files if path.stat().st_size]
-    if not full:
-        raise UserError(f"{spec.path}: the data set is empty")
     try:
+        full = [str(path) for path in files if path.stat().st_size and pq.read_metadata(path).num_rows]
+        if not full:
+            raise UserError(f"{spec.path}: the data set is empty")
         return datasets.load_dataset("parquet", data_files=full, split="train")
+    except UserError:
+        raise
     except Exception as error:  # datasets wraps whatever its readers raise
         raise UserError(f"{spec.path}: cannot be read as parquet: {_reason(error.__cause__ or error)}") from error
 
@@ -189,7 +192,10 @@ def _parse_json_lines(lines: Iterable[str], path: Path) -> NumberedRows:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: this row is not valid JSON ({error})") from error
+            lists = (
+                "; a .json file is a list of objects, or has one object per line" if kind_of(path) == ".json" else ""
+            )
+            raise UserError(f"{path}:{number}: this row is not valid JSON ({error}){lists}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: this row is not a JSON object")
         yield number, row

@@ -66,16 +66,18 @@ class Rows:
         return {name: count for name, count in self.raw.columns().items() if name not in used and count}
 
     @cached_property
-    def _kind(self) -> str:
-        return self._kind_of(self.raw.rows[0])
+    def _prompts(self) -> str | None:
+        """What the first prompt is."""
+        return next((kind for row in self.raw.rows if (kind := self._kind_of(row))), None)
 
-    def _kind_of(self, row: Row) -> str:
-        return "text" if isinstance(row.get(self.form["prompt"]), str) else "messages"
+    def _kind_of(self, row: Row) -> str | None:
+        prompt = row.get(self.form["prompt"])
+        return None if prompt is None else "text" if isinstance(prompt, str) else "messages"
 
     def _check_prompt(self, row: Row, where: str) -> None:
         """Check that the prompts of all rows are chats, or that all are plain text."""
-        if "prompt" in self.form and (kind := self._kind_of(row)) != self._kind:
-            raise UserError(f"{where}: the prompt is {kind}, but above it is {self._kind}; use one kind")
+        if "prompt" in self.form and (kind := self._kind_of(row)) not in (None, self._prompts):
+            raise UserError(f"{where}: the prompt is {kind}, but before it is {self._prompts}; use one kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +209,10 @@ def tokenize(
     truncated = sum(encoded["truncated"])
     skipped = len(encoded) - len(kept)
     if not len(kept):
-        raise UserError(f"{name}: no token of any row is in the loss within max_length {max_length}; make it longer")
+        remedy = (
+            f" within max_length {max_length}; make it longer" if truncated else ": they are empty, or nobody answers"
+        )
+        raise UserError(f"{name}: no token of any row is in the loss{remedy}")
     if truncated or skipped:
         logger.warning(
             "%s: of %d rows, max_length %d cut %d, and %d were skipped because they had no token in the loss",

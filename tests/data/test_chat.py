@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loram.data.batches import IGNORED
-from loram.data.chat import TEMPLATE_ERRORS, Renderer, UnclearChat, find_turns
+from loram.data.chat import find_turns
 from loram.data.encode import Encoder
 from loram.data.forms import Chat
 from loram.data.messages import Message
+from loram.data.template import TEMPLATE_ERRORS, Renderer, UnclearChat
 
 SPECIAL = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 OPEN, CLOSE = "\ue100", "\ue101"  # they stand around what should be in the loss
@@ -169,13 +170,15 @@ def test_exactly_the_assistants_text_and_what_ends_it_are_in_the_loss(style: Sty
         messages = [say(message["role"], message["content"]) for message in messages]
     elif style.system == "last" and not any(message["role"] == "user" for message in messages):
         return
+    if not style.end:
+        messages = [{**message, "content": message["content"].rstrip()} for message in messages]
     expected = Renderer(make_tokenizer(style.template(OPEN, CLOSE))).render(messages)
-    if not style.end:  # then the next role's marker ends a turn, if it is one token
+    if not style.end:  # then the next role's marker ends a turn, if it is one token and follows at once
         expected = re.sub(f"{CLOSE}({'|'.join(map(re.escape, SPECIAL))})", rf"\1{CLOSE}", expected)
     plain = expected.replace(OPEN, "").replace(CLOSE, "")
-    text, spans = find_turns(make_chat(messages), Renderer(make_tokenizer(style.template())))
-    assert text == plain
-    assert _show(text, spans) == expected
+    turns = find_turns(make_chat(messages), Renderer(make_tokenizer(style.template())))
+    assert turns.text == plain
+    assert _show(turns.text, turns.spans) == expected
 
 
 def _show(text: str, spans: Sequence[tuple[int, int]]) -> str:
@@ -220,10 +223,11 @@ def test_masks_are_those_of_trl(name: str) -> None:
             continue  # for us the token that asks for the tool's answer ends the turn, and TRL leaves it out
         ours, theirs = (with_special_tokens(path.read_text()) for path in (TEMPLATES / f"{name}.jinja", training))
         try:
-            text, spans = find_turns(make_chat(messages), ours)
-            marked = merged(theirs.generation_spans(make_chat(messages)) or [])
+            turns = find_turns(make_chat(messages), ours)
+            marked = merged(theirs.generation_spans(messages))
         except (UnclearChat, *TEMPLATE_ERRORS):
             continue  # the template has no place for a part of the chat
+        text, spans = turns.text, turns.spans
         if theirs.render(messages) != text:
             continue  # the version for training writes another text
         compared += 1
@@ -251,3 +255,46 @@ def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
             start = result.pop()[0]
         result.append((start, stop))
     return result
+
+
+def test_without_a_generation_prompt_thoughts_and_calls_are_in_the_loss() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}{% else %}"
+        "{% if m.reasoning_content %}{{ '[THINK]' + m.reasoning_content + '[/THINK]' }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ '[CALL]' + c.function.name }}{% endfor %}"
+        "{{ m.content + '<eos>' }}{% endif %}{% endfor %}"
+    )
+    for answer, text in (
+        (say("assistant", "four.", reasoning_content="so"), "[THINK]so[/THINK]four.<eos>"),
+        (say("assistant", "pre", tool_calls=[CALL]), "[CALL]weatherpre<eos>"),
+        (say("assistant", "four."), "four.<eos>"),
+    ):
+        assert in_loss(template, make_chat([say("user", "hi"), answer])) == text
+
+
+def test_blanks_behind_a_turn_do_not_take_in_what_follows() -> None:
+    """Mistral 7B v0.1 writes a blank behind the end token, which is one token with the bracket that follows."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ m.content + eos_token + ' ' }}{% endif %}{% endfor %}"
+    )
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*"[]INST/ab. ", " ["])}, merges=[(" ", "[")]))
+    inner.add_special_tokens(["<eos>"])
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, eos_token="<eos>")
+    messages = [say("user", "a"), say("assistant", "b."), say("user", "a"), say("assistant", "b.")]
+    [(_ids, labels)] = Encoder(tokenizer).encode(make_chat(messages), 1000, "rows.jsonl:1")
+    learnt = tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])
+    assert "".join(learnt) == "b.<eos>b.<eos> "
+
+
+def test_a_long_chat_is_not_rendered_for_each_of_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = {"user": "<|im_start|>user\n", "assistant": "<|im_start|>assistant\n", "user_end": "<|im_end|>\n"}
+    rest = {"bos": "", "system": "own", "last_end": "", "prompt": "flag", "thought": "none", "trim": False}
+    style = Style(**marks, **rest, end=marks["user_end"])  # type: ignore[arg-type]
+    renderer, calls = Renderer(make_tokenizer(style.template())), []
+    render = renderer.render
+    monkeypatch.setattr(renderer, "render", lambda *args, **options: calls.append(1) or render(*args, **options))
+    messages = [say(role, f"{number}") for number in range(100) for role in ("user", "assistant")]
+    turns = find_turns(make_chat(messages), renderer)
+    assert len(turns.spans) == 100
+    assert len(calls) < 20

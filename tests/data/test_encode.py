@@ -25,17 +25,17 @@ def make_tokenizer(*, bos: bool, eos: bool) -> Any:
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("eos", [False, True])
-@pytest.mark.parametrize("first", ["", "<bos>"])
-@pytest.mark.parametrize("last", ["", "<eos>"])
+@pytest.mark.parametrize("first", ["", "<bos>", " <bos>"])
+@pytest.mark.parametrize("last", ["", "<eos>", "<eos>\n"])
 def test_a_text_has_one_beginning_and_one_end(bos: bool, eos: bool, first: str, last: str) -> None:
     tokenizer = make_tokenizer(bos=bos, eos=eos)
-    expected = ("<bos>" if bos or first else "") + "ab<eos>"
+    expected = (first or ("<bos>" if bos else "")) + "ab" + (last or "<eos>")
     [(ids, labels)] = Encoder(tokenizer).encode(Text(text=f"{first}ab{last}"), 100, "rows.jsonl:1")
     assert tokenizer.decode(ids) == expected
     assert labels == ids
     [(ids, labels)] = Encoder(tokenizer).encode(Completion(prompt=f"{first}a", completion=f"b{last}"), 100, "rows:1")
     assert tokenizer.decode(ids) == expected
-    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "b<eos>"
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "b" + (last or "<eos>")
 
 
 def test_a_token_across_the_end_of_the_prompt_is_in_the_loss() -> None:

@@ -1,5 +1,6 @@
 """Nothing in a row is dropped in silence: a part of a chat is rendered, respected, or refused by file and line."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,26 @@ def test_tool_calls_are_rendered_however_they_are_written(shown: Callable[..., s
     assert shown({"messages": messages}) == ASK + CALLED + turn("tool", "sunny") + SUNNY
 
 
+def test_calls_that_need_an_id_of_nine_characters(shown: Callable[..., str]) -> None:
+    """As Mistral's templates do."""
+    strict = TOOL_TEMPLATE.replace(
+        "{{ 'CALL '", "{{ '' if c.id | default('') | length == 9 else raise_exception('id') }}{{ 'CALL '"
+    )
+    assert strict != TOOL_TEMPLATE
+    calls = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "abcdefghi"}]}
+    assert shown({"messages": [USER, calls]}, strict) == ASK + CALLED
+    with pytest.raises(UserError, match="refuses this chat: id"):
+        shown({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}, strict)
+
+
+@pytest.mark.parametrize("key", ["parameters", "input"])
+def test_other_names_of_arguments(shown: Callable[..., str], key: str) -> None:
+    call = {"name": "weather", key: {"city": "Paris"}}
+    assert shown({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}) == ASK + CALLED
+    with pytest.raises(UserError, match="the call of weather has 'strict'"):
+        shown({"messages": [USER, {"role": "assistant", "tool_calls": [{**call, "strict": True}]}]})
+
+
 def test_tool_calls_become_text_where_the_template_has_no_place_for_them(shown: Callable[..., str]) -> None:
     text = shown({"messages": [USER, {**ANSWER, "content": "I look.", "tool_calls": [CALL]}]}, CHAT_TEMPLATE)
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -98,6 +119,50 @@ def test_reasoning_is_rendered_or_refused(shown: Callable[..., str], key: str) -
         shown(row, CHAT_TEMPLATE)
 
 
+def test_a_beginning_that_the_template_cuts_off_is_refused_or_counted(jsonl: Jsonl, tokenizer: Any) -> None:
+    """Templates of reasoning models cut off what stands before `</think>`: R1's always, Qwen3's in earlier turns."""
+    cut = "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not (LAST) else m.content }}"
+    thought = {**ANSWER, "content": "<think>so</think>sunny"}
+
+    def tokens(messages: list[Any], condition: str) -> Any:
+        template = TOOL_TEMPLATE.replace("{{ m.content }}", cut.replace("LAST", condition))
+        other = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=template
+        )
+        return tokenize(load_rows(DataSpec(path=str(jsonl({"messages": messages})))), other, 1000)
+
+    with pytest.raises(UserError, match="does not write the beginning of the content of message 2"):
+        tokens([USER, thought], "false")
+    assert tokens([USER, thought], "loop.last").unused == {}
+    assert tokens([USER, thought, USER, thought], "loop.last").unused == {"thoughts of earlier turns": 1}
+
+
+def test_a_message_inside_another_is_refused(shown: Callable[..., str]) -> None:
+    """Gemma 4's templates write calls, then what the tool answers, and then the content of the first message."""
+    inside = TOOL_TEMPLATE.replace("{{ m.content }}", "").replace(
+        "{{ '<|im_end|>\n' }}",
+        "{% if m.tool_calls and not loop.last %}{{ messages[loop.index].content }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}",
+    )
+    inside = inside.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    assert inside != TOOL_TEMPLATE
+    calls = {"role": "assistant", "content": "before", "tool_calls": [CALL]}
+    with pytest.raises(UserError, match="writes message 3 inside message 2"):
+        shown({"messages": [USER, calls, {"role": "tool", "content": "sun"}, ANSWER]}, inside)
+
+
+def test_an_end_token_in_the_content_is_not_doubled(shown: Callable[..., str]) -> None:
+    for content in ("sunny<|im_end|>", "sunny<|im_end|>\n"):
+        assert shown({"messages": [USER, {**ANSWER, "content": content}]}).startswith(ASK + SUNNY[:-2])
+        assert "<|im_end|><|im_end|>" not in shown({"question": "weather?", "answer": content})
+
+
+def test_keys_of_messages_that_are_not_written_are_counted(jsonl: Jsonl, tokenizer: Any) -> None:
+    messages = [{**USER, "name": "Bob", "role_play": 1}, {**ANSWER, "id": "7"}]
+    tokens = tokenize(load_rows(DataSpec(path=str(jsonl({"messages": messages})))), tokenizer, 1000)
+    assert tokens.unused == {"name of messages": 1, "role_play of messages": 1, "id of messages": 1}
+
+
 def test_a_message_that_the_template_leaves_out_is_refused(shown: Callable[..., str]) -> None:
     template = CHAT_TEMPLATE.replace("{% for message in messages %}", "{% for message in messages[-2:] %}")
     assert template != CHAT_TEMPLATE
@@ -117,7 +182,7 @@ def test_parts_of_text_are_joined_and_others_refused(shown: Callable[..., str]) 
     ("names", "role"),
     [
         (("human", "Human", "USER", "user "), "user"),
-        (("gpt", "GPT", "Assistant", "model", "bot"), "assistant"),
+        (("gpt", "GPT", "Assistant", "model", "bot", "ai"), "assistant"),
         (("system", "System"), "system"),
         (("observation", "function", "Tool"), "tool"),
     ],
@@ -126,6 +191,18 @@ def test_roles_of_sharegpt_in_any_case(shown: Callable[..., str], names: tuple[s
     for name in names:
         turns = [{"from": name, "value": "a"}, {"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]
         assert shown({"conversations": turns}) == turn(role, "a") + turn("user", "b") + turn("assistant", "c")
+
+
+def test_an_unknown_role_of_sharegpt_is_refused(shown: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match="message 1 of conversations: the role 'narrator' is not known"):
+        shown({"conversations": [{"from": "narrator", "value": "a"}, {"from": "gpt", "value": "b"}]})
+
+
+def test_lists_as_json_text_or_as_an_object_of_lists(shown: Callable[..., str], tmp_path: Path) -> None:
+    assert shown({"messages": json.dumps([USER, ANSWER])}) == ASK + SUNNY
+    assert shown({"conversations": {"from": ["human", "gpt"], "value": ["weather?", "sunny"]}}) == ASK + SUNNY
+    (tmp_path / "a.csv").write_text("instruction,output,history\nweather?,sunny,[]\n")
+    assert shown(tmp_path / "a.csv") == ASK + SUNNY
 
 
 def test_the_system_column_of_sharegpt(shown: Callable[..., str]) -> None:
@@ -142,6 +219,8 @@ def test_system_and_history_of_alpaca(shown: Callable[..., str]) -> None:
     assert shown(row) == before + ASK + SUNNY
     with pytest.raises(UserError, match=r"data\.jsonl:1: 'history' should be pairs"):
         shown({**row, "history": ["a"]})
+    assert shown({**row, "history": [["a", ""]]}) == before.replace("[b<|im_end|>\n]", "<|im_end|>\n") + ASK + SUNNY
+    assert shown({"instruction": "", "input": "weather?", "output": "sunny"}) == ASK + SUNNY
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0.0}])
@@ -220,6 +299,12 @@ def test_columns_that_are_not_used_are_counted(jsonl: Jsonl, tokenizer: Any, tmp
 def test_empty_rows_are_skipped_and_counted(jsonl: Jsonl, tokenizer: Any) -> None:
     for rows in (
         [{"text": ""}, {"text": "one"}, {"text": " \n"}, {"text": None}],
+        [
+            {"prompt": None, "completion": None},
+            {"prompt": "a", "completion": "b"},
+            {"prompt": None, "completion": None},
+            {"prompt": "a", "completion": " "},
+        ],
         [{"question": "a", "answer": ""}, {"question": "a", "answer": "b"}] * 2 + [{"question": "a", "answer": None}],
         [
             {"messages": []},

@@ -293,7 +293,7 @@ def test_labels_are_those_that_trl_makes(jsonl: Jsonl, tokenizer: Any, tmp_path:
         (
             '{"prompt": "a", "completion": "b"}\n'
             '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}\n',
-            r"rows\.jsonl:2: the prompt is messages, but above it is text",
+            r"rows\.jsonl:2: the prompt is messages, but before it is text",
         ),
         ('{"question": "a", "answer": "b"}\n{"text": "a"}\n', r"rows\.jsonl:2: there is no 'question'"),
     ],
