@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from loram.base.constants import CHUNK_TOKENS, HIDDEN_BYTES, MEASURED_TOKENS
 from loram.planner.activations import (
     Sizes,
+    kept_per_weight,
     layer_input,
     offloaded_stash,
     saved_around_layers,
@@ -212,7 +213,7 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
     cast = _FLOAT32 if settings.device == "cuda" and not settings.quantised else 0
     in_mlp = tokens * (3 * hidden * size + layer.channels * (size + cast))
-    if model.architecture.attention_softcap is None:
+    if not kept_per_weight(model, settings):
         return in_mlp
     weights = 2 * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
     return max(in_mlp, weights - saved_by_mlp(model, layer, settings))

@@ -12,7 +12,7 @@ import torch
 import yaml
 from bitsandbytes.nn import Params4bit
 from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
-from conftest import FAMILIES, ODDITIES, SIZES, own_names, targets_of
+from conftest import EVERY_FAMILY, FAMILIES, ODDITIES, SIZES, own_names, targets_of
 from helpers import Live
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel
@@ -80,7 +80,7 @@ def quantised_bytes(weight: Tensor) -> int:
     return int(packed.nbytes + sum(tensor.nbytes for tensor in constants))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_in_4_bits_are_bitsandbytes_own(family: str, tied: bool) -> None:
     model = tiny(family, tie_word_embeddings=tied, intermediate_size=43)  # odd counts of values and of blocks
@@ -189,7 +189,7 @@ def saved_bytes(wrapped: Any, batch: int, length: int) -> tuple[list[int], int]:
     return [after - start for start, after in itertools.pairwise(before)], saved.bytes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("length", [6, 16], ids=["inside the window", "beyond the window"])
 def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     model = tiny(family)
@@ -228,7 +228,7 @@ def test_saved_activations_depend_on_the_targets(targets: tuple[str, ...], dropo
     assert layers[2:] == [saved_by_layer(sizes_of(model), layer, settings) for layer in sizes_of(model).layers[2:]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     loram.prune(tiny_models[family], tmp_path / "out", ratio=0.5, criterion="random", keep_first=1, keep_last=1)
     layers, _ = saved_bytes(adapted(loram.load_pruned(tmp_path / "out")), 2, 12)
