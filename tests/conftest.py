@@ -22,9 +22,21 @@ import loram
 from loram.model.families import family_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-# Families whose rows differ little from Llama's. They have the laws, what streaming and the planner count, and a chain of
+# Families whose rows differ little from Llama's. They have the laws, streaming, the planner's sums and a chain of
 # stages (test_near_llama.py), but not the hundreds of tests that run on FAMILIES.
-NEAR_LLAMA = ("seed_oss", "smollm3", "granite", "ministral3", "ernie4_5", "hunyuan_v1_dense", "exaone4")
+NEAR_LLAMA = (
+    "seed_oss",
+    "smollm3",
+    "granite",
+    "ministral3",
+    "ernie4_5",
+    "hunyuan_v1_dense",
+    "exaone4",
+    "olmo2",
+    "olmo3",
+    "glm4",
+    "cohere2",
+)
 EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -80,6 +92,10 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"use_bias": True},
     "hunyuan_v1_dense": {"attention_bias": True},
     "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "olmo2": {"attention_bias": True, "rms_norm_eps": 0.1},  # large enough that it matters how it is scaled
+    "olmo3": {"sliding_window": 8, "rms_norm_eps": 0.1},
+    "glm4": {},
+    "cohere2": {"attention_bias": True, "sliding_window": 8, "logit_scale": 0.3},
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -165,7 +165,8 @@ class Head:
     def _visit_logits(self, visit: Visit) -> None:
         """Call `visit(batch number, first token id, logits, weight)` for every slice and micro-batch.
 
-        Logits are (wanted, slice) float32, scale and softcap included; weights are (slice, hidden), with the adapter's update.
+        Logits are (wanted, slice) float32, with scale and softcap; weights are (slice, hidden), with the adapter's
+        update.
         """
         longest, head = max(len(batch.targets) for batch in self.batches), self._weight
         rows = max(1, _SLICE_BYTES // (4 * max(longest, head.shape[1])))

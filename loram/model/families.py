@@ -50,6 +50,7 @@ _HEAD_NORMS = (Norm(path="self_attn.q_norm", width=ONE_HEAD), Norm(path="self_at
 
 # Some layers of Qwen's models slide: those from `max_window_layers` on.
 _POST_NORMS = (Norm(path="post_attention_layernorm"), Norm(path="post_feedforward_layernorm"))
+_THREE_OF_FOUR = Windows(slides=lambda layer, config: (layer + 1) % config.get("sliding_window_pattern", 4) != 0)
 _QWEN_WINDOWS = Windows(
     switch="use_sliding_window", slides=lambda layer, config: layer >= config.get("max_window_layers", 28)
 )
@@ -73,6 +74,19 @@ LLAMA = Architecture(
     norms=_NORMS,
     blocks=("self_attn", "mlp"),
     biases={"attention_bias": _QKVO, "mlp_bias": _MLP},
+)
+_OLMO2 = replace(
+    LLAMA,
+    model_type="olmo2",
+    model_class="Olmo2ForCausalLM",
+    norms=(
+        *_POST_NORMS,
+        Norm(path="self_attn.q_norm", width=QUERIES),
+        Norm(path="self_attn.k_norm", width=KEYS),
+    ),
+    normed_inputs=False,
+    biases={"attention_bias": _QKVO},
+    rotary_in_float32=True,
 )
 # The other rows say in what they differ from Llama's.
 _ROWS = (
@@ -207,7 +221,41 @@ _ROWS = (
         normed_inputs=False,
         biases={},
         kv_heads=32,
-        windows=Windows(slides=lambda layer, config: (layer + 1) % config.get("sliding_window_pattern", 4) != 0),
+        windows=_THREE_OF_FOUR,
+    ),
+    _OLMO2,
+    replace(
+        _OLMO2,
+        model_type="olmo3",
+        model_class="Olmo3ForCausalLM",
+        windows=Windows(slides=lambda layer, config: (layer + 1) % 4 != 0),
+        rotary_by_window=True,
+    ),
+    replace(
+        LLAMA,
+        model_type="glm4",
+        model_class="Glm4ForCausalLM",
+        linears=(*_LINEARS[:3], *_FUSED_LINEARS[1:]),
+        norms=(*_NORMS, Norm(path="post_self_attn_layernorm"), Norm(path="post_mlp_layernorm")),
+        biases={"attention_bias": _QKV},
+        on_by_default=("attention_bias",),
+        kv_heads=2,
+        head_dim=128,
+        partial_rotary=0.5,
+        rotary_by_layer=True,
+    ),
+    replace(
+        LLAMA,
+        model_type="cohere2",
+        model_class="Cohere2ForCausalLM",
+        # attention and MLP stand side by side, and read the same normed hidden states
+        linears=tuple(replace(linear, reads="layer") if linear.reads == "mlp" else linear for linear in _LINEARS),
+        norms=_NORMS[:1],
+        norms_center=True,
+        biases={"attention_bias": _QKVO},
+        tied=True,
+        windows=_THREE_OF_FOUR,
+        logit_scale=Scale(key="logit_scale", default=0.0625),
     ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_FAMILY, FAMILIES, LINEARS, VOCABULARY, make_model, own_names, random_adapter, relative, targets_of
+from conftest import (
+    EVERY_FAMILY,
+    FAMILIES,
+    LINEARS,
+    VOCABULARY,
+    make_model,
+    own_names,
+    random_adapter,
+    relative,
+    targets_of,
+)
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -189,6 +189,13 @@ def saved_bytes(wrapped: Any, batch: int, length: int) -> tuple[list[int], int]:
     return [after - start for start, after in itertools.pairwise(before)], saved.bytes
 
 
+def with_known_tables(model: Model) -> list[int]:
+    """Return the layers whose rotary tables a layer below has saved already."""
+    by_window = model.architecture.rotary_by_window
+    kinds = [by_window and layer.window is None for layer in model.layers]
+    return [index for index, kind in enumerate(kinds) if kind in kinds[:index]]
+
+
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("length", [6, 16], ids=["inside the window", "beyond the window"])
 def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
@@ -198,7 +205,8 @@ def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": length}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
     expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
-    assert layers[1:] == expected[1:]
+    known = with_known_tables(sizes)
+    assert [layers[index] for index in known] == [expected[index] for index in known]
     read_by_the_loss = 2 * (length - 1) * SIZES["hidden_size"] * 4  # not yet saved here
     assert total == sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss
 
@@ -237,7 +245,8 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
     expected = [saved_by_layer(sizes, layer, settings) for layer in sizes.layers]
-    assert layers[1:] == expected[1:]
+    known = with_known_tables(sizes)
+    assert [layers[index] for index in known] == [expected[index] for index in known]
     assert expected[1] < expected[-1]  # a whole layer takes more
 
 
