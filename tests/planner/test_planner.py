@@ -304,6 +304,16 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 def test_the_peak_is_that_of_all_tensors_alive(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Of a real training's steps, allocator aside; what happens inside one operation is not seen."""
+    assert_peak(family, options, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["seed_oss", "granite", "cohere2"])
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
+def test_the_peak_with_dropouts_factors_and_norms_of_other_kinds(family: str, tmp_path: Path) -> None:
+    assert_peak(family, {"load_in_4bit": True, "gradient_checkpointing": True}, tmp_path)
+
+
+def assert_peak(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = tiny(family, vocab_size=1000, hidden_size=64, intermediate_size=170, num_hidden_layers=3)
     config = model.config.to_dict()
     settings = make_settings(**{"device": "cpu", "per_device_train_batch_size": 2, "max_length": 120, **options})
