@@ -22,6 +22,22 @@ import loram
 from loram.model.families import family_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+# Families whose rows differ little from Llama's. They have the laws, streaming, the planner's sums and a chain of
+# stages (test_near_llama.py), but not the hundreds of tests that run on FAMILIES.
+NEAR_LLAMA = (
+    "seed_oss",
+    "smollm3",
+    "granite",
+    "ministral3",
+    "ernie4_5",
+    "hunyuan_v1_dense",
+    "exaone4",
+    "olmo2",
+    "olmo3",
+    "glm4",
+    "cohere2",
+)
+EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = 320
@@ -51,6 +67,35 @@ ODDITIES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 256,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
+    "seed_oss": {"mlp_bias": True},
+    "smollm3": {"attention_bias": True, "use_sliding_window": True, "sliding_window": 8, "no_rope_layer_interval": 2},
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,  # queries are scaled from here on
+            "max_position_embeddings": 128,
+            "llama_4_scaling_beta": 0.1,
+        },
+        "max_position_embeddings": 128,
+    },
+    "ernie4_5": {"use_bias": True},
+    "hunyuan_v1_dense": {"attention_bias": True},
+    "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "olmo2": {"attention_bias": True, "rms_norm_eps": 0.1},  # large enough that it matters how it is scaled
+    "olmo3": {"sliding_window": 8, "rms_norm_eps": 0.1},
+    "glm4": {},
+    "cohere2": {"attention_bias": True, "sliding_window": 8, "logit_scale": 0.3},
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -77,6 +122,7 @@ SLOW = (
     "test_loading",
     "test_memory",
     "test_methods",
+    "test_near_llama",
     "test_nf4",
     "test_paths",
     "test_pipeline",
@@ -229,20 +275,36 @@ def weakened(folder: Path, group: int, channel: int) -> Path:
     return folder
 
 
+class _Folders(dict[str, Path]):
+    """Family -> folder, which is made when it is first wanted."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = self.make(family)
+        return self[family]
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
     """Family -> folder of a tiny model of it."""
     root = tmp_path_factory.mktemp("models")
-    return {family: make_model(root / family, family, tokenizer) for family in FAMILIES}
+    return _Folders(lambda family: make_model(root / family, family, tokenizer))
 
 
 @pytest.fixture(scope="session")
 def pruned_models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> folder of its tiny model pruned by half in layers 2 and 3."""
     root = tmp_path_factory.mktemp("pruned")
-    for family, base in tiny_models.items():
-        loram.prune(base, root / family, ratio=0.5, criterion="magnitude", keep_first=2, keep_last=1)
-    return {family: root / family for family in tiny_models}
+    options = {"ratio": 0.5, "criterion": "magnitude", "keep_first": 2, "keep_last": 1}
+
+    def make(family: str) -> Path:
+        loram.prune(tiny_models[family], root / family, **options)
+        return root / family
+
+    return _Folders(make)
 
 
 @pytest.fixture(scope="session")

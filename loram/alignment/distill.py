@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from loram.alignment.judge import Judge, Milestones
 from loram.compute.device import allocate_
-from loram.compute.loss import apply_softcap, chunked_loss, parts_of
+from loram.compute.loss import chunked_loss, parts_of
 from loram.data.batches import IGNORED
 from loram.trainer.arguments import checkpoints_activations
 
@@ -114,7 +114,7 @@ class AlignTrainer(Trainer):
     def _loss(
         self, states: Tensor, student: Any, next_ids: Tensor, inputs: dict[str, Tensor | Any], wanted: Tensor
     ) -> Tensor:
-        _, head, softcap = parts_of(student)
+        _, head, rule = parts_of(student)
         targets = [] if self.clm_weight == 1 else self._teacher_targets(inputs, wanted)
         distance = top_k_divergence if self.teacher is None else self._live_divergence
 
@@ -126,7 +126,7 @@ class AlignTrainer(Trainer):
                 loss = loss + (1 - self.clm_weight) * distance(logits, *targets)
             return loss
 
-        return chunked_loss(states, head, [next_ids, *targets], loss_of, softcap=softcap)
+        return chunked_loss(states, head, [next_ids, *targets], loss_of, rule=rule)
 
     def _teacher_targets(self, inputs: dict[str, Tensor | Any], wanted: Tensor) -> list[Tensor]:
         """Return the teacher's cached predictions, or the inputs of the lm_head of a teacher in memory."""
@@ -141,8 +141,8 @@ class AlignTrainer(Trainer):
         """Sum the divergence from the teacher in memory, whose lm_head reads `states`."""
         assert self.teacher is not None
         with torch.no_grad():
-            _, head, softcap = parts_of(self.teacher)
-            teacher_logits = apply_softcap(head(states).float(), softcap)
+            _, head, rule = parts_of(self.teacher)
+            teacher_logits = rule(head(states).float())
         return divergence(logits, teacher_logits)
 
 

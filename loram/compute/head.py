@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loram.base.progress import track
+from loram.compute.logits import LogitRule
 from loram.compute.scratch import Activations, Scratch
 from loram.data.batches import Batch
 from loram.disk.adapter import Adapter
@@ -68,8 +69,7 @@ class Head:
         self.norm, self.batches, self.final, self.adapter = norm, batches, final, adapter
         self.device, self.dtype, self._scratch = device, dtype, scratch
         architecture = checkpoint.architecture
-        softcap, config = architecture.logit_softcap, architecture.text_config(checkpoint.config)
-        self._cap = None if softcap is None else softcap.of(config)
+        self._rule = LogitRule.of(architecture, architecture.text_config(checkpoint.config))
         self._module, self._weight = architecture.head, checkpoint.tensor(checkpoint.head)  # (vocabulary, hidden)
 
     @functools.cached_property
@@ -129,8 +129,7 @@ class Head:
             error = (logits - totals[number].to(logits.device)[:, None]).exp()  # softmax, (wanted, slice)
             inside, here = self._targets_inside(number, start, logits)
             error[inside, here] -= 1  # softmax minus the one-hot target: the gradient by the logits
-            if self._cap:
-                error *= 1 - (logits / self._cap) ** 2  # the derivative of cap * tanh(x / cap)
+            self._rule.pull_back_(error, logits)
             sums[number] += (error.to(weight.dtype) @ weight).float().cpu() / predicted  # (wanted, hidden)
 
         self._visit_logits(visit)
@@ -166,7 +165,8 @@ class Head:
     def _visit_logits(self, visit: Visit) -> None:
         """Call `visit(batch number, first token id, logits, weight)` for every slice and micro-batch.
 
-        Logits are (wanted, slice) float32, softcap included; weights are (slice, hidden), with the adapter's update.
+        Logits are (wanted, slice) float32, with scale and softcap; weights are (slice, hidden), with the adapter's
+        update.
         """
         longest, head = max(len(batch.targets) for batch in self.batches), self._weight
         rows = max(1, _SLICE_BYTES // (4 * max(longest, head.shape[1])))
@@ -175,5 +175,5 @@ class Head:
             if self.adapter is not None and self._module in self.adapter.modules:
                 weight = self.adapter.updated(self._module, weight, start).to(weight)
             for number in range(len(self.batches)):
-                logits = (self._inputs[number].to(self.device) @ weight.T).float()
-                visit(number, start, self._cap * (logits / self._cap).tanh() if self._cap else logits, weight)
+                outputs = (self._inputs[number].to(self.device) @ weight.T).float()
+                visit(number, start, self._rule(outputs), weight)

@@ -15,12 +15,20 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from loram.base.constants import CHUNK_TOKENS
+from loram.compute.logits import LogitRule
 from loram.data.batches import IGNORED
 from loram.model.families import family_of
 
+PLAIN = LogitRule()  # logits are what the head gives
+
 
 def chunked_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: nn.Module, *, softcap: float | None = None, chunk_tokens: int = CHUNK_TOKENS
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    *,
+    rule: LogitRule = PLAIN,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Compute the sum of -log p(token) over the tokens in the loss, in nats; see `chunked_loss`.
 
@@ -28,7 +36,7 @@ def chunked_cross_entropy(
         hidden: (rows, width, hidden size), the inputs of lm_head.
         labels: (rows, width) int64; the token at each position, -100 where it is not in the loss.
         head: lm_head.
-        softcap: the cap of the logits, as in `apply_softcap`.
+        rule: how logits follow from what lm_head gives.
         chunk_tokens: for how many tokens the logits are held at a time.
 
     Returns:
@@ -40,9 +48,7 @@ def chunked_cross_entropy(
 
     targets = labels[:, 1:]
     wanted = targets != IGNORED  # (rows, width - 1)
-    return chunked_loss(
-        hidden[:, :-1][wanted], head, [targets[wanted]], loss_of, softcap=softcap, chunk_tokens=chunk_tokens
-    )
+    return chunked_loss(hidden[:, :-1][wanted], head, [targets[wanted]], loss_of, rule=rule, chunk_tokens=chunk_tokens)
 
 
 def chunked_loss(
@@ -51,7 +57,7 @@ def chunked_loss(
     targets: Sequence[Tensor],
     loss_of: Callable[..., Tensor],
     *,
-    softcap: float | None = None,
+    rule: LogitRule = PLAIN,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Sum a loss over positions, chunk by chunk.
@@ -64,7 +70,7 @@ def chunked_loss(
         targets: what the loss reads beside the logits: tensors whose first dimension is `positions`.
         loss_of: a function of the logits, (chunk, vocabulary) float32, and the chunk of each target; it returns the
             summed loss of the chunk.
-        softcap: the cap of the logits, as in `apply_softcap`.
+        rule: how logits follow from what lm_head gives.
         chunk_tokens: for how many positions the logits are held at a time.
 
     Returns:
@@ -72,17 +78,12 @@ def chunked_loss(
     """
 
     def loss_of_chunk(states: Tensor, *targets: Tensor) -> Tensor:
-        return loss_of(apply_softcap(head(states).float(), softcap), *targets)
+        return loss_of(rule(head(states).float()), *targets)
 
     total = states.new_zeros((), dtype=torch.float32)
     for chunk in zip(*(tensor.split(chunk_tokens) for tensor in (states, *targets)), strict=True):
         total = total + checkpoint(loss_of_chunk, *chunk, use_reentrant=False)
     return total
-
-
-def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
-    """Cap logits smoothly, softcap * tanh(logits / softcap), as Gemma 2 does; None leaves them as they are."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def causal_loss(
@@ -107,21 +108,20 @@ def causal_loss(
     Returns:
         A float32 scalar.
     """
-    decoder, head, softcap = parts_of(model)
+    decoder, head, rule = parts_of(model)
     hidden = decoder(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (rows, width, hidden size)
-    total = chunked_cross_entropy(hidden, labels, head, softcap=softcap, chunk_tokens=chunk_tokens)
+    total = chunked_cross_entropy(hidden, labels, head, rule=rule, chunk_tokens=chunk_tokens)
     return total / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
 
 
-def parts_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, float | None]:
-    """Return (the decoder, the head, the softcap of its logits if there is one) of a causal language model.
+def parts_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, LogitRule]:
+    """Return (the decoder, the head, how logits follow from what the head gives) of a causal language model.
 
     Raises:
         UserError: the model is of no supported family.
     """
     row = family_of({"model_type": model.config.model_type})
-    softcap = None if row.logit_softcap is None else getattr(model.config, row.logit_softcap.key, None)
-    return model.get_submodule(row.decoder), model.get_submodule(row.head), softcap
+    return model.get_submodule(row.decoder), model.get_submodule(row.head), LogitRule.of(row, vars(model.config))
 
 
 def use_chunked_loss_(model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS) -> None:

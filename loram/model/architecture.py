@@ -140,10 +140,11 @@ class Windows:
         """Return how many tokens a layer looks back, or None if it sees all of them."""
         if self.switch is not None and not config.get(self.switch):
             return None
-        kinds = config.get("layer_types")
-        slides = kinds[layer] == "sliding_attention" if kinds else self.slides(layer, config)
         window: int | None = config.get("sliding_window", self.default)
-        return window if slides else None
+        if window is None:
+            return None
+        kinds = config.get("layer_types")
+        return window if (kinds[layer] == "sliding_attention" if kinds else self.slides(layer, config)) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,26 @@ class Softcap:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A factor on the logits, which comes before any softcap.
+
+    Args:
+        key: the key of config.json with the factor.
+        default: transformers' default where config.json leaves the key out.
+        divides: whether logits are divided by it, and not multiplied.
+    """
+
+    key: str
+    default: float
+    divides: bool = False
+
+    def of(self, config: Mapping[str, Any]) -> float:
+        """Return what a config makes the logits be multiplied by."""
+        factor: float = config.get(self.key, self.default)
+        return 1 / factor if self.divides else factor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One family of models: where its tensors are, how they hang together, and transformers' defaults.
 
@@ -181,6 +202,7 @@ class Architecture:
         blocks: the modules of a decoder layer whose outputs are added to the hidden states.
         kinds_key: the key of config.json that lists a kind per layer, where layers differ in what they have.
         biases: a switch of config.json -> the paths of the linears that it gives a bias; `always` is no switch.
+        on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
             num_attention_heads, which is also what a null in config.json means.
         head_dim: transformers' default where config.json leaves it out; None is hidden_size / num_attention_heads.
@@ -189,8 +211,16 @@ class Architecture:
         attention_softcap: the softcap of attention scores. transformers computes all attention weights of such a
             family itself, since its fused kernels know no softcap.
         logit_softcap: the softcap of logits.
+        logit_scale: the factor on logits.
         norms_add_one: whether its norms multiply by 1 + weight.
+        norms_center: whether its norms subtract the mean first.
+        normed_inputs: whether attention reads normed hidden states, and not the hidden states themselves.
         rotary_by_window: whether layers with and without a window have rotary tables of their own.
+        rotary_by_layer: whether every layer makes rotary tables of its own from the model's.
+        rotary_in_float32: whether rotary tables are in float32, whatever the model computes in.
+        queries_scaled: whether queries are also multiplied by a factor that depends on their place.
+        dropouts: the dropouts that the family knows, and their defaults where config.json leaves them out:
+            `attention_dropout` on attention weights, `residual_dropout` on what attention and MLP give.
         partial_rotary: transformers' default of partial_rotary_factor, the share of a head that is rotated; None where
             the family has no such option and rotates whole heads.
     """
@@ -209,14 +239,22 @@ class Architecture:
     config_key: str | None = None
     kinds_key: str | None = None
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    on_by_default: tuple[str, ...] = ()
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
     windows: Windows | None = None
     attention_softcap: Softcap | None = None
     logit_softcap: Softcap | None = None
+    logit_scale: Scale | None = None
     norms_add_one: bool = False
+    norms_center: bool = False
+    normed_inputs: bool = True
     rotary_by_window: bool = False
+    rotary_by_layer: bool = False
+    rotary_in_float32: bool = False
+    queries_scaled: bool = False
+    dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
     partial_rotary: float | None = None
 
     @property
@@ -293,6 +331,10 @@ class Architecture:
         """Return the part of a config.json that describes the text model."""
         nested: Mapping[str, Any] = config if self.config_key is None else config[self.config_key]
         return nested
+
+    def dropout(self, key: str, config: Mapping[str, Any]) -> float:
+        """Return a dropout that a text model's config sets; 0 where the family does not know it."""
+        return float(config.get(key, self.dropouts[key])) if key in self.dropouts else 0.0
 
     def layer_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kind of every layer from a config.json; empty if all layers have the same parts."""

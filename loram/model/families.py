@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from loram.base.errors import UserError
-from loram.model.architecture import ONE_HEAD, Architecture, Linear, Norm, Segment, Softcap, Space, Windows
+from loram.model.architecture import ONE_HEAD, Architecture, Linear, Norm, Scale, Segment, Softcap, Space, Windows
 
 PRUNED_PREFIX = "loram_"  # the model_type of a pruned llama is `loram_llama`
 
@@ -49,9 +49,18 @@ _FOUR_NORMS = (*_NORMS, Norm(path="pre_feedforward_layernorm"), Norm(path="post_
 _HEAD_NORMS = (Norm(path="self_attn.q_norm", width=ONE_HEAD), Norm(path="self_attn.k_norm", width=ONE_HEAD))
 
 # Some layers of Qwen's models slide: those from `max_window_layers` on.
+_POST_NORMS = (Norm(path="post_attention_layernorm"), Norm(path="post_feedforward_layernorm"))
+_THREE_OF_FOUR = Windows(slides=lambda layer, config: (layer + 1) % config.get("sliding_window_pattern", 4) != 0)
 _QWEN_WINDOWS = Windows(
     switch="use_sliding_window", slides=lambda layer, config: layer >= config.get("max_window_layers", 28)
 )
+
+
+def _rotates(layer: int, config: Mapping[str, Any]) -> bool:
+    """Return whether a layer of SmolLM3 has rotary embeddings."""
+    listed = config.get("no_rope_layers")  # 1 where a layer has them, in spite of the name
+    return bool(listed[layer]) if listed else (layer + 1) % config.get("no_rope_layer_interval", 4) != 0
+
 
 LLAMA = Architecture(
     model_type="llama",
@@ -65,6 +74,19 @@ LLAMA = Architecture(
     norms=_NORMS,
     blocks=("self_attn", "mlp"),
     biases={"attention_bias": _QKVO, "mlp_bias": _MLP},
+)
+_OLMO2 = replace(
+    LLAMA,
+    model_type="olmo2",
+    model_class="Olmo2ForCausalLM",
+    norms=(
+        *_POST_NORMS,
+        Norm(path="self_attn.q_norm", width=QUERIES),
+        Norm(path="self_attn.k_norm", width=KEYS),
+    ),
+    normed_inputs=False,
+    biases={"attention_bias": _QKVO},
+    rotary_in_float32=True,
 )
 # The other rows say in what they differ from Llama's.
 _ROWS = (
@@ -132,6 +154,109 @@ _ROWS = (
         windows=Windows(slides=lambda layer, config: True, default=None),
         partial_rotary=1.0,
     ),
+    replace(
+        LLAMA,
+        model_type="seed_oss",
+        model_class="SeedOssForCausalLM",
+        biases={"attention_bias": _QKV, "attention_out_bias": ("self_attn.o_proj",), "mlp_bias": _MLP},
+        on_by_default=("attention_bias",),
+        kv_heads=8,
+        head_dim=128,
+        dropouts={"attention_dropout": 0.1, "residual_dropout": 0.1},
+    ),
+    replace(
+        LLAMA,
+        model_type="smollm3",
+        model_class="SmolLM3ForCausalLM",
+        kv_heads=4,
+        tied=True,
+        windows=Windows(
+            switch="use_sliding_window", slides=lambda layer, config: not _rotates(layer, config), default=None
+        ),
+    ),
+    replace(
+        LLAMA,
+        model_type="granite",
+        model_class="GraniteForCausalLM",
+        logit_scale=Scale(key="logits_scaling", default=1.0, divides=True),
+    ),
+    replace(
+        LLAMA,
+        model_type="ministral3",
+        model_class="Ministral3ForCausalLM",
+        biases={},
+        kv_heads=8,
+        head_dim=128,
+        windows=Windows(slides=lambda layer, config: True, default=None),
+        queries_scaled=True,
+    ),
+    replace(
+        LLAMA,
+        model_type="ernie4_5",
+        model_class="Ernie4_5ForCausalLM",
+        biases={"use_bias": (*_QKVO, *_MLP)},
+        kv_heads=2,
+        head_dim=128,
+        tied=True,
+        rotary_by_layer=True,
+        rotary_in_float32=True,
+        dropouts={},
+    ),
+    replace(
+        LLAMA,
+        model_type="hunyuan_v1_dense",
+        model_class="HunYuanDenseV1ForCausalLM",
+        norms=(
+            *_NORMS,
+            Norm(path="self_attn.query_layernorm", width=ONE_HEAD),
+            Norm(path="self_attn.key_layernorm", width=ONE_HEAD),
+        ),
+        biases={"attention_bias": _QKVO},
+    ),
+    replace(
+        LLAMA,
+        model_type="exaone4",
+        model_class="Exaone4ForCausalLM",
+        norms=(*_POST_NORMS, *_HEAD_NORMS),
+        normed_inputs=False,
+        biases={},
+        kv_heads=32,
+        windows=_THREE_OF_FOUR,
+    ),
+    _OLMO2,
+    replace(
+        _OLMO2,
+        model_type="olmo3",
+        model_class="Olmo3ForCausalLM",
+        windows=Windows(slides=lambda layer, config: (layer + 1) % 4 != 0),
+        rotary_by_window=True,
+    ),
+    replace(
+        LLAMA,
+        model_type="glm4",
+        model_class="Glm4ForCausalLM",
+        linears=(*_LINEARS[:3], *_FUSED_LINEARS[1:]),
+        norms=(*_NORMS, Norm(path="post_self_attn_layernorm"), Norm(path="post_mlp_layernorm")),
+        biases={"attention_bias": _QKV},
+        on_by_default=("attention_bias",),
+        kv_heads=2,
+        head_dim=128,
+        partial_rotary=0.5,
+        rotary_by_layer=True,
+    ),
+    replace(
+        LLAMA,
+        model_type="cohere2",
+        model_class="Cohere2ForCausalLM",
+        # attention and MLP stand side by side, and read the same normed hidden states
+        linears=tuple(replace(linear, reads="layer") if linear.reads == "mlp" else linear for linear in _LINEARS),
+        norms=_NORMS[:1],
+        norms_center=True,
+        biases={"attention_bias": _QKVO},
+        tied=True,
+        windows=_THREE_OF_FOUR,
+        logit_scale=Scale(key="logit_scale", default=0.0625),
+    ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
 MODEL_CLASSES = tuple(row.model_class for row in _ROWS)
@@ -169,6 +294,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
     model_type = str(config.get("model_type")).removeprefix(PRUNED_PREFIX)
     if model_type not in ARCHITECTURES:
         raise UserError(
-            f"{where}: model_type {model_type!r} is not supported; supported families are {', '.join(ARCHITECTURES)}"
+            f"{where}: model_type {model_type!r} is not supported; supported families are {', '.join(ARCHITECTURES)}; "
+            "what is missing is its row in loram/model/families.py (see CONTRIBUTING.md, 'Add a family')"
         )
     return ARCHITECTURES[model_type]

@@ -59,7 +59,7 @@ class Geometry(BaseModel):
         biases = [
             path
             for switch, paths in architecture.biases.items()
-            if switch == "always" or config.get(switch)
+            if switch == "always" or config.get(switch, switch in architecture.on_by_default)
             for path in paths
         ]
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")

@@ -8,6 +8,8 @@ A structurally pruned model is an ordinary model of its family, except that some
 groups (each with its query heads) and fewer MLP channels. transformers' own code builds the layers. Here the linears of
 narrowed layers are replaced by smaller ones, whose paths and shapes are in `config.narrow_linears`, and every layer's
 modules get a view of the config with that layer's own number of heads and channels, from `config.per_layer_config`.
+Norms over all heads, which few families have, get the widths in `config.narrow_norms`:
+{layer: {path: [width, width in the full model]}}.
 
 A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and one bit per
 place that says which these are (`SparseLinear`). `config.sparsity` says in which layers and how many.
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NarrowLinears = Mapping[str, tuple[int, int, bool]]  # path -> (out_features, in_features, whether it has a bias)
+NarrowNorms = Mapping[str, tuple[int, int]]  # path -> (width, width in the full model)
 
 
 def resize_layer_(layer: nn.Module, linears: NarrowLinears) -> None:
@@ -42,6 +45,28 @@ def resize_layer_(layer: nn.Module, linears: NarrowLinears) -> None:
         if (linear.out_features, linear.in_features, linear.bias is not None) != (rows, columns, bias):
             new = nn.Linear(columns, rows, bias, device=linear.weight.device, dtype=linear.weight.dtype)
             layer.set_submodule(path, new)
+
+
+def resize_norms_(layer: nn.Module, norms: NarrowNorms) -> None:
+    """Replace the weights of a decoder layer's RMS norms over all heads, some of which are gone, in place.
+
+    The new weights have values that are not initialised. What is gone counts as zeros. So the n values x that stay of N
+    give w x / sqrt(S / N + e), where S is the sum of their squares; the family's own code would give
+    w x / sqrt(S / n + e). The first is the second times sqrt(N / n), with e N / n for e.
+
+    Args:
+        layer: a decoder layer.
+        norms: the widths that the norms should have and had, by their paths inside the layer.
+    """
+    for path, (width, full) in norms.items():
+        norm: Any = layer.get_submodule(path)  # Any: nn.Module declares every attribute to be a tensor or module
+        norm.weight = nn.Parameter(torch.empty(width, dtype=norm.weight.dtype, device=norm.weight.device))
+        norm.variance_epsilon *= full / width
+        norm.register_forward_hook(functools.partial(_times, (full / width) ** 0.5))
+
+
+def _times(factor: float, _: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * factor
 
 
 class LayerConfig:
@@ -261,6 +286,8 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         layers = self.get_decoder().layers
         for index, linears in _narrow_linears(config, layers).items():
             resize_layer_(layers[index], linears)
+        for index, norms in getattr(config, "narrow_norms", {}).items():  # only some families have the key
+            resize_norms_(layers[int(index)], norms)
         if keys := config.per_layer_attributes:
             show_widths_(self, config, {key: full[key] for key in keys})  # for what is in no layer: rotary tables
             for own, layer in zip(config.per_layer_config, layers, strict=True):

@@ -170,6 +170,7 @@ class PruningPlan(BaseModel):
             "narrow_linears": self.narrow_linears() or None,
             "bias_compensation": self.bias_compensation,
             "sparsity": self.sparsity(),
+            **({"narrow_norms": norms} if (norms := self.narrow_norms()) else {}),
         }
 
     def per_layer_config(self) -> dict[str, dict[str, int]]:
@@ -193,6 +194,22 @@ class PruningPlan(BaseModel):
                 for linear in self.geometry.layer(self.architecture, layer).linears
             }
             for layer in sorted(self.layers)
+        }
+
+    def narrow_norms(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Return config.json's key `narrow_norms`: layer -> path -> (width, width in the full model).
+
+        It lists the norms over all heads of every layer that the plan narrows. Few families have such norms, and the
+        others' files do not have the key.
+        """
+        norms = [norm for norm in self.architecture.norms if norm.width.space is not None]
+        return {
+            str(layer): {
+                norm.path: (self.geometry.size([norm.width], self.units(layer)), self.geometry.size([norm.width]))
+                for norm in norms
+            }
+            for layer in sorted(self.layers)
+            if norms
         }
 
     def compensated(self, layer: int) -> Iterator[tuple[str, Linear]]:

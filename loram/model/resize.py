@@ -33,6 +33,9 @@ def _cuts(name: str, plan: PruningPlan) -> Iterator[tuple[int, Tensor, int]]:
         for dimension, segments in zip(_PARTS[part], linear.sides, strict=True):
             if dimension is not None and (kept := plan.kept_elements(layer, segments)) is not None:
                 yield dimension, kept, plan.geometry.size(segments)
+    for norm in plan.architecture.norms:
+        if rest == f"{norm.path}.weight" and (kept := plan.kept_elements(layer, [norm.width])) is not None:
+            yield 0, kept, plan.geometry.size([norm.width])
 
 
 def _expect(name: str, tensor: Tensor, dimension: int, size: int) -> None:

@@ -49,22 +49,32 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     """
     size, hidden, tokens = Sizes.of(settings), model.geometry.hidden_size, settings.tokens
     targets = layer.targeted(settings.targets)
-    per_token = layer.norms * (hidden + 1) * _FLOAT32  # the input and 1 / its length
+    row, in_norm = model.architecture, _in_norm(model)
+    per_token = layer.norms * in_norm + layer.head_norms * _FLOAT32
     per_token += _by_adapters(model, layer, targets, settings, size)
     per_token += 3 * layer.channels * size.value  # gate, act(gate), up
-    if layer.head_norms:
-        per_token += (layer.queries + layer.heads + layer.keys + layer.kv_heads) * _FLOAT32
+    if row.dropout("residual_dropout", model.text_config):
+        per_token += 2 * hidden * (1 if settings.device == "cuda" else size.value)  # the masks
     if first:
         readers = [linear for linear in targets if linear.reads == "layer"]
-        per_token -= (hidden + 1) * _FLOAT32 + len(readers) * hidden * size.mask
+        per_token -= (in_norm if row.normed_inputs else 0) + len(readers) * hidden * size.mask
     return tokens * per_token + _attention(model, layer, settings, size) + _norm_weights(model, layer, first)
+
+
+def _in_norm(model: Model) -> int:
+    """Return the bytes that a norm of the hidden size saves per token: its input and 1 / its length.
+
+    A norm that subtracts the mean does so twice, and saves both results.
+    """
+    copies = 2 if model.architecture.norms_center else 1
+    return (copies * model.geometry.hidden_size + 1) * _FLOAT32
 
 
 def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
     """Return the part of what a layer saves that backward has freed when it comes to attention."""
     size = Sizes.of(settings)
     targets = [linear for linear in layer.targeted(settings.targets) if linear.reads in ("mlp", "channels")]
-    norms = (layer.norms - 1) * (model.geometry.hidden_size + 1) * _FLOAT32  # all but the one before attention
+    norms = (layer.norms - 1) * _in_norm(model)  # all but the one before attention
     adapters = _by_adapters(model, layer, targets, settings, size)
     return settings.tokens * (norms + adapters + 3 * layer.channels * size.value)
 
@@ -85,7 +95,7 @@ def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings
     shared = {linear.reads: layer.shapes[linear.path][1] for linear in targets}
     # Attention that is computed term by term keeps no output. Where heads are rotated in part, joining the parts puts
     # the queries head by head in memory; the output is laid out as they are, and copied to be token by token.
-    if model.architecture.attention_softcap is None and model.architecture.partial_rotary is None:
+    if not kept_per_weight(model, settings) and model.architecture.partial_rotary is None:
         shared.pop("attention", None)
     return kept + sum(shared.values()) * size.adapted
 
@@ -96,15 +106,35 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
     The values are a view of what their linear gives, so all of that is kept, unless they are copied.
     """
     tokens, length = settings.tokens, settings.length
-    if (softcap := model.architecture.attention_softcap) is not None:  # all weights are there: tanh and softmax
-        capped = softcap.of(model.text_config) is not None
-        weights = (size.value if capped else 0) + _FLOAT32 + (size.value if size.value != _FLOAT32 else 0)
-        return tokens * 3 * layer.queries * size.value + tokens * length * layer.heads * weights
+    row, tables = model.architecture, 0
+    if row.rotary_by_layer:
+        tables += 2 * length * model.rotated * _rotary_bytes(model, size)
+    if row.queries_scaled:
+        tables += length * size.value
+    if weight := kept_per_weight(model, settings):
+        return tokens * (3 * layer.queries * size.value + length * layer.heads * weight) + tables
     masked = layer.window is not None and length >= layer.window
     copied = masked and layer.heads != layer.kv_heads  # under a mask keys and values are copied for every query head
     keys, values = (layer.queries, layer.queries) if copied else (layer.keys, layer.values_width)
     mask = tokens * length * size.value if masked else 0
-    return tokens * ((2 * layer.queries + keys + values) * size.value + layer.heads * _FLOAT32) + mask
+    return tokens * ((2 * layer.queries + keys + values) * size.value + layer.heads * _FLOAT32) + mask + tables
+
+
+def kept_per_weight(model: Model, settings: Settings) -> int:
+    """Return the bytes that are kept per attention weight; 0 where a fused kernel keeps none of them.
+
+    With a softcap these are tanh and softmax. A CPU has no fused kernel with dropout: softmax, mask, and their product.
+    """
+    row, value = model.architecture, Sizes.of(settings).value
+    if row.attention_softcap is not None:
+        capped = row.attention_softcap.of(model.text_config) is not None
+        return (value if capped else 0) + _FLOAT32 + (value if value != _FLOAT32 else 0)
+    return 3 * value if settings.device == "cpu" and row.dropout("attention_dropout", model.text_config) else 0
+
+
+def _rotary_bytes(model: Model, size: Sizes) -> int:
+    """Return the bytes of one value of the rotary tables."""
+    return _FLOAT32 if model.architecture.rotary_in_float32 else size.value
 
 
 def _norm_weights(model: Model, layer: Layer, first: bool) -> int:
@@ -117,10 +147,10 @@ def _norm_weights(model: Model, layer: Layer, first: bool) -> int:
 def saved_around_layers(model: Model, settings: Settings) -> int:
     """Return the bytes saved outside the decoder layers: rotary tables, the final norm, and the loss's inputs."""
     hidden, size = model.geometry.hidden_size, Sizes.of(settings)
-    tables = len({layer.window is None for layer in model.layers}) if model.architecture.rotary_by_window else 1
-    rotary = tables * 2 * settings.length * model.rotated * size.value
-    norm = settings.tokens * (hidden + 1) * _FLOAT32
-    norm += _FLOAT32 * hidden if model.architecture.norms_add_one else 0
+    row = model.architecture
+    tables = len({layer.window is None for layer in model.layers}) if row.rotary_by_window else 1
+    rotary = 0 if row.rotary_by_layer else tables * 2 * settings.length * model.rotated * _rotary_bytes(model, size)
+    norm = settings.tokens * _in_norm(model) + (_FLOAT32 * hidden if row.norms_add_one else 0)
     places = settings.rows * (settings.length - 1)  # the first token is never predicted
     return rotary + norm + places * hidden * size.value
 

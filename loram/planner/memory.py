@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from loram.base.constants import CHUNK_TOKENS, HIDDEN_BYTES, MEASURED_TOKENS
 from loram.planner.activations import (
     Sizes,
+    kept_per_weight,
     layer_input,
     offloaded_stash,
     saved_around_layers,
@@ -207,14 +208,16 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
 
     At the MLP's end these are the gradient of the layer's output, twice more on its way to lora_B, and the gradient of
     the channels; on a GPU with 16-bit weights the latter exists in float32 too, which PEFT casts to. Where attention
-    weights are kept, they have two gradients (of the softmax's output and input) when the MLP's part has been freed.
+    weights are kept, they have two gradients (of the softmax's output and input) when the MLP's part has been freed;
+    with dropout the first of them takes the place of what has been dropped from.
     """
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
     cast = _FLOAT32 if settings.device == "cuda" and not settings.quantised else 0
     in_mlp = tokens * (3 * hidden * size + layer.channels * (size + cast))
-    if model.architecture.attention_softcap is None:
+    if not kept_per_weight(model, settings):
         return in_mlp
-    weights = 2 * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
+    gradients = 1 if model.architecture.attention_softcap is None else 2
+    weights = gradients * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
     return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
 
 

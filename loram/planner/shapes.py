@@ -9,7 +9,7 @@ from typing import Any
 
 from loram.base.paths import local
 from loram.disk.files import read_json
-from loram.model.architecture import ONE_HEAD, Architecture, Linear
+from loram.model.architecture import HIDDEN, ONE_HEAD, Architecture, Linear
 from loram.model.counts import kept_units, prunable_layers
 from loram.model.families import KV_GROUPS, UP, VALUES, architecture_of
 from loram.model.geometry import Geometry
@@ -30,7 +30,8 @@ class Layer:
         values_width: the width of the tensor that the values are in: all key-value heads, and with a fused linear its
             queries and keys too.
         norms: how many norms of the hidden size it has.
-        head_norms: whether queries and keys are normalised head by head.
+        head_norms: how many values per token the norms of queries and keys read and keep: queries, keys, and one
+            length for each of the heads that they are normalised by, or for all heads together.
         norm_values: how many values all its norms have together.
         window: how many tokens its attention looks back, or None where it sees all.
     """
@@ -45,7 +46,7 @@ class Layer:
     channels: int
     values_width: int
     norms: int
-    head_norms: bool
+    head_norms: int
     norm_values: int
     window: int | None
 
@@ -147,23 +148,29 @@ class Model:
         units, sparse = (self.units, self.sparse) if index in self.narrowed else (None, None)
         shapes = {linear.path: geometry.linear_shape(linear, units) for linear in row.linears}
         groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
-        norms = [geometry.size([norm.width], units) for norm in row.norms]
+        heads = groups * geometry.num_attention_heads // geometry.num_key_value_heads
         windows = self.architecture.windows
         return Layer(
             linears={linear.path: linear for linear in row.linears},
             shapes=shapes,
             values={path: prod(shape) for path, shape in shapes.items()} if sparse is None else sparse,
             biases=sum(shapes[path][0] for path in geometry.biases),
-            heads=groups * geometry.num_attention_heads // geometry.num_key_value_heads,
+            heads=heads,
             kv_heads=groups,
             head_dim=geometry.head_dim,
             channels=geometry.size([UP], units),
             values_width=shapes[row.linear_with(VALUES).path][0],
-            norms=sum(norm.width != ONE_HEAD for norm in row.norms),
-            head_norms=any(norm.width == ONE_HEAD for norm in row.norms),
-            norm_values=sum(norms),
+            norms=sum(norm.width == HIDDEN for norm in row.norms),
+            head_norms=self._head_norms(row, heads, groups),
+            norm_values=sum(geometry.size([norm.width], units) for norm in row.norms),
             window=None if windows is None else windows.of(index, self.text_config),
         )
+
+    def _head_norms(self, row: Architecture, heads: int, groups: int) -> int:
+        """Return `Layer.head_norms` of a layer with some query heads and key-value groups."""
+        widths = [norm.width for norm in row.norms if norm.width != HIDDEN]
+        lengths = heads + groups if ONE_HEAD in widths else len(widths)
+        return (heads + groups) * self.geometry.head_dim + lengths if widths else 0
 
     @property
     def rotated(self) -> int:

@@ -156,6 +156,7 @@ class Anchors:
         if course.gradients:
             deque(stream.forward(keep_from=0), maxlen=0)
         for number, part in enumerate(_parts(stream.model, course.plan.architecture)):
+            part.register_forward_pre_hook(_apart, with_kwargs=True)
             part.register_forward_hook(self._measuring(number, stream, self._measured), with_kwargs=True)
         deque(stream.backward(0, None) if course.gradients else stream.forward(), maxlen=0)
         self.model.train(training)
@@ -254,6 +255,12 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _with(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a block's arguments with other hidden states."""
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+def _apart(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let a block read a view of its hidden states, whose gradient comes from this block and from nothing else."""
+    states = _inputs(args, kwargs)
+    return _with(states.view_as(states), args, kwargs)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -23,7 +23,7 @@ from loram.alignment.distill import AlignTrainer, divergence, top_k_divergence
 from loram.alignment.mixture import Rows, collate, draw, to_tensors
 from loram.alignment.probe import Probe, ProbeLosses
 from loram.alignment.teacher import TeacherCache
-from loram.compute.loss import apply_softcap as squashed
+from loram.compute.logits import LogitRule
 from loram.compute.loss import chunked_loss
 from loram.disk.artifacts import find_manifest
 
@@ -146,8 +146,10 @@ def test_chunks_make_no_difference_and_nothing_of_a_full_top_k_is_lost() -> None
         targets = [order.indices, order.values, torch.full((11,), -16.0)]
         found = chunked_loss(states, head, targets, top_k_divergence, chunk_tokens=chunk)
         assert found.item() == pytest.approx(whole.item(), rel=1e-5)
-    capped = chunked_loss(states, head, [teacher], divergence, softcap=2.0)
-    assert capped.item() == pytest.approx(divergence(squashed(head(states), 2.0), teacher).item(), rel=1e-5)
+    rule = LogitRule(softcap=2.0, scale=0.5)
+    squashed = 2.0 * torch.tanh(0.5 * head(states) / 2.0)
+    found = chunked_loss(states, head, [teacher], divergence, rule=rule)
+    assert found.item() == pytest.approx(divergence(squashed, teacher).item(), rel=1e-5)
 
 
 def test_mix_is_the_weighted_mean_of_the_two(

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, relative
+from conftest import EVERY_FAMILY, relative
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from loram.compute.loss import chunked_cross_entropy
+from loram.compute.loss import chunked_cross_entropy, parts_of
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_gradients_equal_those_of_the_plain_loss(family: str, tiny_models: dict[str, Path]) -> None:
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_pretrained(tiny_models[family])
@@ -34,11 +34,11 @@ def test_gradients_equal_those_of_the_plain_loss(family: str, tiny_models: dict[
     expected = cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     reference = gradients(expected)
     causal = model.get_base_model()
-    softcap = getattr(causal.config, "final_logit_softcapping", None)
-    assert (softcap is not None) == (family == "gemma2")
+    _, _, rule = parts_of(causal)
+    assert (rule.softcap is not None) == (family == "gemma2")
     for chunk_tokens in (1, 4, 1000):
         hidden = causal.model(input_ids=ids).last_hidden_state
-        found = chunked_cross_entropy(hidden, labels, causal.lm_head, softcap=softcap, chunk_tokens=chunk_tokens)
+        found = chunked_cross_entropy(hidden, labels, causal.lm_head, rule=rule, chunk_tokens=chunk_tokens)
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
         for name, gradient in gradients(found).items():
             assert relative(gradient, reference[name]) < 1e-5, name

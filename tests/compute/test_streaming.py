@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LINEARS, VOCABULARY, make_model, own_names, random_adapter, relative, targets_of
+from conftest import (
+    EVERY_FAMILY,
+    FAMILIES,
+    LINEARS,
+    VOCABULARY,
+    make_model,
+    own_names,
+    random_adapter,
+    relative,
+    targets_of,
+)
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -91,7 +101,7 @@ def assert_same_log_probs(stream: Stream, expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("hidden_bytes", "max_tokens"), WAYS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_log_probs_are_those_of_the_whole_model(
     family: str, hidden_bytes: int, max_tokens: int, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -130,7 +140,7 @@ def test_an_adapter_does_what_it_does_in_peft(
     assert relative(torch.cat(plain), torch.cat(expected)) > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_pruned_model_and_its_adapter_stream_likewise(
     family: str, pruned_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -172,7 +182,7 @@ def streamed_gradients(stream: Stream, down_to: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("hidden_bytes", "max_tokens"), WAYS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_gradients_are_those_of_the_whole_model(
     family: str, hidden_bytes: int, max_tokens: int, tiny_models: dict[str, Path]
 ) -> None:

@@ -1,6 +1,8 @@
 """Rows of families: where tensors are, what a layer has, and what a config says, also for rows of the future."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ODDITIES, SIZES
@@ -21,6 +23,12 @@ def test_rows_name_their_own_parts_only(family: str) -> None:
     assert [space.name for space in row.spaces] == ["kv_groups", "channels"]
 
 
+def test_the_docs_list_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([a-z0-9_]+) \|", page, re.MULTILINE)
+    assert sorted(set(listed) - {"family"}) == sorted(name.removesuffix("_text") for name in ARCHITECTURES)
+
+
 def test_adapters_target_the_last_parts_of_paths() -> None:
     assert LLAMA.adapter_targets == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert ARCHITECTURES["phi3"].adapter_targets == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -31,7 +39,9 @@ def test_a_full_and_a_pruned_model_have_one_row() -> None:
     with pytest.raises(UserError, match="already pruned"):
         architecture_of({"model_type": "loram_phi3"})
     for refuse in (architecture_of, family_of):
-        with pytest.raises(UserError, match=r"'gpt2' is not supported; supported families are llama, .*phi3$"):
+        with pytest.raises(
+            UserError, match=r"'gpt2' is not supported; supported families are llama, .*phi3, .*; .*CONTRIBUTING\.md"
+        ):
             refuse({"model_type": "gpt2"})
 
 
@@ -111,6 +121,20 @@ def test_a_layer_has_the_parts_of_its_kind_and_other_tensors() -> None:
         ),
         ("phi3", {}, [None] * 4),
         ("phi3", ODDITIES["phi3"], [8] * 4),
+        ("smollm3", {"sliding_window": 8}, [None] * 4),
+        ("smollm3", {"use_sliding_window": True}, [None] * 4),
+        ("smollm3", {"sliding_window": 8, "use_sliding_window": True}, [None, None, None, 8]),
+        (
+            "smollm3",
+            {"sliding_window": 8, "use_sliding_window": True, "no_rope_layers": [0, 1, 0, 1]},
+            [8, None, 8, None],
+        ),
+        ("ministral3", {}, [None] * 4),
+        ("ministral3", {"sliding_window": 8}, [8] * 4),
+        ("exaone4", {"sliding_window": 8, "sliding_window_pattern": 2}, [8, None, 8, None]),
+        ("exaone4", {"sliding_window": None, "sliding_window_pattern": 0}, [None] * 4),
+        ("olmo3", {}, [4096, 4096, 4096, None]),
+        ("cohere2", {"sliding_window": 8}, [8, 8, 8, None]),
     ],
     ids=str,
 )

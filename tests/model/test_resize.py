@@ -85,6 +85,15 @@ def test_by_hand() -> None:
     assert widen(f"{LAYER}.mlp.up_proj.lora_B.weight", up, plan).flatten().tolist() == [0, 1, 0, 2, 3, 0]
 
 
+def test_norms_over_all_heads_are_cut_with_the_heads() -> None:
+    plan, layer = make(family="olmo2"), f"{LAYER}.self_attn"
+    assert narrow(f"{layer}.k_norm.weight", torch.arange(6.0), plan).tolist() == [0, 1, 4, 5]
+    assert widen(f"{layer}.k_norm.weight", torch.tensor([7.0, 8, 9, 10]), plan).tolist() == [7, 8, 0, 0, 9, 10]
+    assert narrow(f"{layer}.q_norm.weight", torch.arange(12.0), plan).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert plan.narrow_norms() == {"1": {"self_attn.q_norm": (8, 12), "self_attn.k_norm": (4, 6)}}
+    assert "narrow_norms" not in make().config_keys()  # other families' files stay as they were
+
+
 @pytest.mark.parametrize("sizes", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(("family", "path"), LINEARS)
 def test_every_linear_against_a_slow_reference(family: str, path: str, sizes: tuple[int, int, int]) -> None:
