@@ -93,6 +93,7 @@ SLOW = (
     "test_template",
     "test_train",
     "test_unevaluated",
+    "test_wrapped",
 )
 
 
@@ -179,7 +180,7 @@ def make_wrapped(folder: Path, model_type: str, tokenizer: Any, *, today: bool =
     text, tower, more = WRAPPED[model_type]
     config = AutoConfig.for_model(
         model_type,
-        text_config={**SIZES, **ODDITIES[text], "model_type": text},
+        text_config={**SIZES, **ODDITIES[text], "model_type": text, "final_logit_softcapping": 5.0},
         vision_config={**_TOWERS, "model_type": tower},
         **{**more, **_IMAGE, **changes},
     )

@@ -101,6 +101,8 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
+    if checkpoint.wrapper is not None:  # `save_pretrained` would undo the renaming of a load
+        model.__dict__.pop("_weight_conversions", None)
     keep_layout_(model)
     return model
 

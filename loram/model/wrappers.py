@@ -54,7 +54,7 @@ _DEFAULTS = MappingProxyType(
         "gemma3_text": _sizes(262_208, 2304, 9216, 26, 8),
         "llama": _sizes(32_000, 4096, 11_008, 32, 32),
         "mistral": _sizes(32_000, 4096, 14_336, 32, 32),
-        "qwen2": _sizes(151_936, 4096, 22_016, 32, 32),
+        **dict.fromkeys(("qwen2", "qwen3"), _sizes(151_936, 4096, 22_016, 32, 32)),
     }
 )
 
@@ -65,12 +65,13 @@ class Wrapper:
 
     Args:
         model_type: transformers' name of it.
-        text_type: the family of its text model where `text_config` does not say it.
+        families: the families that its text model may be of; the first one is transformers' default. Of others nobody has
+            looked at whether the wrapper computes what the text model alone does.
         decoder: the path of the text model's decoder inside the wrapped model.
     """
 
     model_type: str
-    text_type: str
+    families: tuple[str, ...]
     decoder: str = "model.language_model"
 
     @property
@@ -119,16 +120,19 @@ class Wrapper:
         text = config.get("text_config")
         if not isinstance(text, Mapping):
             raise UserError(f"{where}: model_type {self.model_type!r} needs a text_config, and there is none")
-        family = str(text.get("model_type") or self.text_type)
-        if family not in ARCHITECTURES:
+        family = str(text.get("model_type") or self.families[0])
+        known = [name for name in self.families if name in ARCHITECTURES]
+        if family not in known:
             raise UserError(
                 f"{where}: model_type {self.model_type!r} holds a text model of type {family!r}, which is not "
-                f"supported; supported families are {', '.join(ARCHITECTURES)}"
+                f"supported there; supported are {', '.join(known)}"
             )
+        softcap = ARCHITECTURES[family].logit_softcap
         said = {key: config[key] for key in _OF_THE_TEXT if config.get(key) is not None}
         return {
             **_DEFAULTS.get(family, {}),
             **{_NOW.get(key, key): value for key, value in {**text, **said}.items()},
+            **({} if softcap is None else {softcap.key: None}),  # the wrapper's head has none
             "model_type": family,
             "architectures": [ARCHITECTURES[family].model_class],
         }
@@ -140,12 +144,12 @@ class Wrapper:
 
 
 _ROWS = (
-    Wrapper(model_type="gemma3", text_type="gemma3_text"),
-    Wrapper(model_type="mistral3", text_type="mistral"),
-    Wrapper(model_type="llava", text_type="llama"),
-    Wrapper(model_type="llava_next", text_type="llama"),
-    Wrapper(model_type="llava_onevision", text_type="qwen2"),
-    Wrapper(model_type="internvl", text_type="qwen2"),
+    Wrapper(model_type="gemma3", families=("gemma3_text",)),
+    Wrapper(model_type="mistral3", families=("mistral", "ministral3")),
+    Wrapper(model_type="llava", families=("llama", "mistral", "qwen2")),
+    Wrapper(model_type="llava_next", families=("llama", "mistral", "qwen2")),
+    Wrapper(model_type="llava_onevision", families=("qwen2",)),
+    Wrapper(model_type="internvl", families=("qwen2", "qwen3", "llama")),
 )
 WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({row.model_type: row for row in _ROWS})
 
