@@ -65,8 +65,8 @@ class Wrapper:
 
     Args:
         model_type: transformers' name of it.
-        families: the families that its text model may be of; the first one is transformers' default. Of others nobody has
-            looked at whether the wrapper computes what the text model alone does.
+        families: the families that its text model may be of, transformers' default first. Nobody has looked at others:
+            a wrapper may compute something else with them than the text model alone does.
         decoder: the path of the text model's decoder inside the wrapped model.
     """
 

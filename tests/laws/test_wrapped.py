@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import loram
 from loram.base.errors import UserError
 from loram.compute.loading import load_model
+from loram.compute.nf4 import packed_tensors
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.files import copy_side_files, write_json
+from loram.export.quantize import quantization_config
 from loram.model.plan import PruningPlan
 
 TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50], [9, 9, 31, 70, 2, 44, 6, 18, 25, 81, 90, 7]])
@@ -276,3 +279,27 @@ def test_two_spellings_of_one_tensor_are_refused(wrapped: Any, tmp_path: Path) -
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     with pytest.raises(UserError, match="two spellings of one tensor"):
         Checkpoint(tmp_path)
+
+
+def test_adapter_trained_on_a_wrapped_model_in_4_bits_is_one_of_its_original(
+    wrapped: Any, rows_file: Path, tmp_path: Path
+) -> None:
+    base, packed = wrapped("gemma3"), tmp_path / "packed"
+    packed.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        linear = name.startswith("language_model.model.layers") and tensor.ndim == 2
+        tensors |= packed_tensors(name, tensor) if linear else {name: tensor}
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    copy_side_files(base, packed)
+    config = json.loads((base / "config.json").read_text())
+    write_json(packed / "config.json", {**config, "quantization_config": quantization_config(["lm_head"])})
+
+    adapter = loram.train(packed, tmp_path / "adapter", data=rows_file, trainer=SHORT)
+    merged = loram.merge(base, adapter, tmp_path / "merged")
+    assert relative(logits(whole(merged)), logits(PeftModel.from_pretrained(whole(base), adapter).eval())) <= 1e-5
+    moved = loram.recover(adapter, tmp_path / "recovered", base=base)
+    assert (
+        load_file(moved / "adapter_model.safetensors").keys() == load_file(adapter / "adapter_model.safetensors").keys()
+    )
+    assert loram.evaluate(packed, adapter=adapter, data=rows_file).loss < loram.evaluate(packed, data=rows_file).loss
