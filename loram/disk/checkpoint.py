@@ -71,7 +71,7 @@ class Checkpoint:
         self.index = {name: files[stored] for name, stored in self._in_files.items()}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
-        self.sparse, self._stored = bool(masks), stored
+        self.sparse, self._stored, self._whole = bool(masks), stored, whole
         find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
@@ -202,8 +202,11 @@ class Checkpoint:
         return self._in_files.get(name, new)
 
     def copy_side_files(self, out: Path) -> None:
-        """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen."""
-        copy_side_files(self.folder, out)
+        """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen.
+
+        With the whole of a wrapped model, the files about its towers' inputs are copied too.
+        """
+        copy_side_files(self.folder, out, processors=self._whole)
         if self.chat_template is not None:
             (out / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 

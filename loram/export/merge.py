@@ -30,7 +30,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     from loram.base.progress import track
     from loram.compute.belonging import load_for
     from loram.disk.artifacts import check_output, publish
-    from loram.disk.files import CHAT_TEMPLATE, copy_side_files, write_json
+    from loram.disk.files import CHAT_TEMPLATE, write_json
     from loram.disk.opening import open_model
     from loram.disk.writer import ShardedWriter
 
@@ -64,7 +64,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
                     if adapted is not None:
                         block = update.updated(adapted, block, row).to(block.dtype)
                     writer.write(weight, block, row)
-        copy_side_files(checkpoint.folder, staging, processors=checkpoint.wrapper is not None)
+        whole.copy_side_files(staging)
         if (template := update.folder / CHAT_TEMPLATE).is_file():  # that of the chats that it was trained on
             shutil.copyfile(template, staging / CHAT_TEMPLATE)
         write_json(staging / "config.json", checkpoint.untied_config if untied else whole.config)

@@ -103,7 +103,6 @@ def train(
     in_4bit = chosen.load_in_4bit or checkpoint.quantized
     options = resolve(chosen.model_copy(update={"trainer": trainer, "load_in_4bit": in_4bit}), checkpoint.architecture)
     _check_sparse(checkpoint, options)
-    _check_wrapped(checkpoint, options)
     if METHODS[options.method].weights and (unused := sorted(chosen.lora.keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", options.method, unused[0])
     on = join_processes(device)
@@ -130,15 +129,6 @@ def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
         raise UserError(
             f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
             "take an adapter's method, or the full model"
-        )
-
-
-def _check_wrapped(checkpoint: Checkpoint, options: TrainOptions) -> None:
-    """Refuse to train the weights of a wrapped model, which would be written without its towers."""
-    if checkpoint.wrapper is not None and METHODS[options.method].weights:
-        raise UserError(
-            f"method {options.method}: {checkpoint.name} is a {checkpoint.wrapper.model_type}, and only an adapter of "
-            "its text model can be trained; take an adapter's method"
         )
 
 

@@ -97,7 +97,7 @@ def test_text_model_is_that_of_the_wrapped_model(model_type: str, today: bool, w
 
 
 @pytest.mark.parametrize("model_type", LAWFUL)
-def test_pruned_folder_holds_the_text_model_alone(model_type: str, pruned: Any) -> None:
+def test_pruned_folder_holds_the_text_model_alone(model_type: str, pruned: Any, tmp_path: Path) -> None:
     base, folder, plan = pruned(model_type)
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == f"loram_{WRAPPED[model_type][0]}"
@@ -106,6 +106,9 @@ def test_pruned_folder_holds_the_text_model_alone(model_type: str, pruned: Any) 
     assert json.loads((folder / "loram_plan.json").read_text())["base"]["wrapper"] == model_type
     full = sum(parameter.numel() for parameter in load_model(Checkpoint(base)).parameters())
     assert plan.parameters()[0] == full
+    loram.load_pruned(folder).save_pretrained(tmp_path)
+    for name in ("config.json", "modeling_loram.py"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert sum(p.numel() for p in loram.load_pruned(folder).parameters()) == plan.parameters()[1]
 
 
@@ -262,10 +265,23 @@ def test_recovery_takes_the_names_of_the_base_that_is_named(pruned: Any, recover
     assert relative(logits(model), logits(text.eval())) > 1e-2
 
 
-def test_weights_of_a_wrapped_model_are_not_trained_or_quantised(wrapped: Any, rows_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("today", [True, False], ids=["today", "written"])
+def test_weights_of_the_text_model_train_and_the_rest_is_copied(
+    today: bool, wrapped: Any, rows_file: Path, tmp_path: Path
+) -> None:
+    base = wrapped("mistral3", today)
+    out = loram.train(base, tmp_path / "trained", data=rows_file, method="full", trainer=SHORT)
+    before, after = (load_file(path / "model.safetensors") for path in (base, out))
+    assert before.keys() == after.keys()
+    text = {name for name in before if "language_model" in name or name == "lm_head.weight"}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == text
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert (out / "preprocessor_config.json").exists()
+    assert relative(logits(whole(out)), logits(whole(base))) > 1e-3
+
+
+def test_a_wrapped_model_is_not_stored_in_4_bits(wrapped: Any, tmp_path: Path) -> None:
     base = wrapped("gemma3")
-    with pytest.raises(UserError, match=r"method full: .* is a gemma3, and only an adapter"):
-        loram.train(base, tmp_path / "out", data=rows_file, method="full")
     with pytest.raises(UserError, match="a gemma3 holds more than a text model"):
         loram.quantize(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
