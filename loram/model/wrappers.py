@@ -53,6 +53,7 @@ _DEFAULTS = MappingProxyType(
     {
         "gemma3_text": _sizes(262_208, 2304, 9216, 26, 8),
         "llama": _sizes(32_000, 4096, 11_008, 32, 32),
+        "ministral3": _sizes(131_072, 4096, 14_336, 34, 32),
         "mistral": _sizes(32_000, 4096, 14_336, 32, 32),
         **dict.fromkeys(("qwen2", "qwen3"), _sizes(151_936, 4096, 22_016, 32, 32)),
     }
