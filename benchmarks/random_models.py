@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from loram.base.progress import track
 from loram.compute.loading import write_config
@@ -96,7 +96,7 @@ def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = No
         if plan is not None:
             with tempfile.TemporaryDirectory() as base:
                 (Path(base) / "config.json").write_text(json.dumps(config))
-                write_config(Path(base), plan, staging)
+                write_config(AutoConfig.from_pretrained(base), plan, staging)
             plan.save(staging)
         if in_4bit:
             written = json.loads((staging / "config.json").read_text())

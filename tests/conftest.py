@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import loram
 from loram.model.families import family_of
@@ -138,6 +139,7 @@ SLOW = (
     "test_template",
     "test_train",
     "test_unevaluated",
+    "test_wrapped",
 )
 
 
@@ -191,6 +193,57 @@ def make_model(folder: Path, model_type: str, tokenizer: Any, seed: int = 0, **c
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+_TOWERS: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_IMAGE = {"image_token_index": 300, "image_token_id": 300, "boi_token_index": 301, "eoi_token_index": 302}
+# wrapper -> the family of its text model, its tower, and what else its config needs
+WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", "siglip_vision_model", {"mm_tokens_per_image": 4}),
+    "mistral3": ("mistral", "pixtral", {"tie_word_embeddings": False}),
+    "llava": ("llama", "clip_vision_model", {}),
+    "llava_next": ("mistral", "clip_vision_model", {}),
+    "llava_onevision": ("qwen2", "siglip_vision_model", {}),
+    "internvl": ("qwen2", "internvl_vision", {}),
+}
+
+
+def make_wrapped(folder: Path, model_type: str, tokenizer: Any, *, today: bool = True, **changes: Any) -> Path:
+    """A small random wrapped model, saved as an ordinary folder.
+
+    Its tensors have the names of today's modules (`model.language_model.layers...`), or those that transformers writes
+    (`language_model.model.layers...`).
+    """
+    text, tower, more = WRAPPED[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={**SIZES, **ODDITIES[text], "model_type": text, "final_logit_softcapping": 5.0},
+        vision_config={**_TOWERS, "model_type": tower},
+        **{**more, **_IMAGE, **changes},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 28}')
+    if today:
+        weights = load_file(folder / "model.safetensors")
+        renamed = {re.sub("^language_model.model.", "model.language_model.", name): weights[name] for name in weights}
+        renamed = {re.sub("^language_model.lm_head", "lm_head", name): tensor for name, tensor in renamed.items()}
+        renamed = {re.sub("^(vision_tower|multi_modal)", r"model.\1", name): renamed[name] for name in renamed}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

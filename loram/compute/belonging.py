@@ -10,12 +10,15 @@ from loram.compute.original import check_original, open_4bit
 from loram.disk.adapter import WEIGHTS_NAME, Adapter
 from loram.disk.artifacts import file_sha256, find_manifest
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.renamed import in_text
 from loram.disk.tensorfile import TensorFile
 from loram.model.plan import MASKS_NAME, find_plan
 
 
 def load_for(checkpoint: Checkpoint, folder: Path, *, trained_on: str | Path | None = None) -> Adapter:
     """Read an adapter and make sure that it was made for this model, or for its weights in 4 bits.
+
+    An adapter of a wrapped model comes with the names of its text model, as the checkpoint's tensors do.
 
     Args:
         checkpoint: the model.
@@ -28,7 +31,11 @@ def load_for(checkpoint: Checkpoint, folder: Path, *, trained_on: str | Path | N
     """
     adapter = Adapter.load(folder)
     _check_origin(checkpoint, adapter, trained_on)
-    adapter.check_fits(_linear_shapes(checkpoint), checkpoint.name, full=not checkpoint.pruned)
+    shapes = _linear_shapes(checkpoint)
+    if checkpoint.wrapper is not None and not adapter.masks:  # a masked one has the pruned model's names
+        adapter = in_text(adapter, checkpoint.wrapper, shapes, checkpoint.name)
+    else:
+        adapter.check_fits(shapes, checkpoint.name, full=not checkpoint.pruned)
     check_base_weights(adapter, checkpoint)
     return adapter
 

@@ -67,7 +67,7 @@ def loaded_loss(
     if adapter is not None:
         from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 
-        config = LoraConfig.from_pretrained(str(adapter.folder))
+        config = LoraConfig.from_peft_type(**{k: v for k, v in adapter.config.items() if k != "runtime_config"})
         config.init_lora_weights = False  # the factors come now
         model = PeftModelForCausalLM(model, config)
         set_peft_model_state_dict(model, dict(adapter.tensors))  # without weights of the base that PEFT has saved

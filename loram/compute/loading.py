@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from loram.base.errors import UserError, in_one_line
 from loram.base.paths import local
@@ -26,21 +29,29 @@ _SLOW_BYTES = 4 << 30
 _OF_A_RUN = ("return_dict", "output_attentions", "output_hidden_states", "quantization_config")
 
 
-def write_config(base: Path, plan: PruningPlan, out: Path) -> None:
+def write_config(full: PreTrainedConfig, plan: PruningPlan, out: Path) -> None:
     """Write a pruned model's config.json, and the code that builds the model, into a folder.
 
     Args:
-        base: the folder with the full model's config.json.
+        full: the config of the full model.
         plan: the pruning plan.
         out: the folder to write into.
     """
-    _pruned_config(base, plan).save_pretrained(out)
+    _pruned_config(full, plan).save_pretrained(out)
     shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
 
 
-def _pruned_config(base: Path, plan: PruningPlan) -> PreTrainedConfig:
+def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Return transformers' config of a model; of a wrapped one, its text model's."""
+    if checkpoint.wrapper is not None:
+        return AutoConfig.for_model(**checkpoint.config)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder)
+    return config
+
+
+def _pruned_config(full: PreTrainedConfig, plan: PruningPlan) -> PreTrainedConfig:
     config_class, model_class = modeling_loram.pruned_classes(plan.architecture.model_class)
-    values = AutoConfig.from_pretrained(base).to_dict()
+    values = full.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map", *_OF_A_RUN):
         values.pop(key, None)
     values |= {
@@ -74,20 +85,44 @@ def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedMo
 def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrainedModel:
     """Load any model folder, full or pruned; `from_pretrained_kwargs` as for `load_pruned`.
 
+    Of a wrapped model, this loads the text model alone.
+
     Raises:
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
     family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
-    with _bar_if_slow(checkpoint):
+    options = {**from_pretrained_kwargs, **_of_the_text(checkpoint)}
+    with _bar_if_slow(checkpoint), _without_report(checkpoint):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, output_loading_info=True, use_safetensors=True, **from_pretrained_kwargs
+            checkpoint.folder, output_loading_info=True, use_safetensors=True, **options
         )
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    report["unexpected_keys"] = set(report["unexpected_keys"]) - checkpoint.towers
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
+    if checkpoint.wrapper is not None:  # `save_pretrained` would undo the renaming of a load
+        model.__dict__.pop("_weight_conversions", None)
     keep_layout_(model)
     return model
+
+
+def _of_the_text(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that load only a wrapped model's text model."""
+    if checkpoint.wrapper is None:
+        return {}
+    names = {rf"^{re.escape(prefix)}": own for prefix, own in checkpoint.wrapper.spellings.items() if prefix != own}
+    return {"config": config_of(checkpoint), "key_mapping": names}
+
+
+@contextlib.contextmanager
+def _without_report(checkpoint: Checkpoint) -> Iterator[None]:
+    """Keep transformers from listing the towers of a wrapped model as unexpected while its text model is loaded."""
+    level = logging.get_verbosity()
+    if checkpoint.wrapper is not None:
+        logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(level)
 
 
 def keep_layout_(model: nn.Module) -> None:
@@ -139,16 +174,17 @@ def empty_model(
         UserError: the family is not supported, or transformers refuses the config.
     """
     family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
-    folder = checkpoint.folder
     try:
-        config: Any = AutoConfig.from_pretrained(folder) if plan is None else _pruned_config(folder, plan)
+        config: Any = config_of(checkpoint)
+        if plan is not None:
+            config = _pruned_config(config, plan)
         if dense and checkpoint.sparse:
             config.sparsity = None
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # the checks of configs, and the families' own code, raise exceptions of many types
         what = "the model" if plan is None else "the pruned model"
-        where = folder / "config.json"
+        where = checkpoint.folder / "config.json"
         raise UserError(f"{where}: transformers cannot build {what} from it ({in_one_line(error)})") from error
     model.tie_weights()  # each parameter was moved to the meta device by itself
     model.train(False)

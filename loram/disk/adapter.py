@@ -190,9 +190,12 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """Return the factor that PEFT multiplies B·A by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        rank = self.modules[module]["A"].shape[0]
-        alpha = float(self._pattern(self._options.alpha_pattern, module, self._options.lora_alpha))
+        rank, alpha = self.modules[module]["A"].shape[0], self.alpha(module)
         return alpha / math.sqrt(rank) if self._options.use_rslora else alpha / rank
+
+    def alpha(self, module: str) -> float:
+        """Return the alpha of a module."""
+        return float(self._pattern(self._options.alpha_pattern, module, self._options.lora_alpha))
 
     def _pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
         """Look a module up in `rank_pattern` or `alpha_pattern` as PEFT does: a key is a regex for a path's end."""

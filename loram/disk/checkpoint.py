@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from loram.model.architecture import Architecture
 from loram.model.families import family_of, is_pruned
 from loram.model.geometry import Geometry
 from loram.model.modeling_loram import dense, unpack
+from loram.model.wrappers import wrapper_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,12 +32,14 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints 
 class Checkpoint:
     """A folder with config.json and safetensors, read one tensor at a time.
 
-    A sparse folder shows dense weights, which are made from its values and masks when they are read.
+    A sparse folder shows dense weights, which are made from its values and masks when they are read. A wrapped model
+    shows its text model alone, with the config and the names of an ordinary causal language model.
 
     Args:
         folder: the model's folder.
         name: what the user calls the model: its hub id or absolute path.
         stored: show a sparse folder's tensors as they are stored: values and masks.
+        whole: show all of a wrapped model, as it is stored: every tensor under its name in the files.
         chat_template: the text of a chat template that takes the place of the folder's own.
 
     Raises:
@@ -45,7 +48,13 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path, name: str | None = None, *, stored: bool = False, chat_template: str | None = None
+        self,
+        folder: Path,
+        name: str | None = None,
+        *,
+        stored: bool = False,
+        whole: bool = False,
+        chat_template: str | None = None,
     ) -> None:
         self.folder, self.chat_template = folder, chat_template
         self.name = name or str(folder.absolute())
@@ -54,10 +63,15 @@ class Checkpoint:
             raise UserError(f"{folder}: no config.json here, so this is not a model folder")
         for path in (folder / "config.json", *side_files(folder)):
             refuse_pointer(path)
-        self.index = self._read_index()
+        self._whole_config = read_json(folder / "config.json")
+        self.wrapper = None if whole else wrapper_of(self._whole_config)
+        files = self._read_index()
+        self._in_files = self._names_in_files(files)
+        self.towers = files.keys() - self._in_files.values()  # what a wrapped model has beside its text model
+        self.index = {name: files[stored] for name, stored in self._in_files.items()}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
-        self.sparse, self._stored = bool(masks), stored
+        self.sparse, self._stored, self._whole = bool(masks), stored, whole
         find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
@@ -78,6 +92,21 @@ class Checkpoint:
             if index.get(name) != shard:
                 raise UserError(f"{self.folder / INDEX}: says {name} is in {shard}, but it is not there")
         return index
+
+    def _names_in_files(self, files: Iterable[str]) -> dict[str, str]:
+        """Return the name in the files of each tensor that is shown, by the name that it is shown with."""
+        if self.wrapper is None:
+            return {name: name for name in files}
+        names: dict[str, str] = {}
+        for stored in files:
+            if (own := self.wrapper.unwrapped(stored)) is None:
+                continue
+            if own in names:
+                raise UserError(
+                    f"{self.folder}: has {names[own]} and {stored}, two spellings of one tensor; remove one"
+                )
+            names[own] = stored
+        return names
 
     def _read_weight_map(self) -> dict[str, str]:
         """Return the index's file for each tensor; every file lies in the folder and is safetensors by its name."""
@@ -102,12 +131,13 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json.
+        """The content of config.json; of a wrapped model, what the text model's own would be.
 
         Raises:
-            UserError: it is not a JSON object.
+            UserError: a wrapped model's text model is not of a supported family.
         """
-        return read_json(self.folder / "config.json")
+        config = self._whole_config
+        return config if self.wrapper is None else self.wrapper.text_config(config, self.name)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -150,9 +180,33 @@ class Checkpoint:
         """A view of the same folder that has a sparse folder's tensors as they are stored."""
         return Checkpoint(self.folder, self.name, stored=True, chat_template=self.chat_template)
 
+    @property
+    def whole(self) -> "Checkpoint":
+        """A view of the same folder that has a wrapped model's towers too, and the names and config of the files."""
+        if self.wrapper is None:
+            return self
+        return Checkpoint(self.folder, self.name, whole=True, chat_template=self.chat_template)
+
+    @property
+    def untied_config(self) -> dict[str, Any]:
+        """The content of config.json once the head has a weight of its own."""
+        config = self._whole_config
+        return {**config, "tie_word_embeddings": False} if self.wrapper is None else self.wrapper.untied(config)
+
+    def name_in_files(self, name: str) -> str:
+        """Return the name that a tensor has in the files, which for a wrapped model is another one.
+
+        A tensor that the files do not have is new; it gets the name that transformers gives it.
+        """
+        new = name if self.wrapper is None else self.wrapper.outside(name)
+        return self._in_files.get(name, new)
+
     def copy_side_files(self, out: Path) -> None:
-        """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen."""
-        copy_side_files(self.folder, out)
+        """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen.
+
+        With the whole of a wrapped model, the files about its towers' inputs are copied too.
+        """
+        copy_side_files(self.folder, out, processors=self._whole)
         if self.chat_template is not None:
             (out / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
@@ -190,7 +244,7 @@ class Checkpoint:
         """
         if name not in self.index:
             raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
-        spec = self._open(self.index[name]).specs[name]
+        spec = self._open(self.index[name]).specs[self._in_files[name]]
         if (mask := self._mask_of(name)) is None:
             return spec
         rows, columns = self.spec(mask).shape
@@ -213,9 +267,9 @@ class Checkpoint:
     def parameters(self) -> int:
         """Return how many values all tensors hold together; a tied head counts once."""
         left_out = {*self._masks.values(), *filter(_COMPUTED.search, self.index)}
-        files = {name: self._open(shard) for name, shard in self.index.items() if name not in left_out}
-        again = self.architecture.head_weight if self.tied else None
-        return sum(math.prod(file.specs[name].shape) for name, file in files.items() if name != again)
+        again = {self.architecture.head_weight} if self.tied else set()
+        files = {self._in_files[name]: self._open(self.index[name]) for name in self.index.keys() - left_out - again}
+        return sum(math.prod(file.specs[stored].shape) for stored, file in files.items())
 
     @property
     def head(self) -> str:
@@ -233,20 +287,20 @@ class Checkpoint:
             UserError: the model has no such tensor.
         """
         self.spec(name)
-        file = self._open(self.index[name])
+        file, stored = self._open(self.index[name]), self._in_files[name]
         if (mask := self._mask_of(name)) is None:
-            return file.read(name, start, stop)
+            return file.read(stored, start, stop)
         bits = unpack(self.tensor(mask))
         first, last = int(bits[:start].sum()), int(bits[:stop].sum())  # where the rows' values are among all values
-        if int(bits.sum()) != math.prod(file.specs[name].shape):
+        if int(bits.sum()) != math.prod(file.specs[stored].shape):
             raise UserError(f"{self.folder}: {name} and {mask} do not fit together; make the folder again")
-        return dense(file.read(name, first, last), self.tensor(mask, start, stop))
+        return dense(file.read(stored, first, last), self.tensor(mask, start, stop))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield a tensor in pieces of about 64 MB: (index of the first row, the rows)."""
         spec = self.spec(name)
         if self._mask_of(name) is None:
-            return self._open(self.index[name]).blocks(name)
+            return self._open(self.index[name]).blocks(self._in_files[name])
         rows = max(1, BLOCK_BYTES // spec.row_bytes)
         return ((row, self.tensor(name, row, row + rows)) for row in range(0, spec.shape[0], rows))
 

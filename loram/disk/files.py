@@ -26,7 +26,7 @@ SIDE_FILES = (
     "loram_masks.safetensors",
     "modeling_loram.py",
 )
-
+_PROCESSORS = ("*processor_config.json",)  # how a wrapped model's towers get their inputs
 
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for it first
 
@@ -63,12 +63,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_side_files(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat template, generation config, licence and plan to another folder, byte for byte."""
-    for path in side_files(source):
+def copy_side_files(source: Path, out: Path, *, processors: bool = False) -> None:
+    """Copy tokenizer, chat template, generation config, licence and plan to another folder, byte for byte.
+
+    Args:
+        source, out: the two folders.
+        processors: copy what a wrapped model has for images or sound too.
+    """
+    for path in side_files(source, SIDE_FILES + _PROCESSORS if processors else SIDE_FILES):
         shutil.copyfile(path, out / path.name)
 
 
-def side_files(folder: Path) -> list[Path]:
-    """List the files of a model folder that match `SIDE_FILES`, sorted by name."""
-    return sorted({path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()})
+def side_files(folder: Path, patterns: tuple[str, ...] = SIDE_FILES) -> list[Path]:
+    """List the files of a model folder that match the patterns, sorted by name."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

@@ -81,6 +81,8 @@ class ShardedWriter:
 def write_trained(out: Path, base: Checkpoint, trained: Path | None, *, frozen: Collection[str] = ()) -> None:
     """Write a model folder again with the weights of a checkpoint, in the dtypes of the folder, block by block of rows.
 
+    Of a wrapped model only the text model was trained; everything else is copied.
+
     Args:
         out: the folder to write into.
         base: the full or pruned model that was trained.
@@ -88,14 +90,15 @@ def write_trained(out: Path, base: Checkpoint, trained: Path | None, *, frozen: 
         frozen: the names of the weights that did not train.
     """
     source, base = None if trained is None else Checkpoint(trained).stored, base.stored
+    whole, trains = base.whole, {base.name_in_files(name): name for name in base.names() if name not in frozen}
     masks = {name: file for name, file in base.index.items() if file == MASKS_NAME}  # as they were
-    specs = {name: base.spec(name) for name in base.names() if name not in masks}
+    specs = {name: whole.spec(name) for name in whole.names() if name not in masks}
     with ShardedWriter(out, specs, beside=masks) as writer:
         for name in track(list(specs), "Writing"):
-            if source is None or name in frozen:
-                writer.copy(name, base)
+            if source is None or name not in trains:
+                writer.copy(name, whole)
                 continue
-            for row, block in source.blocks(source.holder(name)):
+            for row, block in source.blocks(source.holder(trains[name])):
                 writer.write(name, block.to(specs[name].dtype), row)
-    base.copy_side_files(out)
+    whole.copy_side_files(out)
     shutil.copyfile(base.folder / "config.json", out / "config.json")

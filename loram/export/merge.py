@@ -13,6 +13,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     With DoRA every row is then brought to its magnitude; with `mask_update`, the update is masked as in training.
     Sums are in float32 and stored in the base's dtype. If the head is tied to the embedding and the adapter updates
     it, the merged model has a head of its own (`tie_word_embeddings` false), since the embedding must stay as it was.
+    Of a wrapped model, everything else is copied byte for byte.
 
     Args:
         base: the hub id, folder or GGUF file of the model that the adapter is for; it may be a pruned folder.
@@ -29,7 +30,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     from loram.base.progress import track
     from loram.compute.belonging import load_for
     from loram.disk.artifacts import check_output, publish
-    from loram.disk.files import CHAT_TEMPLATE, copy_side_files, write_json
+    from loram.disk.files import CHAT_TEMPLATE, write_json
     from loram.disk.opening import open_model
     from loram.disk.writer import ShardedWriter
 
@@ -40,14 +41,16 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
             f"{checkpoint.name}: is sparse, and an update would fill it; merge into the full model it was made from"
         )
     update = load_for(checkpoint, local(adapter))
-    sources = {name: name for name in checkpoint.names()}
-    architecture = checkpoint.architecture
+    whole, architecture = checkpoint.whole, checkpoint.architecture
+    sources = {name: name for name in whole.names()}
+    modules = {checkpoint.name_in_files(f"{module}.weight"): module for module in update.modules}
     untied = checkpoint.tied and architecture.head in update.modules
     if untied:
-        sources[architecture.head_weight] = architecture.embedding_weight
-    specs = {name: checkpoint.spec(source) for name, source in sources.items()}
-    for module in update.modules:
-        if not (dtype := specs[f"{module}.weight"].dtype).is_floating_point:
+        head, embedding = architecture.head_weight, architecture.embedding_weight
+        sources[checkpoint.name_in_files(head)] = checkpoint.name_in_files(embedding)
+    specs = {name: whole.spec(source) for name, source in sources.items()}
+    for weight, module in modules.items():
+        if not (dtype := specs[weight].dtype).is_floating_point:
             raise UserError(
                 f"{checkpoint.name}: {module}.weight is quantised ({dtype}); merge into its original, in 16 or 32 bits"
             )
@@ -55,17 +58,16 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     made_from = {"base": checkpoint.fingerprint, "adapter": update.fingerprint}
     with publish(out, kind="merged", made_from=made_from) as staging:
         with ShardedWriter(staging, specs) as writer:
-            for name, source in track(list(sources.items()), "Merging"):
-                module = name.removesuffix(".weight")
-                for row, block in checkpoint.blocks(source):
-                    if name != module and module in update.modules:
-                        block = update.updated(module, block, row).to(block.dtype)
-                    writer.write(name, block, row)
-        copy_side_files(checkpoint.folder, staging)
+            for weight, source in track(list(sources.items()), "Merging"):
+                adapted = modules.get(weight)
+                for row, block in whole.blocks(source):
+                    if adapted is not None:
+                        block = update.updated(adapted, block, row).to(block.dtype)
+                    writer.write(weight, block, row)
+        whole.copy_side_files(staging)
         if (template := update.folder / CHAT_TEMPLATE).is_file():  # that of the chats that it was trained on
             shutil.copyfile(template, staging / CHAT_TEMPLATE)
-        config = {**checkpoint.config, **({"tie_word_embeddings": False} if untied else {})}
-        write_json(staging / "config.json", config)
+        write_json(staging / "config.json", checkpoint.untied_config if untied else whole.config)
     return out
 
 

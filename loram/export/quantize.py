@@ -44,6 +44,11 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
             f"{checkpoint.name}: transformers' 4-bit format knows no sparse weights; `loram train --load-in-4bit` "
             "quantises them when it loads the folder"
         )
+    if checkpoint.wrapper is not None:
+        raise UserError(
+            f"{checkpoint.name}: a {checkpoint.wrapper.model_type} holds more than a text model, and only text models "
+            "are stored in 4 bits; `loram train --load-in-4bit` quantises its text model when it loads the folder"
+        )
     architecture = checkpoint.architecture
     whole = {architecture.embedding_weight, *([architecture.head_weight] if checkpoint.tied else [])}
     linears = [name for name in checkpoint.names() if name not in whole and len(checkpoint.shape(name)) == 2]

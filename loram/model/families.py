@@ -293,8 +293,11 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
     """
     model_type = str(config.get("model_type")).removeprefix(PRUNED_PREFIX)
     if model_type not in ARCHITECTURES:
+        text = config.get("text_config")
+        of_text = f" around a text model of type {text.get('model_type')!r}" if isinstance(text, Mapping) else ""
         raise UserError(
-            f"{where}: model_type {model_type!r} is not supported; supported families are {', '.join(ARCHITECTURES)}; "
-            "what is missing is its row in loram/model/families.py (see CONTRIBUTING.md, 'Add a family')"
+            f"{where}: model_type {model_type!r}{of_text} is not supported; supported families are "
+            f"{', '.join(ARCHITECTURES)}; what is missing is its row in loram/model/families.py (see CONTRIBUTING.md, "
+            "'Add a family')"
         )
     return ARCHITECTURES[model_type]

@@ -19,17 +19,33 @@ from loram.model.architecture import Architecture, Linear, Segment
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m
+from loram.model.wrappers import WRAPPERS
 
 PLAN_NAME, MASKS_NAME = "loram_plan.json", "loram_masks.safetensors"
 
 
 class BaseReference(BaseModel):
-    """The full model a plan was made from: its hub id or absolute path, and the fingerprint of its weights."""
+    """The full model a plan was made from.
+
+    Args:
+        name: its hub id or absolute path.
+        fingerprint: the fingerprint of its weights; of a wrapped model, of those of its text model.
+        wrapper: the wrapper's model_type, where the plan is of a wrapped model's text model; recovered adapters then
+            have the wrapped model's names.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     fingerprint: str
+    wrapper: str | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @field_validator("wrapper")
+    @classmethod
+    def _known_wrapper(cls, value: str | None) -> str | None:
+        if value is not None and value not in WRAPPERS:
+            raise ValueError(f"{value!r} is not a supported wrapper ({', '.join(WRAPPERS)})")
+        return value
 
 
 class PruningPlan(BaseModel):

@@ -32,6 +32,8 @@ def show(estimate: Estimate, console: Console) -> None:
 
 
 def _parts(estimate: Estimate) -> Iterator[Table | Text]:
+    if estimate.wrapper is not None:
+        yield Text(f"The text model ({estimate.model_type}) of a {estimate.wrapper}, without what else that holds:")
     yield Text(_heading(estimate))
     settings = estimate.settings
     yield Text(f"\nTraining on {settings.device}: {settings.describe(estimate.adapter_parameters)}")

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from loram.model.sparsity import STRUCTURED
+from loram.model.wrappers import wrapper_of
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import PlannerOptions, Settings, make_settings
 from loram.planner.shapes import Model, read_config
@@ -38,6 +39,8 @@ class Estimate(BaseModel):
     """The result of `estimate`: what pruning saves and what training needs.
 
     Args:
+        model_type: the family of the model; of a wrapped model, of its text model, which alone is counted.
+        wrapper: the wrapped model's own model_type; None for an ordinary model.
         ratio, pattern: how the model is pruned; the ratio is None where the full model is trained.
         parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
             ratio.
@@ -57,6 +60,7 @@ class Estimate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_type: str
+    wrapper: str | None
     ratio: float | None
     pattern: str
     keep_first: int
@@ -106,6 +110,8 @@ def prunes(pruning: PruneOptions) -> bool:
 
 def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, options: PruneOptions) -> Estimate:
     """Return the same estimate from a config.json's content and checked settings."""
+    if (wrapper := wrapper_of(config)) is not None:
+        config = wrapper.text_config(config, where)
     pruned = prunes(options)
     pruning = (options if pruned else PruneOptions.of(options, ratio=0.5)).resolved()
     full = Model.of(config, where, None, 0, 0)
@@ -124,6 +130,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
     )
     return Estimate(
         model_type=full.architecture.model_type,
+        wrapper=None if wrapper is None else wrapper.model_type,
         ratio=ratio,
         pattern=pruning.pattern,
         keep_first=pruning.keep_first,

@@ -25,7 +25,7 @@ def blank_plan(
         fingerprint: the fingerprint of the full model, where the plan is to have it.
     """
     geometry, model_type = checkpoint.geometry, checkpoint.architecture.model_type
-    base = BaseReference(name=checkpoint.name, fingerprint=fingerprint)
+    base = base_of(checkpoint, fingerprint)
     if options.sparse:
         return PruningPlan(
             model_type=model_type,
@@ -40,6 +40,12 @@ def blank_plan(
     blank = {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.architecture.spaces}
     scores = dict.fromkeys(options.layers(geometry), blank)
     return choose(scores, geometry=geometry, model_type=model_type, base=base, options=options, seed=seed)
+
+
+def base_of(checkpoint: Checkpoint, fingerprint: str) -> BaseReference:
+    """Return what a plan says of its full model; the fingerprint is given, since reading it takes time."""
+    wrapper = None if checkpoint.wrapper is None else checkpoint.wrapper.model_type
+    return BaseReference(name=checkpoint.name, fingerprint=fingerprint, wrapper=wrapper)
 
 
 def pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

@@ -15,18 +15,18 @@ from torch import Tensor
 from loram.base.constants import SHARD_BYTES
 from loram.base.progress import track
 from loram.compute.device import pick_device
-from loram.compute.loading import load_tokenizer, write_config
+from loram.compute.loading import config_of, load_tokenizer, write_config
 from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.disk.writer import ShardedWriter
-from loram.model.plan import BaseReference, PruningPlan
+from loram.model.plan import PruningPlan
 from loram.model.resize import narrow
 from loram.pruning.check import check_prunable
 from loram.pruning.choose import choose
-from loram.pruning.layout import blank_plan, pruned_specs
+from loram.pruning.layout import base_of, blank_plan, pruned_specs
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.score import ScoredLayer, score_layers
 from loram.pruning.sparse import prune_sparse
@@ -103,7 +103,7 @@ def _prune_structured(
         choose,
         geometry=checkpoint.geometry,
         model_type=checkpoint.architecture.model_type,
-        base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
+        base=base_of(checkpoint, checkpoint.fingerprint),
         options=settings,
         seed=seed,
     )
@@ -134,7 +134,7 @@ def _prune_structured(
         plan = decide(scores)
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
         checkpoint.copy_side_files(staging)
-        write_config(checkpoint.folder, plan, staging)
+        write_config(config_of(checkpoint), plan, staging)
         plan.save(staging)
     return plan
 

@@ -35,6 +35,7 @@ from loram.disk.artifacts import check_output, digest, find_manifest
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import CHAT_TEMPLATE, copy_side_files
 from loram.disk.opening import open_model
+from loram.disk.renamed import in_wrapper
 from loram.disk.template import as_setting
 from loram.recovery.options import PolishOptions
 from loram.trainer.checkpoints import Checkpoints
@@ -179,7 +180,10 @@ class _PolishJob(Job[Polished]):
     def write(self, out: Path, outcome: Polished) -> Mapping[str, float]:
         """Write the adapter in the dtypes that it came in."""
         tensors = {name: tensor.to(self.start.tensors[name].dtype) for name, tensor in outcome.tensors.items()}
-        save_adapter(out, self.start.config, tensors)
+        polished = dataclasses.replace(self.start, tensors=tensors)
+        if self.checkpoint.wrapper is not None:
+            polished = in_wrapper(polished, self.checkpoint.wrapper)
+        save_adapter(out, polished.config, polished.tensors)
         copy_side_files(self.start.folder, out)
         if self.checkpoint.chat_template is not None:
             (out / CHAT_TEMPLATE).write_text(self.checkpoint.chat_template, encoding="utf-8")

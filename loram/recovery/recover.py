@@ -19,9 +19,11 @@ from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
+from loram.disk.renamed import in_wrapper
 from loram.disk.tensorfile import TensorFile
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 from loram.model.resize import widen
+from loram.model.wrappers import WRAPPERS
 from loram.recovery.correct import best_multiplier, correct_adapter
 from loram.recovery.options import RecoverOptions
 
@@ -43,8 +45,9 @@ def recover(
 
     This is the recovery function R of arXiv 2502.13533, section 3.2. It is exact and does without the full model: the
     plan beside the adapter has its geometry. An adapter of a sparse model is copied, because the shapes are those of
-    the full model. Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`) and for
-    DoRA: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
+    the full model. Where the full model is wrapped, the recovered adapter has the wrapped model's names. Weights are
+    read, tensor by tensor, only for the options (see `loram.recovery.correct`) and for DoRA: its magnitudes are lengths
+    of rows, and a full row is longer than a pruned one.
 
     An adapter that was trained on a full model in NF4 has no plan. With `base`, the model's original, it is written
     again as one of that, once every tensor is found to lie within NF4's error of the original's.
@@ -114,6 +117,9 @@ def recover(
         best, losses = best_multiplier(full, recovered, (rows["input_ids"][:], rows["labels"][:]), pick_device(device))
         recovered = scaled(recovered, best)
         settings |= {"dev_data": spec.model_dump(mode="json"), "multiplier": best, "dev_losses": losses}
+    wrapper = WRAPPERS.get(plan.base.wrapper or "") if full is None else full.wrapper
+    if wrapper is not None:
+        recovered = in_wrapper(recovered, wrapper)
     made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "adapter": trained.fingerprint}
     with publish(out, kind="recovered", made_from=made_from, settings=settings) as staging:
         save_adapter(staging, recovered.config, recovered.tensors)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loram.disk.adapter import Adapter, save_adapter
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.renamed import in_wrapper
 from loram.model.plan import MASKS_NAME, PruningPlan
 from loram.trainer.frame import Outcome
 from loram.training.methods.table import METHODS
@@ -50,6 +51,8 @@ def write_adapter(
         config, tensors, figures["kept_share"] = extract(Checkpoint(trained.folder), checkpoint, options.lora["r"])
     else:
         adapter = Adapter.load(trained.folder)
+        if checkpoint.wrapper is not None:
+            adapter = in_wrapper(adapter, checkpoint.wrapper)
         config, tensors = adapter.config, adapter.tensors
     save_adapter(out, {**config, "base_model_name_or_path": checkpoint.name}, tensors)
     if plan is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_FAMILY, FAMILIES, ODDITIES, SIZES
+from conftest import EVERY_FAMILY, FAMILIES, ODDITIES, SIZES, WRAPPED
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
@@ -64,6 +64,25 @@ def test_a_sparse_config_gets_the_familys_defaults(family: str) -> None:
     found = loram.estimate(sparse, ratio=0.5, keep_first=1, keep_last=1)
     assert found.parameters == meta_parameters(config)
     assert loram.estimate(config.to_diff_dict() | sparse, ratio=0.5, keep_first=1, keep_last=1) == found
+
+
+@pytest.mark.parametrize("model_type", WRAPPED)
+def test_of_a_wrapped_model_the_text_model_is_counted(model_type: str) -> None:
+    family = WRAPPED[model_type][0]
+    text = AutoConfig.for_model(family, **{**SIZES, **ODDITIES[family]})
+    config = {"model_type": model_type, "text_config": text.to_dict(), "vision_config": {"hidden_size": 16}}
+    found = loram.estimate(config, ratio=0.5, keep_first=1, keep_last=1)
+    assert found.parameters == meta_parameters(text)
+    assert (found.model_type, found.wrapper) == (family, model_type)
+    expected = loram.estimate(text.to_dict(), ratio=0.5, keep_first=1, keep_last=1)
+    assert found.model_copy(update={"wrapper": None}) == expected
+
+
+def test_gemma_3_4b_is_counted_from_the_hubs_config() -> None:
+    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text = {**sizes, "model_type": "gemma3_text", "sliding_window": 1024}
+    found = loram.estimate({"model_type": "gemma3", "torch_dtype": "bfloat16", "text_config": text})
+    assert found.parameters == meta_parameters(AutoConfig.for_model(**text)) == 3_880_263_168
 
 
 @pytest.mark.parametrize("family", DEFAULTS)

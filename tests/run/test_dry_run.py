@@ -198,7 +198,7 @@ def test_a_text_begins_with_a_token_that_is_not_predicted(
         ({"prune": {"ratio": 0.5, "keep_first": 1, "keep_last": 1, "calibration": "none.jsonl"}}, "no such file"),
         ({"device": "cuda:99"}, "cannot be used"),
         ({"train": {"lora": {"arrow_config": {}}}}, "arrow_config cannot be used"),
-        ({"train": {"lora": {"rank_pattern": {"q_prj": 4}}}}, "rank_pattern has 'q_prj', which is no target module"),
+        ({"train": {"lora": {"rank_pattern": {"q_prj": 4}}}}, "rank_pattern keys did not match any targeted module"),
         ({"train": {"trainer": {"eval_strategy": "steps"}}}, "eval_strategy cannot be set"),
         ({"train": {"trainer": {"optim_args": "foo"}}}, "unpack"),
         ({"align": {"trainer": {"adam_beta1": 2}}}, "Invalid beta parameter"),

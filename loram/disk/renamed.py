@@ -1,0 +1,59 @@
+"""Adapters of a wrapped model's text model: the same factors under the wrapped model's names, and back."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from loram.base.errors import UserError
+from loram.disk.adapter import WEIGHTS_NAME, Adapter
+from loram.model.wrappers import Wrapper
+
+_PREFIX = "base_model.model."
+
+
+def in_wrapper(adapter: Adapter, wrapper: Wrapper) -> Adapter:
+    """Return an adapter of the text model as one of the wrapped model: what plain PEFT loads there."""
+    return _renamed(adapter, wrapper.outside)
+
+
+def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, ...]], model: str) -> Adapter:
+    """Return an adapter of a wrapped model as one of its text model; the inverse of `in_wrapper`.
+
+    Args:
+        adapter: the adapter.
+        wrapper: the row of the wrapper.
+        shapes: (out_features, in_features) of each linear of the text model, by its name there.
+        model: what error messages call the wrapped model.
+
+    Raises:
+        UserError: the adapter has a module outside the text model, or it does not fit that.
+    """
+    names = {wrapper.outside(module): module for module in shapes}
+    for module in adapter.modules:
+        if wrapper.inside(module) is None:
+            raise UserError(
+                f"{adapter.folder / WEIGHTS_NAME}: {_PREFIX}{module}.lora_A.weight is not of {wrapper.decoder}, the "
+                f"text model in {model}, and LoRAM knows only adapters of that; if it was trained on a pruned model, "
+                "run `loram recover` on it first"
+            )
+    adapter.check_fits({name: shapes[module] for name, module in names.items()}, model, full=True)
+    return _renamed(adapter, lambda name: wrapper.inside(name) or name)
+
+
+def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
+    """Return an adapter whose modules have other names; its config names each of them, and matches nothing else."""
+    options, modules = adapter.config, adapter.modules
+    ranks = {rename(name): factors["A"].shape[0] for name, factors in modules.items()}
+    alphas = {rename(name): adapter.alpha(name) for name in modules}
+    config = {
+        **options,
+        "target_modules": sorted(ranks),
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != options.get("r", 8)},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != options.get("lora_alpha", 8)},
+    }
+    return dataclasses.replace(
+        adapter,
+        config=config,
+        tensors={_PREFIX + rename(name.removeprefix(_PREFIX)): tensor for name, tensor in adapter.tensors.items()},
+        base_weights={rename(weight): key for weight, key in adapter.base_weights.items()},
+    )
