@@ -121,8 +121,10 @@ def _without_report(checkpoint: Checkpoint) -> Iterator[None]:
     level = logging.get_verbosity()
     if checkpoint.wrapper is not None:
         logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def keep_layout_(model: nn.Module) -> None:
