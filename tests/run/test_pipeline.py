@@ -57,9 +57,10 @@ def test_rows_cut_and_skipped_are_in_the_report(
 ) -> None:
     short, long = {"prompt": "a", "completion": " b"}, "one plus two is three " * 20
     train = jsonl(short, {"prompt": "a", "completion": long}, {"prompt": long, "completion": " b"})
+    plain = {"path": str(train), "apply_chat_template": False}
     changes = {"train": {"trainer": {"max_steps": 1, "max_length": 20}}, "evaluate": {"max_length": 60}}
-    eval_dataset = {"task": str(rows_file), "cut": {"path": str(train), "max_length": 30}}
-    report = run(recipe(tiny_llama, train, tmp_path / "out", eval_dataset=eval_dataset, **changes))
+    eval_dataset = {"task": str(rows_file), "cut": {**plain, "max_length": 30}}
+    report = run(recipe(tiny_llama, train, tmp_path / "out", dataset=plain, eval_dataset=eval_dataset, **changes))
     written = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
     lost, whole = {"used": 2, "truncated": 2, "skipped": 1}, {"used": 20, "truncated": 0, "skipped": 0}
     assert [row["evaluated_on"] for row in written] == [{"task": whole, "cut": lost}] * 4
@@ -284,7 +285,7 @@ def test_a_publisher_and_a_user(tiny_llama: Path, rows_file: Path, tmp_path: Pat
     }
     with pytest.raises(loram.UserError, match="full: no such file or folder"):
         run(partial(away / "out", **values))
-    assert {path.name for path in (away / "out").iterdir() if path.is_dir()} == {"adapter", "recovered"}
+    assert {path.name for path in (away / "out").iterdir() if path.is_dir()} == {"adapter"}
     shutil.copytree(tiny_llama, away / "full")
     report = run(partial(away / "out", **values))
     assert [row.name for row in report.rows] == ["base", "pruned", "pruned + adapter", "recovered"]

@@ -386,7 +386,7 @@ def test_targets_of_another_family_are_refused(
     tiny_models: dict[str, Path], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     lora = {"target_modules": ["q_proj", "down_proj"]}
-    with pytest.raises(loram.UserError, match="target_modules has 'q_proj'; known are qkv_proj, o_proj, gate_up_proj"):
+    with pytest.raises(loram.UserError, match="target_modules has 'q_proj'; known are all-linear, qkv_proj, o_proj"):
         loram.train(pruned_models["phi3"], tmp_path / "out", data=rows_file, lora=lora)
     with pytest.raises(loram.UserError, match="lora_target_modules: should be some of qkv_proj"):
         loram.estimate(tiny_models["phi3"], lora_target_modules=["q_proj"])
