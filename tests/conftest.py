@@ -187,6 +187,11 @@ def make_model(folder: Path, model_type: str, tokenizer: Any, seed: int = 0, **c
     config = AutoConfig.for_model(model_type, **{**SIZES, **ODDITIES[model_type], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _save_disturbed(model, tokenizer, folder)
+
+
+def _save_disturbed(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """Save a model after noise is added to all its parameters, with a tokenizer."""
     with torch.no_grad():
         for parameter in model.parameters():
             # biases and norms too, so that forgetting one shows; and large enough that every unit matters
@@ -232,11 +237,7 @@ def make_wrapped(folder: Path, model_type: str, tokenizer: Any, *, today: bool =
     )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save_disturbed(model, tokenizer, folder)
     (folder / "preprocessor_config.json").write_text('{"size": 28}')
     if today:
         weights = load_file(folder / "model.safetensors")

@@ -60,15 +60,10 @@ class Encoder:
             raise UserError(f"{where}: plain text ends with the end-of-sequence token, but the tokenizer names none")
         ids, spans = self._tokens(text)
         labels = [token if stop > prompt else IGNORED for token, (_, stop) in zip(ids, spans, strict=True)]
-        begun, ended = (self._has(text.strip(), name) for name in ("bos_token", "eos_token"))
-        first = [] if begun else self._added_first
-        rest = [] if ended else [end]
+        beginning = self.tokenizer.bos_token
+        first = [] if beginning and text.lstrip().startswith(beginning) else self._added_first
+        rest = [] if text.rstrip().endswith(self.tokenizer.eos_token) else [end]
         return [*first, *ids, *rest], [*((IGNORED if prompt else token) for token in first), *labels, *rest]
-
-    def _has(self, text: str, name: str) -> bool:
-        """Return whether a text begins with the beginning token already, or ends with the end token."""
-        token = getattr(self.tokenizer, name)
-        return bool(token) and (text.startswith(token) if name == "bos_token" else text.endswith(token))
 
     @cached_property
     def _added_first(self) -> list[int]:

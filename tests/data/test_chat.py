@@ -242,8 +242,8 @@ def test_masks_are_those_of_trl(name: str) -> None:
 def with_special_tokens(template: str) -> Renderer:
     """A template with a tokenizer to which everything that looks like a special token is one."""
     tokenizer = make_tokenizer(template)
-    found = set(re.findall("<[|\uff5c][^<>\\s']+[|\uff5c]>|<\\w+_of_\\w+>", template))
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(found)})
+    names = set(re.findall("<[|\uff5c][^<>\\s']+[|\uff5c]>|<\\w+_of_\\w+>", template))
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(names)})
     return Renderer(tokenizer)
 
 
