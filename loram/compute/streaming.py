@@ -32,6 +32,7 @@ from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Architecture, Linear
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
+LayerObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
 OnGradient = Callable[[str, Tensor, Tensor], None]
 Item = TypeVar("Item")
@@ -143,6 +144,7 @@ class Stream:
         observe: Observer | None = None,
         keep_from: int | None = None,
         edit: Editor | None = None,
+        observe_layer: LayerObserver | None = None,
     ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, and yield each layer when they have passed it.
 
@@ -153,6 +155,8 @@ class Stream:
             keep_from: keep the inputs of this layer and of those above it, for `backward`.
             edit: called with each layer once it has been observed. It may change the layer's weights in place: the
                 micro-batches then pass the layer a second time, and the next layer sees what comes out of that.
+            observe_layer: called for every decoder layer and every micro-batch, with the layer's index, its inputs and
+                outputs, (rows, width, hidden) each, and where these are text, as `observe`.
         """
         current = self._embed()
         for layer in self._resident(range(len(self._layers)), "Layers, forward"):
@@ -161,18 +165,27 @@ class Stream:
             if edit is not None:
                 self._pass(layer.index, current, None, observe)
                 edit(layer)
-            self._pass(layer.index, current, outputs, None if edit else observe)
+            self._pass(layer.index, current, outputs, None if edit else observe, observe_layer)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
 
-    def _pass(self, index: int, inputs: Activations, outputs: Activations | None, observe: Observer | None) -> None:
+    def _pass(
+        self,
+        index: int,
+        inputs: Activations,
+        outputs: Activations | None,
+        observe: Observer | None,
+        observe_layer: LayerObserver | None = None,
+    ) -> None:
         """Send all micro-batches through one layer."""
         for number, batch in enumerate(self.batches):
             before = inputs[number].to(self.device)  # (rows, width, hidden)
             with torch.no_grad(), self._observed(index, batch, observe):
                 after = self._call(index, batch, before)
+            if observe_layer is not None:
+                observe_layer(index, before, after, batch.real.to(self.device))
             if outputs is not None:
                 outputs[number] = after
 

@@ -327,6 +327,11 @@ class Architecture:
             parameters=tuple(part for part in self.parameters if not part.kinds or kind in part.kinds),
         )
 
+    @property
+    def without_parts(self) -> "Architecture":
+        """Return the row of a layer that was dropped, which has no tensors."""
+        return replace(self, linears=(), norms=(), parameters=())
+
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the part of a config.json that describes the text model."""
         nested: Mapping[str, Any] = config if self.config_key is None else config[self.config_key]

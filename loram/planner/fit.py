@@ -14,6 +14,7 @@ from loram.planner.total import Estimate, estimate_with, prunes
 from loram.pruning.options import PruneOptions
 
 _ALWAYS = ("max_length", "per_device_train_batch_size")  # written into every recipe: they decide most of the memory
+_NOT_SOUGHT = ("pattern", "drop_layers")  # the options of pruning that have their defaults in what is looked for
 GRID = (None, *(step / 20 for step in range(1, 20)))  # no pruning, 0.05, 0.1 ... 0.95
 
 
@@ -39,7 +40,8 @@ def fit(
     Args:
         config: as for `estimate`.
         memory: bytes of the device that trains; on a GPU all its memory, since the context is counted.
-        options: how to train, and which layers to leave whole; a ratio or a sparse pattern cannot be given.
+        options: how to train, and which layers to leave whole; a ratio, a sparse pattern or layers to drop cannot be
+            given.
         fields: single options by name, over `options`.
 
     Raises:
@@ -50,7 +52,8 @@ def fit(
     if pruning.ratio is not None:
         raise UserError("--ratio, --memory: give one of the two; --memory finds a ratio")
     if prunes(pruning):
-        raise UserError("--pattern, --memory: give one of the two; --memory looks for structured pruning")
+        name = "--drop-layers" if pruning.drop_layers else "--pattern"
+        raise UserError(f"{name}, --memory: give one of the two; --memory looks for a ratio of structured pruning")
     values, where = read_config(config)
     nearest: Estimate | None = None
     for ratio, in_4bit in _candidates(chosen.in_4bit):
@@ -92,7 +95,7 @@ def recipe_lines(estimate: Estimate, written: Collection[str]) -> str:
     if estimate.ratio is None:
         lines = ["# no pruning: train the full model with `loram train`"]
     else:
-        lines = ["prune:", *(f"  {name}: {getattr(estimate, name)}" for name in PRUNING if name != "pattern")]
+        lines = ["prune:", *(f"  {name}: {getattr(estimate, name)}" for name in PRUNING if name not in _NOT_SOUGHT)]
     sections: dict[str, list[str]] = {}
     for name, option in TRAINING.items():
         if name in {*written, *_ALWAYS}:

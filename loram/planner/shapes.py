@@ -10,7 +10,7 @@ from typing import Any
 from loram.base.paths import local
 from loram.disk.files import read_json
 from loram.model.architecture import HIDDEN, ONE_HEAD, Architecture, Linear
-from loram.model.counts import kept_units, prunable_layers
+from loram.model.counts import droppable_layers, kept_units, prunable_layers
 from loram.model.families import KV_GROUPS, UP, VALUES, architecture_of
 from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values
@@ -21,6 +21,7 @@ class Layer:
     """The sizes of one decoder layer.
 
     Args:
+        index: its number in the full model.
         linears: its linears by their paths.
         shapes: (out_features, in_features) of each linear.
         values: how many weights of each linear are stored: all of them, or those that a sparse linear keeps.
@@ -36,6 +37,7 @@ class Layer:
         window: how many tokens its attention looks back, or None where it sees all.
     """
 
+    index: int
     linears: Mapping[str, Linear]
     shapes: Mapping[str, tuple[int, int]]
     values: Mapping[str, int]
@@ -89,7 +91,8 @@ class Model:
         config: the content of its config.json.
         units: how many units a narrowed layer keeps of each space; None for the full model.
         sparse: how many values a sparse layer keeps of each linear, by its path; None where no layer is sparse.
-        narrowed: the layers that are narrowed, or sparse.
+        narrowed: the layers that are narrowed, or sparse, unless they are dropped.
+        dropped: the layers that are dropped.
     """
 
     architecture: Architecture
@@ -98,6 +101,7 @@ class Model:
     units: Mapping[str, int] | None = None
     sparse: Mapping[str, int] | None = None
     narrowed: range = range(0)
+    dropped: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -108,21 +112,26 @@ class Model:
         first: int,
         last: int,
         pattern: str = STRUCTURED,
+        drop: int = 0,
     ) -> "Model":
         """Return the sizes of the model that pruning makes of another one.
 
         Args:
             config: the content of the full model's config.json.
             where: what error messages call that file.
-            ratio: the pruning ratio, or None for the full model.
+            ratio: the pruning ratio, or None where no layer is narrowed or sparse.
             first, last: how many layers stay whole at the bottom and at the top.
             pattern: as for `prune`.
+            drop: how many layers are dropped. Which ones depends on the weights; here they are the last that can be.
 
         Raises:
             UserError: the family is not supported, or a setting is out of range.
         """
         architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
         full = cls(architecture=architecture, geometry=geometry, config=config)
+        if drop:
+            droppable = droppable_layers(geometry, architecture, config, prunable_layers(geometry, first, last), drop)
+            full = replace(full, dropped=tuple(droppable[-drop:]))
         if ratio is None:
             return full
         narrowed = prunable_layers(geometry, first, last)
@@ -140,8 +149,19 @@ class Model:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Its decoder layers, from the bottom up."""
-        return tuple(self._layer(index) for index in range(self.geometry.num_hidden_layers))
+        """Its decoder layers, from the bottom up, without those that are dropped."""
+        indices = range(self.geometry.num_hidden_layers)
+        return tuple(self._layer(index) for index in indices if index not in self.dropped)
+
+    @property
+    def narrowed_layers(self) -> list[Layer]:
+        """Its layers that are narrowed, or sparse."""
+        return [layer for layer in self.layers if layer.index in self.narrowed]
+
+    @property
+    def pruned(self) -> bool:
+        """Return whether it is smaller than the full model."""
+        return bool(self.narrowed or self.dropped)
 
     def _layer(self, index: int) -> Layer:
         geometry, row = self.geometry, self.geometry.layer(self.architecture, index)
@@ -151,6 +171,7 @@ class Model:
         heads = groups * geometry.num_attention_heads // geometry.num_key_value_heads
         windows = self.architecture.windows
         return Layer(
+            index=index,
             linears={linear.path: linear for linear in row.linears},
             shapes=shapes,
             values={path: prod(shape) for path, shape in shapes.items()} if sparse is None else sparse,

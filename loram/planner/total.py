@@ -41,10 +41,11 @@ class Estimate(BaseModel):
     Args:
         model_type: the family of the model; of a wrapped model, of its text model, which alone is counted.
         wrapper: the wrapped model's own model_type; None for an ordinary model.
-        ratio, pattern: how the model is pruned; the ratio is None where the full model is trained.
+        ratio, pattern: how the model is pruned; the ratio is None where no layer is narrowed or sparse.
         parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
             ratio.
         pruned_layers: how many layers are narrowed, or sparse.
+        drop_layers: how many layers are dropped.
         units: how many units of each space (key-value groups, channels) such a layer keeps.
         adapter_parameters: how many parameters are trained.
         settings: how the model is trained, with every default filled in.
@@ -69,6 +70,7 @@ class Estimate(BaseModel):
     pruned_parameters: int
     parameter_reduction: float
     pruned_layers: int
+    drop_layers: int
     units: dict[str, int]
     adapter_parameters: int
     settings: Settings
@@ -87,7 +89,7 @@ def estimate(
 
     Args:
         config: a config.json, a folder that has one, a hub id, or the parsed content.
-        options: how to prune and to train; without a ratio or n:m the full model is trained.
+        options: how to prune and to train; without a ratio, n:m or layers to drop, the full model is trained.
         fields: single options by name, over `options`: `ratio=0.85`, `lora_r=16`. They are the flags of
             `loram estimate`, which says what they mean.
 
@@ -105,7 +107,7 @@ def estimate(
 
 def prunes(pruning: PruneOptions) -> bool:
     """Return whether the options remove anything."""
-    return pruning.ratio is not None or pruning.pattern != STRUCTURED
+    return pruning.ratio is not None or pruning.pattern != STRUCTURED or pruning.drop_layers > 0
 
 
 def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, options: PruneOptions) -> Estimate:
@@ -116,8 +118,10 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
     pruning = (options if pruned else PruneOptions.of(options, ratio=0.5)).resolved()
     full = Model.of(config, where, None, 0, 0)
     settings = settings.for_family(full.architecture)
-    ratio = pruning.ratio if pruned else None
-    model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pruning.pattern)
+    ratio, drop = (pruning.ratio, pruning.drop_layers) if pruned else (None, 0)
+    if pruned:
+        pruning.check_fits(full.geometry, full.architecture, config)
+    model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pruning.pattern, drop)
     weights = frozen_bytes(model, settings).total
     memory = training_memory(model, settings, full)
     measuring = _measuring_flops(full, model, settings) if settings.anchored else 0
@@ -138,7 +142,8 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         parameters=full.parameters,
         pruned_parameters=model.parameters,
         parameter_reduction=full.parameters / model.parameters,
-        pruned_layers=len(model.narrowed),
+        pruned_layers=len(model.narrowed_layers),
+        drop_layers=len(model.dropped),
         units=dict(model.units or {space.name: full.geometry.units(space) for space in full.architecture.spaces}),
         adapter_parameters=sum(trained(model, settings)),
         settings=settings,
@@ -172,7 +177,7 @@ def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
     """
     adapter = settings.rank * sum(rows + columns for rows, columns in adapted(full, settings))
     weights = sum(layer.weights for layer in full.layers) + adapter
-    own = sum(model.layers[index].weights for index in model.narrowed)
+    own = sum(layer.weights for layer in model.narrowed_layers)
     if not settings.gradients_measured:
         return 2 * weights + 2 * own
     return 6 * weights + 4 * own + 6 * full.vocabulary

@@ -1,12 +1,12 @@
 """Choose which units stay: from scores and a ratio to a pruning plan."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loram.disk.artifacts import library_versions
-from loram.model.counts import kept_units
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
@@ -22,11 +22,20 @@ def choose(
     base: BaseReference,
     options: ResolvedPruneOptions,
     seed: int,
+    dropped: Sequence[int] = (),
 ) -> PruningPlan:
-    """Keep the units with the highest scores in every scored layer; equal scores keep the lower index."""
+    """Keep the units with the highest scores in every scored layer; equal scores keep the lower index.
+
+    Args:
+        scores: the scores of the units of layers that are narrowed.
+        geometry, model_type, base: the full model.
+        options: how to prune.
+        seed: the seed that the plan records.
+        dropped: the layers that are dropped, sorted.
+    """
     layers = {
         layer: {
-            space.name: _best(spaces[space.name], kept_units(space, geometry.units(space), options.ratio))
+            space.name: _best(spaces[space.name], options.kept_units(space, geometry))
             for space in ARCHITECTURES[model_type].spaces
         }
         for layer, spaces in sorted(scores.items())
@@ -38,6 +47,7 @@ def choose(
         **recorded(options),
         seed=seed,
         versions=library_versions(),
+        dropped=tuple(dropped),
         layers=layers,
     )
 

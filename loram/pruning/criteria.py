@@ -114,6 +114,7 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
         "random": Criterion(summary="seeded random units", reads="nothing"),
     }
 )
+INFLUENCE = "block_influence"  # the criterion of whole layers (see `depth.py`), where nothing else is pruned
 NEEDS_TEXT = frozenset(name for name, row in CRITERIA.items() if row.reads in ("inputs", "gradient"))
 SPARSE: Mapping[str, SparseCriterion] = MappingProxyType(
     {

@@ -1,5 +1,6 @@
 """Options of pruning, with the defaults of the pattern filled in, and what does not go together refused."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import PositiveInt, field_validator
@@ -7,14 +8,14 @@ from pydantic import PositiveInt, field_validator
 from loram.base.errors import UserError
 from loram.base.options import Options, option
 from loram.data.spec import DataSpec
-from loram.model.architecture import Architecture
-from loram.model.counts import kept_units, prunable_layers
+from loram.model.architecture import Architecture, Space
+from loram.model.counts import droppable_layers, kept_units, prunable_layers
 from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m, removed_share
-from loram.pruning.criteria import CRITERIA, NEEDS_TEXT, SPARSE
+from loram.pruning.criteria import CRITERIA, INFLUENCE, NEEDS_TEXT, SPARSE
 
-# The names of the criteria of each kind of pattern; the default comes first.
-STRUCTURED_CRITERIA, SPARSE_CRITERIA = tuple(CRITERIA), tuple(SPARSE)
+# The names of the criteria of each kind of pattern, and of whole layers; the default comes first.
+STRUCTURED_CRITERIA, SPARSE_CRITERIA, LAYER_CRITERIA = tuple(CRITERIA), tuple(SPARSE), (INFLUENCE, "random")
 KEEP_FIRST, KEEP_LAST = 4, 2  # layers that structured pruning leaves whole; sparse patterns leave none
 
 
@@ -33,10 +34,20 @@ class PruneOptions(Options):
         common=True,
         planned=True,
     )
+    drop_layers: int = option(
+        0,
+        "The number of whole layers to remove, those that change their input least (with criterion random: any); then "
+        "the ratio may be left out.",
+        ge=0,
+        also="n_prune_layers layers_to_skip",
+        common=True,
+        planned=True,
+    )
     criterion: str | None = option(
         None,
         f"What decides which units stay: {', '.join(STRUCTURED_CRITERIA)} (default: {STRUCTURED_CRITERIA[0]}); with a "
-        f"sparse pattern {', '.join(SPARSE_CRITERIA)} (default: {SPARSE_CRITERIA[0]}).",
+        f"sparse pattern {', '.join(SPARSE_CRITERIA)} (default: {SPARSE_CRITERIA[0]}); where layers are dropped and "
+        f"there is no ratio {', '.join(LAYER_CRITERIA)} (default: {LAYER_CRITERIA[0]}).",
         common=True,
     )
     pattern: str = option(
@@ -70,19 +81,27 @@ class PruneOptions(Options):
 
         Raises:
             UserError: the pattern or criterion is not known, the criterion does not go with the pattern, the ratio is
-                missing or contradicts the pattern, or biases are to be compensated where nothing is removed.
+                missing or contradicts the pattern, layers are to be dropped with a sparse pattern, or biases are to be
+                compensated where nothing is removed.
         """
         sparse = n_of_m(self.pattern) is not None or self.pattern != STRUCTURED
-        known = SPARSE_CRITERIA if sparse else STRUCTURED_CRITERIA
-        if self.criterion is not None and self.criterion not in known:
-            other = self.criterion in (*SPARSE_CRITERIA, *STRUCTURED_CRITERIA)
-            kind = f"for pattern {self.pattern}" if other else "known"
-            raise UserError(f"criterion {self.criterion!r} is not {kind}; known are {', '.join(known)}")
+        if sparse and self.drop_layers:
+            raise UserError(f"drop_layers: is for structured pruning; pattern {self.pattern} keeps every layer")
         ratio = removed_share(self.pattern, self.ratio) if sparse else self.ratio
-        if ratio is None:
-            raise UserError("ratio: missing; give the share of heads and channels to remove: 0.5 removes half")
+        if ratio is None and not self.drop_layers:
+            raise UserError(
+                "ratio: missing; give the share of heads and channels to remove: 0.5 removes half; or drop_layers"
+            )
+        known = SPARSE_CRITERIA if sparse else LAYER_CRITERIA if ratio is None else STRUCTURED_CRITERIA
+        if self.criterion is not None and self.criterion not in known:
+            other = self.criterion in (*SPARSE_CRITERIA, *STRUCTURED_CRITERIA, *LAYER_CRITERIA)
+            what = "dropping layers without a ratio" if ratio is None else f"pattern {self.pattern}"
+            kind = f"for {what}" if other else "known"
+            raise UserError(f"criterion {self.criterion!r} is not {kind}; known are {', '.join(known)}")
         if sparse and self.bias_compensation:
             raise UserError(f"bias_compensation: is for structured pruning; pattern {self.pattern} removes no inputs")
+        if ratio is None and self.bias_compensation:
+            raise UserError("bias_compensation: is for narrowed layers; add a ratio, or leave it out")
         filled = {
             "ratio": ratio,
             "criterion": self.criterion or known[0],
@@ -93,12 +112,30 @@ class PruneOptions(Options):
 
 
 class ResolvedPruneOptions(PruneOptions):
-    """Options of pruning of which none is left open."""
+    """Options of pruning of which none is left open; the ratio is None where layers are dropped and none narrowed."""
 
-    ratio: float
     criterion: str
     keep_first: int
     keep_last: int
+
+    @property
+    def narrows(self) -> bool:
+        """Return whether units or single weights are removed, and not only whole layers."""
+        return self.ratio is not None
+
+    @property
+    def share(self) -> float:
+        """Return the ratio of a pruning that has one."""
+        assert self.ratio is not None
+        return self.ratio
+
+    def kept_units(self, space: Space, geometry: Geometry) -> int:
+        """Return how many units of a space stay in a narrowed layer.
+
+        Raises:
+            UserError: none would be left.
+        """
+        return kept_units(space, geometry.units(space), self.share)
 
     @property
     def sparse(self) -> bool:
@@ -106,28 +143,49 @@ class ResolvedPruneOptions(PruneOptions):
         return self.pattern != STRUCTURED
 
     def layers(self, geometry: Geometry) -> range:
-        """Return the decoder layers that are pruned.
+        """Return the decoder layers that are pruned: narrowed, dropped, or made sparse.
 
         Raises:
             UserError: no layer would be left to prune.
         """
         return prunable_layers(geometry, self.keep_first, self.keep_last)
 
+    def droppable(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> list[int]:
+        """Return the layers among which `drop_layers` are dropped; arguments as for `check_fits`.
+
+        Raises:
+            UserError: there are not as many, or none would be left to narrow.
+        """
+        layers = self.layers(geometry)
+        if self.narrows and self.drop_layers == len(layers):
+            raise UserError(f"drop_layers {self.drop_layers}: leaves no layer to narrow; leave the ratio out")
+        return droppable_layers(geometry, architecture, config, layers, self.drop_layers)
+
+    @property
+    def measures_influence(self) -> bool:
+        """Return whether layers are dropped by how much they change their input."""
+        return self.drop_layers > 0 and self.criterion != "random"
+
     @property
     def reads_text(self) -> bool:
         """Return whether calibration text is needed."""
         if self.sparse:
             return SPARSE[self.criterion].reads != "nothing"
-        return self.bias_compensation or self.criterion in NEEDS_TEXT
+        return self.bias_compensation or self.criterion in NEEDS_TEXT or self.measures_influence
 
-    def check_fits(self, geometry: Geometry, architecture: Architecture) -> None:
+    def check_fits(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse options that leave nothing of a model of these sizes, or whose pattern does not divide its linears.
 
+        Args:
+            geometry, architecture: the full model's sizes and family.
+            config: the content of its config.json.
+
         Raises:
-            UserError: no layer or unit would be left, or the pattern does not divide the inputs of a linear.
+            UserError: no layer or unit would be left, so many layers cannot be dropped, or the pattern does not divide
+                the inputs of a linear.
         """
         for linear in architecture.linears if self.sparse else ():
-            kept_values(*geometry.linear_shape(linear), self.pattern, self.ratio)
-        for space in () if self.sparse else architecture.spaces:
-            kept_units(space, geometry.units(space), self.ratio)
-        self.layers(geometry)
+            kept_values(*geometry.linear_shape(linear), self.pattern, self.share)
+        for space in architecture.spaces if self.narrows and not self.sparse else ():
+            self.kept_units(space, geometry)
+        self.droppable(geometry, architecture, config)
