@@ -49,8 +49,8 @@ def droppable_layers(
     layers = [layer for layer in pruned if layer not in firsts.values()]
     if count > len(layers):
         raise UserError(
-            f"drop_layers {count}: only {len(layers)} of {geometry.num_hidden_layers} layers can be dropped: not the "
-            "first of each kind of attention, and none of keep_first and keep_last"
+            f"{count} layers cannot be dropped: only {len(layers)} of {geometry.num_hidden_layers} can, since the first "
+            "of each kind of attention stays, and so do those of keep_first and keep_last"
         )
     return layers
 

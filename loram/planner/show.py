@@ -65,7 +65,7 @@ def _parts(estimate: Estimate) -> Iterator[Table | Text]:
 
 
 def _heading(estimate: Estimate) -> str:
-    if estimate.ratio is None and not estimate.drop_layers:
+    if estimate.ratio is None and not estimate.dropped_layers:
         return f"{estimate.parameters:,} parameters, not pruned"
     fewer = (
         f"{estimate.parameters:,} -> {estimate.pruned_parameters:,} parameters "
@@ -78,10 +78,10 @@ def _heading(estimate: Estimate) -> str:
         )
     kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in estimate.units.items())
     narrowed = f"{estimate.pruned_layers} layers keep {kept} each"
-    dropped = f"{estimate.drop_layers} layers are dropped"
+    dropped = f"{estimate.dropped_layers} layers are dropped"
     if estimate.ratio is None:
         return f"{fewer}\n{dropped}"
-    return f"{fewer} at ratio {estimate.ratio}\n{narrowed}" + (f", {dropped}" if estimate.drop_layers else "")
+    return f"{fewer} at ratio {estimate.ratio}\n{narrowed}" + (f", {dropped}" if estimate.dropped_layers else "")
 
 
 def memory_table(memory: TrainingMemory, title: str = "Memory") -> Table:

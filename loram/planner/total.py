@@ -45,7 +45,7 @@ class Estimate(BaseModel):
         parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
             ratio.
         pruned_layers: how many layers are narrowed, or sparse.
-        drop_layers: how many layers are dropped.
+        dropped_layers: how many layers are dropped.
         units: how many units of each space (key-value groups, channels) such a layer keeps.
         adapter_parameters: how many parameters are trained.
         settings: how the model is trained, with every default filled in.
@@ -70,7 +70,7 @@ class Estimate(BaseModel):
     pruned_parameters: int
     parameter_reduction: float
     pruned_layers: int
-    drop_layers: int
+    dropped_layers: int
     units: dict[str, int]
     adapter_parameters: int
     settings: Settings
@@ -143,7 +143,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         pruned_parameters=model.parameters,
         parameter_reduction=full.parameters / model.parameters,
         pruned_layers=len(model.narrowed_layers),
-        drop_layers=len(model.dropped),
+        dropped_layers=len(model.dropped),
         units=dict(model.units or {space.name: full.geometry.units(space) for space in full.architecture.spaces}),
         adapter_parameters=sum(trained(model, settings)),
         settings=settings,

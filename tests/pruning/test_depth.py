@@ -252,7 +252,7 @@ def test_the_first_layer_of_each_kind_of_attention_stays(tiny_models: dict[str, 
     plan = loram.prune(tiny_models["gemma2"], tmp_path / "out", drop_layers=3, **options)
     assert plan.dropped == (2, 3, 4)
     check_law_2(tiny_models["gemma2"], tmp_path / "out", plan)
-    with pytest.raises(UserError, match="drop_layers 4: only 3 of 5 layers can be dropped: not the first of each kind"):
+    with pytest.raises(UserError, match="4 layers cannot be dropped: only 3 of 5 can, since the first of each kind of"):
         loram.prune(tiny_models["gemma2"], tmp_path / "more", drop_layers=4, **options)
 
 
@@ -301,7 +301,7 @@ def test_the_planner_counts_what_is_built(family: str, options: dict[str, Any], 
     base, folder, plan = pruned(family, options)
     found = loram.estimate(base, **options)
     assert (found.parameters, found.pruned_parameters) == plan.parameters()
-    assert (found.drop_layers, found.pruned_layers) == (len(plan.dropped), len(plan.layers))
+    assert (found.dropped_layers, found.pruned_layers) == (len(plan.dropped), len(plan.layers))
     config = json.loads((base / "config.json").read_text())
     sizes = Model.of(config, "config", options.get("ratio"), 1, 1, drop=options["drop_layers"])
     model: Any = load_4bit(open_model(folder), device=torch.device("cpu"), dtype=torch.float32)
@@ -342,7 +342,7 @@ def test_the_commands(tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop_layers": 4}, "drop_layers 4: only 3 of 5 layers can be dropped"),
+        ({"drop_layers": 4}, "4 layers cannot be dropped: only 3 of 5 can"),
         ({"drop_layers": 3, "ratio": 0.5}, "drop_layers 3: leaves no layer to narrow; leave the ratio out"),
         ({"drop_layers": 1, "pattern": "2:4"}, "drop_layers: is for structured pruning; pattern 2:4 keeps every layer"),
         ({"drop_layers": 1, "criterion": "taylor"}, "'taylor' is not for dropping layers without a ratio; known are"),
