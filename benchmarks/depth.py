@@ -1,9 +1,8 @@
 """What is a model worth that has lost whole layers, compared with one that has lost as much width?
 
-For each number of dropped layers there are two pruned models with as many parameters as each other can have: one without
-these layers, and one that is narrowed by Taylor in layers 4 to 27, at the ratio (in steps of 0.01) whose number of
-parameters is nearest. A third one has lost half of these layers, and width for the rest. Each is judged by its own
-perplexity of WikiText-2 test text, without any training.
+Three pruned models have about as many parameters. One has lost whole layers. One is narrowed by Taylor in all layers
+but the first 4 and the last 2, at the ratio (in steps of 0.01) whose number of parameters is nearest. One has lost half
+as many layers, and width for the rest. Each is judged by its own perplexity of WikiText-2 test text, without training.
 
     python benchmarks/depth.py --model models/SmolLM2-135M-Instruct --text DIR/wikitext2_test.txt
 
@@ -28,8 +27,7 @@ def nearest_ratio(model: Path, parameters: int, drop: int = 0) -> float:
     ratios = [step / 100 for step in range(1, 100)]
 
     def distance(ratio: float) -> int:
-        options = {"ratio": ratio, "drop_layers": drop}
-        return abs(loram.estimate(model, **options).pruned_parameters - parameters)
+        return abs(loram.estimate(model, ratio=ratio, drop_layers=drop).pruned_parameters - parameters)
 
     return min(ratios, key=distance)
 
@@ -53,7 +51,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--pieces", type=int, default=16, help=f"pieces of {LENGTH} tokens to judge by")
-    parser.add_argument("--drop", type=int, nargs="+", default=[4, 8], help="numbers of layers to drop")
+    parser.add_argument("--drop", type=int, nargs="+", default=[8], help="numbers of layers to drop")
     args = parser.parse_args()
     text = {"path": str(args.text), "max_samples": args.pieces, "max_length": LENGTH}
     whole = loram.evaluate(args.model, data=text)
@@ -66,6 +64,7 @@ def main() -> None:
         both = {"ratio": nearest_ratio(args.model, size, drop // 2), "drop_layers": drop // 2}
         for name, options in (("depth", {"drop_layers": drop}), ("width", width), ("both", both)):
             rows[f"{drop} layers, {name}"] = measure(args.model, text, options)
+            print(f"{drop} layers, {name}: {rows[f'{drop} layers, {name}']}", flush=True)
             RESULTS.write_text(json.dumps({"pieces": args.pieces, "length": LENGTH, "rows": rows}, indent=2) + "\n")
     for name, row in rows.items():
         print(f"{name:<20}{row['parameters']:>14,}{row['perplexity']:>12.2f}  {row.get('dropped', '')}")

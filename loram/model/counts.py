@@ -49,8 +49,8 @@ def droppable_layers(
     layers = [layer for layer in pruned if layer not in firsts.values()]
     if count > len(layers):
         raise UserError(
-            f"{count} layers cannot be dropped: only {len(layers)} of {geometry.num_hidden_layers} can, since the first "
-            "of each kind of attention stays, and so do those of keep_first and keep_last"
+            f"{count} layers cannot be dropped: only {len(layers)} of {geometry.num_hidden_layers} can, since "
+            "keep_first, keep_last and the first layer of each kind of attention stay"
         )
     return layers
 

@@ -7,14 +7,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.errors import UserError
-from loram.planner.settings import PRUNING, TRAINING, PlannerOptions, make_settings
+from loram.planner.settings import TRAINING, PlannerOptions, make_settings
 from loram.planner.shapes import read_config
 from loram.planner.size import show_size
 from loram.planner.total import Estimate, estimate_with, prunes
 from loram.pruning.options import PruneOptions
 
 _ALWAYS = ("max_length", "per_device_train_batch_size")  # written into every recipe: they decide most of the memory
-_NOT_SOUGHT = ("pattern", "drop_layers")  # the options of pruning that have their defaults in what is looked for
+_OF_PRUNING = ("ratio", "keep_first", "keep_last")
 GRID = (None, *(step / 20 for step in range(1, 20)))  # no pruning, 0.05, 0.1 ... 0.95
 
 
@@ -52,8 +52,7 @@ def fit(
     if pruning.ratio is not None:
         raise UserError("--ratio, --memory: give one of the two; --memory finds a ratio")
     if prunes(pruning):
-        name = "--drop-layers" if pruning.drop_layers else "--pattern"
-        raise UserError(f"{name}, --memory: give one of the two; --memory looks for a ratio of structured pruning")
+        raise UserError("--memory: looks for a ratio of structured pruning; leave --pattern and --drop-layers out")
     values, where = read_config(config)
     nearest: Estimate | None = None
     for ratio, in_4bit in _candidates(chosen.in_4bit):
@@ -95,7 +94,7 @@ def recipe_lines(estimate: Estimate, written: Collection[str]) -> str:
     if estimate.ratio is None:
         lines = ["# no pruning: train the full model with `loram train`"]
     else:
-        lines = ["prune:", *(f"  {name}: {getattr(estimate, name)}" for name in PRUNING if name not in _NOT_SOUGHT)]
+        lines = ["prune:", *(f"  {name}: {getattr(estimate, name)}" for name in _OF_PRUNING)]
     sections: dict[str, list[str]] = {}
     for name, option in TRAINING.items():
         if name in {*written, *_ALWAYS}:
