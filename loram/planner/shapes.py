@@ -11,8 +11,9 @@ from loram.base.paths import local
 from loram.disk.files import read_json
 from loram.model.architecture import HIDDEN, ONE_HEAD, Architecture, Linear
 from loram.model.counts import kept_units, prunable_layers
-from loram.model.families import KV_GROUPS, UP, VALUES, architecture_of
+from loram.model.families import architecture_of
 from loram.model.geometry import Geometry
+from loram.model.parts import KV_GROUPS, UP, VALUES
 from loram.model.sparsity import STRUCTURED, kept_values
 
 

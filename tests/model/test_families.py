@@ -9,8 +9,10 @@ from conftest import ODDITIES, SIZES
 
 from loram.base.errors import UserError
 from loram.model.architecture import HIDDEN, ONE_HEAD, Linear, Norm, Parameter
-from loram.model.families import ARCHITECTURES, GATE, KEYS, LLAMA, QUERIES, UP, VALUES, architecture_of, family_of
+from loram.model.dense import LLAMA
+from loram.model.families import ARCHITECTURES, architecture_of, family_of
 from loram.model.geometry import Geometry
+from loram.model.parts import GATE, KEYS, QUERIES, UP, VALUES
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -58,7 +60,7 @@ def test_a_wrapped_model_has_its_layers_elsewhere(prefix: str) -> None:
 
 
 def test_a_nested_config_is_read_where_it_is() -> None:
-    row = replace(LLAMA, config_key="text_config", kinds_key="layer_types")
+    row = replace(LLAMA, config_key="text_config", kinds=lambda config: tuple(config["layer_types"]))
     config = {"text_config": {"hidden_size": 8, "layer_types": ["full", "linear"]}}
     assert row.text_config(config)["hidden_size"] == 8
     assert row.layer_kinds(config) == ("full", "linear")
