@@ -2,9 +2,10 @@
 
 Four words recur in the whole project:
 
-- A *unit* is the smallest thing that structured pruning removes: an MLP channel, or a key-value head together with all
-  query heads that read it (a *group*).
-- A *space* is a dimension of a decoder layer that can lose units: `kv_groups` or `channels`.
+- A *unit* is the smallest thing that structured pruning removes: an MLP channel, a key-value head together with all
+  query heads that read it (a *group*), an expert, or a channel of one expert.
+- A *space* is a dimension of a decoder layer that can lose units: `kv_groups`, `channels`, and in a mixture of experts
+  `experts` and `expert_channels`.
 - A *segment* is a run of neighbouring rows or columns that mean one thing. Most linears have one segment per side; a
   fused `qkv_proj` has three segments of rows: queries, keys, values.
 - A *path* is the name of a module inside its decoder layer, such as `mlp.up_proj`.
@@ -16,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-Unit = Literal["channel", "head", "group", "hidden"]
-Reads = Literal["layer", "attention", "mlp", "channels"]
+Unit = Literal["channel", "head", "group", "hidden", "shared", "query"]
+Reads = Literal["layer", "attention", "mlp", "channels", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,22 @@ class Space:
         size: the `Geometry` field that holds how many units a full layer has.
         config_keys: the keys of transformers' config that are smaller in a narrowed layer, in proportion to its units.
         rounding: whether a number of kept units that is not whole is rounded `up` or `down`.
+        multiple: what the number of kept units is a multiple of, after rounding.
+        within: the space each of whose units has `size` units of this one: an expert has channels of its own. Every
+            unit that stays of that space keeps as many of this one.
+        least: the `Geometry` field that holds how many units have to stay; None is one unit.
+        attributes: the names under which the modules that hold these units keep their number (of a space that is
+            `within` another: the number in each unit of that).
     """
 
     name: str
     size: str
-    config_keys: tuple[str, ...]
+    config_keys: tuple[str, ...] = ()
     rounding: Literal["up", "down"]
+    multiple: int = 1
+    within: "Space | None" = None
+    least: str | None = None
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +55,8 @@ class Segment:
     Args:
         name: what they are; segments that differ only in their name (keys and values) are pruned alike.
         unit: what one unit owns: a `channel` is 1 row, a `head` is `head_dim` rows, a `group` is the rows of all query
-            heads of one key-value head, and `hidden` is `hidden_size` rows.
+            heads of one key-value head, `hidden` is `hidden_size` rows, `shared` is one row per channel of the experts
+            that every token passes, and `query` is one row per query head of one key-value head.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 
@@ -54,6 +66,7 @@ class Segment:
 
 
 HIDDEN = Segment(name="hidden", unit="hidden")
+SHARED = Segment(name="shared", unit="shared")
 ONE_HEAD = Segment(name="one head", unit="head")
 
 
@@ -64,10 +77,12 @@ class Linear:
     Args:
         path: the module's path inside the layer.
         reads: which input it gets: the `layer`'s normed hidden states, what `attention` gives, the `mlp`'s normed
-            hidden states, or the MLP's `channels`. Linears that read the same see the same tensor.
+            hidden states, the MLP's `channels`, or those of the `shared` experts. Linears that read the same see the
+            same tensor.
         rows: the segments of its outputs: rows of the weight, bias and lora_B.
         columns: the segments of its inputs: columns of the weight and lora_A.
         kinds: the kinds of layers that have it; empty where every layer does.
+        adapted: whether it gets an adapter where nobody says which linears should.
     """
 
     path: str
@@ -75,6 +90,7 @@ class Linear:
     rows: tuple[Segment, ...] = (HIDDEN,)
     columns: tuple[Segment, ...] = (HIDDEN,)
     kinds: tuple[str, ...] = ()
+    adapted: bool = True
 
     @property
     def name(self) -> str:
@@ -120,6 +136,25 @@ class Parameter:
     name: str
     axes: tuple[tuple[Segment, ...], ...]
     kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts of a layer, of which a router sends each token to a few.
+
+    Args:
+        path: the path of the module inside the layer that holds them all as 3-D tensors. It is called with the hidden
+            states, (tokens, hidden), and the numbers and the weights of each token's experts, (tokens, k) both.
+        router: the name of the router's weight inside the layer, (experts, hidden).
+        in_files: a tensor's name inside the layer -> the names of its parts in checkpoints that have one tensor per
+            expert, where {} stands for the expert's number. Parts are joined along their rows, and experts are stacked.
+        renamed: the beginning of a name inside the layer in such checkpoints -> what it is in the model.
+    """
+
+    path: str
+    router: str
+    in_files: Mapping[str, tuple[str, ...]]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +235,11 @@ class Architecture:
         norms: the norms of a decoder layer.
         parameters: the other tensors of a decoder layer.
         blocks: the modules of a decoder layer whose outputs are added to the hidden states.
-        kinds_key: the key of config.json that lists a kind per layer, where layers differ in what they have.
+        kinds: the content of a text model's config.json -> the kind of every layer, where layers differ in what they
+            have. A kind is one word, or several with spaces between them; a part is of a kind if it names one of these.
+        sizes: the content of a text model's config.json -> fields of `Geometry` that are under other keys there, or
+            that have a default.
+        experts: the experts of its layers, where it has some.
         biases: a switch of config.json -> the paths of the linears that it gives a bias; `always` is no switch.
         on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
@@ -237,7 +276,9 @@ class Architecture:
     blocks: tuple[str, ...]
     parameters: tuple[Parameter, ...] = ()
     config_key: str | None = None
-    kinds_key: str | None = None
+    kinds: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    experts: Experts | None = None
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_by_default: tuple[str, ...] = ()
     kv_heads: int | None = None
@@ -298,15 +339,33 @@ class Architecture:
         return re.compile(rf"(?:(?:.*\.)?{re.escape(self.layers_path)}|{tails})\.(?P<layer>\d+)\.(?P<rest>.+)")
 
     @cached_property
-    def spaces(self) -> tuple[Space, ...]:
-        """Return what can be pruned in a decoder layer, in the order in which the linears name it."""
+    def linear_spaces(self) -> tuple[Space, ...]:
+        """Return what can be pruned of a decoder layer's linears, in the order in which they name it."""
         segments = [segment for linear in self.linears for side in linear.sides for segment in side]
         return tuple(dict.fromkeys(segment.space for segment in segments if segment.space is not None))
+
+    @cached_property
+    def spaces(self) -> tuple[Space, ...]:
+        """Return what can be pruned in a decoder layer: what its linears name, and then what only parameters name."""
+        segments = [segment for parameter in self.parameters for axis in parameter.axes for segment in axis]
+        others = (segment.space for segment in segments if segment.space is not None)
+        return tuple(dict.fromkeys((*self.linear_spaces, *others)))
+
+    @cached_property
+    def expert_tensors(self) -> tuple[Parameter, ...]:
+        """Return the tensors that hold the experts; not the router."""
+        path = None if self.experts is None else f"{self.experts.path}."
+        return tuple(part for part in self.parameters if path is not None and part.name.startswith(path))
 
     @property
     def adapter_targets(self) -> tuple[str, ...]:
         """The names of the linears of decoder layers, as PEFT's `target_modules` lists them."""
-        return tuple(linear.name for linear in self.linears)
+        return tuple(dict.fromkeys(linear.name for linear in self.linears))
+
+    @property
+    def default_targets(self) -> tuple[str, ...]:
+        """The names among them that get an adapter where nobody says which should."""
+        return tuple(dict.fromkeys(linear.name for linear in self.linears if linear.adapted))
 
     def linear(self, path: str) -> Linear:
         """Return the linear at a path inside the layer."""
@@ -320,11 +379,15 @@ class Architecture:
         """Return the row without what this kind of layer lacks. None stands for layers that are all of one kind."""
         if kind is None:
             return self
+        words = frozenset(kind.split())
+        parameters = tuple(part for part in self.parameters if not part.kinds or words & set(part.kinds))
+        routed = self.experts is not None and any(part.name == self.experts.router for part in parameters)
         return replace(
             self,
-            linears=tuple(part for part in self.linears if not part.kinds or kind in part.kinds),
-            norms=tuple(part for part in self.norms if not part.kinds or kind in part.kinds),
-            parameters=tuple(part for part in self.parameters if not part.kinds or kind in part.kinds),
+            experts=self.experts if routed else None,
+            linears=tuple(part for part in self.linears if not part.kinds or words & set(part.kinds)),
+            norms=tuple(part for part in self.norms if not part.kinds or words & set(part.kinds)),
+            parameters=parameters,
         )
 
     @property
@@ -343,4 +406,4 @@ class Architecture:
 
     def layer_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kind of every layer from a config.json; empty if all layers have the same parts."""
-        return () if self.kinds_key is None else tuple(self.text_config(config)[self.kinds_key])
+        return () if self.kinds is None else self.kinds(self.text_config(config))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from loram.base.errors import UserError, first_problem
 from loram.model.architecture import Architecture, Linear, Segment, Space, Unit
@@ -13,19 +13,28 @@ from loram.model.families import architecture_of
 Units = Mapping[str, int]  # space name -> how many units a layer has
 
 
+def _absent(value: object) -> bool:
+    """Return whether a size is not there: only some families have it, and the others' plans do not name it."""
+    return not value
+
+
 class Geometry(BaseModel):
     """The sizes of a full model, by transformers' names: all that recovery and estimates need to know about it.
 
     Args:
+        intermediate_size: the width of an MLP; None where every layer has experts instead.
         biases: the paths of the linears that have a bias.
         layer_kinds: the kind of every layer; empty where all layers have the same parts.
+        num_experts, moe_intermediate_size: the number of experts in a layer that has some, and the width of each.
+        num_experts_per_tok: the number of experts that a token goes to.
+        shared_intermediate_size: the width of the experts that every token passes, together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    intermediate_size: PositiveInt
+    intermediate_size: PositiveInt | None = None
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
@@ -33,6 +42,10 @@ class Geometry(BaseModel):
     tie_word_embeddings: bool
     biases: tuple[str, ...] = ()
     layer_kinds: tuple[str, ...] = ()
+    num_experts: PositiveInt | None = Field(default=None, exclude_if=_absent)
+    moe_intermediate_size: PositiveInt | None = Field(default=None, exclude_if=_absent)
+    num_experts_per_tok: PositiveInt | None = Field(default=None, exclude_if=_absent)
+    shared_intermediate_size: NonNegativeInt = Field(default=0, exclude_if=_absent)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "Geometry":
@@ -78,13 +91,23 @@ class Geometry(BaseModel):
             "biases": tuple(biases),
             "layer_kinds": kinds,
         }
+        if architecture.sizes is not None:
+            values |= architecture.sizes(config)
         try:
-            return cls(**values)
+            geometry = cls(**values)
         except ValidationError as error:
             raise UserError(f"{where}: {first_problem(error)}") from error
+        for space in architecture.spaces:
+            if getattr(geometry, space.size) is None:
+                raise UserError(f"{where}: {space.size}: Field required")
+        return geometry
 
     def units(self, space: Space) -> int:
-        """Return how many units of a space one layer of the full model has."""
+        """Return how many units of a space one layer of the full model has, if it has any."""
+        return self.per_unit(space) * (1 if space.within is None else self.units(space.within))
+
+    def per_unit(self, space: Space) -> int:
+        """Return how many units of a space each unit of the space that it is within has; else the same as `units`."""
         return int(getattr(self, space.size))
 
     def unit_size(self, unit: Unit) -> int:
@@ -95,11 +118,13 @@ class Geometry(BaseModel):
             "head": self.head_dim,
             "group": group * self.head_dim,
             "hidden": self.hidden_size,
+            "shared": self.shared_intermediate_size,
+            "query": group,
         }
         return sizes[unit]
 
     def size(self, segments: Iterable[Segment], units: Units | None = None) -> int:
-        """Return how many rows or columns some segments have together.
+        """Return how many rows or columns some segments have together; in each expert, where they are of experts.
 
         Args:
             segments: the segments of one side of a tensor.
@@ -108,8 +133,10 @@ class Geometry(BaseModel):
         total = 0
         for segment in segments:
             count = 1
-            if segment.space is not None:
-                count = self.units(segment.space) if units is None else units[segment.space.name]
+            if (space := segment.space) is not None:
+                count = self.per_unit(space) if units is None else units[space.name]
+                if units is not None and space.within is not None:
+                    count //= units[space.within.name]
             total += count * self.unit_size(segment.unit)
         return total
 

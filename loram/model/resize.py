@@ -1,11 +1,13 @@
 """`narrow` and `widen`: the only index arithmetic in the project. Each undoes the other on the part that is kept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loram.base.errors import UserError
+from loram.model.architecture import Segment, Space
 from loram.model.plan import PruningPlan
 
 # What follows a linear's path -> the tensor's dimension for (outputs, inputs); None where it has no such dimension.
@@ -18,26 +20,72 @@ _PARTS: dict[str, tuple[int | None, int | None]] = {
 }
 
 
-def _cuts(name: str, plan: PruningPlan) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield (dimension, kept indices, full size) for each dimension of a tensor that the plan shortens."""
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """A dimension of a tensor that the plan shortens.
+
+    Args:
+        dimension: the dimension.
+        kept: the indices that stay: (n,), or (experts, n) where each expert keeps its own.
+        size: the full size.
+        experts: the dimension of the experts, where each keeps its own; that one is cut before.
+    """
+
+    dimension: int
+    kept: Tensor
+    size: int
+    experts: int | None = None
+
+    def index(self, tensor: Tensor) -> Tensor:
+        """Return the indices with as many dimensions as a tensor, to go with it."""
+        assert self.experts is not None
+        shape = [1] * tensor.ndim
+        shape[self.experts], shape[self.dimension] = self.kept.shape
+        ordered = self.kept if self.experts < self.dimension else self.kept.T
+        return ordered.reshape(shape).to(tensor.device)
+
+
+def _cuts(name: str, plan: PruningPlan) -> Iterator[_Cut]:
+    """Yield each cut of a tensor of the full model, that of its experts first."""
     place = plan.architecture.split(name)
     if place is None:
         return
     layer, rest = place
     if layer in plan.dropped:
         raise UserError(f"{name}: the plan drops layer {layer}, so the pruned model has no such tensor")
-    for linear in plan.architecture.linears:
+    row = plan.geometry.layer(plan.architecture, layer)
+    for linear in row.linears:
         if not rest.startswith(f"{linear.path}."):
             continue
         part = rest.removeprefix(f"{linear.path}.")
         if part not in _PARTS:
             raise UserError(f"{name}: a {part!r} has no narrow and wide form; known are {', '.join(_PARTS)}")
-        for dimension, segments in zip(_PARTS[part], linear.sides, strict=True):
-            if dimension is not None and (kept := plan.kept_elements(layer, segments)) is not None:
-                yield dimension, kept, plan.geometry.size(segments)
-    for norm in plan.architecture.norms:
-        if rest == f"{norm.path}.weight" and (kept := plan.kept_elements(layer, [norm.width])) is not None:
-            yield 0, kept, plan.geometry.size([norm.width])
+        sides = zip(_PARTS[part], linear.sides, strict=True)
+        yield from _cuts_of_axes(plan, layer, {axis: segments for axis, segments in sides if axis is not None})
+    for norm in row.norms:
+        if rest == f"{norm.path}.weight":
+            yield from _cuts_of_axes(plan, layer, {0: (norm.width,)})
+    for parameter in row.parameters:
+        if rest == parameter.name:
+            yield from _cuts_of_axes(plan, layer, dict(enumerate(parameter.axes)))
+
+
+def _cuts_of_axes(plan: PruningPlan, layer: int, axes: Mapping[int, Sequence[Segment]]) -> Iterator[_Cut]:
+    """Yield the cuts of a tensor, by the segments of its dimensions."""
+    whole = {axis: segments for axis, segments in axes.items() if _outer(segments) is None}
+    for axis, segments in whole.items():
+        if (kept := plan.kept_elements(layer, segments)) is not None:
+            yield _Cut(dimension=axis, kept=kept, size=plan.geometry.size(segments))
+    for axis, segments in axes.items():
+        if (outer := _outer(segments)) is not None and (kept := plan.kept_in_experts(layer, segments)) is not None:
+            experts = next(axis for axis, (first, *_) in whole.items() if first.space == outer)
+            yield _Cut(dimension=axis, kept=kept, size=plan.geometry.size(segments), experts=experts)
+
+
+def _outer(segments: Sequence[Segment]) -> Space | None:
+    """Return the space that the space of some segments is within."""
+    space = segments[0].space
+    return None if space is None else space.within
 
 
 def _expect(name: str, tensor: Tensor, dimension: int, size: int) -> None:
@@ -65,9 +113,12 @@ def narrow(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
     Example: with channels (0, 2) kept of 3, a gate_proj weight (3, hidden) becomes its rows 0 and 2; a fused
     gate_up_proj weight (6, hidden) becomes its rows 0, 2, 3 and 5.
     """
-    for dimension, kept, size in _cuts(name, plan):
-        _expect(name, tensor, dimension, size)
-        tensor = tensor.index_select(dimension, kept.to(tensor.device))
+    for cut in _cuts(name, plan):
+        _expect(name, tensor, cut.dimension, cut.size)
+        if cut.experts is None:
+            tensor = tensor.index_select(cut.dimension, cut.kept.to(tensor.device))
+        else:
+            tensor = torch.take_along_dim(tensor, cut.index(tensor), cut.dimension)
     return tensor
 
 
@@ -87,10 +138,13 @@ def widen(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
     Raises:
         UserError: the shape is not the pruned model's, or the tensor is in a layer that the plan drops.
     """
-    for dimension, kept, size in _cuts(name, plan):
-        _expect(name, tensor, dimension, len(kept))
+    for cut in reversed(list(_cuts(name, plan))):
+        _expect(name, tensor, cut.dimension, cut.kept.shape[-1])
         shape = list(tensor.shape)
-        shape[dimension] = size
+        shape[cut.dimension] = cut.size
         wide = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-        tensor = wide.index_copy_(dimension, kept.to(tensor.device), tensor)
+        if cut.experts is None:
+            tensor = wide.index_copy_(cut.dimension, cut.kept.to(tensor.device), tensor)
+        else:
+            tensor = wide.scatter_(cut.dimension, cut.index(tensor).expand_as(tensor), tensor)
     return tensor

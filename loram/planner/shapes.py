@@ -11,8 +11,10 @@ from loram.base.paths import local
 from loram.disk.files import read_json
 from loram.model.architecture import HIDDEN, ONE_HEAD, Architecture, Linear
 from loram.model.counts import droppable_layers, kept_units, prunable_layers
-from loram.model.families import KV_GROUPS, UP, VALUES, architecture_of
+from loram.model.families import architecture_of
 from loram.model.geometry import Geometry
+from loram.model.packing import packing_of
+from loram.model.parts import KV_GROUPS, UP, VALUES
 from loram.model.sparsity import STRUCTURED, kept_values
 
 
@@ -125,8 +127,9 @@ class Model:
             drop: how many layers are dropped. Which ones depends on the weights; here they are the last that can be.
 
         Raises:
-            UserError: the family is not supported, or a setting is out of range.
+            UserError: the family or the format of the weights is not supported, or a setting is out of range.
         """
+        packing_of(config, where)  # or it refuses the model
         architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
         full = cls(architecture=architecture, geometry=geometry, config=config)
         if drop:

@@ -1,6 +1,7 @@
 """Which layers are dropped as a whole: those that change their input least, or random ones."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from loram.base.errors import UserError
 
 
 class Influence:
-    """The block influence of decoder layers (ShortGPT, arXiv 2403.03853, equation 1), gathered in a forward pass.
+    """The block influence of decoder layers (ShortGPT, arXiv 2403.03853), gathered in a forward pass.
 
     It is the mean over all tokens of 1 - cosine(x, y), where x is the layer's input and y its output.
     """
@@ -35,27 +36,20 @@ class Influence:
         """Return the influence of each layer that was observed: 0 where its output is its input, 2 at most."""
         return {layer: float(total) / self._tokens[layer] for layer, total in self._sums.items()}
 
+    def least(self, layers: Sequence[int], count: int) -> tuple[int, ...]:
+        """Return the `count` layers with the least influence among some, sorted; of equal ones the later layers.
 
-def least_influential(influence: Influence, layers: list[int], count: int, name: str) -> tuple[int, ...]:
-    """Return the `count` layers with the least influence, sorted; of equal ones the later layers.
-
-    Args:
-        influence: the influence of the layers.
-        layers: the layers to choose from.
-        count: how many to choose.
-        name: what error messages call the model.
-
-    Raises:
-        UserError: an influence is not finite.
-    """
-    scores = influence.scores()
-    for layer in layers:
-        if not math.isfinite(scores[layer]):
-            raise UserError(f"{name}: the influence of layer {layer} is not finite; is the model sound?")
-    return tuple(sorted(sorted(layers, key=lambda layer: (scores[layer], -layer))[:count]))
+        Raises:
+            UserError: an influence is not finite.
+        """
+        scores = self.scores()
+        for layer in layers:
+            if not math.isfinite(scores[layer]):
+                raise UserError(f"the influence of layer {layer} is not finite; is the model sound?")
+        return tuple(sorted(sorted(layers, key=lambda layer: (scores[layer], -layer))[:count]))
 
 
-def random_layers(layers: list[int], count: int, seed: int) -> tuple[int, ...]:
+def random_layers(layers: Sequence[int], count: int, seed: int) -> tuple[int, ...]:
     """Return `count` random layers, sorted, which depend on the seed alone."""
     order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(seed))
     return tuple(sorted(layers[place] for place in order[:count].tolist()))

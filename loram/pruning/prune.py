@@ -28,7 +28,7 @@ from loram.model.resize import narrow
 from loram.pruning.check import check_prunable
 from loram.pruning.choose import choose
 from loram.pruning.criteria import CRITERIA
-from loram.pruning.depth import Influence, least_influential, random_layers
+from loram.pruning.depth import Influence, random_layers
 from loram.pruning.layout import base_of, blank_plan, pruned_specs
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.score import ScoredLayer, calibration_stream, score_layers
@@ -81,7 +81,7 @@ def prune(
     check_prunable(checkpoint, settings)
 
     samples: list[list[int]] = []
-    if settings.reads_text:
+    if settings.reads_text(checkpoint.architecture):
         tokenizer = load_tokenizer(checkpoint)
         tokens = load_calibration(checkpoint, tokenizer, settings)
         samples = [list(ids) for ids in tokens.rows["input_ids"]]
@@ -102,7 +102,7 @@ def _prune_structured(
     shard_bytes: int,
 ) -> PruningPlan:
     """Score units, and write what stays of a layer while it is in memory; arguments as for `prune`, already checked."""
-    made_from = {"base": checkpoint.fingerprint}
+    layers, made_from = settings.layers(checkpoint.geometry), {"base": checkpoint.fingerprint}
     with publish(out, kind="pruned", made_from=made_from) as staging:
         dropped, scored = _drop_and_score(
             checkpoint, settings, samples=samples, seed=seed, device=device, scratch=staging
@@ -124,7 +124,8 @@ def _prune_structured(
             for layer in scored:
                 if layer.index in dropped:
                     continue
-                layer_scores = {layer.index: layer.scores[settings.criterion]} if layer.scores else {}
+                own = {**layer.scores.get(settings.criterion, {}), **layer.expert_scores}
+                layer_scores = {layer.index: own} if layer.index in layers else {}
                 scores.update(layer_scores)
                 for name, tensor in _narrowed(layer, decide(layer_scores)):
                     writer.write(name, tensor.to(specs[name].dtype))
@@ -156,31 +157,31 @@ def _drop_and_score(
     Returns:
         (the layers that are dropped, the scored layers to come).
     """
-    geometry, influence = checkpoint.geometry, Influence()
-    layers, count = list(settings.layers(geometry)), settings.drop_layers
-    droppable = settings.droppable(geometry, checkpoint.architecture, checkpoint.config)
-    by_gradient = settings.narrows and CRITERIA[settings.criterion].reads == "gradient"
-    score_these = functools.partial(
+    layers, influence = settings.layers(checkpoint.geometry), Influence()
+    criteria, experts = settings.scored(checkpoint.architecture)
+    begin = functools.partial(
         score_layers,
         checkpoint,
-        [settings.criterion],
+        criteria,
         calibration=samples,
         gather_inputs=settings.bias_compensation,
+        experts=experts,
         seed=seed,
         device=device,
         scratch=scratch,
     )
-    if settings.measures_influence and by_gradient:
-        scored = score_these(layers, observe_layer=influence.observe)
-        return least_influential(influence, droppable, count, checkpoint.name), scored
+    droppable = settings.droppable(checkpoint.geometry, checkpoint.architecture, checkpoint.config)
+    least = functools.partial(influence.least, droppable, settings.drop_layers)
+    if settings.measures_influence and "gradient" in {*experts.reads, *(CRITERIA[name].reads for name in criteria)}:
+        scored = begin(layers, observe_layer=influence.observe)
+        return least(), scored
     if settings.measures_influence:
         stream = calibration_stream(checkpoint, samples, device=device, scratch=scratch)
         deque(stream.forward(observe_layer=influence.observe), maxlen=0)
-        dropped = least_influential(influence, droppable, count, checkpoint.name)
+        dropped = least()
     else:
-        dropped = random_layers(droppable, count, seed)
-    narrowed = [layer for layer in layers if layer not in dropped]
-    return dropped, score_these(narrowed) if settings.narrows else iter(())
+        dropped = random_layers(droppable, settings.drop_layers, seed)
+    return dropped, begin([layer for layer in layers if settings.narrows and layer not in dropped])
 
 
 def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:

@@ -9,8 +9,10 @@ from conftest import ODDITIES, SIZES
 
 from loram.base.errors import UserError
 from loram.model.architecture import HIDDEN, ONE_HEAD, Linear, Norm, Parameter
-from loram.model.families import ARCHITECTURES, GATE, KEYS, LLAMA, QUERIES, UP, VALUES, architecture_of, family_of
+from loram.model.dense import LLAMA
+from loram.model.families import ARCHITECTURES, architecture_of, family_of
 from loram.model.geometry import Geometry
+from loram.model.parts import GATE, KEYS, QUERIES, UP, VALUES
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -19,8 +21,9 @@ def test_rows_name_their_own_parts_only(family: str) -> None:
     paths = {linear.path for linear in row.linears}
     assert len(paths) == len(row.linears)
     assert {path for switched in row.biases.values() for path in switched} <= paths
-    assert {path.split(".")[0] for path in paths} == set(row.blocks)
-    assert [space.name for space in row.spaces] == ["kv_groups", "channels"]
+    assert {path.split(".")[0] for path in (*paths, *(part.name for part in row.parameters))} == set(row.blocks)
+    assert row.spaces[0].name == "kv_groups"
+    assert row.spaces[-1].name == ("expert_channels" if row.experts else "channels")
 
 
 def test_the_docs_list_every_family() -> None:
@@ -58,7 +61,7 @@ def test_a_wrapped_model_has_its_layers_elsewhere(prefix: str) -> None:
 
 
 def test_a_nested_config_is_read_where_it_is() -> None:
-    row = replace(LLAMA, config_key="text_config", kinds_key="layer_types")
+    row = replace(LLAMA, config_key="text_config", kinds=lambda config: tuple(config["layer_types"]))
     config = {"text_config": {"hidden_size": 8, "layer_types": ["full", "linear"]}}
     assert row.text_config(config)["hidden_size"] == 8
     assert row.layer_kinds(config) == ("full", "linear")
