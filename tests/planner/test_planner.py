@@ -70,7 +70,11 @@ def adapted(
 
 
 def sizes_of(model: Any) -> Model:
-    return Model.of(model.config.to_dict(), "config", None, 0, 0)
+    return Model.of(model.config.to_dict(), "config")
+
+
+def pruned_sizes(config: Any, **options: Any) -> Model:
+    return Model.of(config, "config", PruneOptions(**options).resolved())
 
 
 def quantised_bytes(weight: Tensor) -> int:
@@ -102,7 +106,7 @@ def test_a_pruned_model_in_4_bits_is_as_large_as_it_is_loaded(
     model: Any = load_4bit(open_model(tmp_path / "out"), device=cpu, dtype=torch.float32, offload_embedding=offload)
     config = json.loads((tiny_models[family] / "config.json").read_text())
     settings = make_settings(device="cpu", load_in_4bit=True, offload_embedding=offload)
-    found = frozen_bytes(Model.of(config, "config", 0.7, 1, 2), settings)
+    found = frozen_bytes(pruned_sizes(config, ratio=0.7, keep_first=1, keep_last=2), settings)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     in_float32 = found.host  # the tiny files are; large ones are in 16 bits
     assert found.total + in_float32 == nbytes(model) - buffers
@@ -110,7 +114,7 @@ def test_a_pruned_model_in_4_bits_is_as_large_as_it_is_loaded(
 
 def test_an_offloaded_embedding_is_in_host_memory() -> None:
     on_device, offloaded = (
-        frozen_bytes(Model.of(LLAMA_70B, "", None, 0, 0), make_settings(load_in_4bit=True, offload_embedding=offload))
+        frozen_bytes(Model.of(LLAMA_70B, ""), make_settings(load_in_4bit=True, offload_embedding=offload))
         for offload in (False, True)
     )
     assert offloaded.host == 32000 * 8192 * 2
@@ -241,7 +245,7 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     loram.prune(tiny_models[family], tmp_path / "out", ratio=0.5, criterion="random", keep_first=1, keep_last=1)
     layers, _ = saved_bytes(adapted(loram.load_pruned(tmp_path / "out")), 2, 12)
     config = json.loads((tiny_models[family] / "config.json").read_text())
-    sizes = Model.of(config, "config", 0.5, 1, 1)
+    sizes = pruned_sizes(config, ratio=0.5, keep_first=1, keep_last=1)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
     expected = [saved_by_layer(sizes, layer, settings) for layer in sizes.layers]
@@ -321,7 +325,7 @@ def assert_peak(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     if settings.load_in_4bit:
         model.save_pretrained(tmp_path)
         model = load_4bit(open_model(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
-    predicted = training_memory(Model.of(config, "config", None, 0, 0), settings).total
+    predicted = training_memory(Model.of(config, "config"), settings).total
     assert live_peak(model, settings) == pytest.approx(predicted, rel=0.03)
 
 
