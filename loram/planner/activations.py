@@ -12,7 +12,7 @@ from loram.planner.layer import Layer, Routed
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 
-_FLOAT32, _INT64 = 4, 8
+_FLOAT32, _INT32, _INT64 = 4, 4, 8
 _OFFLOAD_STASH = 5  # tensors that TRL's offloading leaves on the device at a time
 
 
@@ -53,13 +53,14 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     row, in_norm = model.architecture, _in_norm(model)
     per_token = layer.norms * in_norm + layer.head_norms * _FLOAT32
     per_token += _by_adapters(model, layer, targets, settings, size)
-    per_token += mlp_values(model, layer) * size.value + _router(layer.routed, settings, size)
+    per_token += mlp_values(model, layer) * size.value
     if row.dropout("residual_dropout", model.text_config):
         per_token += 2 * hidden * (1 if settings.device == "cuda" else size.value)  # the masks
     if first:
         readers = [linear for linear in targets if linear.reads == "layer"]
         per_token -= (in_norm if row.normed_inputs else 0) + len(readers) * hidden * size.mask
-    return tokens * per_token + _attention(model, layer, settings, size) + _norm_weights(model, layer, first)
+    between = _attention(model, layer, settings, size) + _router(layer.routed, settings, size)
+    return tokens * per_token + between + _norm_weights(model, layer, first)
 
 
 def _in_norm(model: Model) -> int:
@@ -83,16 +84,17 @@ def mlp_values(model: Model, layer: Layer) -> int:
 
 
 def _router(routed: Routed | None, settings: Settings, size: Sizes) -> int:
-    """Return the bytes that choosing experts keeps per token.
+    """Return the bytes that choosing experts keeps.
 
     A softmax over all experts is in float32, and the chosen ones' weights are divided by their sum. Then the pairs of a
-    token and an expert are sorted by expert, for which there are three tables of their places. Routers that do not
-    divide, or choose in another way, keep a few values more or less.
+    token and an expert are sorted by expert, which takes three tables of places, and one of where each expert's begin.
+    Routers that do not divide, or choose in another way, keep a few values more or less.
     """
     if routed is None:
         return 0
     chosen = _INT64 + _FLOAT32 + size.value + 3 * _INT64  # its number, its weight before and after, its places
-    return routed.experts * _FLOAT32 + _FLOAT32 + routed.chosen * chosen
+    offsets = 0 if settings.quantised else routed.experts * _INT32
+    return settings.tokens * (routed.experts * _FLOAT32 + _FLOAT32 + routed.chosen * chosen) + offsets
 
 
 def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
@@ -101,8 +103,8 @@ def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
     targets = [linear for linear in layer.targeted(settings.targets) if linear.reads in ("mlp", "channels", "shared")]
     norms = (layer.norms - 1) * _in_norm(model)  # all but the one before attention
     adapters = _by_adapters(model, layer, targets, settings, size)
-    routed = _router(layer.routed, settings, size)
-    return settings.tokens * (norms + adapters + mlp_values(model, layer) * size.value + routed)
+    kept = norms + adapters + mlp_values(model, layer) * size.value
+    return settings.tokens * kept + _router(layer.routed, settings, size)
 
 
 def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings: Settings, size: Sizes) -> int:

@@ -60,11 +60,13 @@ class Model:
             share = options.removed_share
             kept = {path: kept_values(*shape, options.pattern, share) for path, shape in shapes.items()}
             return replace(full, sparse=kept, narrowed=narrowed)
-        ratios = options.ratios(architecture)
+        ratios, spaces = options.ratios(architecture), {n: geometry.layer(architecture, n).spaces for n in narrowed}
         units = {
-            layer: kept_by_space(geometry, geometry.layer(architecture, layer).spaces, ratios) for layer in narrowed
+            layer: kept_by_space(geometry, own, ratios)
+            for layer, own in spaces.items()
+            if any(space.name in ratios for space in own)
         }
-        return replace(full, units=units, narrowed=narrowed)
+        return replace(full, units=units, narrowed=tuple(units))
 
     @property
     def text_config(self) -> Mapping[str, Any]:

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from loram.base.constants import BATCH_TOKENS, BLOCK_BYTES, HIDDEN_BYTES
 from loram.planner.activations import mlp_values
-from loram.planner.memory import TrainingMemory, course_bytes
 from loram.planner.layer import Layer
+from loram.planner.memory import TrainingMemory, course_bytes
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 from loram.planner.weights import factors, file_bytes

@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.model.sparsity import STRUCTURED
 from loram.model.wrappers import wrapper_of
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import PlannerOptions, Settings, make_settings
