@@ -39,7 +39,9 @@ NEAR_LLAMA = (
     "cohere2",
 )
 EXPERTS = ("qwen3_moe", "mixtral")  # mixtures of experts; their tests are in test_experts.py, and the planner's sums
-EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA)
+# Families whose layers are of several kinds; tested as those near Llama.
+HYBRIDS = ("qwen3_5_text", "lfm2")
+EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = 320
@@ -55,6 +57,13 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+_DELTA_NETS = {
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
 }
 # What each family needs beyond SIZES, so that the odd parts of it are tested: biases, windows, untied or tied heads.
 ODDITIES: dict[str, dict[str, Any]] = {
@@ -107,6 +116,9 @@ ODDITIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 12, "sliding_window": 8},
+    "qwen3_5_text": {"attention_bias": True, "full_attention_interval": 2, **_DELTA_NETS},
+    # the MLP is 32 wide, the next multiple of 8 after two thirds of 40
+    "lfm2": {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8},
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -24,10 +24,11 @@ def choose(
     seed: int,
 ) -> PruningPlan:
     """Keep the units with the highest scores in every scored layer; equal scores keep the lower index."""
+    row = ARCHITECTURES[model_type]
     layers = {
         layer: {
             space.name: _best(spaces[space.name], kept_units(space, geometry.units(space), options.ratio))
-            for space in ARCHITECTURES[model_type].spaces
+            for space in geometry.layer(row, layer).spaces
         }
         for layer, spaces in sorted(scores.items())
     }

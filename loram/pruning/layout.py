@@ -37,8 +37,10 @@ def blank_plan(
             versions=library_versions(),
             layers={},
         )
-    blank = {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.architecture.spaces}
-    scores = dict.fromkeys(options.layers(geometry), blank)
+    scores = {
+        layer: {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.rows_by_layer[layer].spaces}
+        for layer in options.layers(geometry)
+    }
     return choose(scores, geometry=geometry, model_type=model_type, base=base, options=options, seed=seed)
 
 
