@@ -215,7 +215,9 @@ def make_model(folder: Path, model_type: str, tokenizer: Any, seed: int = 0, **c
 def _save_disturbed(model: Any, tokenizer: Any, folder: Path) -> Path:
     """Save a model after noise is added to all its parameters, with a tokenizer."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.fill_(-2)  # else states forget at once, and nobody would notice how they are kept
             # biases and norms too, so that forgetting one shows; and large enough that every unit matters
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)

@@ -72,6 +72,8 @@ def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, 
     for layer in plan.sparse_layers:
         for path, count in plan.kept_values().items():
             name = f"{plan.architecture.layer_path(layer)}.{path}.weight"
+            if name not in specs:  # the linear is of another kind of layers
+                continue
             rows, columns = specs[name].shape
             specs[name] = TensorSpec(dtype=specs[name].dtype, shape=(count,))
             masks[mask_of(name)] = TensorSpec(dtype=torch.uint8, shape=(rows, columns // 8))

@@ -127,7 +127,8 @@ class ResolvedPruneOptions(PruneOptions):
             UserError: no layer or unit would be left, or the pattern does not divide the inputs of a linear.
         """
         for linear in architecture.linears if self.sparse else ():
-            kept_values(*geometry.linear_shape(linear), self.pattern, self.ratio)
+            if linear.has_units:
+                kept_values(*geometry.linear_shape(linear), self.pattern, self.ratio)
         for space in () if self.sparse else architecture.spaces:
             kept_units(space, geometry.units(space), self.ratio)
         self.layers(geometry)
