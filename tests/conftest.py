@@ -243,6 +243,7 @@ WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llava_next": ("mistral", "clip_vision_model", {}),
     "llava_onevision": ("qwen2", "siglip_vision_model", {}),
     "internvl": ("qwen2", "internvl_vision", {}),
+    "qwen3_5": ("qwen3_5_text", "qwen3_5_vision", {"video_token_id": 303}),
 }
 
 
