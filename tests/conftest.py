@@ -110,12 +110,12 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 6,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
+        "moe_intermediate_size": 16,
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
         "attention_bias": True,
     },
-    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 12, "sliding_window": 8},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 8},
     "qwen3_5_text": {"attention_bias": True, "full_attention_interval": 2, **_DELTA_NETS},
     # the MLP is 32 wide, the next multiple of 8 after two thirds of 40
     "lfm2": {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8},
