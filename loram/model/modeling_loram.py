@@ -258,10 +258,10 @@ def sparsify_layer_(layer: nn.Module, counts: Mapping[str, int]) -> None:
 
     Args:
         layer: a decoder layer.
-        counts: how many weights a linear holds, by its path inside the layer.
+        counts: how many weights a linear holds, by its path inside the layer; what the layer lacks does not count.
     """
-    for path, count in counts.items():
-        layer.set_submodule(path, SparseLinear(cast(nn.Linear, layer.get_submodule(path)), count))
+    for path in counts.keys() & dict(layer.named_modules()).keys():
+        layer.set_submodule(path, SparseLinear(cast(nn.Linear, layer.get_submodule(path)), counts[path]))
 
 
 def _of_the_full_model(validate: Callable[[Any], None]) -> Callable[[Any], None]:
