@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-Unit = Literal["channel", "head", "group", "hidden", "shared", "query"]
+Unit = Literal["channel", "pair", "head", "group", "hidden", "shared", "query"]
 Reads = Literal["layer", "attention", "mlp", "channels", "shared"]
 
 
@@ -52,9 +52,10 @@ class Segment:
 
     Args:
         name: what they are; segments that differ only in their name (keys and values) are pruned alike.
-        unit: what one unit owns: a `channel` is 1 row, a `head` is `head_dim` rows, a `group` is the rows of all query
-            heads of one key-value head, `hidden` is `hidden_size` rows, `shared` is one row per channel of the experts
-            that every token passes, and `query` is one row per query head of one key-value head.
+        unit: what one unit owns: a `channel` is 1 row, a `pair` is the 2 rows of a channel whose gate and up are
+            neighbours, a `head` is `head_dim` rows, a `group` is the rows of all query heads of one key-value head,
+            `hidden` is `hidden_size` rows, `shared` is one row per channel of the experts that every token passes, and
+            `query` is one row per query head of one key-value head.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 
@@ -64,6 +65,7 @@ class Segment:
 
 
 HIDDEN = Segment(name="hidden", unit="hidden")
+ONE = Segment(name="one", unit="channel")
 SHARED = Segment(name="shared", unit="shared")
 ONE_HEAD = Segment(name="one head", unit="head")
 
@@ -123,7 +125,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts.
+    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts; buffers too.
 
     Args:
         name: the tensor's name inside the layer.
@@ -147,12 +149,15 @@ class Experts:
         in_files: a tensor's name inside the layer -> the names of its parts in checkpoints that have one tensor per
             expert, where {} stands for the expert's number. Parts are joined along their rows, and experts are stacked.
         renamed: the beginning of a name inside the layer in such checkpoints -> what it is in the model.
+        groups: the key of config.json with the number of groups that the router first chooses among, each of which has
+            as many experts; 1 where config.json leaves it out.
     """
 
     path: str
     router: str
     in_files: Mapping[str, tuple[str, ...]]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    groups: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +243,8 @@ class Architecture:
         sizes: the content of a text model's config.json -> fields of `Geometry` that are under other keys there, or
             that have a default.
         experts: the experts of its layers, where it has some.
+        unused: how the names of tensors begin that files may hold and the model has not, such as a layer that predicts
+            the token after the next; {} stands for the number of layers.
         biases: a switch of config.json -> the paths of the linears that it gives a bias; `always` is no switch.
         on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
@@ -277,6 +284,7 @@ class Architecture:
     kinds: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     experts: Experts | None = None
+    unused: tuple[str, ...] = ()
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_by_default: tuple[str, ...] = ()
     kv_heads: int | None = None

@@ -115,6 +115,7 @@ class Geometry(BaseModel):
         group = self.num_attention_heads // self.num_key_value_heads
         sizes = {
             "channel": 1,
+            "pair": 2,
             "head": self.head_dim,
             "group": group * self.head_dim,
             "hidden": self.hidden_size,
