@@ -38,6 +38,7 @@ NEAR_LLAMA = (
     "glm4",
     "cohere2",
 )
+EXPERTS = ("qwen3_moe", "mixtral")  # mixtures of experts; their tests are in test_experts.py, and the planner's sums
 EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -97,6 +98,15 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 8, "rms_norm_eps": 0.1},
     "glm4": {},
     "cohere2": {"attention_bias": True, "sliding_window": 8, "logit_scale": 0.3},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 12, "sliding_window": 8},
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -15,12 +15,13 @@ from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
 from loram.disk.files import CHAT_TEMPLATE, copy_side_files, read_json, refuse_pointer, side_files
+from loram.disk.stacked import Stack, names_in_model
 from loram.disk.tensorfile import TensorFile, TensorSpec
 from loram.model.architecture import Architecture
-from loram.model.families import family_of, is_pruned
+from loram.model.families import ARCHITECTURES, family_of, is_pruned
 from loram.model.geometry import Geometry
 from loram.model.modeling_loram import dense, unpack
-from loram.model.wrappers import wrapper_of
+from loram.model.wrappers import Wrapper, wrapper_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,13 +34,14 @@ class Checkpoint:
     """A folder with config.json and safetensors, read one tensor at a time.
 
     A sparse folder shows dense weights, which are made from its values and masks when they are read. A wrapped model
-    shows its text model alone, with the config and the names of an ordinary causal language model.
+    shows its text model alone, with the config and the names of an ordinary causal language model. Experts are shown as
+    transformers' 3-D tensors, also where the files have one tensor per expert.
 
     Args:
         folder: the model's folder.
         name: what the user calls the model: its hub id or absolute path.
         stored: show a sparse folder's tensors as they are stored: values and masks.
-        whole: show all of a wrapped model, as it is stored: every tensor under its name in the files.
+        whole: show the files as they are: every tensor under its own name, towers and single experts too.
         chat_template: the text of a chat template that takes the place of the folder's own.
 
     Raises:
@@ -65,13 +67,15 @@ class Checkpoint:
             refuse_pointer(path)
         self._whole_config = read_json(folder / "config.json")
         self.wrapper = None if whole else wrapper_of(self._whole_config)
-        files = self._read_index()
-        self._in_files = self._names_in_files(files)
-        self.towers = files.keys() - self._in_files.values()  # what a wrapped model has beside its text model
-        self.index = {name: files[stored] for name, stored in self._in_files.items()}
+        self._stored, self._whole = stored, whole
+        self._shards = self._read_index()
+        self._in_files, self._stacks = self._names_in_files(self._shards)
+        shown = {*self._in_files.values(), *(part for name in self._stacks for part in self._parts(name))}
+        self.towers = self._shards.keys() - shown  # what a wrapped model has beside its text model
+        self.index = {name: self._shards[self._parts(name)[0]] for name in (*self._in_files, *self._stacks)}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
-        self.sparse, self._stored, self._whole = bool(masks), stored, whole
+        self.sparse = bool(masks)
         find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
@@ -93,13 +97,23 @@ class Checkpoint:
                 raise UserError(f"{self.folder / INDEX}: says {name} is in {shard}, but it is not there")
         return index
 
-    def _names_in_files(self, files: Iterable[str]) -> dict[str, str]:
-        """Return the name in the files of each tensor that is shown, by the name that it is shown with."""
-        if self.wrapper is None:
-            return {name: name for name in files}
+    def _names_in_files(self, files: Iterable[str]) -> tuple[dict[str, str], dict[str, Stack]]:
+        """Return the names in the files of each tensor that is shown, or of its parts, by the name it is shown with."""
+        if self._whole:
+            return {name: name for name in files}, {}
+        names = {name: name for name in files} if self.wrapper is None else self._unwrapped(self.wrapper, files)
+        row = ARCHITECTURES.get(str(self.config.get("model_type")))  # pruned folders have the names of the model
+        single, stacks = names_in_model(names, row, self.folder)
+        in_files = {name: names[own] for name, own in single.items()}
+        return in_files, {
+            name: tuple(tuple(names[part] for part in parts) for parts in stack) for name, stack in stacks.items()
+        }
+
+    def _unwrapped(self, wrapper: Wrapper, files: Iterable[str]) -> dict[str, str]:
+        """Return the names in the files of a wrapped model's text model, by its own names."""
         names: dict[str, str] = {}
         for stored in files:
-            if (own := self.wrapper.unwrapped(stored)) is None:
+            if (own := wrapper.unwrapped(stored)) is None:
                 continue
             if own in names:
                 raise UserError(
@@ -120,6 +134,12 @@ class Checkpoint:
             if Path(shard).suffix != ".safetensors":
                 raise UserError(f"{path}: says {name} is in {shard}, and only safetensors files are opened")
         return weight_map
+
+    def _parts(self, name: str) -> list[str]:
+        """Return the names in the files of what a tensor is put together from; mostly that is one tensor."""
+        if name in self._stacks:
+            return [part for parts in self._stacks[name] for part in parts]
+        return [self._in_files[name]]
 
     def _open(self, shard: str) -> TensorFile:
         if shard not in self._files:
@@ -182,10 +202,10 @@ class Checkpoint:
 
     @property
     def whole(self) -> "Checkpoint":
-        """A view of the same folder that has a wrapped model's towers too, and the names and config of the files."""
-        if self.wrapper is None:
-            return self
-        return Checkpoint(self.folder, self.name, whole=True, chat_template=self.chat_template)
+        """A view of the same folder that has the tensors, names and config of the files: towers, single experts."""
+        return Checkpoint(
+            self.folder, self.name, stored=self._stored, whole=True, chat_template=self.chat_template
+        )
 
     @property
     def untied_config(self) -> dict[str, Any]:
@@ -201,12 +221,24 @@ class Checkpoint:
         new = name if self.wrapper is None else self.wrapper.outside(name)
         return self._in_files.get(name, new)
 
+    def experts_in_files(self, name: str) -> Iterator[tuple[str, int, int]]:
+        """Yield (name in the files, expert, first row) of each part of a 3-D tensor that files hold by experts.
+
+        Nothing is yielded for a tensor that files hold as it is.
+        """
+        for expert, parts in enumerate(self._stacks.get(name, ())):
+            row = 0
+            for part in parts:
+                yield part, expert, row
+                row += self._file(part).specs[part].shape[0]
+
     def copy_side_files(self, out: Path) -> None:
         """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen.
 
         With the whole of a wrapped model, the files about its towers' inputs are copied too.
         """
-        copy_side_files(self.folder, out, processors=self._whole)
+        wrapped = wrapper_of(self._whole_config) is not None
+        copy_side_files(self.folder, out, processors=self._whole and wrapped)
         if self.chat_template is not None:
             (out / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
@@ -244,11 +276,28 @@ class Checkpoint:
         """
         if name not in self.index:
             raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
-        spec = self._open(self.index[name]).specs[self._in_files[name]]
+        if name in self._stacks:
+            return self._stack_spec(name)
+        spec = self._file(self._in_files[name]).specs[self._in_files[name]]
         if (mask := self._mask_of(name)) is None:
             return spec
         rows, columns = self.spec(mask).shape
         return TensorSpec(dtype=spec.dtype, shape=(rows, 8 * columns))
+
+    def _file(self, stored: str) -> TensorFile:
+        """Return the file that holds a tensor, by the tensor's name in the files."""
+        return self._open(self._shards[stored])
+
+    def _stack_spec(self, name: str) -> TensorSpec:
+        """Return the dtype and shape of a 3-D tensor whose experts are single tensors: (experts, rows, columns)."""
+        shapes = {
+            tuple(self._file(part).specs[part] for part in parts) for parts in self._stacks[name]
+        }  # one entry where all experts are alike
+        if len(shapes) > 1:
+            raise UserError(f"{self.folder}: the experts of {name} differ in shape or dtype")
+        (specs,) = shapes
+        rows = sum(spec.shape[0] for spec in specs)
+        return TensorSpec(dtype=specs[0].dtype, shape=(len(self._stacks[name]), rows, *specs[0].shape[1:]))
 
     def _mask_of(self, name: str) -> str | None:
         """Return the name of a weight's mask, if the weight is shown dense."""
@@ -268,8 +317,8 @@ class Checkpoint:
         """Return how many values all tensors hold together; a tied head counts once."""
         left_out = {*self._masks.values(), *filter(_COMPUTED.search, self.index)}
         again = {self.architecture.head_weight} if self.tied else set()
-        files = {self._in_files[name]: self._open(self.index[name]) for name in self.index.keys() - left_out - again}
-        return sum(math.prod(file.specs[stored].shape) for stored, file in files.items())
+        parts = [part for name in self.index.keys() - left_out - again for part in self._parts(name)]
+        return sum(math.prod(self._file(part).specs[part].shape) for part in parts)
 
     @property
     def head(self) -> str:
@@ -287,7 +336,11 @@ class Checkpoint:
             UserError: the model has no such tensor.
         """
         self.spec(name)
-        file, stored = self._open(self.index[name]), self._in_files[name]
+        if name in self._stacks:
+            experts = self._stacks[name][start:stop]
+            return torch.stack([torch.cat([self._file(part).read(part) for part in parts]) for parts in experts])
+        stored = self._in_files[name]
+        file = self._file(stored)
         if (mask := self._mask_of(name)) is None:
             return file.read(stored, start, stop)
         bits = unpack(self.tensor(mask))
@@ -299,8 +352,8 @@ class Checkpoint:
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield a tensor in pieces of about 64 MB: (index of the first row, the rows)."""
         spec = self.spec(name)
-        if self._mask_of(name) is None:
-            return self._open(self.index[name]).blocks(self._in_files[name])
+        if self._mask_of(name) is None and name not in self._stacks:
+            return self._file(self._in_files[name]).blocks(self._in_files[name])
         rows = max(1, BLOCK_BYTES // spec.row_bytes)
         return ((row, self.tensor(name, row, row + rows)) for row in range(0, spec.shape[0], rows))
 
