@@ -71,7 +71,7 @@ class Checkpoint:
         self._shards = self._read_index()
         self._in_files, self._stacks = self._names_in_files(self._shards)
         shown = {*self._in_files.values(), *(part for name in self._stacks for part in self._parts(name))}
-        self.towers = self._shards.keys() - shown  # what a wrapped model has beside its text model
+        self.beside = self._shards.keys() - shown  # a wrapped model's towers, and what a model does not use
         self.index = {name: self._shards[self._parts(name)[0]] for name in (*self._in_files, *self._stacks)}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
@@ -103,7 +103,8 @@ class Checkpoint:
             return {name: name for name in files}, {}
         names = {name: name for name in files} if self.wrapper is None else self._unwrapped(self.wrapper, files)
         row = ARCHITECTURES.get(str(self.config.get("model_type")))  # pruned folders have the names of the model
-        single, stacks = names_in_model(names, row, self.folder)
+        used = [own for own in names if row is None or not row.leaves_unused(own, self.config)]
+        single, stacks = names_in_model(used, row, self.folder)
         in_files = {name: names[own] for name, own in single.items()}
         return in_files, {
             name: tuple(tuple(names[part] for part in parts) for parts in stack) for name, stack in stacks.items()
@@ -203,9 +204,7 @@ class Checkpoint:
     @property
     def whole(self) -> "Checkpoint":
         """A view of the same folder that has the tensors, names and config of the files: towers, single experts."""
-        return Checkpoint(
-            self.folder, self.name, stored=self._stored, whole=True, chat_template=self.chat_template
-        )
+        return Checkpoint(self.folder, self.name, stored=self._stored, whole=True, chat_template=self.chat_template)
 
     @property
     def untied_config(self) -> dict[str, Any]:

@@ -344,6 +344,11 @@ class Architecture:
         tails = "|".join(re.escape(".".join(parts[start:])) for start in range(len(parts)))
         return re.compile(rf"(?:(?:.*\.)?{re.escape(self.layers_path)}|{tails})\.(?P<layer>\d+)\.(?P<rest>.+)")
 
+    def leaves_unused(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether the model has no tensor of this name, although files may hold it."""
+        layers = self.text_config(config).get("num_hidden_layers")
+        return name.startswith(tuple(prefix.format(layers) for prefix in self.unused))
+
     @cached_property
     def spaces(self) -> tuple[Space, ...]:
         """Return what can be pruned in a decoder layer, in the order in which linears and parameters name it."""
