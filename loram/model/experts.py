@@ -7,7 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram.model.architecture import HIDDEN, ONE, SHARED, Experts, Linear, Norm, Parameter, Segment, Space, Windows
+from loram.model.architecture import (
+    HIDDEN,
+    ONE,
+    SHARED,
+    Experts,
+    Linear,
+    Norm,
+    Parameter,
+    Scale,
+    Segment,
+    Space,
+    Windows,
+)
 from loram.model.dense import LLAMA, QWEN_WINDOWS
 from loram.model.parts import ATTENTION, HEAD_NORMS, KEYS, KV_GROUPS, MLP_LINEARS, NORMS, QKV, QKVO, QUERIES
 
@@ -34,6 +46,7 @@ SINKS = Segment(name="sinks", unit="query", space=KV_GROUPS)
 SPARSE, DENSE_MLP = "experts", "dense"  # the kinds of layers: with experts, and with an ordinary MLP
 _NORMED, _WITH_SHARED = "normed", "shared"  # with norms of queries and keys, with experts that every token passes
 _FUSED, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+_GRANITE_FUSED, _GRANITE_DOWN = "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
 _TENSORS = (
     Parameter(name="mlp.gate.weight", axes=((EXPERT,), (HIDDEN,)), kinds=(SPARSE,)),
     Parameter(name=_FUSED, axes=((EXPERT,), (EXPERT_GATE, EXPERT_UP), (HIDDEN,)), kinds=(SPARSE,)),
@@ -51,6 +64,11 @@ _EXPERTS = Experts(
 _EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ERNIE_BIAS = "mlp.gate.moe_statics.e_score_correction_bias"
 _CHOSEN_KEYS = ("num_experts_per_tok", "moe_k")
+_WIDE_NORMS = (
+    *NORMS,
+    Norm(path="self_attn.q_norm", width=QUERIES),
+    Norm(path="self_attn.k_norm", width=KEYS),
+)
 
 
 def _only(kind: str, linears: tuple[Linear, ...]) -> tuple[Linear, ...]:
@@ -134,27 +152,28 @@ _QWEN3 = replace(
     kv_heads=4,
     windows=replace(QWEN_WINDOWS, slides=lambda layer, config: True),
 )
+_MIXTRAL = replace(
+    LLAMA,
+    model_type="mixtral",
+    model_class="MixtralForCausalLM",
+    linears=ATTENTION,
+    parameters=tuple(replace(part, kinds=()) for part in _TENSORS),
+    sizes=_sizes(8, 2, 14336, "intermediate_size"),
+    experts=replace(
+        _EXPERTS,
+        in_files={
+            _FUSED: ("mlp.experts.{}.w1.weight", "mlp.experts.{}.w3.weight"),
+            _DOWN: ("mlp.experts.{}.w2.weight",),
+        },
+        renamed={"block_sparse_moe.": "mlp."},
+    ),
+    biases={},
+    kv_heads=8,
+    windows=Windows(slides=lambda layer, config: True, default=None),
+)
 EXPERTS = (
     _QWEN3,
-    replace(
-        LLAMA,
-        model_type="mixtral",
-        model_class="MixtralForCausalLM",
-        linears=ATTENTION,
-        parameters=tuple(replace(part, kinds=()) for part in _TENSORS),
-        sizes=_sizes(8, 2, 14336, "intermediate_size"),
-        experts=replace(
-            _EXPERTS,
-            in_files={
-                _FUSED: ("mlp.experts.{}.w1.weight", "mlp.experts.{}.w3.weight"),
-                _DOWN: ("mlp.experts.{}.w2.weight",),
-            },
-            renamed={"block_sparse_moe.": "mlp."},
-        ),
-        biases={},
-        kv_heads=8,
-        windows=Windows(slides=lambda layer, config: True, default=None),
-    ),
+    _MIXTRAL,
     replace(
         LLAMA,
         model_type="gpt_oss",
@@ -202,12 +221,8 @@ EXPERTS = (
         model_type="olmoe",
         model_class="OlmoeForCausalLM",
         linears=ATTENTION,
-        norms=(
-            *NORMS,
-            Norm(path="self_attn.q_norm", width=QUERIES),
-            Norm(path="self_attn.k_norm", width=KEYS),
-        ),
-        parameters=tuple(replace(part, kinds=()) for part in _TENSORS),
+        norms=_WIDE_NORMS,
+        parameters=_MIXTRAL.parameters,
         sizes=_sizes(64, 8, 2048, "intermediate_size"),
         experts=_EXPERTS,
         biases={"attention_bias": QKVO},
@@ -260,5 +275,41 @@ EXPERTS = (
         rotary_in_float32=True,
         dropouts={},
         unused=("model.mtp_",),
+    ),
+    replace(
+        _MIXTRAL,
+        model_type="minimax_m2",
+        model_class="MiniMaxM2ForCausalLM",
+        norms=_WIDE_NORMS,
+        parameters=(*_MIXTRAL.parameters, Parameter(name="mlp.e_score_correction_bias", axes=((EXPERT,),))),
+        sizes=_sizes(256, 8, 1536, "intermediate_size"),
+        head_dim=128,
+        windows=None,
+        partial_rotary=1.0,
+    ),
+    replace(
+        LLAMA,
+        model_type="granitemoe",
+        model_class="GraniteMoeForCausalLM",
+        linears=ATTENTION,
+        parameters=(
+            Parameter(name="block_sparse_moe.router.weight", axes=((EXPERT,), (HIDDEN,))),
+            Parameter(name=_GRANITE_FUSED, axes=((EXPERT,), (EXPERT_GATE, EXPERT_UP), (HIDDEN,))),
+            Parameter(name=_GRANITE_DOWN, axes=((EXPERT,), (HIDDEN,), (EXPERT_UP,))),
+        ),
+        blocks=("self_attn", "block_sparse_moe"),
+        sizes=_sizes(8, 2, 11008, "intermediate_size"),
+        experts=Experts(
+            path="block_sparse_moe.experts",
+            router="block_sparse_moe.router.weight",
+            in_files={},
+            renamed={
+                "block_sparse_moe.input_linear.weight": _GRANITE_FUSED,
+                "block_sparse_moe.output_linear.weight": _GRANITE_DOWN,
+                "block_sparse_moe.router.layer.": "block_sparse_moe.router.",
+            },
+        ),
+        biases={"attention_bias": QKVO},
+        logit_scale=Scale(key="logits_scaling", default=1.0, divides=True),
     ),
 )
