@@ -101,12 +101,12 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 6,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
+        "moe_intermediate_size": 16,
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
         "attention_bias": True,
     },
-    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 12, "sliding_window": 8},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 8},
     "gpt_oss": {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
@@ -150,6 +150,22 @@ ODDITIES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
     },
     "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16},
+    "minimax_m2": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "rotary_dim": 4,
+        "rms_norm_eps": 0.1,
+    },
+    "granitemoe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "attention_bias": True,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 3.0,
+    },
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -46,7 +46,9 @@ def test_a_full_and_a_pruned_model_have_one_row() -> None:
             UserError, match=r"'gpt2' is not supported; supported families are llama, .*phi3, .*; .*CONTRIBUTING\.md"
         ):
             refuse({"model_type": "gpt2"})
-        with pytest.raises(UserError, match=r"'deepseek_v3' is not supported: .*; supported families are [a-z0-9_, ]*$"):
+        with pytest.raises(
+            UserError, match=r"'deepseek_v3' is not supported: .*; supported families are [a-z0-9_, ]*$"
+        ):
             refuse({"model_type": "deepseek_v3"})
     with pytest.raises(UserError, match="'llama4' around a text model of type 'llama4_text' is not supported: its"):
         family_of({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}})
