@@ -16,7 +16,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: ro
 MODEL_CLASSES = tuple(row.model_class for row in _ROWS)
 # The modules that an adapter can target, over all families; which of them a model has, its own row says.
 KNOWN_TARGETS = tuple(dict.fromkeys(target for row in _ROWS for target in (*row.adapter_targets, row.head)))
-<<<<<<< HEAD
+SPACES = tuple(dict.fromkeys(space.name for row in _ROWS for space in row.spaces))  # all that can be pruned somewhere
+LINEARS = LLAMA.adapter_targets  # the default targets before the model is known
 # Families that do not fit a row -> why.
 _LATENT = "its attention keeps one latent vector per token in place of keys and values, and so has no key-value groups"
 _UNFIT = {
@@ -29,10 +30,6 @@ _UNFIT = {
     ),
     "llama4_text": "its layers send every token through all experts, so nothing says which tokens an expert is for",
 }
-=======
-SPACES = tuple(dict.fromkeys(space.name for row in _ROWS for space in row.spaces))  # all that can be pruned somewhere
->>>>>>> main
-LINEARS = LLAMA.adapter_targets  # the default targets before the model is known
 
 
 def is_pruned(config: Mapping[str, Any]) -> bool:
