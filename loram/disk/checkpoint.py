@@ -90,7 +90,7 @@ class Checkpoint:
             **self._stacks,
         }
         shown = {part for stack in stacks.values() for parts in stack for part in parts} | {*self._in_files.values()}
-        self.towers = tensors.keys() - shown  # what a wrapped model has beside its text model
+        self.beside = tensors.keys() - shown  # a wrapped model's towers, and what a model does not use
         self.index = {name: files[tensor.name] for name, tensor in self._tensors.items()}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
@@ -122,7 +122,8 @@ class Checkpoint:
             return {name: name for name in files}, {}
         names = {name: name for name in files} if self.wrapper is None else self._unwrapped(self.wrapper, files)
         row = ARCHITECTURES.get(str(self.config.get("model_type")))  # pruned folders have the names of the model
-        single, stacks = names_in_model(names, row, self.folder)
+        used = [own for own in names if row is None or not row.leaves_unused(own, self.config)]
+        single, stacks = names_in_model(used, row, self.folder)
         in_files = {name: names[own] for name, own in single.items()}
         return in_files, {
             name: tuple(tuple(names[part] for part in parts) for parts in stack) for name, stack in stacks.items()
@@ -209,7 +210,9 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         """Return whether the head shares the embedding's weight."""
-        return self.architecture.head_weight not in self.index or bool(self.config.get("tie_word_embeddings"))
+        return self.architecture.head_weight not in self.index or any(
+            self.config.get(key) for key in self.architecture.tied_keys
+        )
 
     @property
     def stored(self) -> "Checkpoint":
@@ -224,8 +227,10 @@ class Checkpoint:
     @property
     def untied_config(self) -> dict[str, Any]:
         """The content of config.json once the head has a weight of its own."""
-        config = self._whole_config
-        return {**config, "tie_word_embeddings": False} if self.wrapper is None else self.wrapper.untied(config)
+        if self.wrapper is not None:
+            return self.wrapper.untied(self._whole_config)
+        keys = self.architecture.tied_keys
+        return {**self._whole_config, **dict.fromkeys(keys, False)}
 
     def name_in_files(self, name: str) -> str:
         """Return the name that a tensor has in the files, which for a wrapped model is another one.

@@ -46,12 +46,14 @@ def blank_plan(
             layers={},
         )
     if dropped is None:
-        droppable = options.droppable(geometry, checkpoint.architecture, checkpoint.config)
-        dropped = droppable[len(droppable) - options.drop_layers :]
-    blank = {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.architecture.spaces}
-    narrowed = [layer for layer in options.layers(geometry) if options.narrows and layer not in dropped]
+        dropped = options.last_droppable(geometry, checkpoint.architecture, checkpoint.config)
+    scores = {
+        layer: {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.rows_by_layer[layer].spaces}
+        for layer in options.layers(geometry)
+        if options.narrows and layer not in dropped
+    }
     return choose(
-        dict.fromkeys(narrowed, blank),
+        scores,
         geometry=geometry,
         model_type=model_type,
         base=base,
@@ -91,6 +93,8 @@ def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, 
     for layer in plan.sparse_layers:
         for path, count in plan.kept_values().items():
             name = f"{plan.architecture.layer_path(layer)}.{path}.weight"
+            if name not in specs:  # the linear is of another kind of layers
+                continue
             rows, columns = specs[name].shape
             specs[name] = TensorSpec(dtype=specs[name].dtype, shape=(count,))
             masks[mask_of(name)] = TensorSpec(dtype=torch.uint8, shape=(rows, columns // 8))

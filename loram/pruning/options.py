@@ -208,6 +208,13 @@ class ResolvedPruneOptions(PruneOptions):
             raise UserError(f"drop_layers {self.drop_layers}: leaves no layer to narrow; leave the ratio out")
         return droppable_layers(geometry, architecture, config, layers, self.drop_layers)
 
+    def last_droppable(
+        self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """Return the last `drop_layers` layers that can be dropped, where which ones makes no difference."""
+        layers = self.droppable(geometry, architecture, config)
+        return tuple(layers[len(layers) - self.drop_layers :])
+
     @property
     def measures_influence(self) -> bool:
         """Return whether layers are dropped by how much they change their input."""
@@ -255,4 +262,5 @@ class ResolvedPruneOptions(PruneOptions):
         if architecture.experts is not None:
             raise UserError(f"pattern {self.pattern}: prunes linears, and the experts of this model are none")
         for linear in architecture.linears:
-            kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)
+            if linear.has_units:
+                kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)
