@@ -83,9 +83,8 @@ def _heading(estimate: Estimate) -> str:
     dropped = [f"{estimate.dropped_layers} layers are dropped"] if estimate.dropped_layers else []
     if not estimate.pruned_layers:
         return "\n".join([heading, *dropped])
-    return "\n".join(
-        [f"{heading} at {_ratios(estimate)}", *dropped, f"{estimate.pruned_layers} layers keep {kept} each"]
-    )
+    narrowed = f"{estimate.pruned_layers} layers keep {kept} each"
+    return "\n".join([f"{heading} at {_ratios(estimate)}", *dropped, narrowed])
 
 
 def _ratios(estimate: Estimate) -> str:

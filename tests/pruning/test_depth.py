@@ -29,6 +29,7 @@ from loram.planner.shapes import Model
 from loram.planner.weights import frozen_bytes
 from loram.pruning.criteria import CRITERIA
 from loram.pruning.depth import Influence
+from loram.pruning.options import PruneOptions
 from loram.pruning.score import calibration_stream
 from loram.run.dry_run import dry_run
 from loram.run.recipe import Recipe
@@ -253,7 +254,8 @@ def test_the_first_layer_of_each_kind_of_attention_stays(tiny_models: dict[str, 
     assert plan.dropped == (2, 3, 4)
     check_law_2(tiny_models["gemma2"], tmp_path / "out", plan)
     with pytest.raises(
-        UserError, match="4 layers cannot be dropped: only 3 of 5 can, since keep_first, keep_last and the first layer"
+        UserError,
+        match="4 layers cannot be dropped: only 3 of 5 can, since keep_first",
     ):
         loram.prune(tiny_models["gemma2"], tmp_path / "more", drop_layers=4, **options)
 
@@ -305,7 +307,7 @@ def test_the_planner_counts_what_is_built(family: str, options: dict[str, Any], 
     assert (found.parameters, found.pruned_parameters) == plan.parameters()
     assert (found.dropped_layers, found.pruned_layers) == (len(plan.dropped), len(plan.layers))
     config = json.loads((base / "config.json").read_text())
-    sizes = Model.of(config, "config", options.get("ratio"), 1, 1, drop=options["drop_layers"])
+    sizes = Model.of(config, "config", PruneOptions(**options).resolved())
     model: Any = load_4bit(open_model(folder), device=torch.device("cpu"), dtype=torch.float32)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert frozen_bytes(sizes, make_settings(device="cpu", load_in_4bit=True)).total == nbytes(model) - buffers
