@@ -218,13 +218,19 @@ def dequantized_rows(weight: Params4bit, rows: Tensor) -> Tensor:
 
 
 def _shapes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a model's parameters and stored buffers, all of which the checkpoint has."""
+    """Return the shapes of a model's parameters and stored buffers, all of which are in its checkpoint as they should.
+
+    The shapes of weights in NF4 are only known when they are read.
+    """
     stored = model.state_dict().keys()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
     names = checkpoint.names()
     if missing := sorted(shapes.keys() - set(names)):
         raise UserError(f"{checkpoint.folder}: no tensor {missing[0]}, which config.json's model has")
+    for name, shape in shapes.items():
+        if not checkpoint.constants(name):
+            _check_shape(checkpoint, name, checkpoint.shape(name), shape)
     known = {*shapes, checkpoint.architecture.head_weight}  # some tools write the head also where it is tied
     if unknown := [name for name in names if checkpoint.weight_of(name) not in known]:
         raise UserError(f"{checkpoint.folder}: has a tensor {unknown[0]}, which config.json's model has not")
@@ -254,10 +260,10 @@ def _put_(
     elif isinstance(module, SparseLinear) and own == "weight":
         module.weight = _read_4bit(checkpoint, name, shape, device, dtype)
     elif _holds_experts(checkpoint, name):
-        matrices = _experts(checkpoint, name, shape, transposed=module.is_transposed)
+        matrices = _experts(checkpoint, name, transposed=module.is_transposed)
         put_experts_(module, own, (_packed(matrix, device, dtype) for matrix in matrices))
     else:
-        tensor = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device)
+        tensor = checkpoint.tensor(name).to(device)
         is_buffer = own in dict(module.named_buffers(recurse=False))
         setattr(module, own, tensor if is_buffer else nn.Parameter(tensor.to(dtype), requires_grad=False))
 
@@ -291,8 +297,7 @@ def _put_embedding_(
     embedding, name = model.get_input_embeddings(), checkpoint.architecture.embedding_weight
     weight = None if offload and not tied else _read_4bit(checkpoint, name, shape, device, dtype)
     if offload:
-        table = _checked(checkpoint, name, checkpoint.tensor(name), shape)
-        model.set_input_embeddings(HostEmbedding(embedding, table, dtype))
+        model.set_input_embeddings(HostEmbedding(embedding, checkpoint.tensor(name), dtype))
     else:
         model.set_input_embeddings(Nf4Embedding(embedding, weight))
     if tied:
@@ -304,11 +309,10 @@ def _read_4bit(
 ) -> Params4bit:
     """Return a weight in NF4 on the device; it is quantised now, unless it is in NF4 in the folder already."""
     if not (stats := checkpoint.constants(name)):
-        return _packed(_checked(checkpoint, name, checkpoint.tensor(name), shape), device, dtype)
+        return _packed(checkpoint.tensor(name), device, dtype)
     tensors: dict[str, Any] = {key: checkpoint.tensor(key) for key in stats}
     weight = Params4bit.from_prequantized(checkpoint.tensor(name), tensors, device=device)
-    if tuple(weight.quant_state.shape) != shape:
-        raise UserError(_wrong_shape(checkpoint, name, tuple(weight.quant_state.shape), shape))
+    _check_shape(checkpoint, name, tuple(weight.quant_state.shape), shape)
     weight.quant_state.dtype = dtype
     return weight
 
@@ -327,14 +331,12 @@ def _holds_experts(checkpoint: Checkpoint, name: str) -> bool:
     return in_experts and len(checkpoint.shape(name)) == 3
 
 
-def _experts(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], *, transposed: bool) -> Iterator[Tensor]:
+def _experts(checkpoint: Checkpoint, name: str, *, transposed: bool) -> Iterator[Tensor]:
     """Yield the matrix of each expert in a 3-D tensor, (out_features, in_features), as linears have it.
 
     Only one is in memory. A tensor may be transposed: (experts, in_features, out_features).
     """
-    if checkpoint.shape(name) != shape:
-        raise UserError(_wrong_shape(checkpoint, name, checkpoint.shape(name), shape))
-    for expert in range(shape[0]):
+    for expert in range(checkpoint.shape(name)[0]):
         (matrix,) = checkpoint.tensor(name, expert, expert + 1)
         yield matrix.T.contiguous() if transposed else matrix
 
@@ -349,11 +351,6 @@ def check_method(checkpoint: Checkpoint) -> None:
         )
 
 
-def _checked(checkpoint: Checkpoint, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise UserError(_wrong_shape(checkpoint, name, tuple(tensor.shape), shape))
-    return tensor
-
-
-def _wrong_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return f"{checkpoint.folder}: {name} has shape {shape}, but config.json's model has {expected}"
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise UserError(f"{checkpoint.folder}: {name} has shape {shape}, but config.json's model has {expected}")

@@ -1,6 +1,6 @@
 """Experts in NF4: each expert's matrices are quantised by themselves, and dequantised one at a time.
 
-transformers has a table of ways to compute what experts give (`transformers.integrations.moe`). This file adds one, which
+transformers has a table of ways to compute what experts give (`transformers.integrations.moe`). This file adds one that
 multiplies by one expert after the other. No dequantised weight is kept for the backward pass.
 """
 

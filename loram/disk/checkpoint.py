@@ -296,6 +296,8 @@ class Checkpoint:
         if len(shapes) > 1:
             raise UserError(f"{self.folder}: the experts of {name} differ in shape or dtype")
         (specs,) = shapes
+        if not specs[0].dtype.is_floating_point:
+            raise UserError(f"{self.folder}: experts of {name} are in 4 bits; start from the weights in 16 or 32 bits")
         rows = sum(spec.shape[0] for spec in specs)
         return TensorSpec(dtype=specs[0].dtype, shape=(len(self._stacks[name]), rows, *specs[0].shape[1:]))
 
