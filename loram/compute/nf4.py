@@ -325,10 +325,10 @@ def _packed(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Params4
 
 
 def _holds_experts(checkpoint: Checkpoint, name: str) -> bool:
-    """Return whether a tensor is one that has a matrix per expert."""
-    place, experts = checkpoint.architecture.split(name), checkpoint.architecture.experts
-    in_experts = experts is not None and place is not None and place[1].startswith(f"{experts.path}.")
-    return in_experts and len(checkpoint.shape(name)) == 3
+    """Return whether a tensor has one matrix per expert."""
+    place = checkpoint.architecture.split(name)
+    stacks = {tensor.name for tensor in checkpoint.architecture.expert_tensors if len(tensor.axes) == 3}
+    return place is not None and place[1] in stacks
 
 
 def _experts(checkpoint: Checkpoint, name: str, *, transposed: bool) -> Iterator[Tensor]:

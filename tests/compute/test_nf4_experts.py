@@ -11,13 +11,14 @@ from bitsandbytes.nn import Params4bit
 from conftest import EXPERTS, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GptOssConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 import loram
 from loram.compute.loading import load_model
 from loram.compute.nf4 import as_4bit, count_parameters, is_4bit, load_4bit, nbytes, packed_tensors, quantize
 from loram.compute.nf4_experts import put_experts_, use_4bit_experts_
+from loram.compute.original import check_original
 from loram.disk.checkpoint import Checkpoint
 from loram.export.quantize import quantization_config
 from loram.planner.weights import nf4_bytes
@@ -54,12 +55,12 @@ def pass_through(model: Any, embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_logits_and_gradients_are_those_of_the_rounded_experts(family: str, tiny_models: dict[str, Path]) -> None:
-    reference = rounded_model(tiny_models[family])
+def test_logits_and_gradients_are_those_of_the_rounded_experts(family: str, pruned_models: dict[str, Path]) -> None:
+    reference = rounded_model(pruned_models[family])
     embeddings = reference.get_input_embeddings()(IDS)
     expected = pass_through(reference, embeddings)
-    plain = pass_through(load_model(Checkpoint(tiny_models[family]), dtype=torch.float32).eval(), embeddings)
-    model: Any = load_4bit(Checkpoint(tiny_models[family]), **CPU)
+    plain = pass_through(load_model(Checkpoint(pruned_models[family]), dtype=torch.float32).eval(), embeddings)
+    model: Any = load_4bit(Checkpoint(pruned_models[family]), **CPU)
     assert relative(model(input_ids=IDS).logits, expected[0]) < 1e-5
     found = pass_through(model, embeddings)
     model.train()
@@ -119,6 +120,18 @@ def test_experts_that_are_transposed_and_have_biases() -> None:
             put_experts_(model.experts, name, packed[name])
         use_4bit_experts_(model)
         assert relative(model.experts(x, chosen, weights), expected) < 1e-5
+
+
+def test_a_folder_whose_linears_transformers_quantised(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """transformers leaves the experts as they are there."""
+    base = Checkpoint(tiny_models["qwen3_moe"])
+    options: Any = BitsAndBytesConfig(**quantization_config([]))
+    AutoModelForCausalLM.from_pretrained(base.folder, quantization_config=options).save_pretrained(tmp_path)
+    packed = Checkpoint(tmp_path)
+    assert packed.constants("model.layers.0.self_attn.q_proj.weight")
+    check_original(base, packed)
+    with torch.no_grad():
+        assert torch.equal(load_4bit(packed, **CPU)(input_ids=IDS).logits, load_4bit(base, **CPU)(input_ids=IDS).logits)
 
 
 def test_quantize_refuses_experts(tiny_models: dict[str, Path], tmp_path: Path) -> None:
