@@ -311,7 +311,8 @@ class Stream:
     def _adapt_(self, index: int) -> list[RemovableHandle]:
         """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32.
 
-        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use.
+        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use. So
+        does an adapter on experts, one expert after the other.
         """
         self._factors.clear()
         handles = []
@@ -324,7 +325,20 @@ class Stream:
             handle, factors = self.adapter.add_to_(module, path, self.device)
             self._factors |= factors
             handles.append(handle)
+        self._adapt_experts_(index)
         return handles
+
+    def _adapt_experts_(self, index: int) -> None:
+        """Add the adapter's update to the layer's tensors of experts."""
+        row, prefix = self.checkpoint.rows_by_layer[index], self.architecture.layer_path(index)
+        for name in (tensor.name for tensor in row.expert_tensors):
+            if self.adapter is None or f"{prefix}.{name}" not in self.adapter.modules:
+                continue
+            weights = self._layers[index].get_parameter(name).data  # (experts, ..., ...)
+            for expert in range(len(weights)):
+                rows = weights[expert : expert + 1]
+                new = self.adapter.updated(f"{prefix}.{name}", rows, expert, transposed=row.experts_transposed)
+                weights[expert : expert + 1] = new
 
     @contextlib.contextmanager
     def _observed(self, index: int, batch: Batch, observe: Observer | None) -> Iterator[None]:

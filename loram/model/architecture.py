@@ -147,12 +147,14 @@ class Experts:
         in_files: a tensor's name inside the layer -> the names of its parts in checkpoints that have one tensor per
             expert, where {} stands for the expert's number. Parts are joined along their rows, and experts are stacked.
         renamed: the beginning of a name inside the layer in such checkpoints -> what it is in the model.
+        transposed: whether its tensors are (experts, inputs, outputs), and not (experts, outputs, inputs).
     """
 
     path: str
     router: str
     in_files: Mapping[str, tuple[str, ...]]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +355,22 @@ class Architecture:
     def default_targets(self) -> tuple[str, ...]:
         """The names among them that get an adapter where nobody says which should."""
         return tuple(dict.fromkeys(linear.name for linear in self.linears if linear.adapted))
+
+    @property
+    def expert_tensors(self) -> tuple[Parameter, ...]:
+        """The 3-D tensors of its experts, which an adapter can target, in the order in which their module has them."""
+        path = None if self.experts is None else self.experts.path
+        return tuple(part for part in self.parameters if part.name.rpartition(".")[0] == path and len(part.axes) == 3)
+
+    @property
+    def experts_transposed(self) -> bool:
+        """Return whether the tensors of experts are (experts, inputs, outputs), and not (experts, outputs, inputs)."""
+        return self.experts is not None and self.experts.transposed
+
+    def expert_sides(self, tensor: Parameter) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """Return the segments of the outputs and of the inputs of a tensor of experts."""
+        _, first, second = tensor.axes
+        return (second, first) if self.experts_transposed else (first, second)
 
     def linear(self, path: str) -> Linear:
         """Return the linear at a path inside the layer."""
