@@ -101,12 +101,12 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 6,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
+        "moe_intermediate_size": 16,
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
         "attention_bias": True,
     },
-    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 12, "sliding_window": 8},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 8},
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

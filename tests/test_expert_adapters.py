@@ -23,7 +23,7 @@ from loram.disk.artifacts import library_versions
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.expert_factors import by_expert, own_name, peft_name, together
 from loram.model.experts import EXPERT_CHANNELS, EXPERT_UNITS
-from loram.model.families import ARCHITECTURES, EXPERT_TENSORS
+from loram.model.families import ARCHITECTURES, EXPERT_MATRICES
 from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
 
@@ -78,7 +78,7 @@ def pruned(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def experts_of(family: str) -> list[str]:
-    return [tensor.name for tensor in ARCHITECTURES[family].expert_tensors]
+    return [tensor.name for tensor in ARCHITECTURES[family].expert_matrices]
 
 
 def adapter_on(folder: Path, out: Path, family: str, **options: Any) -> Path:

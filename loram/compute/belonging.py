@@ -57,7 +57,7 @@ def _adaptable_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
         prefix = row.layer_path(layer)
         for linear in own.linears:
             shapes[f"{prefix}.{linear.path}"] = checkpoint.shape(f"{prefix}.{linear.path}.weight")
-        for tensor in own.expert_tensors:
+        for tensor in own.expert_matrices:
             experts, *sides = checkpoint.shape(f"{prefix}.{tensor.name}")
             outputs, inputs = reversed(sides) if own.experts_transposed else sides
             shapes[f"{prefix}.{tensor.name}"] = experts, outputs, inputs

@@ -203,9 +203,7 @@ class Checkpoint:
     @property
     def whole(self) -> "Checkpoint":
         """A view of the same folder that has the tensors, names and config of the files: towers, single experts."""
-        return Checkpoint(
-            self.folder, self.name, stored=self._stored, whole=True, chat_template=self.chat_template
-        )
+        return Checkpoint(self.folder, self.name, stored=self._stored, whole=True, chat_template=self.chat_template)
 
     @property
     def untied_config(self) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loram.model.families import EXPERT_TENSORS
+from loram.model.families import EXPERT_MATRICES
 
 _FACTOR = re.compile(r"(?P<module>.+?)(?P<wrappers>(\.base_layer)*)\.(?P<part>lora_[AB]\.weight)")
 
 
 def is_of_experts(module: str) -> bool:
     """Return whether a path (`model.layers.3.mlp.experts.down_proj`) is that of a tensor of experts."""
-    return any(module.endswith(f".{tensor}") for tensor in EXPERT_TENSORS)
+    return any(module.endswith(f".{tensor}") for tensor in EXPERT_MATRICES)
 
 
 def is_targeted(tensor: str, targets: Sequence[str] | None) -> bool:
@@ -55,7 +55,7 @@ def peft_name(name: str, targets: Sequence[str] | None) -> str:
 
 def _targeted_tensors(module: str, targets: Sequence[str] | None) -> list[str]:
     """Return the last names of the targeted tensors of a module, in the order in which PEFT wraps them."""
-    names = [tensor.rpartition(".") for tensor in EXPERT_TENSORS]
+    names = [tensor.rpartition(".") for tensor in EXPERT_MATRICES]
     own = [tensor for path, _, tensor in names if module.endswith(f".{path}")]
     return [tensor for tensor in own if is_targeted(f"{module}.{tensor}", targets)]
 

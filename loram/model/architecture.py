@@ -30,6 +30,7 @@ class Space:
         size: the `Geometry` field that holds how many units a full layer has.
         config_keys: the keys of transformers' config that are smaller in a narrowed layer, in proportion to its units.
         rounding: whether a number of kept units that is not whole is rounded `up` or `down`.
+        multiple: what the number of kept units is a multiple of, after rounding.
         within: the space each of whose units has `size` units of this one: an expert has channels of its own. Every
             unit that stays of that space keeps as many of this one.
         least: the `Geometry` field that holds how many units have to stay; None is one unit.
@@ -41,6 +42,7 @@ class Space:
     size: str
     config_keys: tuple[str, ...] = ()
     rounding: Literal["up", "down"]
+    multiple: int = 1
     within: "Space | None" = None
     least: str | None = None
     attributes: tuple[str, ...] = ()
@@ -339,12 +341,28 @@ class Architecture:
         return re.compile(rf"(?:(?:.*\.)?{re.escape(self.layers_path)}|{tails})\.(?P<layer>\d+)\.(?P<rest>.+)")
 
     @cached_property
+    def linear_spaces(self) -> tuple[Space, ...]:
+        """Return what can be pruned of a decoder layer's linears, in the order in which they name it."""
+        segments = [segment for linear in self.linears for side in linear.sides for segment in side]
+        return tuple(dict.fromkeys(segment.space for segment in segments if segment.space is not None))
+
+    @cached_property
     def spaces(self) -> tuple[Space, ...]:
-        """Return what can be pruned in a decoder layer, in the order in which linears and parameters name it."""
-        sides = [side for linear in self.linears for side in linear.sides]
-        sides += [axis for parameter in self.parameters for axis in parameter.axes]
-        spaces = [segment.space for side in sides for segment in side]
-        return tuple(dict.fromkeys(space for space in spaces if space is not None))
+        """Return what can be pruned in a decoder layer: what its linears name, and then what only parameters name."""
+        segments = [segment for parameter in self.parameters for axis in parameter.axes for segment in axis]
+        others = (segment.space for segment in segments if segment.space is not None)
+        return tuple(dict.fromkeys((*self.linear_spaces, *others)))
+
+    @cached_property
+    def expert_tensors(self) -> tuple[Parameter, ...]:
+        """Return the tensors that hold the experts; not the router."""
+        path = None if self.experts is None else f"{self.experts.path}."
+        return tuple(part for part in self.parameters if path is not None and part.name.startswith(path))
+
+    @cached_property
+    def expert_matrices(self) -> tuple[Parameter, ...]:
+        """Return the 3-D tensors among them, which an adapter can be on, in the order of their module."""
+        return tuple(part for part in self.expert_tensors if len(part.axes) == 3)
 
     @property
     def adapter_targets(self) -> tuple[str, ...]:
@@ -355,12 +373,6 @@ class Architecture:
     def default_targets(self) -> tuple[str, ...]:
         """The names among them that get an adapter where nobody says which should."""
         return tuple(dict.fromkeys(linear.name for linear in self.linears if linear.adapted))
-
-    @property
-    def expert_tensors(self) -> tuple[Parameter, ...]:
-        """The 3-D tensors of its experts, which an adapter can target, in the order in which their module has them."""
-        path = None if self.experts is None else self.experts.path
-        return tuple(part for part in self.parameters if part.name.rpartition(".")[0] == path and len(part.axes) == 3)
 
     @property
     def experts_transposed(self) -> bool:
@@ -385,11 +397,14 @@ class Architecture:
         if kind is None:
             return self
         words = frozenset(kind.split())
+        parameters = tuple(part for part in self.parameters if not part.kinds or words & set(part.kinds))
+        routed = self.experts is not None and any(part.name == self.experts.router for part in parameters)
         return replace(
             self,
+            experts=self.experts if routed else None,
             linears=tuple(part for part in self.linears if not part.kinds or words & set(part.kinds)),
             norms=tuple(part for part in self.norms if not part.kinds or words & set(part.kinds)),
-            parameters=tuple(part for part in self.parameters if not part.kinds or words & set(part.kinds)),
+            parameters=parameters,
         )
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """How many layers and units of a model stay at a pruning ratio. No weights, no torch."""
 
 import math
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 from loram.base.errors import UserError
@@ -22,19 +23,46 @@ def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> rang
     return layers
 
 
-def kept_units(space: Space, units: int, ratio: float) -> int:
-    """Return how many of `units` stay at a pruning ratio. Channels are rounded down, and key-value groups up.
+def kept_units(space: Space, units: int, ratio: float, least: int = 1) -> int:
+    """Return how many of `units` stay at a pruning ratio. Channels are rounded down; groups and experts are rounded up.
+
+    Channels of experts are rounded down to a multiple of 8.
 
     These counts reproduce LoRAM's parameter tables (arXiv 2502.13533). The ratio counts as the decimal that was
     written: 10 groups at 0.7 keep 3, where binary floating point would say ceil(3.0000000000000004) = 4.
 
     Raises:
-        UserError: the ratio is not between 0 and 1, or nothing would be left.
+        UserError: the ratio is not between 0 and 1, or fewer than `least` would be left.
     """
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio}: must lie between 0 and 1, both excluded; 0.5 removes half")
-    exact = units * (1 - Fraction(str(ratio)))
-    kept = math.ceil(exact) if space.rounding == "up" else math.floor(exact)
+    exact = units * (1 - Fraction(str(ratio))) / space.multiple
+    kept = space.multiple * (math.ceil(exact) if space.rounding == "up" else math.floor(exact))
     if kept < 1:
         raise UserError(f"ratio {ratio} leaves none of {units} {space.name}; choose a smaller one")
+    if kept < least:
+        raise UserError(
+            f"ratio {ratio} leaves {kept} of {units} {space.name}, and every token needs {least}; choose a smaller one"
+        )
+    return kept
+
+
+def kept_by_space(geometry: Geometry, spaces: Iterable[Space], ratios: Mapping[str, float]) -> dict[str, int]:
+    """Return how many units of each space a narrowed layer keeps.
+
+    Args:
+        geometry: the full model's sizes.
+        spaces: the spaces of the layer, each after the one that it is within.
+        ratios: space name -> the share of its units that goes; a space that is not named keeps all of them.
+
+    Raises:
+        UserError: as `kept_units`.
+    """
+    kept: dict[str, int] = {}
+    for space in spaces:
+        count = geometry.per_unit(space)
+        if space.name in ratios:
+            least = 1 if space.least is None else int(getattr(geometry, space.least))
+            count = kept_units(space, count, ratios[space.name], least)
+        kept[space.name] = count * (1 if space.within is None else kept[space.within.name])
     return kept

@@ -22,6 +22,7 @@ EXPERT_CHANNELS = Space(
     name="expert_channels",
     size="moe_intermediate_size",
     rounding="down",
+    multiple=8,  # 16 bytes in 16 bits, without which torch's grouped matrix products refuse to work
     within=EXPERT_UNITS,
     attributes=("intermediate_dim", "intermediate_size"),
 )

@@ -171,7 +171,7 @@ class Geometry(BaseModel):
         shapes = dict[str, tuple[int, ...]]()
         for layer in range(self.num_hidden_layers):
             row = self.layer(architecture, layer)
-            for tensor in row.expert_tensors:
+            for tensor in row.expert_matrices:
                 axes = (tensor.axes[0], *row.expert_sides(tensor))
                 name = f"{architecture.layer_path(layer)}.{tensor.name}"
                 shapes[name] = tuple(self.size(axis, units(layer)) for axis in axes)

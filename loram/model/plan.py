@@ -63,6 +63,7 @@ class PruningPlan(BaseModel):
             everything. The channels of experts are numbered through: channel c of expert e is e * (channels per
             expert) + c, and every expert that stays keeps as many of them.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
+        ratios: space name -> the ratio of its own, where it has one; `ratio` is None where each pruned space has one.
         pattern: `structured`, or the pattern of sparse layers: `unstructured`, or n:m, which keeps n of m weights.
         masks: the SHA-256 of a sparse plan's `loram_masks.safetensors`, where `model.layers.3.mlp.up_proj.mask` is
             (out_features, in_features / 8) uint8: bit j of byte i is 1 if the weight in column 8 * i + j stays.
@@ -79,7 +80,8 @@ class PruningPlan(BaseModel):
     base: BaseReference
     geometry: Geometry
     criterion: str
-    ratio: float = Field(gt=0, lt=1)
+    ratio: float | None = Field(gt=0, lt=1)
+    ratios: dict[str, float] = Field(default_factory=dict, exclude_if=lambda value: not value)
     bias_compensation: bool = False
     seed: int
     keep_first: int = Field(ge=0)
@@ -143,6 +145,7 @@ class PruningPlan(BaseModel):
     def kept_values(self) -> dict[str, int]:
         """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer."""
         shapes = {linear.path: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
+        assert self.ratio is not None
         return {path: kept_values(*shape, self.pattern, self.ratio) for path, shape in shapes.items()}
 
     def sparsity(self) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ def _expert_factor(name: str, plan: PruningPlan) -> tuple[int, dict[int, Sequenc
         return None
     layer, rest = place
     row = plan.geometry.layer(plan.architecture, layer)
-    for tensor in row.expert_tensors:
+    for tensor in row.expert_matrices:
         experts, (outputs, inputs) = tensor.axes[0], row.expert_sides(tensor)
         if rest == f"{tensor.name}.lora_A.weight":
             return layer, {0: experts, 2: inputs}

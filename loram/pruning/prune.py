@@ -77,7 +77,7 @@ def prune(
     check_prunable(checkpoint, settings)
 
     samples: list[list[int]] = []
-    if settings.reads_text:
+    if settings.reads_text(checkpoint.architecture):
         tokenizer = load_tokenizer(checkpoint)
         tokens = load_calibration(checkpoint, tokenizer, settings)
         samples = [list(ids) for ids in tokens.rows["input_ids"]]
@@ -98,7 +98,8 @@ def _prune_structured(
     shard_bytes: int,
 ) -> PruningPlan:
     """Score units, and write what stays of a layer while it is in memory; arguments as for `prune`, already checked."""
-    layers, criterion = settings.layers(checkpoint.geometry), settings.criterion
+    layers = settings.layers(checkpoint.geometry)
+    criteria, experts = settings.scored(checkpoint.architecture)
     decide = functools.partial(
         choose,
         geometry=checkpoint.geometry,
@@ -116,15 +117,17 @@ def _prune_structured(
         with ShardedWriter(staging, specs, shard_bytes) as writer:
             for layer in score_layers(
                 checkpoint,
-                [criterion],
+                criteria,
                 layers,
                 calibration=samples,
                 gather_inputs=settings.bias_compensation,
+                experts=experts,
                 seed=seed,
                 device=device,
                 scratch=staging,
             ):
-                layer_scores = {layer.index: layer.scores[criterion]} if layer.scores else {}
+                own = {**layer.scores.get(settings.criterion, {}), **layer.expert_scores}
+                layer_scores = {layer.index: own} if layer.index in layers else {}
                 scores.update(layer_scores)
                 for name, tensor in _narrowed(layer, decide(layer_scores)):
                     writer.write(name, tensor.to(specs[name].dtype))

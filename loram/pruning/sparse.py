@@ -164,7 +164,7 @@ class _Job:
                     self.inputs.get(linear.reads),
                     criterion=self.settings.criterion,
                     pattern=self.settings.pattern,
-                    ratio=self.settings.ratio,
+                    ratio=self.settings.removed_share,
                     generator=generator,
                 )
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch's types leave it out

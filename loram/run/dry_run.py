@@ -252,7 +252,7 @@ def _trained(
 
 
 def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
-    if section is None or not section.resolved().reads_text:
+    if section is None or not section.resolved().reads_text(checkpoint.architecture):
         return None
     return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)
 

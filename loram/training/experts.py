@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loram.base.errors import UserError
 from loram.model.architecture import Architecture
-from loram.model.families import EXPERT_TENSORS
+from loram.model.families import EXPERT_MATRICES
 
 if TYPE_CHECKING:
     from loram.training.options import TrainOptions
@@ -27,7 +27,7 @@ def expert_targets(given: Any, architecture: Architecture | None) -> list[str]:
         UserError: the family has no such tensor, or no experts.
     """
     names = [given] if isinstance(given, str) else given
-    known = EXPERT_TENSORS if architecture is None else [tensor.name for tensor in architecture.expert_tensors]
+    known = EXPERT_MATRICES if architecture is None else [tensor.name for tensor in architecture.expert_matrices]
     if architecture is not None and not known:
         raise UserError(f"lora: target_parameters is for experts, and {architecture.model_type} has none; leave it out")
     if not isinstance(names, Sequence) or (odd := [name for name in names if name not in (*known, ALL_EXPERTS)]):
