@@ -193,8 +193,8 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     lora = {**lora_defaults(architecture), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}
     if is_all_linear(lora["target_modules"]):
         lora["target_modules"] = list(LINEARS if architecture is None else architecture.adapter_targets)
-    if lora["target_parameters"]:
-        lora["target_parameters"] = expert_targets(lora["target_parameters"], architecture)
+    if given := lora.get("target_parameters"):
+        lora["target_parameters"] = expert_targets(given, architecture)
     trainer = {**defaults_of(SftFlags), **method.trainer, **options.trainer}
     if options.mask_update and lora["lora_dropout"]:
         raise UserError(
@@ -203,7 +203,7 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     _check_names(lora, trainer)
     _check_lora(lora, KNOWN_TARGETS if architecture is None else (*architecture.adapter_targets, architecture.head))
     check_method(options, lora)
-    if lora["target_parameters"]:
+    if lora.get("target_parameters"):
         check_expert_targets(options, lora)
     if architecture is not None:
         check_linear_targets(lora["target_modules"], architecture)
@@ -271,7 +271,7 @@ def _check_lora(lora: Mapping[str, Any], known: Sequence[str]) -> None:
     if lora.get("eva_config") is not None and initial != "eva":
         raise UserError("lora: eva_config is for init_lora_weights eva; add that, or leave it out")
     targets = lora["target_modules"]
-    if not isinstance(targets, Sequence) or isinstance(targets, str) or not (targets or lora["target_parameters"]):
+    if not isinstance(targets, Sequence) or isinstance(targets, str) or not (targets or lora.get("target_parameters")):
         raise UserError(
             f"lora: target_modules should be {ALL_LINEAR} or a list of module names, but is {targets!r}; "
             f"known are {', '.join(known)}"

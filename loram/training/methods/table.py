@@ -70,7 +70,7 @@ def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
     if options.mask_update and not method.masked:
         names = " and ".join(row.name for row in METHODS.values() if row.masked)
         raise UserError(f"mask_update: is for methods {names}, and the method is {method.name}")
-    if lora["target_parameters"] and not method.experts:
+    if lora.get("target_parameters") and not method.experts:
         names = " and ".join(row.name for row in METHODS.values() if row.experts)
         raise UserError(f"lora: target_parameters is for methods {names}, and the method is {method.name}")
     if method.in_float32 and options.lora_dtype != "float32":
