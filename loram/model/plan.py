@@ -185,6 +185,13 @@ class PruningPlan(BaseModel):
         """Return (out_features, in_features) of every linear of the pruned model, the head included, by module path."""
         return self.geometry.linear_shapes(self.architecture, self.units)
 
+    def adaptable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all that an adapter can be on: `linear_shapes`, and those of experts.
+
+        A tensor of experts goes by its name, and has the shape (experts, out_features, in_features).
+        """
+        return {**self.linear_shapes(), **self.geometry.expert_shapes(self.architecture, self.units)}
+
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
         """Return the rows or columns of a tensor that a layer keeps.
 
