@@ -338,7 +338,8 @@ class Stream:
     def _adapt_(self, index: int) -> list[RemovableHandle]:
         """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32.
 
-        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use.
+        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use. So
+        does an adapter on experts, one expert after the other.
         """
         self._factors.clear()
         handles = []
@@ -351,7 +352,17 @@ class Stream:
             handle, factors = self.adapter.add_to_(module, path, self.device)
             self._factors |= factors
             handles.append(handle)
+        self._adapt_experts_(index)
         return handles
+
+    def _adapt_experts_(self, index: int) -> None:
+        """Add the adapter's update to the layer's tensors of experts."""
+        transposed = self.architecture.experts_transposed
+        for name, tensor in self._experts(index).items():
+            if self.adapter is None or name not in self.adapter.modules:
+                continue
+            for expert, weight in enumerate(tensor.data.split(1)):  # (1, out_features, in_features)
+                weight.copy_(self.adapter.updated(name, weight, expert, transposed=transposed))
 
     @contextlib.contextmanager
     def _observed(

@@ -210,6 +210,14 @@ class PruningPlan(BaseModel):
         place = self.architecture.split(name)
         return place is not None and place[0] in self.dropped
 
+    def adaptable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all that an adapter can be on: `linear_shapes`, and those of experts.
+
+        A tensor of experts goes by its name, and has the shape (experts, out_features, in_features).
+        """
+        experts = self.geometry.expert_shapes(self.architecture, self.units)
+        return {**self.linear_shapes(), **{name: shape for name, shape in experts.items() if not self.drops(name)}}
+
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
         """Return the rows or columns of a tensor that a layer keeps.
 

@@ -136,7 +136,8 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
     inputs = sum(columns for _, columns in layer.shapes.values())
     saved, unpacked = saved_by_layer(full, layer, during), 0
     if small is not None:
-        saved, unpacked = saved + saved_by_layer(model, small, during), _unpacked(small, settings)
+        saved += saved_by_layer(model, small, during)
+        unpacked = _unpacked(small, settings)
     if settings.device == "cuda":
         saved += during.tokens * inputs * _FLOAT32
     forward = during.tokens * mlp_values(full, layer) * settings.compute_bytes

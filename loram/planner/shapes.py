@@ -29,7 +29,7 @@ class Model:
         config: the content of its config.json.
         units: how many units each narrowed layer keeps of each space; None where no layer is narrowed.
         sparse: how many values a sparse layer keeps of each linear, by its path; None where no layer is sparse.
-        narrowed: the layers that are narrowed, or sparse.
+        narrowed: the layers that are narrowed, or sparse, unless they are dropped.
         dropped: the layers that are dropped.
     """
 
@@ -39,18 +39,17 @@ class Model:
     units: Mapping[int, Units] | None = None
     sparse: Mapping[str, int] | None = None
     narrowed: Sequence[int] = ()
-    dropped: Sequence[int] = ()
+    dropped: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str, options: ResolvedPruneOptions | None = None) -> "Model":
         """Return the sizes of the model that pruning makes of another one.
 
-        Which layers are dropped depends on the weights; here they are the last ones that can be.
-
         Args:
             config: the content of the full model's config.json.
             where: what error messages call that file.
-            options: how it is pruned, or None for the full model.
+            options: how it is pruned, or None for the full model. Which layers are dropped depends on the weights; here
+                they are the last that can be.
 
         Raises:
             UserError: the family or the format of the weights is not supported, or a setting is out of range.
@@ -60,8 +59,10 @@ class Model:
         full = cls(architecture=architecture, geometry=geometry, config=config)
         if options is None:
             return full
-        dropped = options.last_droppable(geometry, architecture, config)
-        narrowed = [layer for layer in options.layers(geometry) if layer not in dropped]
+        full = replace(full, dropped=options.dropped_blindly(geometry, architecture, config))
+        if not options.narrows:
+            return full
+        narrowed = [layer for layer in options.layers(geometry) if layer not in full.dropped]
         if options.sparse:
             shapes = {linear.path: geometry.linear_shape(linear) for linear in architecture.linears}
             share = options.removed_share
@@ -73,7 +74,7 @@ class Model:
             for layer, own in spaces.items()
             if any(space.name in ratios for space in own)
         }
-        return replace(full, units=units or None, narrowed=tuple(units), dropped=dropped)
+        return replace(full, units=units, narrowed=tuple(units))
 
     @property
     def text_config(self) -> Mapping[str, Any]:

@@ -40,7 +40,7 @@ class Estimate(BaseModel):
     Args:
         model_type: the family of the model; of a wrapped model, of its text model, which alone is counted.
         wrapper: the wrapped model's own model_type; None for an ordinary model.
-        ratio, pattern: how the model is pruned; the ratio is None where it has no say.
+        ratio, pattern: how the model is pruned; the ratio is None where no layer is narrowed or sparse by it.
         ratios: space -> the ratio of its own, where it has one.
         parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
             ratio.
@@ -95,8 +95,7 @@ def estimate(
 
     Args:
         config: a config.json, a folder that has one, a hub id, or the parsed content.
-        options: how to prune and to train; without a ratio, n:m or layers to drop, the full model is
-            trained.
+        options: how to prune and to train; without a ratio, n:m or layers to drop, the full model is trained.
         fields: single options by name, over `options`: `ratio=0.85`, `lora_r=16`. They are the flags of
             `loram estimate`, which says what they mean.
 
@@ -145,7 +144,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         parameter_reduction=full.parameters / model.parameters,
         active_parameters=full.active_parameters,
         pruned_active_parameters=model.active_parameters,
-        pruned_layers=len(model.narrowed),
+        pruned_layers=len(model.narrowed_layers),
         dropped_layers=len(model.dropped),
         units=_units(model),
         adapter_parameters=sum(trained(model, settings)),

@@ -46,7 +46,7 @@ def blank_plan(
             layers={},
         )
     if dropped is None:
-        dropped = options.last_droppable(geometry, checkpoint.architecture, checkpoint.config)
+        dropped = options.dropped_blindly(geometry, checkpoint.architecture, checkpoint.config)
     scores = {
         layer: {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.rows_by_layer[layer].spaces}
         for layer in options.layers(geometry)

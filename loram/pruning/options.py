@@ -208,11 +208,18 @@ class ResolvedPruneOptions(PruneOptions):
             raise UserError(f"drop_layers {self.drop_layers}: leaves no layer to narrow; leave the ratio out")
         return droppable_layers(geometry, architecture, config, layers, self.drop_layers)
 
-    def last_droppable(
+    def dropped_blindly(
         self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]
     ) -> tuple[int, ...]:
-        """Return the last `drop_layers` layers that can be dropped, where which ones makes no difference."""
-        layers = self.droppable(geometry, architecture, config)
+        """Return as many layers as are dropped, the last that can be; which ones they are depends on the weights.
+
+        Args:
+            geometry, architecture, config: as for `check_fits`.
+
+        Raises:
+            UserError: as `droppable`.
+        """
+        layers = self.droppable(geometry, architecture, config) if self.drop_layers else []
         return tuple(layers[len(layers) - self.drop_layers :])
 
     @property

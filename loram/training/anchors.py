@@ -226,14 +226,14 @@ def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
 def _parts(model: nn.Module, plan: PruningPlan) -> list[nn.Module]:
     """Return what is compared of the full and the pruned model: the blocks of layer after layer.
 
-    These are attention or another mixer, and MLP. A layer that the plan drops is one block as a whole: the pruned
+    These are attention or another mixer, and the MLP. A layer that the plan drops is one block as a whole: the pruned
     model's identity there has no parts.
     """
     parts: list[nn.Module] = []
     for index, layer in enumerate(cast(nn.ModuleList, model.get_submodule(plan.architecture.layers_path))):
-        children = dict(layer.named_children())
-        blocks = [children[path] for path in plan.architecture.blocks if path in children]
-        parts += [layer] if index in plan.dropped else blocks
+        blocks = dict(layer.named_children())
+        own = [blocks[path] for path in plan.architecture.blocks if path in blocks and index not in plan.dropped]
+        parts += own or [layer]
     return parts
 
 
