@@ -17,7 +17,7 @@ import loram
 from loram.compute.loading import load_model
 from loram.disk import packed
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.tensorfile import StoredTensor, TensorFile
+from loram.disk.tensorfile import StoredTensor, TensorFile, TensorSpec
 from loram.model.packing import Packing
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -124,6 +124,21 @@ def test_weights_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) ->
     assert same(shown(tmp_path), theirs)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert torch.equal(Checkpoint(tmp_path).tensor(name, 1, 2), theirs[name][1:2])
+
+
+def test_the_fingerprint_of_mxfp4_is_of_what_is_stored(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name, fingerprints = "model.layers.0.mlp.experts.down_proj", set()
+    for expert in (0, 1):
+        blocks, scales = torch.zeros(2, 4, 3, 16, dtype=torch.uint8), torch.full((2, 4, 3), 127, dtype=torch.uint8)
+        scales[expert, 2, 1] = 128
+        save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, tmp_path / "model.safetensors")
+        checkpoint = Checkpoint(tmp_path)
+        assert checkpoint.names() == [name]
+        assert checkpoint.spec(name) == TensorSpec(dtype=torch.bfloat16, shape=(2, 96, 4))
+        fingerprints.add(checkpoint.fingerprint)
+    assert len(fingerprints) == 2
 
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None, torch.dtype]] = {
