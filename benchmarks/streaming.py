@@ -111,13 +111,14 @@ def time_compute(model: Path, pruned: Path, layers: int) -> dict[str, float]:
     from loram.disk.checkpoint import Checkpoint
     from loram.model.plan import PruningPlan
     from loram.model.resize import narrow
+    from loram.pruning.criteria import ExpertRules
     from loram.pruning.score import _Tally
 
     checkpoint, plan = Checkpoint(model), PruningPlan.load(pruned)
     layer = min(plan.layers)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names() if f".layers.{layer}." in name}
     started = time.monotonic()
-    _Tally(checkpoint, ["magnitude"], [layer], 0).finished(layer, tensors)
+    _Tally(checkpoint, ["magnitude"], [layer], ExpertRules(), 0).finished(layer, tensors)
     for name, tensor in tensors.items():
         narrow(name, tensor, plan)
     scoring = (time.monotonic() - started) * layers

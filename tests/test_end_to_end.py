@@ -22,7 +22,7 @@ from loram.compute.streaming import Stream
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.gguf import convert_gguf
-from loram.model.families import LLAMA
+from loram.model.dense import LLAMA
 from loram.model.plan import PruningPlan
 from loram.pruning.options import PruneOptions
 from loram.pruning.prune import load_calibration

@@ -32,7 +32,11 @@ from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Architecture, Linear
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
+ExpertsObserver = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor], None]
+Observers = tuple[Observer | None, ExpertsObserver | None]
+LayerObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
+Of = Literal["weights", "weights and experts", "factors"]
 OnGradient = Callable[[str, Tensor, Tensor], None]
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -143,6 +147,8 @@ class Stream:
         observe: Observer | None = None,
         keep_from: int | None = None,
         edit: Editor | None = None,
+        observe_experts: ExpertsObserver | None = None,
+        observe_layer: LayerObserver | None = None,
     ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, and yield each layer when they have passed it.
 
@@ -153,43 +159,56 @@ class Stream:
             keep_from: keep the inputs of this layer and of those above it, for `backward`.
             edit: called with each layer once it has been observed. It may change the layer's weights in place: the
                 micro-batches then pass the layer a second time, and the next layer sees what comes out of that.
+            observe_experts: called for every layer with experts and every micro-batch, with the layer's index, the
+                module that holds the experts, and, flattened to (tokens, ...): the hidden states that it reads, the
+                numbers and the weights of each token's experts, (tokens, k) both, and where tokens are text, bool.
+            observe_layer: called for every decoder layer and every micro-batch, with the layer's index, its inputs and
+                outputs, (rows, width, hidden) each, and where these are text, as `observe`.
         """
+        observers = (observe, observe_experts)
         current = self._embed()
         for layer in self._resident(range(len(self._layers)), "Layers, forward"):
             keep = keep_from is not None and layer.index >= keep_from
             outputs = self._room() if keep else current
             if edit is not None:
-                self._pass(layer.index, current, None, observe)
+                self._pass(layer.index, current, None, observers)
                 edit(layer)
-            self._pass(layer.index, current, outputs, None if edit else observe)
+            self._pass(layer.index, current, outputs, (None, None) if edit else observers, observe_layer)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
 
-    def _pass(self, index: int, inputs: Activations, outputs: Activations | None, observe: Observer | None) -> None:
+    def _pass(
+        self,
+        index: int,
+        inputs: Activations,
+        outputs: Activations | None,
+        observers: Observers,
+        observe_layer: LayerObserver | None = None,
+    ) -> None:
         """Send all micro-batches through one layer."""
         for number, batch in enumerate(self.batches):
             before = inputs[number].to(self.device)  # (rows, width, hidden)
-            with torch.no_grad(), self._observed(index, batch, observe):
+            with torch.no_grad(), self._observed(index, batch, *observers):
                 after = self._call(index, batch, before)
+            if observe_layer is not None:
+                observe_layer(index, before, after, batch.real.to(self.device))
             if outputs is not None:
                 outputs[number] = after
 
-    def backward(
-        self, down_to: int, on_gradient: OnGradient | None, *, of: Literal["weights", "factors"] = "weights"
-    ) -> Iterator[ResidentLayer]:
+    def backward(self, down_to: int, on_gradient: OnGradient | None, *, of: Of = "weights") -> Iterator[ResidentLayer]:
         """Walk down from the loss, the mean over all wanted tokens, and yield each layer when its gradients are done.
 
         The gradients are those of the whole model (reverse mode; each layer is computed again from its kept inputs),
-        by the weights of the decoder layers' linears or by the adapter's factors on them. Sets `loss`, in nats per
+        by the weights of the decoder layers' linears and experts or by the adapter's factors. Sets `loss`, in nats per
         token.
 
         Args:
             down_to: the last layer to visit; `forward` must have kept the inputs from this layer on.
             on_gradient: called once for every weight with its full name, the weight and its gradient, which have one
                 shape; the gradient's memory is freed after the call. None: only pass gradients from layer to layer.
-            of: what to differentiate by; factors go by PEFT's names.
+            of: what to differentiate by; factors go by PEFT's names. `weights` are those of linears.
         """
         assert self._final is not None, "forward has not come to its end"
         head, gradients = self._head(), self._room()
@@ -226,7 +245,7 @@ class Stream:
         path = self.architecture.final_norm_path
         norm = self.model.get_submodule(path)
         weights = {name: self.checkpoint.tensor(f"{path}.{name}") for name, _ in norm.named_parameters()}
-        _fill_(norm, weights, self.device, self.dtype)
+        _fill_(norm, weights, self.device)
         return Head(
             self.checkpoint,
             norm,
@@ -286,9 +305,9 @@ class Stream:
         with contextlib.closing(loads):
             for index in track(indices, description):
                 layer, weights = self._layers[index], next(loads)
-                _fill_(layer, weights, self.device, self.dtype)
+                _fill_(layer, weights, self.device)
                 prefix = self.architecture.layer_path(index)
-                tensors = {f"{prefix}.{name}": weight.data for name, weight in layer.named_parameters()}
+                tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
                 handles = self._adapt_(index)
                 yield ResidentLayer(index=index, tensors=tensors)
                 tensors.clear()  # else whoever still holds the layer would hold its weights while the next is read
@@ -298,8 +317,7 @@ class Stream:
 
     def _read(self, index: int) -> dict[str, Tensor]:
         prefix = self.architecture.layer_path(index)
-        names = [name for name, _ in self._layers[index].named_parameters()]
-        return {name: self.checkpoint.tensor(f"{prefix}.{name}") for name in names}
+        return {name: self.checkpoint.tensor(f"{prefix}.{name}") for name in self._layers[index].state_dict()}
 
     def _linears(self, index: int) -> Iterator[tuple[str, nn.Linear]]:
         """Yield (full path, module) of every linear of a layer."""
@@ -308,10 +326,20 @@ class Stream:
         for linear in linears:
             yield f"{prefix}.{linear.path}", cast(nn.Linear, self._layers[index].get_submodule(linear.path))
 
+    def _experts(self, index: int) -> dict[str, nn.Parameter]:
+        """Return the 3-D tensors of a layer's experts by their full names; none where it has no experts."""
+        row, prefix = self.checkpoint.rows_by_layer[index], self.architecture.layer_path(index)
+        if row.experts is None:
+            return {}
+        path = row.experts.path
+        parameters = self._layers[index].get_submodule(path).named_parameters()
+        return {f"{prefix}.{path}.{name}": parameter for name, parameter in parameters}
+
     def _adapt_(self, index: int) -> list[RemovableHandle]:
         """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32.
 
-        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use.
+        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use. So
+        does an adapter on experts, one expert after the other.
         """
         self._factors.clear()
         handles = []
@@ -324,30 +352,48 @@ class Stream:
             handle, factors = self.adapter.add_to_(module, path, self.device)
             self._factors |= factors
             handles.append(handle)
+        self._adapt_experts_(index)
         return handles
 
+    def _adapt_experts_(self, index: int) -> None:
+        """Add the adapter's update to the layer's tensors of experts."""
+        transposed = self.architecture.experts_transposed
+        for name, tensor in self._experts(index).items():
+            if self.adapter is None or name not in self.adapter.modules:
+                continue
+            for expert, weight in enumerate(tensor.data.split(1)):  # (1, out_features, in_features)
+                weight.copy_(self.adapter.updated(name, weight, expert, transposed=transposed))
+
     @contextlib.contextmanager
-    def _observed(self, index: int, batch: Batch, observe: Observer | None) -> Iterator[None]:
-        """Call `observe` for each linear of a layer while a micro-batch passes."""
-        if observe is None:
-            yield
-            return
-        real = batch.real.to(self.device)
+    def _observed(
+        self, index: int, batch: Batch, observe: Observer | None, observe_experts: ExpertsObserver | None
+    ) -> Iterator[None]:
+        """Call the observers for each linear of a layer, and for its experts, while a micro-batch passes."""
+        real, handles = batch.real.to(self.device), []
 
-        def hook(_: nn.Module, args: Any, output: Tensor, name: str) -> None:
-            observe(name, args[0], output, real)
+        def see_linear(_: nn.Module, args: Any, output: Tensor, name: str) -> None:
+            assert observe is not None
+            inputs, outputs = (tensor.reshape(*real.shape, -1) for tensor in (args[0], output))  # experts flatten them
+            observe(name, inputs, outputs, real)
 
-        handles = [
-            module.register_forward_hook(functools.partial(hook, name=f"{path}.weight"))
-            for path, module in self._linears(index)
-        ]
+        def see_experts(module: nn.Module, args: Any) -> None:
+            assert observe_experts is not None
+            hidden, numbers, weights = (tensor.reshape(real.numel(), -1) for tensor in args)
+            observe_experts(index, module, hidden, numbers, weights, real.flatten())
+
+        if observe is not None:
+            for path, linear in self._linears(index):
+                handles.append(linear.register_forward_hook(functools.partial(see_linear, name=f"{path}.weight")))
+        if observe_experts is not None and (experts := self.checkpoint.rows_by_layer[index].experts) is not None:
+            module = self._layers[index].get_submodule(experts.path)
+            handles.append(module.register_forward_pre_hook(see_experts))
         yield
         for handle in handles:
             handle.remove()
 
     @contextlib.contextmanager
     def _differentiated(
-        self, layer: ResidentLayer, on_gradient: OnGradient | None, of: Literal["weights", "factors"]
+        self, layer: ResidentLayer, on_gradient: OnGradient | None, of: Of
     ) -> Iterator[dict[str, bool]]:
         """Collect gradients; each is handed over, and freed, when the last micro-batch is through."""
         state = {"last": False}
@@ -362,8 +408,10 @@ class Stream:
                 weight.grad = None
 
         wanted = self._factors
-        if of == "weights":
+        if of != "factors":
             wanted = {f"{path}.weight": module.weight for path, module in self._linears(layer.index)}
+        if of == "weights and experts":
+            wanted |= self._experts(layer.index)
         handles = []
         for name, tensor in wanted.items():
             tensor.requires_grad_()
@@ -380,12 +428,16 @@ def after_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> RemovableH
     return register(call)
 
 
-def _fill_(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Give an empty module its weights; each is dropped from `tensors` as it is converted."""
+def _fill_(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Give an empty module its weights and buffers; each is dropped from `tensors` as it is converted.
+
+    Their dtypes are those of the module: some families keep their routers in float32, whatever the others compute in.
+    """
     for name in list(tensors):
         owner, _, leaf = name.rpartition(".")
         parent, tensor = module.get_submodule(owner), tensors.pop(name)
-        expected = parent.get_parameter(leaf).shape
-        if tensor.shape != expected:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {tuple(expected)}")
-        setattr(parent, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        old: Tensor = getattr(parent, leaf)
+        if tensor.shape != old.shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {tuple(old.shape)}")
+        tensor = tensor.to(device, old.dtype)
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)

@@ -16,13 +16,14 @@ from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
 from loram.disk.files import CHAT_TEMPLATE, copy_side_files, read_json, refuse_pointer, side_files
 from loram.disk.packed import PackedTensor, dense_dtype, unpacked
+from loram.disk.stacked import Stack, StackedTensor, names_in_model
 from loram.disk.tensorfile import StoredTensor, TensorFile, TensorSpec
 from loram.model.architecture import Architecture
-from loram.model.families import family_of, is_pruned
+from loram.model.families import ARCHITECTURES, family_of, is_pruned
 from loram.model.geometry import Geometry
 from loram.model.modeling_loram import dense, unpack
 from loram.model.packing import dense_config, packing_of
-from loram.model.wrappers import wrapper_of
+from loram.model.wrappers import Wrapper, wrapper_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,12 +38,13 @@ class Checkpoint:
     A sparse folder shows dense weights, which are made from its values and masks when they are read. Weights in FP8 and
     MXFP4 are shown dense too, in the dtype that config.json says, and the config without its quantization_config. A
     wrapped model shows its text model alone, with the config and the names of an ordinary causal language model.
+    Experts are shown as transformers' 3-D tensors, also where the files have one tensor per expert.
 
     Args:
         folder: the model's folder.
         name: what the user calls the model: its hub id or absolute path.
         stored: show a sparse folder's tensors as they are stored: values and masks.
-        whole: show all of a wrapped model, as it is stored: every tensor under its name in the files.
+        whole: show the files as they are: every tensor under its own name, towers and single experts too.
         packed: show weights in FP8 and MXFP4 as they are stored: values and scales.
         chat_template: the text of a chat template that takes the place of the folder's own.
 
@@ -72,18 +74,27 @@ class Checkpoint:
         self.packing = None if packed else packing_of(config, str(folder / "config.json"))
         self._whole_config = dense_config(config) if self.packing else config
         self.wrapper = None if whole else wrapper_of(self._whole_config)
+        self._stored, self._whole = stored, whole
         files = self._read_index()
-        tensors = {name: StoredTensor(file=self._open(shard), name=name) for name, shard in files.items()}
-        self._tensors: Mapping[str, StoredTensor | PackedTensor] = tensors
+        in_files = {name: StoredTensor(file=self._open(shard), name=name) for name, shard in files.items()}
+        tensors: Mapping[str, StoredTensor | PackedTensor] = in_files
         if self.packing:
-            self._tensors = unpacked(tensors, self.packing, dense_dtype(config))
-            files = {name: files[tensor.name] for name, tensor in self._tensors.items()}
-        self._in_files = self._names_in_files(files)
-        self.towers = files.keys() - self._in_files.values()  # what a wrapped model has beside its text model
-        self.index = {name: files[stored] for name, stored in self._in_files.items()}
+            tensors = unpacked(in_files, self.packing, dense_dtype(config))
+        self._in_files, stacks = self._names_in_files(tensors)
+        self._stacks = {
+            name: StackedTensor([[tensors[part] for part in parts] for parts in stack], f"{folder}: {name}")
+            for name, stack in stacks.items()
+        }
+        self._tensors: Mapping[str, StoredTensor | PackedTensor | StackedTensor] = {
+            **{name: tensors[stored] for name, stored in self._in_files.items()},
+            **self._stacks,
+        }
+        shown = {part for stack in stacks.values() for parts in stack for part in parts} | {*self._in_files.values()}
+        self.beside = tensors.keys() - shown  # a wrapped model's towers, and what a model does not use
+        self.index = {name: files[tensor.name] for name, tensor in self._tensors.items()}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
-        self.sparse, self._stored, self._whole = bool(masks), stored, whole
+        self.sparse = bool(masks)
         find_manifest(folder)  # a folder of ours says what should be in it
 
     def _read_index(self) -> dict[str, str]:
@@ -105,13 +116,24 @@ class Checkpoint:
                 raise UserError(f"{self.folder / INDEX}: says {name} is in {shard}, but it is not there")
         return index
 
-    def _names_in_files(self, files: Iterable[str]) -> dict[str, str]:
-        """Return the name in the files of each tensor that is shown, by the name that it is shown with."""
-        if self.wrapper is None:
-            return {name: name for name in files}
+    def _names_in_files(self, files: Iterable[str]) -> tuple[dict[str, str], dict[str, Stack]]:
+        """Return the names in the files of each tensor that is shown, or of its parts, by the name it is shown with."""
+        if self._whole:
+            return {name: name for name in files}, {}
+        names = {name: name for name in files} if self.wrapper is None else self._unwrapped(self.wrapper, files)
+        row = ARCHITECTURES.get(str(self.config.get("model_type")))  # pruned folders have the names of the model
+        used = [own for own in names if row is None or not row.leaves_unused(own, self.config)]
+        single, stacks = names_in_model(used, row, self.folder)
+        in_files = {name: names[own] for name, own in single.items()}
+        return in_files, {
+            name: tuple(tuple(names[part] for part in parts) for parts in stack) for name, stack in stacks.items()
+        }
+
+    def _unwrapped(self, wrapper: Wrapper, files: Iterable[str]) -> dict[str, str]:
+        """Return the names in the files of a wrapped model's text model, by its own names."""
         names: dict[str, str] = {}
         for stored in files:
-            if (own := self.wrapper.unwrapped(stored)) is None:
+            if (own := wrapper.unwrapped(stored)) is None:
                 continue
             if own in names:
                 raise UserError(
@@ -162,10 +184,13 @@ class Checkpoint:
 
     @cached_property
     def rows_by_layer(self) -> list[Architecture]:
-        """The family's row as each decoder layer has it."""
-        kinds = self.architecture.layer_kinds(self.config)
-        layers = self.architecture.text_config(self.config)["num_hidden_layers"]
-        return [self.architecture.of_kind(kinds[layer] if kinds else None) for layer in range(layers)]
+        """The family's row as each decoder layer has it; a layer that was dropped has no parts."""
+        row, dropped = self.architecture, self.config.get("dropped_layers", ())
+        kinds, layers = row.layer_kinds(self.config), row.text_config(self.config)["num_hidden_layers"]
+        return [
+            row.of_kind(kinds[layer] if kinds else None) if layer not in dropped else row.without_parts
+            for layer in range(layers)
+        ]
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -185,7 +210,9 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         """Return whether the head shares the embedding's weight."""
-        return self.architecture.head_weight not in self.index or bool(self.config.get("tie_word_embeddings"))
+        return self.architecture.head_weight not in self.index or any(
+            self.config.get(key) for key in self.architecture.tied_keys
+        )
 
     @property
     def stored(self) -> "Checkpoint":
@@ -194,16 +221,16 @@ class Checkpoint:
 
     @property
     def whole(self) -> "Checkpoint":
-        """A view of the same folder that has a wrapped model's towers too, and the names and config of the files."""
-        if self.wrapper is None:
-            return self
-        return Checkpoint(self.folder, self.name, whole=True, chat_template=self.chat_template)
+        """A view of the same folder that has the tensors, names and config of the files: towers, single experts."""
+        return Checkpoint(self.folder, self.name, stored=self._stored, whole=True, chat_template=self.chat_template)
 
     @property
     def untied_config(self) -> dict[str, Any]:
         """The content of config.json once the head has a weight of its own."""
-        config = self._whole_config
-        return {**config, "tie_word_embeddings": False} if self.wrapper is None else self.wrapper.untied(config)
+        if self.wrapper is not None:
+            return self.wrapper.untied(self._whole_config)
+        keys = self.architecture.tied_keys
+        return {**self._whole_config, **dict.fromkeys(keys, False)}
 
     def name_in_files(self, name: str) -> str:
         """Return the name that a tensor has in the files, which for a wrapped model is another one.
@@ -213,12 +240,21 @@ class Checkpoint:
         new = name if self.wrapper is None else self.wrapper.outside(name)
         return self._in_files.get(name, new)
 
+    def experts_in_files(self, name: str) -> Iterator[tuple[str, int, int]]:
+        """Yield (name in the files, expert, first row) of each part of a 3-D tensor that files hold by experts.
+
+        Nothing is yielded for a tensor that files hold as it is.
+        """
+        if name in self._stacks:
+            yield from self._stacks[name].places()
+
     def copy_side_files(self, out: Path) -> None:
         """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen.
 
         With the whole of a wrapped model, the files about its towers' inputs are copied too.
         """
-        copy_side_files(self.folder, out, processors=self._whole)
+        wrapped = wrapper_of(self._whole_config) is not None
+        copy_side_files(self.folder, out, processors=self._whole and wrapped)
         if self.chat_template is not None:
             (out / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
@@ -256,7 +292,7 @@ class Checkpoint:
         """
         if name not in self.index:
             raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
-        spec = self._tensors[self._in_files[name]].spec
+        spec = self._tensors[name].spec
         if (mask := self._mask_of(name)) is None:
             return spec
         rows, columns = self.spec(mask).shape
@@ -280,8 +316,7 @@ class Checkpoint:
         """Return how many values all tensors hold together; a tied head counts once."""
         left_out = {*self._masks.values(), *filter(_COMPUTED.search, self.index)}
         again = {self.architecture.head_weight} if self.tied else set()
-        names = self.index.keys() - left_out - again
-        return sum(math.prod(self._tensors[self._in_files[name]].spec.shape) for name in names)
+        return sum(math.prod(self._tensors[name].spec.shape) for name in self.index.keys() - left_out - again)
 
     @property
     def head(self) -> str:
@@ -299,7 +334,7 @@ class Checkpoint:
             UserError: the model has no such tensor.
         """
         self.spec(name)
-        stored = self._tensors[self._in_files[name]]
+        stored = self._tensors[name]
         if (mask := self._mask_of(name)) is None:
             return stored.read(start, stop)
         bits = unpack(self.tensor(mask))
@@ -312,7 +347,7 @@ class Checkpoint:
         """Yield a tensor in pieces of about 64 MB: (index of the first row, the rows)."""
         spec = self.spec(name)
         if self._mask_of(name) is None:
-            return self._tensors[self._in_files[name]].blocks()
+            return self._tensors[name].blocks()
         rows = max(1, BLOCK_BYTES // spec.row_bytes)
         return ((row, self.tensor(name, row, row + rows)) for row in range(0, spec.shape[0], rows))
 

@@ -89,11 +89,18 @@ def write_trained(out: Path, base: Checkpoint, trained: Path | None, *, frozen: 
         frozen: the names of the weights that did not train.
     """
     source, base = None if trained is None else Checkpoint(trained).stored, base.stored
-    whole, trains = base.whole, {base.name_in_files(name): name for name in base.names() if name not in frozen}
+    whole, names = base.whole, [name for name in base.names() if name not in frozen]
+    trains = {base.name_in_files(name): name for name in names}
+    experts = {part: (name, expert, row) for name in names for part, expert, row in base.experts_in_files(name)}
     masks = {name: file for name, file in base.index.items() if file == MASKS_NAME}  # as they were
     specs = {name: whole.spec(name) for name in whole.names() if name not in masks}
     with ShardedWriter(out, specs, beside=masks) as writer:
         for name in track(list(specs), "Writing"):
+            if source is not None and name in experts:
+                stack, expert, row = experts[name]
+                (trained_expert,) = source.tensor(stack, expert, expert + 1)  # (rows, columns), gate and up together
+                writer.write(name, trained_expert[row : row + specs[name].shape[0]].to(specs[name].dtype))
+                continue
             if source is None or name not in trains:
                 writer.copy(name, whole)
                 continue

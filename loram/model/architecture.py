@@ -2,9 +2,10 @@
 
 Four words recur in the whole project:
 
-- A *unit* is the smallest thing that structured pruning removes: an MLP channel, or a key-value head together with all
-  query heads that read it (a *group*).
-- A *space* is a dimension of a decoder layer that can lose units: `kv_groups` or `channels`.
+- A *unit* is the smallest thing that structured pruning removes: an MLP channel, a key-value head together with all
+  query heads that read it (a *group*), an expert, or a channel of one expert.
+- A *space* is a dimension of a decoder layer that can lose units: `kv_groups`, `channels`, and in a mixture of experts
+  `experts` and `expert_channels`.
 - A *segment* is a run of neighbouring rows or columns that mean one thing. Most linears have one segment per side; a
   fused `qkv_proj` has three segments of rows: queries, keys, values.
 - A *path* is the name of a module inside its decoder layer, such as `mlp.up_proj`.
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-Unit = Literal["channel", "head", "group", "hidden"]
-Reads = Literal["layer", "attention", "mlp", "channels"]
+Unit = Literal["channel", "pair", "head", "group", "gated_group", "query", "hidden", "shared"]
+MixerUnit = Literal["mixer_keys", "mixer_values", "mixer_heads", "mixer_head", "kernel"]
+Reads = Literal["layer", "attention", "mixer", "mlp", "channels", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,22 @@ class Space:
         size: the `Geometry` field that holds how many units a full layer has.
         config_keys: the keys of transformers' config that are smaller in a narrowed layer, in proportion to its units.
         rounding: whether a number of kept units that is not whole is rounded `up` or `down`.
+        multiple: what the number of kept units is a multiple of, after rounding.
+        within: the space each of whose units has `size` units of this one: an expert has channels of its own. Every
+            unit that stays of that space keeps as many of this one.
+        least: the `Geometry` field that holds how many units have to stay; None is one unit.
+        attributes: the names under which the modules that hold these units keep their number (of a space that is
+            `within` another: the number in each unit of that).
     """
 
     name: str
     size: str
-    config_keys: tuple[str, ...]
+    config_keys: tuple[str, ...] = ()
     rounding: Literal["up", "down"]
+    multiple: int = 1
+    within: "Space | None" = None
+    least: str | None = None
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +55,25 @@ class Segment:
 
     Args:
         name: what they are; segments that differ only in their name (keys and values) are pruned alike.
-        unit: what one unit owns: a `channel` is 1 row, a `head` is `head_dim` rows, a `group` is the rows of all query
-            heads of one key-value head, and `hidden` is `hidden_size` rows.
+        unit: what one unit owns: a `channel` is 1 row, a `pair` is the 2 rows of a channel whose gate and up are
+            neighbours, a `head` is `head_dim` rows, a `group` is the rows of all query heads of one key-value head, and
+            a `gated_group` twice as many, since each head has a gate behind its queries; `hidden` is `hidden_size`
+            rows, `shared` is one row per channel of the experts that every token passes, and `query` is one row per
+            query head of one key-value head. In a layer that mixes tokens by a state or a convolution, and not by
+            attention, `mixer_keys` and `mixer_values` are the rows of all its key heads and of all its value heads,
+            `mixer_heads` is one row per value head, `mixer_head` is the rows of one value head, and `kernel` is one row
+            per token that its convolution sees.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 
     name: str
-    unit: Unit
+    unit: Unit | MixerUnit
     space: Space | None = None
 
 
 HIDDEN = Segment(name="hidden", unit="hidden")
+ONE = Segment(name="one", unit="channel")
+SHARED = Segment(name="shared", unit="shared")
 ONE_HEAD = Segment(name="one head", unit="head")
 
 
@@ -63,11 +83,13 @@ class Linear:
 
     Args:
         path: the module's path inside the layer.
-        reads: which input it gets: the `layer`'s normed hidden states, what `attention` gives, the `mlp`'s normed
-            hidden states, or the MLP's `channels`. Linears that read the same see the same tensor.
+        reads: which input it gets: the `layer`'s normed hidden states, what `attention` or another `mixer` of tokens
+            gives, the `mlp`'s normed hidden states, the MLP's `channels`, or those of the `shared` experts. Linears
+            that read the same see the same tensor.
         rows: the segments of its outputs: rows of the weight, bias and lora_B.
         columns: the segments of its inputs: columns of the weight and lora_A.
         kinds: the kinds of layers that have it; empty where every layer does.
+        adapted: whether it gets an adapter where nobody says which linears should.
     """
 
     path: str
@@ -75,6 +97,7 @@ class Linear:
     rows: tuple[Segment, ...] = (HIDDEN,)
     columns: tuple[Segment, ...] = (HIDDEN,)
     kinds: tuple[str, ...] = ()
+    adapted: bool = True
 
     @property
     def name(self) -> str:
@@ -85,6 +108,11 @@ class Linear:
     def sides(self) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
         """The segments by axis of the weight: rows at 0, columns at 1."""
         return self.rows, self.columns
+
+    @property
+    def has_units(self) -> bool:
+        """Return whether pruning can make it smaller."""
+        return any(segment.space is not None for side in self.sides for segment in side)
 
     @property
     def consumes_units(self) -> bool:
@@ -109,10 +137,11 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts.
+    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts; buffers too.
 
     Args:
-        name: the tensor's name inside the layer.
+        name: the tensor's name inside the layer. One that ends with `.bias` is there only where the row's `biases` say
+            that its module has a bias.
         axes: the segments of each of its dimensions.
         kinds: the kinds of layers that have it; empty where every layer does.
     """
@@ -120,6 +149,30 @@ class Parameter:
     name: str
     axes: tuple[tuple[Segment, ...], ...]
     kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts of a layer, of which a router sends each token to a few.
+
+    Args:
+        path: the path of the module inside the layer that holds them all as 3-D tensors. It is called with the hidden
+            states, (tokens, hidden), and the numbers and the weights of each token's experts, (tokens, k) both.
+        router: the name of the router's weight inside the layer, (experts, hidden).
+        in_files: a tensor's name inside the layer -> the names of its parts in checkpoints that have one tensor per
+            expert, where {} stands for the expert's number. Parts are joined along their rows, and experts are stacked.
+        renamed: the beginning of a name inside the layer in such checkpoints -> what it is in the model.
+        transposed: whether its tensors are (experts, inputs, outputs), and not (experts, outputs, inputs).
+        groups: the key of config.json with the number of groups that the router first chooses among, each of which has
+            as many experts; 1 where config.json leaves it out.
+    """
+
+    path: str
+    router: str
+    in_files: Mapping[str, tuple[str, ...]]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    groups: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,14 +252,24 @@ class Architecture:
         linears: the linears of a decoder layer, those of attention first, each of them before what it feeds.
         norms: the norms of a decoder layer.
         parameters: the other tensors of a decoder layer.
-        blocks: the modules of a decoder layer whose outputs are added to the hidden states.
-        kinds_key: the key of config.json that lists a kind per layer, where layers differ in what they have.
-        biases: a switch of config.json -> the paths of the linears that it gives a bias; `always` is no switch.
+        blocks: the modules of a decoder layer whose outputs are added to the hidden states; a layer has those of them
+            that its kind has.
+        kinds: the content of a text model's config.json -> the kind of every layer, where layers differ in what they
+            have. A kind is one word, or several with spaces between them; a part is of a kind if it names one of these.
+        sizes: the content of a text model's config.json -> fields of `Geometry` that are under other keys there, or
+            that have a default.
+        experts: the experts of its layers, where it has some.
+        recurrent: whether some layers pass a state, or what a convolution sees, from each token to the next, so that
+            rows of text cannot be put together into one.
+        unused: how the names of tensors begin that files may hold and the model has not, such as a layer that predicts
+            the token after the next; {} stands for the number of layers.
+        biases: a switch of config.json -> the paths of the modules that it gives a bias; `always` is no switch.
         on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
             num_attention_heads, which is also what a null in config.json means.
         head_dim: transformers' default where config.json leaves it out; None is hidden_size / num_attention_heads.
         tied: transformers' default of tie_word_embeddings where config.json leaves it out.
+        tied_keys: the keys of config.json that say whether the head is tied; the first that is there counts.
         windows: its sliding windows.
         attention_softcap: the softcap of attention scores. transformers computes all attention weights of such a
             family itself, since its fused kernels know no softcap.
@@ -237,12 +300,17 @@ class Architecture:
     blocks: tuple[str, ...]
     parameters: tuple[Parameter, ...] = ()
     config_key: str | None = None
-    kinds_key: str | None = None
+    kinds: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    experts: Experts | None = None
+    recurrent: bool = False
+    unused: tuple[str, ...] = ()
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_by_default: tuple[str, ...] = ()
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
+    tied_keys: tuple[str, ...] = ("tie_word_embeddings",)
     windows: Windows | None = None
     attention_softcap: Softcap | None = None
     logit_softcap: Softcap | None = None
@@ -297,16 +365,54 @@ class Architecture:
         tails = "|".join(re.escape(".".join(parts[start:])) for start in range(len(parts)))
         return re.compile(rf"(?:(?:.*\.)?{re.escape(self.layers_path)}|{tails})\.(?P<layer>\d+)\.(?P<rest>.+)")
 
+    def leaves_unused(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether the model has no tensor of this name, although files may hold it."""
+        layers = self.text_config(config).get("num_hidden_layers")
+        return name.startswith(tuple(prefix.format(layers) for prefix in self.unused))
+
     @cached_property
-    def spaces(self) -> tuple[Space, ...]:
-        """Return what can be pruned in a decoder layer, in the order in which the linears name it."""
+    def linear_spaces(self) -> tuple[Space, ...]:
+        """Return what can be pruned of a decoder layer's linears, in the order in which they name it."""
         segments = [segment for linear in self.linears for side in linear.sides for segment in side]
         return tuple(dict.fromkeys(segment.space for segment in segments if segment.space is not None))
+
+    @cached_property
+    def spaces(self) -> tuple[Space, ...]:
+        """Return what can be pruned in a decoder layer: what its linears name, and then what only parameters name."""
+        segments = [segment for parameter in self.parameters for axis in parameter.axes for segment in axis]
+        others = (segment.space for segment in segments if segment.space is not None)
+        return tuple(dict.fromkeys((*self.linear_spaces, *others)))
+
+    @cached_property
+    def expert_tensors(self) -> tuple[Parameter, ...]:
+        """Return the tensors that hold the experts; not the router."""
+        path = None if self.experts is None else f"{self.experts.path}."
+        return tuple(part for part in self.parameters if path is not None and part.name.startswith(path))
+
+    @cached_property
+    def expert_matrices(self) -> tuple[Parameter, ...]:
+        """Return the 3-D tensors among them, which an adapter can be on, in the order of their module."""
+        return tuple(part for part in self.expert_tensors if len(part.axes) == 3)
 
     @property
     def adapter_targets(self) -> tuple[str, ...]:
         """The names of the linears of decoder layers, as PEFT's `target_modules` lists them."""
-        return tuple(linear.name for linear in self.linears)
+        return tuple(dict.fromkeys(linear.name for linear in self.linears))
+
+    @property
+    def default_targets(self) -> tuple[str, ...]:
+        """The names among them that get an adapter where nobody says which should."""
+        return tuple(dict.fromkeys(linear.name for linear in self.linears if linear.adapted))
+
+    @property
+    def experts_transposed(self) -> bool:
+        """Return whether the tensors of experts are (experts, inputs, outputs), and not (experts, outputs, inputs)."""
+        return self.experts is not None and self.experts.transposed
+
+    def expert_sides(self, tensor: Parameter) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """Return the segments of the outputs and of the inputs of a tensor of experts."""
+        _, first, second = tensor.axes
+        return (second, first) if self.experts_transposed else (first, second)
 
     def linear(self, path: str) -> Linear:
         """Return the linear at a path inside the layer."""
@@ -320,17 +426,31 @@ class Architecture:
         """Return the row without what this kind of layer lacks. None stands for layers that are all of one kind."""
         if kind is None:
             return self
+        words = frozenset(kind.split())
+        parameters = tuple(part for part in self.parameters if not part.kinds or words & set(part.kinds))
+        routed = self.experts is not None and any(part.name == self.experts.router for part in parameters)
         return replace(
             self,
-            linears=tuple(part for part in self.linears if not part.kinds or kind in part.kinds),
-            norms=tuple(part for part in self.norms if not part.kinds or kind in part.kinds),
-            parameters=tuple(part for part in self.parameters if not part.kinds or kind in part.kinds),
+            experts=self.experts if routed else None,
+            linears=tuple(part for part in self.linears if not part.kinds or words & set(part.kinds)),
+            norms=tuple(part for part in self.norms if not part.kinds or words & set(part.kinds)),
+            parameters=parameters,
         )
+
+    @property
+    def without_parts(self) -> "Architecture":
+        """Return the row of a layer that was dropped, which has no tensors."""
+        return replace(self, linears=(), norms=(), parameters=())
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the part of a config.json that describes the text model."""
         nested: Mapping[str, Any] = config if self.config_key is None else config[self.config_key]
         return nested
+
+    def ties(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a text model's config says that the head shares the embedding's weight."""
+        said = (config[key] for key in self.tied_keys if config.get(key) is not None)
+        return bool(next(said, self.tied))
 
     def dropout(self, key: str, config: Mapping[str, Any]) -> float:
         """Return a dropout that a text model's config sets; 0 where the family does not know it."""
@@ -338,4 +458,4 @@ class Architecture:
 
     def layer_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kind of every layer from a config.json; empty if all layers have the same parts."""
-        return () if self.kinds_key is None else tuple(self.text_config(config)[self.kinds_key])
+        return () if self.kinds is None else self.kinds(self.text_config(config))

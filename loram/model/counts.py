@@ -1,10 +1,12 @@
 """How many layers and units of a model stay at a pruning ratio. No weights, no torch."""
 
 import math
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from typing import Any
 
 from loram.base.errors import UserError
-from loram.model.architecture import Space
+from loram.model.architecture import Architecture, Space
 from loram.model.geometry import Geometry
 
 
@@ -22,19 +24,77 @@ def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> rang
     return layers
 
 
-def kept_units(space: Space, units: int, ratio: float) -> int:
-    """Return how many of `units` stay at a pruning ratio. Channels are rounded down, and key-value groups up.
+def droppable_layers(
+    geometry: Geometry, architecture: Architecture, config: Mapping[str, Any], pruned: range, count: int
+) -> list[int]:
+    """Return the layers among which some are dropped: those that are pruned, but for the first of each kind.
+
+    A dropped layer has no key-value cache, and transformers asks the first layer with full attention, and the first
+    with a sliding window, how long the text in the cache is.
+
+    Args:
+        geometry, architecture: the full model's sizes and family.
+        config: the content of its config.json.
+        pruned: the layers that are pruned.
+        count: how many layers are to be dropped.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    windows, text = architecture.windows, architecture.text_config(config)
+    firsts: dict[Any, int] = {}
+    for layer in range(geometry.num_hidden_layers):
+        kind = geometry.layer_kinds[layer] if geometry.layer_kinds else None
+        firsts.setdefault((kind, None if windows is None else windows.of(layer, text)), layer)
+    layers = [layer for layer in pruned if layer not in firsts.values()]
+    if count > len(layers):
+        raise UserError(
+            f"{count} layers cannot be dropped: only {len(layers)} of {geometry.num_hidden_layers} can, since "
+            "keep_first, keep_last and the first layer of each kind of attention stay"
+        )
+    return layers
+
+
+def kept_units(space: Space, units: int, ratio: float, least: int = 1) -> int:
+    """Return how many of `units` stay at a pruning ratio. Channels are rounded down; groups and experts are rounded up.
+
+    Channels of experts are rounded down to a multiple of 8.
 
     These counts reproduce LoRAM's parameter tables (arXiv 2502.13533). The ratio counts as the decimal that was
     written: 10 groups at 0.7 keep 3, where binary floating point would say ceil(3.0000000000000004) = 4.
 
     Raises:
-        UserError: the ratio is not between 0 and 1, or nothing would be left.
+        UserError: the ratio is not between 0 and 1, or fewer than `least` would be left.
     """
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio}: must lie between 0 and 1, both excluded; 0.5 removes half")
-    exact = units * (1 - Fraction(str(ratio)))
-    kept = math.ceil(exact) if space.rounding == "up" else math.floor(exact)
+    exact = units * (1 - Fraction(str(ratio))) / space.multiple
+    kept = space.multiple * (math.ceil(exact) if space.rounding == "up" else math.floor(exact))
     if kept < 1:
         raise UserError(f"ratio {ratio} leaves none of {units} {space.name}; choose a smaller one")
+    if kept < least:
+        raise UserError(
+            f"ratio {ratio} leaves {kept} of {units} {space.name}, and every token needs {least}; choose a smaller one"
+        )
+    return kept
+
+
+def kept_by_space(geometry: Geometry, spaces: Iterable[Space], ratios: Mapping[str, float]) -> dict[str, int]:
+    """Return how many units of each space a narrowed layer keeps.
+
+    Args:
+        geometry: the full model's sizes.
+        spaces: the spaces of the layer, each after the one that it is within.
+        ratios: space name -> the share of its units that goes; a space that is not named keeps all of them.
+
+    Raises:
+        UserError: as `kept_units`.
+    """
+    kept: dict[str, int] = {}
+    for space in spaces:
+        count = geometry.per_unit(space)
+        if space.name in ratios:
+            least = 1 if space.least is None else int(getattr(geometry, space.least))
+            count = kept_units(space, count, ratios[space.name], least)
+        kept[space.name] = count * (1 if space.within is None else kept[space.within.name])
     return kept

@@ -9,7 +9,11 @@ groups (each with its query heads) and fewer MLP channels. transformers' own cod
 narrowed layers are replaced by smaller ones, whose paths and shapes are in `config.narrow_linears`, and every layer's
 modules get a view of the config with that layer's own number of heads and channels, from `config.per_layer_config`.
 Norms over all heads, which few families have, get the widths in `config.narrow_norms`:
-{layer: {path: [width, width in the full model]}}.
+{layer: {path: [width, width in the full model]}}. Modules with experts get the shapes and numbers in
+`config.narrow_parameters`: {layer: {path: {"shapes": {tensor: shape}, "numbers": {attribute: value}}}}.
+
+Layers may also be gone as a whole. The other layers keep their numbers, and an `Identity` stands in the place of each
+layer in `config.dropped_layers`.
 
 A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and one bit per
 place that says which these are (`SparseLinear`). `config.sparsity` says in which layers and how many.
@@ -29,6 +33,15 @@ if TYPE_CHECKING:
 
 NarrowLinears = Mapping[str, tuple[int, int, bool]]  # path -> (out_features, in_features, whether it has a bias)
 NarrowNorms = Mapping[str, tuple[int, int]]  # path -> (width, width in the full model)
+NarrowParameters = Mapping[str, Mapping[str, Mapping[str, Any]]]  # path -> "shapes" or "numbers" -> name -> value
+
+
+class Identity(nn.Module):
+    """What stands in the place of a decoder layer that was dropped: it returns the hidden states as they are."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the hidden states, (rows, width, hidden); all else that decoder layers get is ignored."""
+        return hidden_states
 
 
 def resize_layer_(layer: nn.Module, linears: NarrowLinears) -> None:
@@ -63,6 +76,26 @@ def resize_norms_(layer: nn.Module, norms: NarrowNorms) -> None:
         norm.weight = nn.Parameter(torch.empty(width, dtype=norm.weight.dtype, device=norm.weight.device))
         norm.variance_epsilon *= full / width
         norm.register_forward_hook(functools.partial(_times, (full / width) ** 0.5))
+
+
+def resize_parameters_(layer: nn.Module, modules: NarrowParameters) -> None:
+    """Replace the tensors of a decoder layer's modules that are neither linears nor norms, in place.
+
+    The new tensors have the old ones' dtype and device, and values that are not initialised. Where a module keeps the
+    number of its experts or of their channels, it gets the new number.
+
+    Args:
+        layer: a decoder layer.
+        modules: the shapes and numbers that the modules should have, by their paths inside the layer.
+    """
+    for path, own in modules.items():
+        module: Any = layer.get_submodule(path)  # Any: nn.Module declares every attribute to be a tensor or module
+        for name, shape in own["shapes"].items():
+            old = getattr(module, name)
+            new = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
+            setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        for name in own["numbers"].keys() & vars(module).keys():
+            setattr(module, name, own["numbers"][name])
 
 
 def _times(factor: float, _: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -236,10 +269,10 @@ def sparsify_layer_(layer: nn.Module, counts: Mapping[str, int]) -> None:
 
     Args:
         layer: a decoder layer.
-        counts: how many weights a linear holds, by its path inside the layer.
+        counts: how many weights a linear holds, by its path inside the layer; what the layer lacks does not count.
     """
-    for path, count in counts.items():
-        layer.set_submodule(path, SparseLinear(cast(nn.Linear, layer.get_submodule(path)), count))
+    for path in counts.keys() & dict(layer.named_modules()).keys():
+        layer.set_submodule(path, SparseLinear(cast(nn.Linear, layer.get_submodule(path)), counts[path]))
 
 
 def _of_the_full_model(validate: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -284,10 +317,14 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         finally:
             config.per_layer_config = widths
         layers = self.get_decoder().layers
+        for index in getattr(config, "dropped_layers", ()):  # the others' files do not have the key
+            layers[index] = Identity()
         for index, linears in _narrow_linears(config, layers).items():
             resize_layer_(layers[index], linears)
         for index, norms in getattr(config, "narrow_norms", {}).items():  # only some families have the key
             resize_norms_(layers[int(index)], norms)
+        for index, modules in getattr(config, "narrow_parameters", {}).items():  # here too
+            resize_parameters_(layers[int(index)], modules)
         if keys := config.per_layer_attributes:
             show_widths_(self, config, {key: full[key] for key in keys})  # for what is in no layer: rotary tables
             for own, layer in zip(config.per_layer_config, layers, strict=True):
@@ -298,7 +335,7 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
     body = {
         "__module__": __name__,
         "__qualname__": name,
-        "__doc__": f"{base.__name__} whose layers may differ in width or be sparse, as `config` says.",
+        "__doc__": f"{base.__name__} whose layers may differ in width, be sparse, or be gone, as `config` says.",
         "__init__": __init__,
         "config_class": config_class,
         "__annotations__": {"config": config_class},

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from loram.base.errors import UserError, first_problem
-from loram.model.architecture import Architecture, Linear, Segment
+from loram.model.architecture import Architecture, Linear, Segment, Space
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m
@@ -51,16 +52,21 @@ class BaseReference(BaseModel):
 class PruningPlan(BaseModel):
     """What every layer of a pruned model keeps of the full model's.
 
-    A structured plan lists the kept units (key-value groups and channels) of every narrowed layer. A sparse plan keeps
-    all shapes, and masks beside it say which single weights stay.
+    A structured plan lists the kept units (key-value groups and channels) of every narrowed layer, and the layers that
+    are dropped as a whole. A sparse plan keeps all shapes, and masks beside it say which single weights stay.
 
     Args:
         model_type: the full model's family.
         base: which full model it is.
         geometry: its sizes, so that recovery never reads its weights.
         layers: layer -> space name -> sorted indices of the kept units. A layer or space that is not named keeps
-            everything.
+            everything. The channels of experts are numbered through: channel c of expert e is e * (channels per
+            expert) + c, and every expert that stays keeps as many of them.
+        dropped: the layers that are gone, sorted. The others keep their numbers. The first layer is never among them,
+            since transformers asks its key-value cache how long the text is.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
+        ratios: space name -> the ratio of its own, where it has one; `ratio` is None where each pruned space has one,
+            and where nothing but whole layers is pruned.
         pattern: `structured`, or the pattern of sparse layers: `unstructured`, or n:m, which keeps n of m weights.
         masks: the SHA-256 of a sparse plan's `loram_masks.safetensors`, where `model.layers.3.mlp.up_proj.mask` is
             (out_features, in_features / 8) uint8: bit j of byte i is 1 if the weight in column 8 * i + j stays.
@@ -77,13 +83,15 @@ class PruningPlan(BaseModel):
     base: BaseReference
     geometry: Geometry
     criterion: str
-    ratio: float = Field(gt=0, lt=1)
+    ratio: float | None = Field(gt=0, lt=1)
+    ratios: dict[str, float] = Field(default_factory=dict, exclude_if=lambda value: not value)
     bias_compensation: bool = False
     seed: int
     keep_first: int = Field(ge=0)
     keep_last: int = Field(ge=0)
     pattern: str = STRUCTURED
     masks: str | None = None
+    dropped: tuple[int, ...] = Field(default=(), exclude_if=lambda value: not value)
     versions: dict[str, str]
     layers: dict[int, dict[str, tuple[int, ...]]]
 
@@ -96,10 +104,13 @@ class PruningPlan(BaseModel):
 
     @model_validator(mode="after")
     def _kept_units_exist(self) -> "PruningPlan":
-        sizes = {space.name: self.geometry.units(space) for space in ARCHITECTURES[self.model_type].spaces}
         for layer, spaces in self.layers.items():
             if not 0 <= layer < self.geometry.num_hidden_layers:
                 raise ValueError(f"layer {layer} is outside 0..{self.geometry.num_hidden_layers - 1}")
+            for space in self.spaces(layer):
+                if getattr(self.geometry, space.size) is None:
+                    raise ValueError(f"geometry: {space.size} is missing, though the family has {space.name}")
+            sizes = {space.name: self.geometry.units(space) for space in self.spaces(layer)}
             for name, kept in spaces.items():
                 if name not in sizes:
                     raise ValueError(f"layer {layer}: unknown space {name!r}")
@@ -107,13 +118,40 @@ class PruningPlan(BaseModel):
                     raise ValueError(f"layer {layer} {name}: kept indices must be at least one, sorted and distinct")
                 if kept[0] < 0 or kept[-1] >= sizes[name]:
                     raise ValueError(f"layer {layer} {name}: kept indices must lie in 0..{sizes[name] - 1}")
+            for space in self.spaces(layer):
+                if space.within is not None and space.name in spaces:
+                    self._check_within(layer, space)
         return self
+
+    def _check_within(self, layer: int, space: Space) -> None:
+        """Refuse units of experts that are gone, and experts that keep unlike numbers of units."""
+        assert space.within is not None
+        outer = self.layers[layer].get(space.within.name, range(self.geometry.units(space.within)))
+        size, kept = self.geometry.per_unit(space), self.layers[layer][space.name]
+        counts = Counter(unit // size for unit in kept)
+        if sorted(counts) != list(outer) or len(set(counts.values())) > 1:
+            raise ValueError(f"layer {layer} {space.name}: every kept unit of {space.within.name} must keep as many")
 
     @model_validator(mode="after")
     def _narrow_or_sparse(self) -> "PruningPlan":
         n_of_m(self.pattern)
         if self.sparse != (self.masks is not None) or (self.sparse and (self.layers or self.bias_compensation)):
             raise ValueError(f"pattern {self.pattern}: sparse plans have masks and nothing narrowed, others no masks")
+        return self
+
+    @model_validator(mode="after")
+    def _dropped_layers_can_go(self) -> "PruningPlan":
+        pruned = range(max(1, self.keep_first), self.geometry.num_hidden_layers - self.keep_last)
+        if any(a >= b for a, b in pairwise(self.dropped)):
+            raise ValueError("dropped: layers must be sorted and distinct")
+        if self.dropped and not pruned.start <= self.dropped[0] <= self.dropped[-1] < pruned.stop:
+            raise ValueError(f"dropped: layers must lie in {pruned.start}..{pruned.stop - 1}")
+        if self.dropped and self.sparse:
+            raise ValueError(f"pattern {self.pattern}: a sparse plan drops no layers")
+        if both := sorted(self.layers.keys() & set(self.dropped)):
+            raise ValueError(f"layer {both[0]} is dropped, and keeps units")
+        if self.ratio is None and not self.ratios and (self.layers or not self.dropped):
+            raise ValueError("ratio: missing, and only a plan that does nothing but drop layers has none")
         return self
 
     @property
@@ -127,8 +165,14 @@ class PruningPlan(BaseModel):
         return range(self.keep_first, self.geometry.num_hidden_layers - self.keep_last) if self.sparse else range(0)
 
     def kept_values(self) -> dict[str, int]:
-        """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer."""
-        shapes = {linear.path: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
+        """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer.
+
+        A layer has those of the linears that its kind has. Linears without units, as in mixers of tokens other than
+        attention, stay whole.
+        """
+        linears = [linear for linear in self.architecture.linears if linear.has_units]
+        shapes = {linear.path: self.geometry.linear_shape(linear) for linear in linears}
+        assert self.ratio is not None
         return {path: kept_values(*shape, self.pattern, self.ratio) for path, shape in shapes.items()}
 
     def sparsity(self) -> dict[str, Any] | None:
@@ -141,17 +185,37 @@ class PruningPlan(BaseModel):
         """The family's row."""
         return ARCHITECTURES[self.model_type]
 
+    def spaces(self, layer: int) -> tuple[Space, ...]:
+        """Return the spaces of a layer."""
+        return self.geometry.layer(self.architecture, layer).spaces
+
     def units(self, layer: int) -> dict[str, int]:
         """Return how many units a layer keeps of every space, by the space's name."""
-        narrowed = self.layers.get(layer, {})
-        return {
-            space.name: len(narrowed[space.name]) if space.name in narrowed else self.geometry.units(space)
-            for space in self.architecture.spaces
-        }
+        narrowed, units = self.layers.get(layer, {}), dict[str, int]()
+        for space in self.spaces(layer):
+            if space.name in narrowed:
+                units[space.name] = len(narrowed[space.name])
+            else:
+                outer = 1 if space.within is None else units[space.within.name]
+                units[space.name] = outer * self.geometry.per_unit(space)
+        return units
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out_features, in_features) of every linear of the pruned model, the head included, by module path."""
-        return self.geometry.linear_shapes(self.architecture, self.units)
+        shapes = self.geometry.linear_shapes(self.architecture, self.units)
+        return {module: shape for module, shape in shapes.items() if not self.drops(module)}
+
+    def drops(self, name: str) -> bool:
+        """Return whether a tensor or module is in a layer that is dropped."""
+        place = self.architecture.split(name)
+        return place is not None and place[0] in self.dropped
+
+    def adaptable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all that an adapter can be on: `linear_shapes`, and those of experts.
+
+        A tensor of experts goes by its name, and has the shape (experts, out_features, in_features).
+        """
+        return {**self.linear_shapes(), **self.geometry.expert_shapes(self.architecture, self.units)}
 
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
         """Return the rows or columns of a tensor that a layer keeps.
@@ -179,6 +243,26 @@ class PruningPlan(BaseModel):
             start += size
         return torch.cat(parts)
 
+    def kept_in_experts(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
+        """Return the rows or columns that each kept expert of a layer keeps.
+
+        Args:
+            layer, segments: as for `kept_elements`; all segments are of a space within another.
+
+        Returns:
+            Sorted indices, (kept experts, rows or columns that each keeps) int64, or None where experts keep all.
+        """
+        kept, parts, start = self.layers.get(layer, {}), [], 0
+        for segment in segments:
+            if (space := segment.space) is None or space.name not in kept:
+                return None
+            size, width = self.geometry.per_unit(space), self.geometry.unit_size(segment.unit)
+            assert space.within is not None
+            channels = torch.tensor(kept[space.name]).view(self.units(layer)[space.within.name], -1, 1) % size
+            parts.append(start + (channels * width + torch.arange(width)).flatten(1))  # (kept experts, elements)
+            start += size * width
+        return torch.cat(parts, dim=1)
+
     def config_keys(self) -> dict[str, Any]:
         """Return the keys of a pruned model's config.json that follow from the plan."""
         return {
@@ -186,7 +270,9 @@ class PruningPlan(BaseModel):
             "narrow_linears": self.narrow_linears() or None,
             "bias_compensation": self.bias_compensation,
             "sparsity": self.sparsity(),
+            **({"dropped_layers": list(self.dropped)} if self.dropped else {}),
             **({"narrow_norms": norms} if (norms := self.narrow_norms()) else {}),
+            **({"narrow_parameters": parts} if (parts := self.narrow_parameters()) else {}),
         }
 
     def per_layer_config(self) -> dict[str, dict[str, int]]:
@@ -194,7 +280,7 @@ class PruningPlan(BaseModel):
         widths: dict[str, dict[str, int]] = {}
         for layer in sorted(self.layers):
             widths[str(layer)], units = {}, self.units(layer)
-            for space in self.architecture.spaces:
+            for space in self.spaces(layer):
                 share = Fraction(units[space.name], self.geometry.units(space))
                 widths[str(layer)] |= {key: int(share * getattr(self.geometry, key)) for key in space.config_keys}
         return widths
@@ -228,6 +314,28 @@ class PruningPlan(BaseModel):
             if norms
         }
 
+    def narrow_parameters(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return config.json's key `narrow_parameters`: layer -> module -> shapes of its tensors, and its own numbers.
+
+        It lists the modules of every layer that the plan narrows which hold experts or other tensors that are in no
+        linear or norm: `{"shapes": {"gate_up_proj": (4, 32, 16)}, "numbers": {"num_experts": 4}}`. Few families have
+        such tensors.
+        """
+        modules: dict[str, dict[str, dict[str, Any]]] = {}
+        for layer in sorted(self.layers):
+            units, row = self.units(layer), self.geometry.layer(self.architecture, layer)
+            for part in row.parameters:
+                spaces = dict.fromkeys(segment.space for axis in part.axes for segment in axis if segment.space)
+                if not spaces:
+                    continue
+                path, _, name = part.name.rpartition(".")
+                own = modules.setdefault(str(layer), {}).setdefault(path, {"shapes": {}, "numbers": {}})
+                own["shapes"][name] = tuple(self.geometry.size(axis, units) for axis in part.axes)
+                for space in spaces:
+                    count = units[space.name] // (1 if space.within is None else units[space.within.name])
+                    own["numbers"] |= dict.fromkeys(space.attributes, count)
+        return modules
+
     def compensated(self, layer: int) -> Iterator[tuple[str, Linear]]:
         """Yield (full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
         if layer not in self.layers or not self.bias_compensation:
@@ -245,14 +353,16 @@ class PruningPlan(BaseModel):
         full = pruned = self.geometry.other_parameters()
         for layer in range(self.geometry.num_hidden_layers):
             full += self.geometry.layer_parameters(self.architecture, layer)
-            pruned += self.geometry.layer_parameters(self.architecture, layer, self.units(layer))
-        if self.bias_compensation:
-            new = [linear for linear in self.architecture.linears if linear.path not in self.geometry.biases]
-            rows = [self.geometry.size(linear.rows) for linear in new if linear.consumes_units]
-            pruned += len(self.layers) * sum(rows)
-        if self.sparse:
-            shapes = [self.geometry.linear_shape(linear) for linear in self.architecture.linears]
-            pruned -= len(self.sparse_layers) * (sum(map(math.prod, shapes)) - sum(self.kept_values().values()))
+            if layer not in self.dropped:
+                pruned += self.geometry.layer_parameters(self.architecture, layer, self.units(layer))
+        for layer in self.layers:
+            linears = [linear for _, linear in self.compensated(layer) if linear.path not in self.geometry.biases]
+            pruned += sum(self.geometry.size(linear.rows) for linear in linears)
+        kept = self.kept_values() if self.sparse else {}
+        for layer in self.sparse_layers:
+            for linear in self.geometry.layer(self.architecture, layer).linears:
+                if linear.path in kept:
+                    pruned -= math.prod(self.geometry.linear_shape(linear)) - kept[linear.path]
         return full, pruned
 
     def to_json(self) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loram.pruning.evidence import Evidence
+    from loram.pruning.experts import ExpertStatistics
 
 Importance = Callable[["Evidence"], "Tensor"]
 
@@ -36,6 +37,22 @@ class Criterion:
     importance: Importance | None = None
     by_input: bool = False
     consumers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCriterion:
+    """A rule that scores the experts of a layer.
+
+    Args:
+        summary: one line for `--help` and reports.
+        reads: `nothing` (experts are ranked at random), `router` (its weight), `outputs` (what experts make of
+            calibration text), or `gradient` (which also takes a backward pass).
+        by_outputs: a function of what the experts made of the text that returns their scores, (experts,).
+    """
+
+    summary: str
+    reads: Literal["nothing", "router", "outputs", "gradient"]
+    by_outputs: "Callable[[ExpertStatistics], Tensor] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +131,25 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
         "random": Criterion(summary="seeded random units", reads="nothing"),
     }
 )
-NEEDS_TEXT = frozenset(name for name, row in CRITERIA.items() if row.reads in ("inputs", "gradient"))
+INFLUENCE = "block_influence"  # the criterion of whole layers (see `depth.py`), where nothing else is pruned
+# The default comes first. The scores of `router` are the norms of its rows; those of `taylor` are sums of |w·g|.
+EXPERT_CRITERIA: Mapping[str, ExpertCriterion] = MappingProxyType(
+    {
+        "reap": ExpertCriterion(
+            summary="mean gate value x norm of the output, over an expert's tokens (REAP)",
+            reads="outputs",
+            by_outputs=lambda outputs: outputs.mean_output,
+        ),
+        "frequency": ExpertCriterion(
+            summary="how many tokens go to an expert", reads="outputs", by_outputs=lambda outputs: outputs.tokens
+        ),
+        "router": ExpertCriterion(summary="norm of an expert's row of the router", reads="router"),
+        "taylor": ExpertCriterion(summary="|weight x gradient|", reads="gradient"),
+        "random": ExpertCriterion(summary="seeded random experts", reads="nothing"),
+    }
+)
+READS_TEXT = frozenset(["inputs", "outputs", "gradient"])  # what takes calibration text
+NEEDS_TEXT = frozenset(name for name, row in CRITERIA.items() if row.reads in READS_TEXT)
 SPARSE: Mapping[str, SparseCriterion] = MappingProxyType(
     {
         "sparsegpt": SparseCriterion(summary="second-order updates (SparseGPT)", reads="hessian"),
@@ -123,3 +158,22 @@ SPARSE: Mapping[str, SparseCriterion] = MappingProxyType(
         "random": SparseCriterion(summary="seeded random weights", reads="nothing"),
     }
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRules:
+    """How experts are scored.
+
+    Args:
+        experts: a key of `EXPERT_CRITERIA`; None where whole experts are not scored.
+        channels: a key of `CRITERIA` that does not read inputs; None where their channels are not scored.
+    """
+
+    experts: str | None = None
+    channels: str | None = None
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What is read, by the words of `ExpertCriterion` and `Criterion`."""
+        of_experts = [EXPERT_CRITERIA[self.experts].reads] if self.experts else []
+        return frozenset([*of_experts, *([CRITERIA[self.channels].reads] if self.channels else [])])

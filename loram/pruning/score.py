@@ -1,5 +1,6 @@
 """Score every prunable unit of a checkpoint, layer by layer from the files, by one or several criteria."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from torch import Tensor
 from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
-from loram.compute.streaming import Stream, prefetched
+from loram.compute.streaming import LayerObserver, Of, ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Linear, Segment, Space
-from loram.pruning.criteria import CRITERIA, Criterion
+from loram.pruning.criteria import CRITERIA, READS_TEXT, Criterion, ExpertRules
 from loram.pruning.evidence import Evidence, InputStatistics
+from loram.pruning.experts import ExpertTally
 
 Scores = Mapping[int, Mapping[str, Tensor]]  # layer -> space name -> score of each unit, float64
 _BLOCK_ELEMENTS = 1 << 23
@@ -28,12 +30,14 @@ class ScoredLayer:
     Args:
         index: the layer's index.
         scores: criterion -> space name -> (units,) float64; empty where the layer was not to be scored.
+        expert_scores: the same for experts and their channels, whatever the criterion.
         tensors: full name -> weight; the mapping is emptied as soon as the next layer is asked for.
         inputs: full weight name -> statistics of the linear's inputs, where a criterion reads them.
     """
 
     index: int
     scores: Mapping[str, Mapping[str, Tensor]]
+    expert_scores: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     inputs: Mapping[str, InputStatistics]
 
@@ -45,15 +49,18 @@ def score_layers(
     *,
     calibration: Sequence[list[int]] = (),
     gather_inputs: bool = False,
+    experts: ExpertRules | None = None,
     seed: int = 42,
     device: torch.device | None = None,
     scratch: Path | None = None,
+    observe_layer: LayerObserver | None = None,
 ) -> Iterator[ScoredLayer]:
     """Score decoder layers one after the other, with one calibration pass for all criteria.
 
     The model is never in memory as a whole. Under grouped-query attention a unit is a key-value head with its query
     heads, and sums run over all of them. Every layer is read once, or twice with gradients. Layers come in the order in
-    which they are read; those that had to be read but are not to be scored come too.
+    which they are read; those that had to be read but are not to be scored come too. With gradients, the forward pass
+    is over when this returns.
 
     Args:
         checkpoint: the full model.
@@ -61,40 +68,66 @@ def score_layers(
         layers: the decoder layers to score.
         calibration: token ids of the calibration samples, for criteria that read text.
         gather_inputs: give the statistics of inputs also where no criterion reads them.
+        experts: how experts and their channels are scored, which stand beside the scores by any criterion; None where
+            they are not.
         seed: the seed of the random criterion.
         device: where the layers compute, in float32.
         scratch: the folder for hidden states that do not fit in memory.
+        observe_layer: called in the forward pass, if there is one (see `Stream.forward`).
 
     Raises:
         UserError: there is no text of at least two tokens, or an importance is not finite.
     """
-    tally = _Tally(checkpoint, criteria, layers, seed)
+    rules = experts or ExpertRules()
+    tally = _Tally(checkpoint, criteria, layers, rules, seed)
     reads = {CRITERIA[criterion].reads for criterion in criteria} | ({"inputs"} if gather_inputs else set())
-    if not reads & {"inputs", "gradient"}:
-        loads = prefetched(layers, checkpoint.layer_tensors)
-        for layer in track(list(layers), "Layers"):
-            tensors = next(loads)
-            yield tally.finished(layer, tensors)
-            tensors.clear()  # whoever still holds the layer does not hold its weights
-        return
+    reads |= rules.reads
+    if not reads & READS_TEXT:
+        return _from_weights(checkpoint, layers, tally)
+    stream = calibration_stream(checkpoint, calibration, device=device, scratch=scratch)
+    passing: Iterator[ResidentLayer] = stream.forward(
+        tally.observe if "inputs" in reads else None,
+        keep_from=min(layers) if "gradient" in reads else None,
+        observe_experts=tally.experts.observe if "outputs" in reads else None,
+        observe_layer=observe_layer,
+    )
+    if "gradient" in reads:
+        deque(passing, maxlen=0)
+        wanted: Of = "weights and experts" if "gradient" in rules.reads else "weights"
+        passing = stream.backward(min(layers), tally.on_gradient, of=wanted)
+    return (tally.finished(resident.index, resident.tensors) for resident in passing)
+
+
+def _from_weights(checkpoint: Checkpoint, layers: Sequence[int], tally: "_Tally") -> Iterator[ScoredLayer]:
+    """Score layers by their weights alone."""
+    loads = prefetched(layers, checkpoint.layer_tensors)
+    for layer in track(list(layers), "Layers"):
+        tensors = next(loads)
+        yield tally.finished(layer, tensors)
+        tensors.clear()  # whoever still holds the layer does not hold its weights
+
+
+def calibration_stream(
+    checkpoint: Checkpoint,
+    calibration: Sequence[list[int]],
+    *,
+    device: torch.device | None = None,
+    scratch: Path | None = None,
+) -> Stream:
+    """Return the stream of a model on calibration text, in float32; arguments as for `score_layers`.
+
+    Raises:
+        UserError: there is no text of at least two tokens.
+    """
     if not any(len(sample) > 1 for sample in calibration):
         raise UserError("calibration: no text of at least two tokens to compute importance from")
-    stream = Stream(
+    return Stream(
         checkpoint,
         make_batches(calibration, max_tokens=BATCH_TOKENS),
         device=device or torch.device("cpu"),
         dtype=torch.float32,
         scratch=scratch,
     )
-    observe = tally.observe if "inputs" in reads else None
-    if "gradient" not in reads:
-        for resident in stream.forward(observe):
-            yield tally.finished(resident.index, resident.tensors)
-        return
-    for _ in stream.forward(observe, keep_from=min(layers)):
-        pass
-    for resident in stream.backward(min(layers), tally.on_gradient):
-        yield tally.finished(resident.index, resident.tensors)
 
 
 def score(
@@ -111,7 +144,10 @@ def score(
 class _Tally:
     """Adds up importance over the units of layers, as evidence comes in."""
 
-    def __init__(self, checkpoint: Checkpoint, criteria: Sequence[str], layers: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, criteria: Sequence[str], layers: Sequence[int], rules: ExpertRules, seed: int
+    ) -> None:
+        self.experts = ExpertTally(checkpoint, layers, rules, seed)
         self.geometry, self.name = checkpoint.geometry, checkpoint.name
         self.architecture, self.rows_by_layer = checkpoint.architecture, checkpoint.rows_by_layer
         self.rows = {criterion: CRITERIA[criterion] for criterion in criteria}
@@ -122,7 +158,7 @@ class _Tally:
     def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         """Gather statistics of a linear's inputs."""
         layer, linear = self._place(name)
-        if layer not in self.layers:
+        if layer not in self.layers or not linear.has_units:
             return
         if name not in self.inputs:
             heads = any(segment.unit in ("head", "group") for segment in linear.columns)
@@ -132,27 +168,34 @@ class _Tally:
 
     def on_gradient(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """Take in a weight's gradient."""
-        if self._place(name)[0] in self.layers:
+        layer, rest = self._split(name)
+        tensors = {part.name: part for part in self.rows_by_layer[layer].expert_tensors}
+        if rest in tensors:
+            self.experts.on_gradient(layer, tensors[rest], weight, gradient)
+        elif layer in self.layers:
             self._add(name, weight, gradient)
 
     def finished(self, layer: int, tensors: Mapping[str, Tensor]) -> ScoredLayer:
         """Return a layer whose evidence is complete."""
         if layer not in self.layers:
-            return ScoredLayer(index=layer, scores={}, tensors=tensors, inputs={})
+            return ScoredLayer(index=layer, scores={}, expert_scores={}, tensors=tensors, inputs={})
         for linear in self.rows_by_layer[layer].linears:
             name = f"{self.architecture.layer_path(layer)}.{linear.path}.weight"
             self._add(name, tensors[name], None)
+        prefix = f"{self.architecture.layer_path(layer)}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         scores = {
             criterion: {
                 space.name: self._random(layer, number, space)
                 if rule.importance is None
                 else self.sums.pop((criterion, layer, space.name)).cpu()
-                for number, space in enumerate(self.rows_by_layer[layer].spaces)
+                for number, space in enumerate(self.rows_by_layer[layer].linear_spaces)
             }
             for criterion, rule in self.rows.items()
         }
         inputs = {name: self.inputs.pop(name) for name in tensors if name in self.inputs}
-        return ScoredLayer(index=layer, scores=scores, tensors=tensors, inputs=inputs)
+        expert_scores = self.experts.scores(layer, own)
+        return ScoredLayer(index=layer, scores=scores, expert_scores=expert_scores, tensors=tensors, inputs=inputs)
 
     def _add(self, name: str, weight: Tensor, gradient: Tensor | None) -> None:
         """Add a weight's importance, (out_features, in_features), to its units' scores.
@@ -187,10 +230,14 @@ class _Tally:
 
     def _place(self, name: str) -> tuple[int, Linear]:
         """Return the layer and the linear that a weight (`model.layers.3.mlp.up_proj.weight`) belongs to."""
+        layer, rest = self._split(name)
+        return layer, self.architecture.linear(rest.removesuffix(".weight"))
+
+    def _split(self, name: str) -> tuple[int, str]:
+        """Return the layer that a tensor is in, and its name inside that."""
         place = self.architecture.split(name)
         assert place is not None
-        layer, rest = place
-        return layer, self.architecture.linear(rest.removesuffix(".weight"))
+        return place
 
     def _random(self, layer: int, number: int, space: Space) -> Tensor:
         """Uniform scores that depend on seed, layer and space alone, not on which other layers are scored."""

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from loram.base.errors import UserError
 from loram.model.counts import kept_units, prunable_layers
-from loram.model.families import CHANNELS, KV_GROUPS
 from loram.model.geometry import Geometry
+from loram.model.parts import CHANNELS, KV_GROUPS
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import loram
 from loram.disk.checkpoint import Checkpoint
-from loram.model.families import CHANNELS, KV_GROUPS
+from loram.model.parts import CHANNELS, KV_GROUPS
 from loram.pruning.score import Scores, score
 
 SAMPLES = [[5, 17, 40, 8, 77, 30], [9, 31, 70, 2, 44, 6, 18, 25, 81]]
