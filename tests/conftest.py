@@ -206,6 +206,7 @@ SLOW = (
     "test_methods",
     "test_near_llama",
     "test_nf4",
+    "test_packed",
     "test_paths",
     "test_pipeline",
     "test_planner",
