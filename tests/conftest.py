@@ -196,6 +196,7 @@ SLOW = (
     "test_compare",
     "test_configs",
     "test_correct",
+    "test_depth",
     "test_dry_run",
     "test_gradients",
     "test_end_to_end",
