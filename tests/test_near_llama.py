@@ -21,7 +21,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", (*NEAR_LLAMA, *HYBRIDS))
+@pytest.mark.parametrize("family", [*NEAR_LLAMA, *HYBRIDS])
 def test_from_pruning_to_merging_in_4_bits(
     family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:

@@ -62,7 +62,9 @@ def _delta_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lfm2_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
     listed = config.get("full_attn_idxs")
-    return _by_attention_or(CONVOLUTION, config, range(config.get("num_hidden_layers", 0)) if listed is None else listed)
+    return _by_attention_or(
+        CONVOLUTION, config, range(config.get("num_hidden_layers", 0)) if listed is None else listed
+    )
 
 
 def _lfm2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:

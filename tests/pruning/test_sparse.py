@@ -183,7 +183,7 @@ def dense_weights(base: Path, layers: list[dict[str, Tensor]], out: Path) -> Pat
     return out
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *HYBRIDS))
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_a_folder_equals_the_dense_model_it_stands_for(
     family: str, sparse_models: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path
 ) -> None:
