@@ -47,7 +47,6 @@ def load_4bit(
     Raises:
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
-    check_method(checkpoint)
     return_freed_memory_()  # else packed weights settle in the room that 16-bit ones leave, and it never is free again
     checkpoint = checkpoint.stored
     model: Any = empty_model(checkpoint, dtype)
@@ -284,16 +283,6 @@ def _read_4bit(
         weight = Params4bit(packed, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", bnb_quantized=True)
     weight.quant_state.dtype = dtype  # backward dequantises to this, forward to the dtype of its input
     return weight
-
-
-def check_method(checkpoint: Checkpoint) -> None:
-    """Refuse a model that was quantised in another way."""
-    config = checkpoint.config.get("quantization_config") or {}
-    if config and (config.get("quant_method"), config.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
-        raise UserError(
-            f"{checkpoint.name}: quantised by {config.get('quant_method')}, not to NF4 by bitsandbytes; "
-            "start from the weights in 16 or 32 bits"
-        )
 
 
 def _checked(checkpoint: Checkpoint, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -103,6 +103,9 @@ class PruningPlan(BaseModel):
         for layer, spaces in self.layers.items():
             if not 0 <= layer < self.geometry.num_hidden_layers:
                 raise ValueError(f"layer {layer} is outside 0..{self.geometry.num_hidden_layers - 1}")
+            for space in self.spaces(layer):
+                if getattr(self.geometry, space.size) is None:
+                    raise ValueError(f"geometry: {space.size} is missing, though the family has {space.name}")
             sizes = {space.name: self.geometry.units(space) for space in self.spaces(layer)}
             for name, kept in spaces.items():
                 if name not in sizes:

@@ -163,7 +163,7 @@ class _Settings(BaseModel):
             UserError: the family has no module of a given name.
         """
         if "lora_target_modules" not in self.model_fields_set:
-            return self.model_copy(update={"lora_target_modules": architecture.adapter_targets})
+            return self.model_copy(update={"lora_target_modules": architecture.default_targets})
         known = (*architecture.adapter_targets, architecture.head)
         if set(self.lora_target_modules) - set(known):
             raise UserError(f"lora_target_modules: should be some of {', '.join(known)}")

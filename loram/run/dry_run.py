@@ -243,8 +243,8 @@ def _trained(
     if plan.sparse:
         pruned = dataclasses.replace(sizes, sparse=plan.kept_values(), narrowed=plan.sparse_layers)
     else:
-        narrowed = range(min(plan.layers), max(plan.layers) + 1)
-        pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
+        units = {layer: plan.units(layer) for layer in plan.layers}
+        pruned = dataclasses.replace(sizes, units=units, narrowed=tuple(units))
     yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
     if FULL_LORA.count(recipe):
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)

@@ -161,7 +161,8 @@ def lora_defaults(architecture: Architecture | None = None) -> dict[str, Any]:
     Args:
         architecture: the family whose linears are the default targets; None for those that most families have.
     """
-    return {**defaults_of(LoraFlags), "target_modules": _linears(architecture)}
+    targets = LINEARS if architecture is None else architecture.default_targets
+    return {**defaults_of(LoraFlags), "target_modules": list(targets)}
 
 
 def _linears(architecture: Architecture | None) -> list[str]:
