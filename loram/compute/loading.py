@@ -97,12 +97,13 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     Raises:
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
-    family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
+    row = family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
     options = {**from_pretrained_kwargs, "output_loading_info": True}
     with _bar_if_slow(checkpoint), _without_report(checkpoint):
         loaded: Any = _load_dense(checkpoint, **options) if checkpoint.packing else _load_folder(checkpoint, **options)
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    report["unexpected_keys"] = set(report["unexpected_keys"]) - checkpoint.towers
+    unexpected = set(report["unexpected_keys"]) - checkpoint.beside
+    report["unexpected_keys"] = {name for name in unexpected if not row.leaves_unused(name, checkpoint.config)}
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
@@ -135,9 +136,9 @@ def _of_the_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_report(checkpoint: Checkpoint) -> Iterator[None]:
-    """Keep transformers from listing the towers of a wrapped model as unexpected while its text model is loaded."""
+    """Keep transformers from listing what is beside the model, such as a wrapped model's towers, as unexpected."""
     level = logging.get_verbosity()
-    if checkpoint.wrapper is not None:
+    if checkpoint.beside:
         logging.set_verbosity_error()
     try:
         yield

@@ -90,7 +90,7 @@ class Checkpoint:
             **self._stacks,
         }
         shown = {part for stack in stacks.values() for parts in stack for part in parts} | {*self._in_files.values()}
-        self.towers = tensors.keys() - shown  # what is beside the text model, as in a wrapped one
+        self.beside = tensors.keys() - shown  # a wrapped model's towers, and what a model does not use
         self.index = {name: files[tensor.name] for name, tensor in self._tensors.items()}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
@@ -122,9 +122,8 @@ class Checkpoint:
             return {name: name for name in files}, {}
         names = {name: name for name in files} if self.wrapper is None else self._unwrapped(self.wrapper, files)
         row = ARCHITECTURES.get(str(self.config.get("model_type")))  # pruned folders have the names of the model
-        if row is not None:
-            names = {own: stored for own, stored in names.items() if not own.startswith(row.unused)}
-        single, stacks = names_in_model(names, row, self.folder)
+        used = [own for own in names if row is None or not row.leaves_unused(own, self.config)]
+        single, stacks = names_in_model(used, row, self.folder)
         in_files = {name: names[own] for name, own in single.items()}
         return in_files, {
             name: tuple(tuple(names[part] for part in parts) for parts in stack) for name, stack in stacks.items()

@@ -31,6 +31,8 @@ class StackedTensor:
         self._experts, self.name = experts, experts[0][0].name
         if len(set(specs := [tuple(part.spec for part in parts) for parts in experts])) > 1:
             raise UserError(f"{name}: its experts differ in shape or dtype")
+        if not specs[0][0].dtype.is_floating_point:
+            raise UserError(f"{name}: its experts are in 4 bits; start from the weights in 16 or 32 bits")
         rows, first = sum(spec.shape[0] for spec in specs[0]), specs[0][0]
         self.spec = TensorSpec(dtype=first.dtype, shape=(len(experts), rows, *first.shape[1:]))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-Unit = Literal["channel", "head", "group", "gated_group", "query", "hidden", "shared"]
+Unit = Literal["channel", "pair", "head", "group", "gated_group", "query", "hidden", "shared"]
 MixerUnit = Literal["mixer_keys", "mixer_values", "mixer_heads", "mixer_head", "kernel"]
 Reads = Literal["layer", "attention", "mixer", "mlp", "channels", "shared"]
 
@@ -55,13 +55,14 @@ class Segment:
 
     Args:
         name: what they are; segments that differ only in their name (keys and values) are pruned alike.
-        unit: what one unit owns: a `channel` is 1 row, a `head` is `head_dim` rows, a `group` is the rows of all query
-            heads of one key-value head, and a `gated_group` twice as many, since each head has a gate behind its
-            queries; `hidden` is `hidden_size` rows, `shared` is one row per channel of the experts that every token
-            passes, and `query` is one row per query head of one key-value head. In a layer that mixes tokens by a state
-            or a convolution, and not by attention, `mixer_keys` and `mixer_values` are the rows of all its key heads
-            and of all its value heads, `mixer_heads` is one row per value head, `mixer_head` is the rows of one value
-            head, and `kernel` is one row per token that its convolution sees.
+        unit: what one unit owns: a `channel` is 1 row, a `pair` is the 2 rows of a channel whose gate and up are
+            neighbours, a `head` is `head_dim` rows, a `group` is the rows of all query heads of one key-value head, and
+            a `gated_group` twice as many, since each head has a gate behind its queries; `hidden` is `hidden_size`
+            rows, `shared` is one row per channel of the experts that every token passes, and `query` is one row per
+            query head of one key-value head. In a layer that mixes tokens by a state or a convolution, and not by
+            attention, `mixer_keys` and `mixer_values` are the rows of all its key heads and of all its value heads,
+            `mixer_heads` is one row per value head, `mixer_head` is the rows of one value head, and `kernel` is one row
+            per token that its convolution sees.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 
@@ -71,6 +72,7 @@ class Segment:
 
 
 HIDDEN = Segment(name="hidden", unit="hidden")
+ONE = Segment(name="one", unit="channel")
 SHARED = Segment(name="shared", unit="shared")
 ONE_HEAD = Segment(name="one head", unit="head")
 
@@ -135,7 +137,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts.
+    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts; buffers too.
 
     Args:
         name: the tensor's name inside the layer. One that ends with `.bias` is there only where the row's `biases` say
@@ -160,12 +162,15 @@ class Experts:
         in_files: a tensor's name inside the layer -> the names of its parts in checkpoints that have one tensor per
             expert, where {} stands for the expert's number. Parts are joined along their rows, and experts are stacked.
         renamed: the beginning of a name inside the layer in such checkpoints -> what it is in the model.
+        groups: the key of config.json with the number of groups that the router first chooses among, each of which has
+            as many experts; 1 where config.json leaves it out.
     """
 
     path: str
     router: str
     in_files: Mapping[str, tuple[str, ...]]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    groups: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +259,8 @@ class Architecture:
         experts: the experts of its layers, where it has some.
         recurrent: whether some layers pass a state, or what a convolution sees, from each token to the next, so that
             rows of text cannot be put together into one.
-        unused: how the names of tensors begin that are in its files and not in its model: layers that predict further
-            tokens.
+        unused: how the names of tensors begin that files may hold and the model has not, such as a layer that predicts
+            the token after the next; {} stands for the number of layers.
         biases: a switch of config.json -> the paths of the modules that it gives a bias; `always` is no switch.
         on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
@@ -357,6 +362,11 @@ class Architecture:
         parts = self.layers_path.split(".")
         tails = "|".join(re.escape(".".join(parts[start:])) for start in range(len(parts)))
         return re.compile(rf"(?:(?:.*\.)?{re.escape(self.layers_path)}|{tails})\.(?P<layer>\d+)\.(?P<rest>.+)")
+
+    def leaves_unused(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether the model has no tensor of this name, although files may hold it."""
+        layers = self.text_config(config).get("num_hidden_layers")
+        return name.startswith(tuple(prefix.format(layers) for prefix in self.unused))
 
     @cached_property
     def linear_spaces(self) -> tuple[Space, ...]:

@@ -130,6 +130,7 @@ class Geometry(BaseModel):
         group = self.num_attention_heads // self.num_key_value_heads
         sizes = {
             "channel": 1,
+            "pair": 2,
             "head": self.head_dim,
             "group": group * self.head_dim,
             "gated_group": 2 * group * self.head_dim,

@@ -82,7 +82,7 @@ def resize_parameters_(layer: nn.Module, modules: NarrowParameters) -> None:
         for name, shape in own["shapes"].items():
             old = getattr(module, name)
             new = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
-            setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+            setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         for name in own["numbers"].keys() & vars(module).keys():
             setattr(module, name, own["numbers"][name])
 

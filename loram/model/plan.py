@@ -224,10 +224,11 @@ class PruningPlan(BaseModel):
         for segment in segments:
             if (space := segment.space) is None or space.name not in kept:
                 return None
-            size, units = self.geometry.per_unit(space), self.units(layer)
+            size, width = self.geometry.per_unit(space), self.geometry.unit_size(segment.unit)
             assert space.within is not None
-            parts.append(start + torch.tensor(kept[space.name]).view(units[space.within.name], -1) % size)
-            start += size
+            channels = torch.tensor(kept[space.name]).view(self.units(layer)[space.within.name], -1, 1) % size
+            parts.append(start + (channels * width + torch.arange(width)).flatten(1))  # (kept experts, elements)
+            start += size * width
         return torch.cat(parts, dim=1)
 
     def config_keys(self) -> dict[str, Any]:
