@@ -162,6 +162,7 @@ class Experts:
         in_files: a tensor's name inside the layer -> the names of its parts in checkpoints that have one tensor per
             expert, where {} stands for the expert's number. Parts are joined along their rows, and experts are stacked.
         renamed: the beginning of a name inside the layer in such checkpoints -> what it is in the model.
+        transposed: whether its tensors are (experts, inputs, outputs), and not (experts, outputs, inputs).
         groups: the key of config.json with the number of groups that the router first chooses among, each of which has
             as many experts; 1 where config.json leaves it out.
     """
@@ -170,6 +171,7 @@ class Experts:
     router: str
     in_files: Mapping[str, tuple[str, ...]]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
     groups: str | None = None
 
 
@@ -387,6 +389,11 @@ class Architecture:
         path = None if self.experts is None else f"{self.experts.path}."
         return tuple(part for part in self.parameters if path is not None and part.name.startswith(path))
 
+    @cached_property
+    def expert_matrices(self) -> tuple[Parameter, ...]:
+        """Return the 3-D tensors among them, which an adapter can be on, in the order of their module."""
+        return tuple(part for part in self.expert_tensors if len(part.axes) == 3)
+
     @property
     def adapter_targets(self) -> tuple[str, ...]:
         """The names of the linears of decoder layers, as PEFT's `target_modules` lists them."""
@@ -396,6 +403,16 @@ class Architecture:
     def default_targets(self) -> tuple[str, ...]:
         """The names among them that get an adapter where nobody says which should."""
         return tuple(dict.fromkeys(linear.name for linear in self.linears if linear.adapted))
+
+    @property
+    def experts_transposed(self) -> bool:
+        """Return whether the tensors of experts are (experts, inputs, outputs), and not (experts, outputs, inputs)."""
+        return self.experts is not None and self.experts.transposed
+
+    def expert_sides(self, tensor: Parameter) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """Return the segments of the outputs and of the inputs of a tensor of experts."""
+        _, first, second = tensor.axes
+        return (second, first) if self.experts_transposed else (first, second)
 
     def linear(self, path: str) -> Linear:
         """Return the linear at a path inside the layer."""
@@ -419,6 +436,11 @@ class Architecture:
             norms=tuple(part for part in self.norms if not part.kinds or words & set(part.kinds)),
             parameters=parameters,
         )
+
+    @property
+    def without_parts(self) -> "Architecture":
+        """Return the row of a layer that was dropped, which has no tensors."""
+        return replace(self, linears=(), norms=(), parameters=())
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the part of a config.json that describes the text model."""

@@ -17,6 +17,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: ro
 MODEL_CLASSES = tuple(row.model_class for row in _ROWS)
 # The modules that an adapter can target, over all families; which of them a model has, its own row says.
 KNOWN_TARGETS = tuple(dict.fromkeys(target for row in _ROWS for target in (*row.adapter_targets, row.head)))
+# The tensors of experts that an adapter can target, in the order in which the experts' module has them.
+EXPERT_MATRICES = tuple(dict.fromkeys(tensor.name for row in _ROWS for tensor in row.expert_matrices))
 SPACES = tuple(dict.fromkeys(space.name for row in _ROWS for space in row.spaces))  # all that can be pruned somewhere
 LINEARS = LLAMA.adapter_targets  # the default targets before the model is known
 # Families that do not fit a row -> why.

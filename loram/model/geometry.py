@@ -188,6 +188,19 @@ class Geometry(BaseModel):
         }
         return {**shapes, architecture.head: (self.vocab_size, self.hidden_size)}
 
+    def expert_shapes(
+        self, architecture: Architecture, units: Callable[[int], Units | None] = lambda layer: None
+    ) -> dict[str, tuple[int, ...]]:
+        """Return (experts, out_features, in_features) of every 3-D tensor of experts, by name; arguments as above."""
+        shapes = dict[str, tuple[int, ...]]()
+        for layer in range(self.num_hidden_layers):
+            row = self.layer(architecture, layer)
+            for tensor in row.expert_matrices:
+                axes = (tensor.axes[0], *row.expert_sides(tensor))
+                name = f"{architecture.layer_path(layer)}.{tensor.name}"
+                shapes[name] = tuple(self.size(axis, units(layer)) for axis in axes)
+        return shapes
+
     def layer_shapes(
         self, architecture: Architecture, layer: int, units: Units | None = None
     ) -> dict[str, tuple[int, ...]]:
