@@ -29,6 +29,7 @@ from loram.planner.shapes import Model
 from loram.planner.weights import frozen_bytes
 from loram.pruning.criteria import CRITERIA
 from loram.pruning.depth import Influence
+from loram.pruning.options import PruneOptions
 from loram.pruning.score import calibration_stream
 from loram.run.dry_run import dry_run
 from loram.run.recipe import Recipe
@@ -305,7 +306,7 @@ def test_the_planner_counts_what_is_built(family: str, options: dict[str, Any], 
     assert (found.parameters, found.pruned_parameters) == plan.parameters()
     assert (found.dropped_layers, found.pruned_layers) == (len(plan.dropped), len(plan.layers))
     config = json.loads((base / "config.json").read_text())
-    sizes = Model.of(config, "config", options.get("ratio"), 1, 1, drop=options["drop_layers"])
+    sizes = Model.of(config, "config", PruneOptions(**options).resolved())
     model: Any = load_4bit(open_model(folder), device=torch.device("cpu"), dtype=torch.float32)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert frozen_bytes(sizes, make_settings(device="cpu", load_in_4bit=True)).total == nbytes(model) - buffers

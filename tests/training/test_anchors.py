@@ -20,6 +20,7 @@ from loram.model.resize import narrow
 from loram.planner.memory import training_memory
 from loram.planner.settings import make_settings
 from loram.planner.shapes import Model
+from loram.pruning.options import PruneOptions
 from loram.run.recipe import Recipe
 from loram.run.stages import anchor_steps
 from loram.training.anchors import Anchors, Course
@@ -255,7 +256,8 @@ def test_the_estimate_covers_a_measurement(gradients: bool, tokenizer: Any, tmp_
     with live:
         anchors.measure_([batch([[7] * 200]) for _ in range(8)])
     config = json.loads((base / "config.json").read_text())
-    full, pruned = (Model.of(config, "config", ratio, 1, 1) for ratio in (None, 0.5))
+    pruning = PruneOptions(ratio=0.5, keep_first=1, keep_last=1).resolved()
+    full, pruned = Model.of(config, "config"), Model.of(config, "config", pruning)
     options = {"max_length": 200, "per_device_train_batch_size": 1, "anchor_steps": 8, "anchor_gradients": gradients}
     settings = make_settings(device="cpu", lora_r=3, gradient_checkpointing=True, **options)
     found = training_memory(pruned, settings, full)
