@@ -78,10 +78,9 @@ def _lfm2_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _lfm2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     width = config.get("block_ff_dim", config.get("intermediate_size", 12_288))
     if config.get("block_auto_adjust_ff_dim", True):
-        width = int(2 * width / 3)
-        if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
-            multiple = config.get("block_multiple_of", 256)
-            width = multiple * math.ceil(int(factor * width) / multiple)
+        multiple = config.get("block_multiple_of", 256)
+        scaled = int(config.get("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
+        width = multiple * math.ceil(scaled / multiple)
     return {"intermediate_size": width, "linear_conv_kernel_dim": config.get("conv_L_cache", 3)}
 
 
