@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXPERTS, elsewhere, make_model, random_adapter, relative
+from conftest import EXPERTS, HYBRID_EXPERTS, elsewhere, make_model, random_adapter, relative
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +27,7 @@ TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50], [9, 9, 31, 
 SAMPLES = [row.tolist() for row in TOKENS]
 CUT = {"ratio": 0.5, "expert_channels_ratio": 0.5, "keep_first": 1, "keep_last": 1}
 STEP = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-1, "logging_steps": 1}
-on_every_mixture = pytest.mark.parametrize("family", EXPERTS)
+on_every_mixture = pytest.mark.parametrize("family", [*EXPERTS, *HYBRID_EXPERTS])
 
 
 class _WithoutExperts(TorchFunctionMode):
