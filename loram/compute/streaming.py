@@ -34,6 +34,7 @@ from loram.model.architecture import Architecture, Linear
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 ExpertsObserver = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor], None]
 Observers = tuple[Observer | None, ExpertsObserver | None]
+LayerObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
 Of = Literal["weights", "weights and experts", "factors"]
 OnGradient = Callable[[str, Tensor, Tensor], None]
@@ -147,6 +148,7 @@ class Stream:
         keep_from: int | None = None,
         edit: Editor | None = None,
         observe_experts: ExpertsObserver | None = None,
+        observe_layer: LayerObserver | None = None,
     ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, and yield each layer when they have passed it.
 
@@ -160,6 +162,8 @@ class Stream:
             observe_experts: called for every layer with experts and every micro-batch, with the layer's index, the
                 module that holds the experts, and, flattened to (tokens, ...): the hidden states that it reads, the
                 numbers and the weights of each token's experts, (tokens, k) both, and where tokens are text, bool.
+            observe_layer: called for every decoder layer and every micro-batch, with the layer's index, its inputs and
+                outputs, (rows, width, hidden) each, and where these are text, as `observe`.
         """
         observers = (observe, observe_experts)
         current = self._embed()
@@ -169,18 +173,27 @@ class Stream:
             if edit is not None:
                 self._pass(layer.index, current, None, observers)
                 edit(layer)
-            self._pass(layer.index, current, outputs, (None, None) if edit else observers)
+            self._pass(layer.index, current, outputs, (None, None) if edit else observers, observe_layer)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
 
-    def _pass(self, index: int, inputs: Activations, outputs: Activations | None, observers: Observers) -> None:
+    def _pass(
+        self,
+        index: int,
+        inputs: Activations,
+        outputs: Activations | None,
+        observers: Observers,
+        observe_layer: LayerObserver | None = None,
+    ) -> None:
         """Send all micro-batches through one layer."""
         for number, batch in enumerate(self.batches):
             before = inputs[number].to(self.device)  # (rows, width, hidden)
             with torch.no_grad(), self._observed(index, batch, *observers):
                 after = self._call(index, batch, before)
+            if observe_layer is not None:
+                observe_layer(index, before, after, batch.real.to(self.device))
             if outputs is not None:
                 outputs[number] = after
 
@@ -232,7 +245,7 @@ class Stream:
         path = self.architecture.final_norm_path
         norm = self.model.get_submodule(path)
         weights = {name: self.checkpoint.tensor(f"{path}.{name}") for name, _ in norm.named_parameters()}
-        _fill_(norm, weights, self.device, self.dtype)
+        _fill_(norm, weights, self.device)
         return Head(
             self.checkpoint,
             norm,
@@ -292,7 +305,7 @@ class Stream:
         with contextlib.closing(loads):
             for index in track(indices, description):
                 layer, weights = self._layers[index], next(loads)
-                _fill_(layer, weights, self.device, self.dtype)
+                _fill_(layer, weights, self.device)
                 prefix = self.architecture.layer_path(index)
                 tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
                 handles = self._adapt_(index)
@@ -360,7 +373,8 @@ class Stream:
 
         def see_linear(_: nn.Module, args: Any, output: Tensor, name: str) -> None:
             assert observe is not None
-            observe(name, args[0], output, real)
+            inputs, outputs = (tensor.reshape(*real.shape, -1) for tensor in (args[0], output))  # experts flatten them
+            observe(name, inputs, outputs, real)
 
         def see_experts(module: nn.Module, args: Any) -> None:
             assert observe_experts is not None
@@ -414,15 +428,16 @@ def after_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> RemovableH
     return register(call)
 
 
-def _fill_(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Give an empty module its weights and buffers; each is dropped from `tensors` as it is converted."""
+def _fill_(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Give an empty module its weights and buffers; each is dropped from `tensors` as it is converted.
+
+    Their dtypes are those of the module: some families keep their routers in float32, whatever the others compute in.
+    """
     for name in list(tensors):
         owner, _, leaf = name.rpartition(".")
         parent, tensor = module.get_submodule(owner), tensors.pop(name)
         old: Tensor = getattr(parent, leaf)
         if tensor.shape != old.shape:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {tuple(old.shape)}")
-        if isinstance(old, nn.Parameter):
-            setattr(parent, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-        else:
-            setattr(parent, leaf, tensor.to(device, old.dtype))
+        tensor = tensor.to(device, old.dtype)
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)

@@ -211,6 +211,8 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     _check_trainer(trainer)
     if options.anchor_steps and (problem := why_not_anchored(options)):
         raise UserError(f"anchor_steps: {problem}")
+    if architecture is not None:
+        _check_together(trainer, architecture)
     own = {} if method.section is None else {method.section: method.own_options(options)}
     return options.model_copy(update={"lora": lora, "trainer": trainer, **own})
 
@@ -227,6 +229,16 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     check_trainer(trainer, SftFlags, SFTConfig)
     if trainer.get("pad_to_multiple_of") == 0:
         raise UserError("trainer: pad_to_multiple_of should be at least 1; leave it out")
+
+
+def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuse rows of text that are put together into one where layers would carry one row's text into the next."""
+    for key in ("packing", "padding_free"):
+        if architecture.recurrent and trainer.get(key):
+            raise UserError(
+                f"trainer: {key} puts rows together, and some layers of {architecture.model_type} would carry one "
+                "row's text into the next; leave it out"
+            )
 
 
 def why_not_anchored(options: TrainOptions) -> str | None:

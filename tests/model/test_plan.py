@@ -102,7 +102,67 @@ def plans(draw: Any) -> PruningPlan:
     }
     spaces = st.fixed_dictionaries({}, optional={n: s.map(lambda k: tuple(sorted(k))) for n, s in kept.items()})
     layers = draw(st.dictionaries(st.integers(0, 5), spaces, max_size=6))
-    return make(layers, geometry=Geometry(**geometry), model_type=draw(st.sampled_from(list(ARCHITECTURES))))
+    families = [family for family, row in ARCHITECTURES.items() if {space.name for space in row.spaces} == set(kept)]
+    return make(layers, geometry=Geometry(**geometry), model_type=draw(st.sampled_from(families)))
+
+
+@st.composite
+def expert_plans(draw: Any) -> PruningPlan:
+    """Plans of a mixture of experts: some experts stay, and each of them keeps as many channels of its own."""
+    count, width = draw(st.integers(2, 5)), draw(st.integers(1, 6))
+    geometry = {**GEOMETRY, "num_experts": count, "moe_intermediate_size": width, "num_experts_per_tok": 1}
+    experts = sorted(draw(st.sets(st.integers(0, count - 1), min_size=1)))
+    each = draw(st.integers(1, width))
+    channels = [
+        expert * width + channel
+        for expert in experts
+        for channel in sorted(draw(st.sets(st.integers(0, width - 1), min_size=each, max_size=each)))
+    ]
+    layer = {"experts": tuple(experts), "expert_channels": tuple(channels)}
+    if draw(st.booleans()):
+        del layer["expert_channels"]
+    elif len(experts) == count:
+        del layer["experts"]
+    return make({2: layer}, geometry=Geometry(**geometry), model_type="mixtral")
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=expert_plans())
+def test_narrow_undoes_widen_for_experts(plan: PruningPlan) -> None:
+    for name, shape in plan.geometry.layer_shapes(plan.architecture, 2).items():
+        full = torch.randn(shape)
+        small = narrow(f"model.layers.2.{name}", full, plan)
+        wide = widen(f"model.layers.2.{name}", small, plan)
+        assert tuple(small.shape) == plan.geometry.layer_shapes(plan.architecture, 2, plan.units(2))[name]
+        assert torch.equal(narrow(f"model.layers.2.{name}", wide, plan), small)
+        assert torch.equal(wide[wide != 0], full[wide != 0])
+        assert wide.count_nonzero() == small.count_nonzero()
+
+
+def test_experts_keep_channels_of_their_own() -> None:
+    """Of 3 experts with 4 channels each, expert 0 keeps its channels 1 and 3, and expert 2 its channels 0 and 1."""
+    geometry = Geometry(**GEOMETRY, num_experts=3, moe_intermediate_size=4, num_experts_per_tok=1)
+    plan = make({2: {"experts": (0, 2), "expert_channels": (1, 3, 8, 9)}}, geometry=geometry, model_type="mixtral")
+    gate_up, down = torch.arange(3 * 8 * 12).view(3, 8, 12), torch.arange(3 * 12 * 4).view(3, 12, 4)
+    expected = torch.stack([gate_up[0, [1, 3, 5, 7]], gate_up[2, [0, 1, 4, 5]]])
+    assert torch.equal(narrow("model.layers.2.mlp.experts.gate_up_proj", gate_up, plan), expected)
+    expected = torch.stack([down[0][:, [1, 3]], down[2][:, [0, 1]]])
+    assert torch.equal(narrow("model.layers.2.mlp.experts.down_proj", down, plan), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"experts": (0, 2), "expert_channels": (1, 3, 8)},
+        {"experts": (0, 2), "expert_channels": (1, 3, 4, 5)},
+        {"expert_channels": (1, 8)},
+    ],
+    ids=str,
+)
+def test_experts_must_keep_as_many_channels_as_the_others(layer: dict[str, tuple[int, ...]]) -> None:
+    geometry = Geometry(**GEOMETRY, num_experts=3, moe_intermediate_size=4, num_experts_per_tok=1)
+    with pytest.raises(ValidationError, match="every kept unit of experts must keep as many"):
+        make({2: layer}, geometry=geometry, model_type="mixtral")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

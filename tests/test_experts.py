@@ -1,0 +1,265 @@
+"""Mixtures of experts: the laws, what decides which experts stay, and both forms of their checkpoints."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EXPERTS, elsewhere, make_model, random_adapter, relative
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+import loram
+from loram.base.errors import UserError
+from loram.compute.streaming import Stream
+from loram.data.batches import make_batches
+from loram.disk.checkpoint import Checkpoint
+from loram.model.plan import PruningPlan
+from loram.pruning.criteria import EXPERT_CRITERIA, ExpertRules
+from loram.pruning.score import score_layers
+
+TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50], [9, 9, 31, 70, 2, 44, 6, 18, 25, 81, 90, 7]])
+SAMPLES = [row.tolist() for row in TOKENS]
+CUT = {"ratio": 0.5, "expert_channels_ratio": 0.5, "keep_first": 1, "keep_last": 1}
+STEP = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-1, "logging_steps": 1}
+on_every_mixture = pytest.mark.parametrize("family", EXPERTS)
+
+
+class _WithoutExperts(TorchFunctionMode):
+    """Give the logits of dropped experts as minus infinity wherever a router's weight is multiplied."""
+
+    def __init__(self, model: Any, plan: PruningPlan) -> None:
+        super().__init__()
+        self.dropped: dict[int, list[int]] = {}
+        for layer, spaces in plan.layers.items():
+            row = plan.geometry.layer(plan.architecture, layer)
+            if row.experts is not None and "experts" in spaces:
+                assert plan.geometry.num_experts is not None
+                router = model.get_parameter(f"{row.layer_path(layer)}.{row.experts.router}")
+                gone = set(range(plan.geometry.num_experts)) - set(spaces["experts"])
+                self.dropped[router.data_ptr()] = sorted(gone)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear and (gone := self.dropped.get(args[1].data_ptr())):
+            result[..., gone] = -torch.inf
+        return result
+
+
+def zeroed(base: Path, plan: PruningPlan) -> Any:
+    """The full model with the weights of its pruned heads and channels set to zero."""
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(loram.widen(name, loram.narrow(name, tensor, plan), plan))
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        result: Tensor = model.eval()(TOKENS).logits
+    return result
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """family -> (base folder, pruned folder, plan), pruned at random in each space; made once."""
+    made: dict[str, tuple[Path, Path, PruningPlan]] = {}
+
+    def get(family: str) -> tuple[Path, Path, PruningPlan]:
+        if family not in made:
+            out = tmp_path_factory.mktemp("pruned") / family
+            made[family] = tiny_models[family], out, loram.prune(tiny_models[family], out, criterion="random", **CUT)
+        return made[family]
+
+    return get
+
+
+@on_every_mixture
+def test_laws_1_and_2_a_pruned_mixture_is_the_full_one_without_its_experts(family: str, pruned: Any) -> None:
+    base, folder, plan = pruned(family)
+    checkpoint = Checkpoint(base)
+    for name in checkpoint.names():
+        small = loram.narrow(name, checkpoint.tensor(name), plan)
+        assert torch.equal(loram.narrow(name, loram.widen(name, small, plan), plan), small)
+    assert {"kv_groups", "experts", "expert_channels"} <= plan.layers[2].keys()
+    model, full = loram.load_pruned(folder).eval(), zeroed(base, plan)
+    assert sum(p.numel() for p in model.parameters()) == plan.parameters()[1]
+    assert relative(logits(full), logits(AutoModelForCausalLM.from_pretrained(base))) > 1e-2
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with _WithoutExperts(full, plan):
+        assert relative(logits(model), logits(full)) <= 1e-5
+        mask = torch.ones_like(TOKENS)
+        expected = full.generate(TOKENS, attention_mask=mask, **options)
+    assert torch.equal(model.generate(TOKENS, attention_mask=mask, **options), expected)
+
+
+@on_every_mixture
+def test_laws_3_and_4_an_adapter_on_attention_is_recovered_for_plain_peft(
+    family: str, pruned: Any, tmp_path: Path
+) -> None:
+    base, folder, plan = pruned(family)
+    targets = list(plan.architecture.default_targets)
+    assert targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapter = random_adapter(loram.load_pruned(folder), tmp_path / "adapter", target_modules=targets)
+    plan.save(adapter)
+    recovered = loram.recover(adapter, tmp_path / "recovered")
+    small = PeftModel.from_pretrained(loram.load_pruned(folder), adapter)
+    plain = zeroed(base, plan)
+    with _WithoutExperts(plain, plan):
+        assert relative(logits(small), logits(PeftModel.from_pretrained(plain, recovered))) <= 1e-5
+    code = (
+        "import sys, torch\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoModelForCausalLM\n"
+        "tokens = torch.arange(3, 15)[None]\nmodel = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[2])\n"
+        "print((model(tokens).logits - base(tokens).logits).abs().max().item())\nassert 'loram' not in sys.modules\n"
+    )
+    done = elsewhere(code, str(recovered), str(base), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "missing" not in done.stderr.lower()
+    assert float(done.stdout) > 1e-3
+
+
+@on_every_mixture
+def test_law_5_a_pruned_mixture_survives_transformers_saving(family: str, pruned: Any, tmp_path: Path) -> None:
+    _, folder, _ = pruned(family)
+    loram.load_pruned(folder).save_pretrained(tmp_path)
+    mine, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert (folder / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+
+
+def whole_scores(base: Path, layer: int) -> Mapping[str, Tensor]:
+    """Scores of a layer's experts, worked out on the model as a whole, expert by expert."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, experts_implementation="eager").eval()
+    mlp = model.model.layers[layer].mlp
+    seen: list[tuple[Tensor, ...]] = []
+    mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    ((hidden, chosen, weights),) = seen
+    reap, frequency = [], []
+    for expert in range(mlp.experts.num_experts):
+        token, place = torch.where(chosen == expert)
+        gate, up = (hidden[token] @ mlp.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        output = (mlp.experts.act_fn(gate) * up) @ mlp.experts.down_proj[expert].T
+        norms = output.norm(dim=-1) * weights[token, place]
+        reap.append(norms.mean() if len(token) else torch.zeros(()))
+        frequency.append(torch.tensor(float(len(token))))
+    tensors = (mlp.experts.gate_up_proj, mlp.experts.down_proj)
+    taylor = torch.stack([(tensor * tensor.grad).abs().sum((1, 2)) for tensor in tensors]).sum(0)
+    by_channel = (mlp.experts.gate_up_proj * mlp.experts.gate_up_proj.grad).abs().sum(2)
+    gates, ups = by_channel.chunk(2, dim=1)
+    downs = (mlp.experts.down_proj * mlp.experts.down_proj.grad).abs().sum(1)
+    return {
+        "reap": torch.stack(reap),
+        "frequency": torch.stack(frequency),
+        "router": mlp.gate.weight.norm(dim=1),
+        "taylor": taylor,
+        "channels": (gates + ups + downs).flatten(),
+    }
+
+
+@on_every_mixture
+@pytest.mark.parametrize("criterion", [name for name in EXPERT_CRITERIA if name != "random"])
+def test_law_6_streamed_scores_of_experts_are_the_whole_models(
+    family: str, criterion: str, tiny_models: dict[str, Path]
+) -> None:
+    checkpoint = Checkpoint(tiny_models[family])
+    rules = ExpertRules(experts=criterion, channels="taylor" if criterion == "taylor" else None)
+    layers = list(score_layers(checkpoint, [], [2], calibration=SAMPLES, experts=rules))
+    scores = next(layer.expert_scores for layer in layers if layer.index == 2)
+    expected = whole_scores(tiny_models[family], 2)
+    assert relative(scores["experts"].float(), expected[criterion].float()) < 1e-4
+    if criterion == "taylor":
+        assert relative(scores["expert_channels"].float(), expected["channels"]) < 1e-4
+
+
+@on_every_mixture
+def test_law_6_a_streamed_mixture_has_the_whole_models_log_probabilities(family: str, pruned: Any) -> None:
+    base, folder, _ = pruned(family)
+    for path in (base, folder):
+        stream = Stream(
+            Checkpoint(path), make_batches(SAMPLES, max_tokens=12), device=torch.device("cpu"), dtype=torch.float32
+        )
+        for _ in stream.forward():
+            pass
+        model = loram.load_pruned(folder) if path == folder else AutoModelForCausalLM.from_pretrained(base)
+        whole = logits(model)[:, :-1].log_softmax(-1).gather(2, TOKENS[:, 1:, None])[..., 0]
+        streamed = torch.zeros_like(whole)
+        for batch, values in zip(stream.batches, stream.log_probs(), strict=True):
+            streamed[list(batch.rows)] = values.view(len(batch.rows), -1)
+        assert relative(streamed, whole) < 1e-5
+
+
+@on_every_mixture
+def test_from_pruning_by_reap_to_merging(
+    family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    base = tiny_models[family]
+    plan = loram.prune(base, tmp_path / "pruned", experts_ratio=0.5, calibration=rows_file, keep_first=1, keep_last=1)
+    assert (plan.ratio, plan.ratios) == (None, {"experts": 0.5})
+    assert set(plan.layers[2]) == {"experts"}
+    loram.train(tmp_path / "pruned", tmp_path / "adapter", data=rows_file, trainer=STEP)
+    recovered = loram.recover(tmp_path / "adapter", tmp_path / "recovered")
+    merged = loram.merge(base, recovered, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before, after = logits(plain), logits(PeftModel.from_pretrained(plain, recovered))
+    assert relative(after, before) > 1e-3
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(merged)), after) < 1e-5
+    assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    loss = loram.evaluate(base, adapter=recovered, data=rows_file, device="cpu", stream=True).loss
+    assert loss == pytest.approx(loram.evaluate(merged, data=rows_file, device="cpu").loss, rel=1e-5)
+
+
+@on_every_mixture
+def test_both_forms_of_a_checkpoint_are_one_model(family: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """The hub has one tensor per expert; a folder with transformers' own 3-D tensors is read as well."""
+    by_experts = Checkpoint(tiny_models[family])
+    stacked = shutil.copytree(tiny_models[family], tmp_path / "stacked")
+    tensors = {name: by_experts.tensor(name).clone() for name in by_experts.names()}
+    save_file(tensors, stacked / "model.safetensors", {"format": "pt"})
+    assert Checkpoint(stacked).names() == by_experts.names()
+    assert Checkpoint(stacked).fingerprint == by_experts.fingerprint
+    assert Checkpoint(stacked).parameters == by_experts.parameters == loram.estimate(stacked).parameters
+    name = "model.layers.2.mlp.experts.gate_up_proj"
+    assert torch.equal(by_experts.tensor(name, 2, 4), tensors[name][2:4])
+    assert torch.equal(torch.cat([block for _, block in by_experts.blocks(name)]), tensors[name])
+
+
+def test_an_expert_that_is_missing_or_there_twice_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "mixtral", tokenizer)
+    stacked, weights = Checkpoint(base), load_file(base / "model.safetensors")
+    down = stacked.tensor("model.layers.1.mlp.experts.down_proj")
+    save_file({**weights, "model.layers.1.mlp.experts.down_proj": down}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.experts\.down_proj as a whole and one tensor per"):
+        Checkpoint(base)
+    del weights["model.layers.2.block_sparse_moe.experts.3.w3.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="gate_up_proj lacks a part of expert 3, though there are 6 experts"):
+        Checkpoint(base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts_ratio": 0.9}, "leaves 1 of 6 experts, and every token needs 2"),
+        ({"channels_ratio": 0.5, "experts_ratio": 0.5}, "channels_ratio: mixtral has no channels"),
+        ({"experts_ratio": 0.5, "experts_criterion": "best"}, "experts_criterion 'best' is not known"),
+        ({"expert_channels_ratio": 0.5, "criterion": "wanda"}, "wanda: cannot score the channels of experts"),
+        ({"pattern": "4:8"}, "prunes linears, and the experts of this model are none"),
+        ({"ratio": 0.5, "kv_groups_ratio": 0, "experts_ratio": 0}, "nothing is pruned"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_with_experts_is_refused(
+    options: dict[str, Any], message: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loram.prune(tiny_models["mixtral"], tmp_path / "out", keep_first=1, keep_last=1, **options)
+    assert list(tmp_path.iterdir()) == []
