@@ -1,4 +1,4 @@
-"""The types of a row of `families.py`: what LoRAM has to know about a family of models. Nothing here touches a weight.
+"""The types of a family's row: what LoRAM has to know about a family of models. Nothing here touches a weight.
 
 Four words recur in the whole project:
 
