@@ -191,7 +191,7 @@ EXPERTS = (
         ),
         sizes=_sizes(128, 4, 2880, "intermediate_size"),
         experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}, transposed=True),
-        biases={"attention_bias": QKVO},
+        biases={"attention_bias": QKVO, "always": ("mlp.router",)},
         on_by_default=("attention_bias",),
         kv_heads=8,
         head_dim=64,
