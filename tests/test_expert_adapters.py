@@ -137,6 +137,20 @@ def test_law_3_pruned_adapter_equals_recovered_adapter(
     assert relative(after, before) > 1e-3  # the adapter does something
 
 
+def test_layers_that_were_dropped_get_no_factors(
+    tiny_models: dict[str, Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    base, folder = tiny_models["mixtral"], tmp_path / "pruned"
+    plan = loram.prune(base, folder, drop_layers=2, experts_ratio=0.5, criterion="random", keep_first=1, keep_last=0)
+    adapter = adapter_on(folder, tmp_path / "adapter", "mixtral")
+    recovered = loram.recover(adapter, tmp_path / "recovered")
+    assert not any(plan.drops(module) for module in Adapter.load(recovered).modules)
+    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), recovered)
+    assert not any("missing" in str(warning.message) for warning in recwarn)
+    merged = AutoModelForCausalLM.from_pretrained(loram.merge(base, recovered, tmp_path / "merged"))
+    assert relative(logits(merged), logits(full)) <= 1e-5
+
+
 PLAIN_PEFT = """
 import sys, torch
 from peft import PeftConfig, PeftModel
@@ -304,6 +318,11 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], row: Any,
     with pytest.raises(loram.UserError, match=message) as caught:
         resolve(TrainOptions(**options), row)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_whose_adapter_peft_would_misread_do_not_train(pruned: Any, rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(loram.UserError, match=r"method full: .* takes 'gate_proj' in qwen3_moe for experts"):
+        loram.train(pruned("qwen3_moe")[1], tmp_path / "out", data=rows_file, method="full")
 
 
 def test_lora_fa_trains_only_lora_b(pruned: Any, rows_file: Path, tmp_path: Path) -> None:
