@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXPERTS, HYBRID_EXPERTS, elsewhere, make_model, random_adapter, relative
+from helpers import WithoutExperts, zeroed
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import loram
@@ -28,36 +28,6 @@ SAMPLES = [row.tolist() for row in TOKENS]
 CUT = {"ratio": 0.5, "expert_channels_ratio": 0.5, "keep_first": 1, "keep_last": 1}
 STEP = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-1, "logging_steps": 1}
 on_every_mixture = pytest.mark.parametrize("family", [*EXPERTS, *HYBRID_EXPERTS])
-
-
-class _WithoutExperts(TorchFunctionMode):
-    """Give the logits of dropped experts as minus infinity wherever a router's weight is multiplied."""
-
-    def __init__(self, model: Any, plan: PruningPlan) -> None:
-        super().__init__()
-        self.dropped: dict[int, list[int]] = {}
-        for layer, spaces in plan.layers.items():
-            row = plan.geometry.layer(plan.architecture, layer)
-            if row.experts is not None and "experts" in spaces:
-                assert plan.geometry.num_experts is not None
-                router = model.get_parameter(f"{row.layer_path(layer)}.{row.experts.router}")
-                gone = set(range(plan.geometry.num_experts)) - set(spaces["experts"])
-                self.dropped[router.data_ptr()] = sorted(gone)
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is torch.nn.functional.linear and (gone := self.dropped.get(args[1].data_ptr())):
-            result[..., gone] = -torch.inf
-        return result
-
-
-def zeroed(base: Path, plan: PruningPlan) -> Any:
-    """The full model with the weights of its pruned heads and channels set to zero."""
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(loram.widen(name, loram.narrow(name, tensor, plan), plan))
-    return model
 
 
 def logits(model: Any) -> Tensor:
@@ -92,7 +62,7 @@ def test_laws_1_and_2_a_pruned_mixture_is_the_full_one_without_its_experts(famil
     assert sum(p.numel() for p in model.parameters()) == plan.parameters()[1]
     assert relative(logits(full), logits(AutoModelForCausalLM.from_pretrained(base))) > 1e-2
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with _WithoutExperts(full, plan):
+    with WithoutExperts(full, plan):
         assert relative(logits(model), logits(full)) <= 1e-5
         mask = torch.ones_like(TOKENS)
         expected = full.generate(TOKENS, attention_mask=mask, **options)
@@ -111,7 +81,7 @@ def test_laws_3_and_4_an_adapter_on_attention_is_recovered_for_plain_peft(
     recovered = loram.recover(adapter, tmp_path / "recovered")
     small = PeftModel.from_pretrained(loram.load_pruned(folder), adapter)
     plain = zeroed(base, plan)
-    with _WithoutExperts(plain, plan):
+    with WithoutExperts(plain, plan):
         assert relative(logits(small), logits(PeftModel.from_pretrained(plain, recovered))) <= 1e-5
     code = (
         "import sys, torch\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoModelForCausalLM\n"
