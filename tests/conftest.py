@@ -38,7 +38,18 @@ NEAR_LLAMA = (
     "glm4",
     "cohere2",
 )
-EXPERTS = ("qwen3_moe", "mixtral")  # mixtures of experts; their tests are in test_experts.py, and the planner's sums
+# Mixtures of experts. Their tests are in test_experts.py, and the planner's sums.
+EXPERTS = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "glm4_moe",
+    "olmoe",
+    "qwen2_moe",
+    "ernie4_5_moe",
+    "minimax_m2",
+    "granitemoe",
+)
 EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
