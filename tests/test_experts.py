@@ -300,7 +300,7 @@ def test_a_layer_that_the_model_does_not_use_stays_in_the_files_only(
 def test_experts_in_groups_keep_their_number(tokenizer: Any, tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "glm4_moe", tokenizer, n_routed_experts=8, n_group=2, topk_group=1)
     options = {"criterion": "random", "keep_first": 1, "keep_last": 1}
-    with pytest.raises(UserError, match=r"n_group is 2, .*; set experts_ratio to 0"):
+    with pytest.raises(UserError, match=r"experts_ratio: the config's n_group is 2, .*; set it to 0"):
         loram.prune(base, tmp_path / "out", ratio=0.5, **options)
     plan = loram.prune(base, tmp_path / "out", ratio=0.5, experts_ratio=0, expert_channels_ratio=0.5, **options)
     assert relative(logits(loram.load_pruned(tmp_path / "out")), logits(zeroed(base, plan))) <= 1e-5

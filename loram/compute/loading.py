@@ -11,7 +11,14 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from loram.base.errors import UserError, in_one_line
@@ -43,7 +50,7 @@ def write_config(full: PreTrainedConfig, plan: PruningPlan, out: Path) -> None:
 
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return transformers' config of a model; of a wrapped one, its text model's."""
-    if checkpoint.wrapper is not None:
+    if checkpoint.wrapper is not None or checkpoint.packing:
         return AutoConfig.for_model(**checkpoint.config)
     config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder)
     return config
@@ -91,11 +98,9 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
     row = family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
-    options = {**from_pretrained_kwargs, **_of_the_text(checkpoint)}
+    options = {**from_pretrained_kwargs, "output_loading_info": True}
     with _bar_if_slow(checkpoint), _without_report(checkpoint):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, output_loading_info=True, use_safetensors=True, **options
-        )
+        loaded: Any = _load_dense(checkpoint, **options) if checkpoint.packing else _load_folder(checkpoint, **options)
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     unexpected = set(report["unexpected_keys"]) - checkpoint.beside
     report["unexpected_keys"] = {name for name in unexpected if not row.leaves_unused(name, checkpoint.config)}
@@ -106,6 +111,19 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
         model.__dict__.pop("_weight_conversions", None)
     keep_layout_(model)
     return model
+
+
+def _load_folder(checkpoint: Checkpoint, **options: Any) -> Any:
+    """Have transformers read a model's files."""
+    options = {**options, **_of_the_text(checkpoint)}
+    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, use_safetensors=True, **options)
+
+
+def _load_dense(checkpoint: Checkpoint, **options: Any) -> Any:
+    """Have transformers take the weights as the checkpoint shows them; it reads packed ones on some devices alone."""
+    config, weights = config_of(checkpoint), {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, **options)
 
 
 def _of_the_text(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adapters of a wrapped model's text model: the same factors under the wrapped model's names, and back."""
+"""The same adapter in other words: under the names of a wrapped model and back, or with all names in full."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,6 +13,14 @@ _PREFIX = "base_model.model."
 def in_wrapper(adapter: Adapter, wrapper: Wrapper) -> Adapter:
     """Return an adapter of the text model as one of the wrapped model: what plain PEFT loads there."""
     return _renamed(adapter, wrapper.outside)
+
+
+def in_full(adapter: Adapter) -> Adapter:
+    """Return an adapter whose config names each of its modules in full, and matches nothing else.
+
+    PEFT would give the layers of a full model that a pruned one has dropped an adapter too, and miss its factors.
+    """
+    return _renamed(adapter, lambda name: name)
 
 
 def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, ...]], model: str) -> Adapter:
@@ -42,11 +50,13 @@ def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, 
 def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
     """Return an adapter whose modules have other names; its config names each of them, and matches nothing else."""
     options, modules = adapter.config, adapter.modules
-    ranks = {rename(name): factors["A"].shape[0] for name, factors in modules.items()}
+    ranks = {rename(name): adapter.rank(name) for name in modules}
+    experts = sorted(rename(name) for name in adapter.of_experts)
     alphas = {rename(name): adapter.alpha(name) for name in modules}
     config = {
         **options,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - set(experts)),
+        **({"target_parameters": experts} if experts else {}),
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != options.get("r", 8)},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != options.get("lora_alpha", 8)},

@@ -52,8 +52,8 @@ class BaseReference(BaseModel):
 class PruningPlan(BaseModel):
     """What every layer of a pruned model keeps of the full model's.
 
-    A structured plan lists the kept units (key-value groups and channels) of every narrowed layer. A sparse plan keeps
-    all shapes, and masks beside it say which single weights stay.
+    A structured plan lists the kept units (key-value groups and channels) of every narrowed layer, and the layers that
+    are dropped as a whole. A sparse plan keeps all shapes, and masks beside it say which single weights stay.
 
     Args:
         model_type: the full model's family.
@@ -62,8 +62,11 @@ class PruningPlan(BaseModel):
         layers: layer -> space name -> sorted indices of the kept units. A layer or space that is not named keeps
             everything. The channels of experts are numbered through: channel c of expert e is e * (channels per
             expert) + c, and every expert that stays keeps as many of them.
+        dropped: the layers that are gone, sorted. The others keep their numbers. The first layer is never among them,
+            since transformers asks its key-value cache how long the text is.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
-        ratios: space name -> the ratio of its own, where it has one; `ratio` is None where each pruned space has one.
+        ratios: space name -> the ratio of its own, where it has one; `ratio` is None where each pruned space has one,
+            and where nothing but whole layers is pruned.
         pattern: `structured`, or the pattern of sparse layers: `unstructured`, or n:m, which keeps n of m weights.
         masks: the SHA-256 of a sparse plan's `loram_masks.safetensors`, where `model.layers.3.mlp.up_proj.mask` is
             (out_features, in_features / 8) uint8: bit j of byte i is 1 if the weight in column 8 * i + j stays.
@@ -88,6 +91,7 @@ class PruningPlan(BaseModel):
     keep_last: int = Field(ge=0)
     pattern: str = STRUCTURED
     masks: str | None = None
+    dropped: tuple[int, ...] = Field(default=(), exclude_if=lambda value: not value)
     versions: dict[str, str]
     layers: dict[int, dict[str, tuple[int, ...]]]
 
@@ -135,6 +139,21 @@ class PruningPlan(BaseModel):
             raise ValueError(f"pattern {self.pattern}: sparse plans have masks and nothing narrowed, others no masks")
         return self
 
+    @model_validator(mode="after")
+    def _dropped_layers_can_go(self) -> "PruningPlan":
+        pruned = range(max(1, self.keep_first), self.geometry.num_hidden_layers - self.keep_last)
+        if any(a >= b for a, b in pairwise(self.dropped)):
+            raise ValueError("dropped: layers must be sorted and distinct")
+        if self.dropped and not pruned.start <= self.dropped[0] <= self.dropped[-1] < pruned.stop:
+            raise ValueError(f"dropped: layers must lie in {pruned.start}..{pruned.stop - 1}")
+        if self.dropped and self.sparse:
+            raise ValueError(f"pattern {self.pattern}: a sparse plan drops no layers")
+        if both := sorted(self.layers.keys() & set(self.dropped)):
+            raise ValueError(f"layer {both[0]} is dropped, and keeps units")
+        if self.ratio is None and not self.ratios and (self.layers or not self.dropped):
+            raise ValueError("ratio: missing, and only a plan that does nothing but drop layers has none")
+        return self
+
     @property
     def sparse(self) -> bool:
         """Return whether weights were zeroed one by one, so that all shapes are the full model's."""
@@ -146,8 +165,13 @@ class PruningPlan(BaseModel):
         return range(self.keep_first, self.geometry.num_hidden_layers - self.keep_last) if self.sparse else range(0)
 
     def kept_values(self) -> dict[str, int]:
-        """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer."""
-        shapes = {linear.path: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
+        """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer.
+
+        A layer has those of the linears that its kind has. Linears without units, as in mixers of tokens other than
+        attention, stay whole.
+        """
+        linears = [linear for linear in self.architecture.linears if linear.has_units]
+        shapes = {linear.path: self.geometry.linear_shape(linear) for linear in linears}
         assert self.ratio is not None
         return {path: kept_values(*shape, self.pattern, self.ratio) for path, shape in shapes.items()}
 
@@ -178,7 +202,20 @@ class PruningPlan(BaseModel):
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out_features, in_features) of every linear of the pruned model, the head included, by module path."""
-        return self.geometry.linear_shapes(self.architecture, self.units)
+        shapes = self.geometry.linear_shapes(self.architecture, self.units)
+        return {module: shape for module, shape in shapes.items() if not self.drops(module)}
+
+    def drops(self, name: str) -> bool:
+        """Return whether a tensor or module is in a layer that is dropped."""
+        place = self.architecture.split(name)
+        return place is not None and place[0] in self.dropped
+
+    def adaptable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all that an adapter can be on: `linear_shapes`, and those of experts.
+
+        A tensor of experts goes by its name, and has the shape (experts, out_features, in_features).
+        """
+        return {**self.linear_shapes(), **self.geometry.expert_shapes(self.architecture, self.units)}
 
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
         """Return the rows or columns of a tensor that a layer keeps.
@@ -233,6 +270,7 @@ class PruningPlan(BaseModel):
             "narrow_linears": self.narrow_linears() or None,
             "bias_compensation": self.bias_compensation,
             "sparsity": self.sparsity(),
+            **({"dropped_layers": list(self.dropped)} if self.dropped else {}),
             **({"narrow_norms": norms} if (norms := self.narrow_norms()) else {}),
             **({"narrow_parameters": parts} if (parts := self.narrow_parameters()) else {}),
         }
@@ -315,13 +353,16 @@ class PruningPlan(BaseModel):
         full = pruned = self.geometry.other_parameters()
         for layer in range(self.geometry.num_hidden_layers):
             full += self.geometry.layer_parameters(self.architecture, layer)
-            pruned += self.geometry.layer_parameters(self.architecture, layer, self.units(layer))
+            if layer not in self.dropped:
+                pruned += self.geometry.layer_parameters(self.architecture, layer, self.units(layer))
         for layer in self.layers:
             linears = [linear for _, linear in self.compensated(layer) if linear.path not in self.geometry.biases]
             pruned += sum(self.geometry.size(linear.rows) for linear in linears)
-        if self.sparse:
-            shapes = [self.geometry.linear_shape(linear) for linear in self.architecture.linears]
-            pruned -= len(self.sparse_layers) * (sum(map(math.prod, shapes)) - sum(self.kept_values().values()))
+        kept = self.kept_values() if self.sparse else {}
+        for layer in self.sparse_layers:
+            for linear in self.geometry.layer(self.architecture, layer).linears:
+                if linear.path in kept:
+                    pruned -= math.prod(self.geometry.linear_shape(linear)) - kept[linear.path]
         return full, pruned
 
     def to_json(self) -> str:

@@ -1,17 +1,18 @@
 """Bytes that autograd keeps between forward and backward, term by term as transformers and PEFT compute.
 
 Every term is a tensor; `tests/planner/test_planner.py` compares the sums with what autograd saves. Rows are taken to
-have no padding.
+have no padding. Experts are taken to be computed by transformers' `grouped_mm`, its default on a CPU and on a GPU.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loram.model.architecture import Linear
+from loram.planner.layer import Layer, Routed
 from loram.planner.settings import Settings
-from loram.planner.shapes import Layer, Model
+from loram.planner.shapes import Model
 
-_FLOAT32 = 4
+_FLOAT32, _INT32, _INT64 = 4, 4, 8
 _OFFLOAD_STASH = 5  # tensors that TRL's offloading leaves on the device at a time
 
 
@@ -52,13 +53,14 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     row, in_norm = model.architecture, _in_norm(model)
     per_token = layer.norms * in_norm + layer.head_norms * _FLOAT32
     per_token += _by_adapters(model, layer, targets, settings, size)
-    per_token += 3 * layer.channels * size.value  # gate, act(gate), up
+    per_token += mlp_values(model, layer) * size.value
     if row.dropout("residual_dropout", model.text_config):
         per_token += 2 * hidden * (1 if settings.device == "cuda" else size.value)  # the masks
     if first:
         readers = [linear for linear in targets if linear.reads == "layer"]
         per_token -= (in_norm if row.normed_inputs else 0) + len(readers) * hidden * size.mask
-    return tokens * per_token + _attention(model, layer, settings, size) + _norm_weights(model, layer, first)
+    between = _attention(model, layer, settings, size) + _router(layer.routed, settings, size)
+    return tokens * per_token + between + _norm_weights(model, layer, first)
 
 
 def _in_norm(model: Model) -> int:
@@ -70,13 +72,39 @@ def _in_norm(model: Model) -> int:
     return (copies * model.geometry.hidden_size + 1) * _FLOAT32
 
 
+def mlp_values(model: Model, layer: Layer) -> int:
+    """Return how many values an MLP and experts keep per token: gate, act(gate), up, and what each expert gives.
+
+    The latter is multiplied by the router's weight, whose gradient needs it.
+    """
+    values = 3 * (layer.channels + layer.shared)
+    if layer.routed is not None:
+        values += layer.routed.chosen * (3 * layer.routed.channels + model.geometry.hidden_size)
+    return values
+
+
+def _router(routed: Routed | None, settings: Settings, size: Sizes) -> int:
+    """Return the bytes that choosing experts keeps.
+
+    A softmax over all experts is in float32, and the chosen ones' weights are divided by their sum. Then the pairs of a
+    token and an expert are sorted by expert, which takes three tables of places, and one of where each expert's begin.
+    Routers that do not divide, or choose in another way, keep a few values more or less.
+    """
+    if routed is None:
+        return 0
+    chosen = _INT64 + _FLOAT32 + size.value + 3 * _INT64  # its number, its weight before and after, its places
+    offsets = 0 if settings.quantised else routed.experts * _INT32
+    return settings.tokens * (routed.experts * _FLOAT32 + _FLOAT32 + routed.chosen * chosen) + offsets
+
+
 def saved_by_mlp(model: Model, layer: Layer, settings: Settings) -> int:
     """Return the part of what a layer saves that backward has freed when it comes to attention."""
     size = Sizes.of(settings)
-    targets = [linear for linear in layer.targeted(settings.targets) if linear.reads in ("mlp", "channels")]
+    targets = [linear for linear in layer.targeted(settings.targets) if linear.reads in ("mlp", "channels", "shared")]
     norms = (layer.norms - 1) * _in_norm(model)  # all but the one before attention
     adapters = _by_adapters(model, layer, targets, settings, size)
-    return settings.tokens * (norms + adapters + 3 * layer.channels * size.value)
+    kept = norms + adapters + mlp_values(model, layer) * size.value
+    return settings.tokens * kept + _router(layer.routed, settings, size)
 
 
 def _by_adapters(model: Model, layer: Layer, targets: Sequence[Linear], settings: Settings, size: Sizes) -> int:
@@ -162,4 +190,4 @@ def layer_input(model: Model, settings: Settings) -> int:
 
 def offloaded_stash(model: Model) -> int:
     """Return how many layers' inputs are on the device while the others are in host memory."""
-    return min(_OFFLOAD_STASH, model.geometry.num_hidden_layers)
+    return min(_OFFLOAD_STASH, len(model.layers))

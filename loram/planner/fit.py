@@ -7,13 +7,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.errors import UserError
-from loram.planner.settings import PRUNING, TRAINING, PlannerOptions, make_settings
+from loram.model.sparsity import STRUCTURED
+from loram.planner.settings import TRAINING, PlannerOptions, make_settings
 from loram.planner.shapes import read_config
 from loram.planner.size import show_size
-from loram.planner.total import Estimate, estimate_with, prunes
+from loram.planner.total import Estimate, estimate_with
 from loram.pruning.options import PruneOptions
 
 _ALWAYS = ("max_length", "per_device_train_batch_size")  # written into every recipe: they decide most of the memory
+_OF_PRUNING = ("ratio", "keep_first", "keep_last")
 GRID = (None, *(step / 20 for step in range(1, 20)))  # no pruning, 0.05, 0.1 ... 0.95
 
 
@@ -39,7 +41,8 @@ def fit(
     Args:
         config: as for `estimate`.
         memory: bytes of the device that trains; on a GPU all its memory, since the context is counted.
-        options: how to train, and which layers to leave whole; a ratio or a sparse pattern cannot be given.
+        options: how to train, which layers to leave whole, and the ratios of single spaces, which stay as they are;
+            `ratio`, a sparse pattern or layers to drop cannot be given.
         fields: single options by name, over `options`.
 
     Raises:
@@ -49,16 +52,16 @@ def fit(
     pruning = chosen.pruning()
     if pruning.ratio is not None:
         raise UserError("--ratio, --memory: give one of the two; --memory finds a ratio")
-    if prunes(pruning):
-        raise UserError("--pattern, --memory: give one of the two; --memory looks for structured pruning")
+    if pruning.pattern != STRUCTURED or pruning.drop_layers:
+        raise UserError("--memory: looks for a ratio of structured pruning; leave --pattern and --drop-layers out")
     values, where = read_config(config)
     nearest: Estimate | None = None
     for ratio, in_4bit in _candidates(chosen.in_4bit):
-        pruned = ratio is not None
-        training = chosen.training(pruned=pruned, anchored=True, in_4bit=in_4bit)
-        estimate = estimate_with(values, where, make_settings(**training), PruneOptions.of(pruning, ratio=ratio))
+        candidate = PruneOptions.of(pruning, ratio=ratio)
+        training = chosen.training(pruned=candidate.prunes, anchored=True, in_4bit=in_4bit)
+        estimate = estimate_with(values, where, make_settings(**training), candidate)
         if estimate.training.total <= memory:
-            written = chosen.training(pruned=pruned, in_4bit=in_4bit or None)
+            written = chosen.training(pruned=candidate.prunes, in_4bit=in_4bit or None)
             return Fit(memory=memory, estimate=estimate, recipe=recipe_lines(estimate, written))
         if nearest is None or estimate.training.total < nearest.training.total:
             nearest = estimate
@@ -89,10 +92,13 @@ def recipe_lines(estimate: Estimate, written: Collection[str]) -> str:
         written: the options of training to write, by their names for the planner; those that take most memory are
             always written, and others are left to the defaults of `loram train`.
     """
-    if estimate.ratio is None:
+    if not estimate.pruned_layers:
         lines = ["# no pruning: train the full model with `loram train`"]
     else:
-        lines = ["prune:", *(f"  {name}: {getattr(estimate, name)}" for name in PRUNING if name != "pattern")]
+        ratios = {} if estimate.ratio is None else {"ratio": estimate.ratio}
+        ratios |= {f"{name}_ratio": ratio for name, ratio in estimate.ratios.items()}
+        layers = {"keep_first": estimate.keep_first, "keep_last": estimate.keep_last}
+        lines = ["prune:", *(f"  {name}: {value}" for name, value in {**ratios, **layers}.items())]
     sections: dict[str, list[str]] = {}
     for name, option in TRAINING.items():
         if name in {*written, *_ALWAYS}:

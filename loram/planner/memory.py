@@ -1,6 +1,6 @@
 """The peak memory of a training: what is held throughout, and the moment of a step that needs most."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import prod
 
@@ -11,13 +11,15 @@ from loram.planner.activations import (
     Sizes,
     kept_per_weight,
     layer_input,
+    mlp_values,
     offloaded_stash,
     saved_around_layers,
     saved_by_layer,
     saved_by_mlp,
 )
+from loram.planner.layer import Layer
 from loram.planner.settings import Settings
-from loram.planner.shapes import Layer, Model
+from loram.planner.shapes import Model
 from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
 
 CONTEXT = 1 << 29  # bytes of CUDA and its libraries; they depend on driver and card and cannot be counted
@@ -91,7 +93,7 @@ def training_memory(model: Model, settings: Settings, full: Model | None = None)
     if settings.anchored and full is not None:
         moments.append(_measuring(full, model, settings))
     most = max(moments, key=lambda moment: moment.total)
-    offloaded = layer_input(model, settings) * model.geometry.num_hidden_layers if settings.offloaded else 0
+    offloaded = layer_input(model, settings) * len(model.layers) if settings.offloaded else 0
     return TrainingMemory(
         moment=most.name,
         **held,
@@ -112,11 +114,11 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
     for index, layer in enumerate(model.layers):
         again = saved_by_layer(model, layer, settings) if settings.checkpointed else 0
         yield _Moment(
-            name=f"backward through layer {index}",
+            name=f"backward through layer {layer.index}",
             gradients=gradients[index],
             activations=kept[index] + around,
             recomputation=again + _inside(model, layer, settings),
-            scratch=max(_unpacked(layer, path, settings) for path in layer.shapes),
+            scratch=_unpacked(layer, settings),
         )
     yield _Moment(name="the optimiser's step", gradients=gradients[0])
 
@@ -125,17 +127,20 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
     """Return the moment when anchors are measured: a micro-batch is in a layer of the full model and in the pruned one.
 
     No step is under way then. The full layer is in the computing dtype, and its adapter computes in float32, without
-    dropout. On a CPU the next layer is being read meanwhile, and hidden states and measurements are in memory, each up
-    to its budget.
+    dropout. A layer that was dropped has no pruned part. On a CPU the next layer is being read meanwhile, and hidden
+    states and measurements are in memory, each up to its budget.
     """
     during = settings.measuring(rows=max(1, MEASURED_TOKENS // settings.length))
-    measured = model.layers if settings.quantised else [model.layers[index] for index in model.narrowed]
-    layer, small = (max(layers, key=lambda layer: layer.parameters) for layers in (full.layers, measured))
+    layer = max(full.layers, key=lambda layer: layer.parameters)
+    small = max(_differing(model, settings), key=lambda layer: layer.parameters, default=None)
     inputs = sum(columns for _, columns in layer.shapes.values())
-    saved = saved_by_layer(full, layer, during) + saved_by_layer(model, small, during)
+    saved, unpacked = saved_by_layer(full, layer, during), 0
+    if small is not None:
+        saved += saved_by_layer(model, small, during)
+        unpacked = _unpacked(small, settings)
     if settings.device == "cuda":
         saved += during.tokens * inputs * _FLOAT32
-    forward = 3 * during.tokens * layer.channels * settings.compute_bytes
+    forward = during.tokens * mlp_values(full, layer) * settings.compute_bytes
     weights, states = layer.parameters * settings.compute_bytes, 0
     if settings.device == "cpu":
         weights += layer.parameters * file_bytes(full)
@@ -144,8 +149,13 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
         name="measuring the full model's course",
         activations=states + (saved if settings.gradients_measured else forward),
         recomputation=_inside(full, layer, during) + 8 * layer_input(full, during),
-        scratch=weights + max(_unpacked(small, path, settings) for path in small.shapes),
+        scratch=weights + unpacked,
     )
+
+
+def _differing(model: Model, settings: Settings) -> Sequence[Layer]:
+    """Return the layers of a pruned model that are other than the full model's; in 4 bits these are all."""
+    return model.layers if settings.quantised else model.narrowed_layers
 
 
 def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
@@ -153,13 +163,13 @@ def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
 
     Returns:
         (bytes of the hidden states before every layer, bytes of the measured differences). Attention and MLP differ
-        each, in outputs and in gradients; whole layers in full precision do not differ.
+        each, in outputs and in gradients; whole layers in full precision do not differ. A dropped layer differs as one.
     """
     states = settings.course_tokens * model.geometry.hidden_size * settings.compute_bytes
-    measured = len(model.layers if settings.quantised else model.narrowed)
+    measured = 2 * len(_differing(model, settings)) + len(model.dropped)
     if settings.gradients_measured:
-        return len(model.layers) * states, 4 * measured * states
-    return states, 2 * measured * states
+        return model.geometry.num_hidden_layers * states, 2 * measured * states
+    return states, measured * states
 
 
 def _kept(model: Model, settings: Settings) -> list[int]:
@@ -178,11 +188,10 @@ def _gradients(model: Model, settings: Settings) -> list[int]:
     All gradients exist from the start when several micro-batches are accumulated.
     """
     sizes = [settings.lora_bytes * parameters for parameters in trained(model, settings)]
-    per_layer = 2 * len(model.layers[0].targeted(settings.targets))  # lora_A and lora_B of each
-    layers = len(model.layers)
+    factors_of = [2 * len(layer.targeted(settings.targets)) for layer in model.layers]  # lora_A and lora_B of each
     if settings.micro_batches > 1:
-        return [sum(sizes)] * (layers + 1)
-    return [sum(sizes[per_layer * index :]) for index in range(layers + 1)]
+        return [sum(sizes)] * (len(factors_of) + 1)
+    return [sum(sizes[start:]) for start in accumulate(factors_of, initial=0)]
 
 
 def _loss(model: Model, settings: Settings, kept: int, gradients: int) -> Iterator[_Moment]:
@@ -213,7 +222,7 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
     """
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
     cast = _FLOAT32 if settings.device == "cuda" and not settings.quantised else 0
-    in_mlp = tokens * (3 * hidden * size + layer.channels * (size + cast))
+    in_mlp = tokens * (3 * hidden * size + (layer.channels + layer.shared) * (size + cast))
     if not kept_per_weight(model, settings):
         return in_mlp
     gradients = 1 if model.architecture.attention_softcap is None else 2
@@ -226,11 +235,11 @@ def _dequantised(parameters: int, settings: Settings) -> int:
     return parameters * settings.compute_bytes + parameters // 16 if settings.quantised else 0
 
 
-def _unpacked(layer: Layer, path: str, settings: Settings) -> int:
-    """Return the bytes of one linear's full weight, if it is in 4 bits or sparse; a mask takes a byte per weight."""
-    places = prod(layer.shapes[path])
-    dense = places * (settings.compute_bytes + 1) if layer.mask_bytes else 0
-    return dense + _dequantised(layer.values[path], settings)
+def _unpacked(layer: Layer, settings: Settings) -> int:
+    """Return the bytes of the largest weight in full that is in 4 bits or sparse; a mask takes a byte per weight."""
+    dense = settings.compute_bytes + 1 if layer.mask_bytes else 0
+    linears = (prod(layer.shapes[path]) * dense + _dequantised(layer.values[path], settings) for path in layer.shapes)
+    return max([*linears, *(_dequantised(values, settings) for values, _ in layer.quantisable)])
 
 
 def _casts(model: Model, settings: Settings) -> int:

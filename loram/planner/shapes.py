@@ -1,6 +1,6 @@
-"""A full or pruned model as sizes alone: what its decoder layers hold, and how their attention is computed."""
+"""A full or pruned model as sizes alone, from the content of its config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -9,76 +9,15 @@ from typing import Any
 
 from loram.base.paths import local
 from loram.disk.files import read_json
-from loram.model.architecture import HIDDEN, ONE_HEAD, Architecture, Linear
-from loram.model.counts import kept_units, prunable_layers
+from loram.model.architecture import HIDDEN, ONE_HEAD, SHARED, Architecture
+from loram.model.counts import kept_by_space
 from loram.model.families import architecture_of
-from loram.model.geometry import Geometry
+from loram.model.geometry import Geometry, Units
+from loram.model.packing import packing_of
 from loram.model.parts import KV_GROUPS, UP, VALUES
-from loram.model.sparsity import STRUCTURED, kept_values
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """The sizes of one decoder layer.
-
-    Args:
-        linears: its linears by their paths.
-        shapes: (out_features, in_features) of each linear.
-        values: how many weights of each linear are stored: all of them, or those that a sparse linear keeps.
-        biases: how many values all its biases have together.
-        heads, kv_heads, head_dim: the number of query heads and of key-value heads, and the width of each.
-        channels: the width of the MLP.
-        values_width: the width of the tensor that the values are in: all key-value heads, and with a fused linear its
-            queries and keys too.
-        norms: how many norms of the hidden size it has.
-        head_norms: how many values per token the norms of queries and keys read and keep: queries, keys, and one
-            length for each of the heads that they are normalised by, or for all heads together.
-        norm_values: how many values all its norms have together.
-        window: how many tokens its attention looks back, or None where it sees all.
-    """
-
-    linears: Mapping[str, Linear]
-    shapes: Mapping[str, tuple[int, int]]
-    values: Mapping[str, int]
-    biases: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    channels: int
-    values_width: int
-    norms: int
-    head_norms: int
-    norm_values: int
-    window: int | None
-
-    @property
-    def weights(self) -> int:
-        """Return how many values its linears compute with, without biases; the zeros of sparse linears count too."""
-        return sum(map(prod, self.shapes.values()))
-
-    @property
-    def mask_bytes(self) -> int:
-        """The bytes of the masks of sparse linears, with one bit per place."""
-        return self.weights // 8 if self.weights != sum(self.values.values()) else 0
-
-    @property
-    def parameters(self) -> int:
-        """Return how many parameters it has; sparse linears count those that stay."""
-        return sum(self.values.values()) + self.biases + self.norm_values
-
-    @property
-    def queries(self) -> int:
-        """The width of all query heads together."""
-        return self.heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        """The width of all key heads together."""
-        return self.kv_heads * self.head_dim
-
-    def targeted(self, names: tuple[str, ...]) -> list[Linear]:
-        """Return its linears that PEFT's `target_modules` name."""
-        return [linear for linear in self.linears.values() if linear.name in names]
+from loram.model.sparsity import kept_values
+from loram.planner.layer import Layer, Routed
+from loram.pruning.options import ResolvedPruneOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,51 +27,54 @@ class Model:
     Args:
         architecture, geometry: the family and the sizes of the full model.
         config: the content of its config.json.
-        units: how many units a narrowed layer keeps of each space; None for the full model.
+        units: how many units each narrowed layer keeps of each space; None where no layer is narrowed.
         sparse: how many values a sparse layer keeps of each linear, by its path; None where no layer is sparse.
-        narrowed: the layers that are narrowed, or sparse.
+        narrowed: the layers that are narrowed, or sparse, unless they are dropped.
+        dropped: the layers that are dropped.
     """
 
     architecture: Architecture
     geometry: Geometry
     config: Mapping[str, Any]
-    units: Mapping[str, int] | None = None
+    units: Mapping[int, Units] | None = None
     sparse: Mapping[str, int] | None = None
-    narrowed: range = range(0)
+    narrowed: Sequence[int] = ()
+    dropped: tuple[int, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        config: Mapping[str, Any],
-        where: str,
-        ratio: float | None,
-        first: int,
-        last: int,
-        pattern: str = STRUCTURED,
-    ) -> "Model":
+    def of(cls, config: Mapping[str, Any], where: str, options: ResolvedPruneOptions | None = None) -> "Model":
         """Return the sizes of the model that pruning makes of another one.
 
         Args:
             config: the content of the full model's config.json.
             where: what error messages call that file.
-            ratio: the pruning ratio, or None for the full model.
-            first, last: how many layers stay whole at the bottom and at the top.
-            pattern: as for `prune`.
+            options: how it is pruned, or None for the full model. Which layers are dropped depends on the weights; here
+                they are the last that can be.
 
         Raises:
-            UserError: the family is not supported, or a setting is out of range.
+            UserError: the family or the format of the weights is not supported, or a setting is out of range.
         """
+        packing_of(config, where)  # or it refuses the model
         architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
         full = cls(architecture=architecture, geometry=geometry, config=config)
-        if ratio is None:
+        if options is None:
             return full
-        narrowed = prunable_layers(geometry, first, last)
-        if pattern != STRUCTURED:
+        full = replace(full, dropped=options.dropped_blindly(geometry, architecture, config))
+        if not options.narrows:
+            return full
+        narrowed = [layer for layer in options.layers(geometry) if layer not in full.dropped]
+        if options.sparse:
             shapes = {linear.path: geometry.linear_shape(linear) for linear in architecture.linears}
-            kept = {path: kept_values(*shape, pattern, ratio) for path, shape in shapes.items()}
+            share = options.removed_share
+            kept = {path: kept_values(*shape, options.pattern, share) for path, shape in shapes.items()}
             return replace(full, sparse=kept, narrowed=narrowed)
-        units = {space.name: kept_units(space, geometry.units(space), ratio) for space in architecture.spaces}
-        return replace(full, units=units, narrowed=narrowed)
+        ratios, spaces = options.ratios(architecture), {n: geometry.layer(architecture, n).spaces for n in narrowed}
+        units = {
+            layer: kept_by_space(geometry, own, ratios)
+            for layer, own in spaces.items()
+            if any(space.name in ratios for space in own)
+        }
+        return replace(full, units=units, narrowed=tuple(units))
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -141,30 +83,67 @@ class Model:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Its decoder layers, from the bottom up."""
-        return tuple(self._layer(index) for index in range(self.geometry.num_hidden_layers))
+        """Its decoder layers, from the bottom up, without those that are dropped."""
+        indices = range(self.geometry.num_hidden_layers)
+        return tuple(self._layer(index) for index in indices if index not in self.dropped)
+
+    @property
+    def narrowed_layers(self) -> list[Layer]:
+        """Its layers that are narrowed, or sparse."""
+        return [layer for layer in self.layers if layer.index in self.narrowed]
+
+    @property
+    def pruned(self) -> bool:
+        """Return whether it is smaller than the full model."""
+        return bool(self.narrowed or self.dropped)
 
     def _layer(self, index: int) -> Layer:
         geometry, row = self.geometry, self.geometry.layer(self.architecture, index)
-        units, sparse = (self.units, self.sparse) if index in self.narrowed else (None, None)
+        units = None if self.units is None else self.units.get(index)
+        tensors = geometry.layer_shapes(self.architecture, index, units)
         shapes = {linear.path: geometry.linear_shape(linear, units) for linear in row.linears}
-        groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
+        widths = {segment: shapes[linear.path][0] for linear in row.linears for segment in linear.rows}
+        groups = 0
+        if KV_GROUPS in row.spaces:
+            groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
         heads = groups * geometry.num_attention_heads // geometry.num_key_value_heads
+        own = {part.name: tensors[part.name] for part in row.parameters if part.name in tensors}
+        experts = {part.name: own.pop(part.name) for part in row.expert_tensors}
+        stored = {path: prod(shape) for path, shape in shapes.items()}
+        if self.sparse is not None and index in self.narrowed:
+            stored = {path: self.sparse[path] for path in shapes}
         windows = self.architecture.windows
         return Layer(
+            index=index,
             linears={linear.path: linear for linear in row.linears},
             shapes=shapes,
-            values={path: prod(shape) for path, shape in shapes.items()} if sparse is None else sparse,
-            biases=sum(shapes[path][0] for path in geometry.biases),
+            values=stored,
+            biases=sum(shape[0] for name, shape in tensors.items() if name.removesuffix(".bias") in shapes),
             heads=heads,
             kv_heads=groups,
             head_dim=geometry.head_dim,
-            channels=geometry.size([UP], units),
-            values_width=shapes[row.linear_with(VALUES).path][0],
+            channels=geometry.size([UP], units) if UP in widths else 0,
+            shared=widths.get(SHARED, 0),
+            routed=self._routed(row, experts, units) if experts else None,
+            tensors=own,
+            values_width=widths.get(VALUES, 0),
             norms=sum(norm.width == HIDDEN for norm in row.norms),
             head_norms=self._head_norms(row, heads, groups),
             norm_values=sum(geometry.size([norm.width], units) for norm in row.norms),
             window=None if windows is None else windows.of(index, self.text_config),
+        )
+
+    def _routed(self, row: Architecture, tensors: Mapping[str, tuple[int, ...]], units: Units | None) -> Routed:
+        """Return the sizes of a layer's experts from the shapes of their tensors, (experts, ...)."""
+        assert self.geometry.num_experts_per_tok is not None
+        (space,) = (space for space in row.spaces if space.within is not None)
+        experts = next(iter(tensors.values()))[0]
+        return Routed(
+            experts=experts,
+            chosen=self.geometry.num_experts_per_tok,
+            channels=self.geometry.per_unit(space) if units is None else units[space.name] // experts,
+            matrices=tuple((shape[1], shape[2]) for shape in tensors.values() if len(shape) == 3),
+            biases=sum(shape[1] for shape in tensors.values() if len(shape) == 2),
         )
 
     def _head_norms(self, row: Architecture, heads: int, groups: int) -> int:
@@ -185,6 +164,11 @@ class Model:
     def parameters(self) -> int:
         """Return how many parameters it has; a tied head counts once."""
         return self.geometry.other_parameters() + sum(layer.parameters for layer in self.layers)
+
+    @property
+    def active_parameters(self) -> int:
+        """Return how many of its parameters a token meets: all but those of experts that it does not go to."""
+        return self.geometry.other_parameters() + sum(layer.active_parameters for layer in self.layers)
 
     @property
     def vocabulary(self) -> int:

@@ -65,19 +65,37 @@ def _parts(estimate: Estimate) -> Iterator[Table | Text]:
 
 
 def _heading(estimate: Estimate) -> str:
-    if estimate.ratio is None:
-        return f"{estimate.parameters:,} parameters, not pruned"
-    fewer = (
-        f"{estimate.parameters:,} -> {estimate.pruned_parameters:,} parameters "
-        f"({estimate.parameter_reduction:.2f}x fewer)"
+    active = _changed(estimate.active_parameters, estimate.pruned_active_parameters)
+    routed = estimate.active_parameters != estimate.parameters
+    per_token = f", {active} active per token" if routed else ""
+    if not estimate.pruned_layers and not estimate.dropped_layers:
+        return f"{estimate.parameters:,} parameters{per_token}, not pruned"
+    heading = (
+        f"{_changed(estimate.parameters, estimate.pruned_parameters)} parameters "
+        f"({estimate.parameter_reduction:.2f}x fewer){per_token}"
     )
     if estimate.pattern != STRUCTURED:
         return (
-            f"{fewer}\n{estimate.pruned_layers} layers are sparse, {estimate.pattern} at ratio {estimate.ratio:.4g}: "
+            f"{heading}\n{estimate.pruned_layers} layers are sparse, {estimate.pattern} at ratio {estimate.ratio:.4g}: "
             "they store the weights that stay, and one bit per weight"
         )
     kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in estimate.units.items())
-    return f"{fewer} at ratio {estimate.ratio}\n{estimate.pruned_layers} layers keep {kept} each"
+    dropped = f"{estimate.dropped_layers} layers are dropped"
+    if not estimate.pruned_layers:
+        return f"{heading}\n{dropped}"
+    narrowed = f"{estimate.pruned_layers} layers keep {kept} each"
+    return f"{heading} at {_ratios(estimate)}\n{narrowed}" + (f", {dropped}" if estimate.dropped_layers else "")
+
+
+def _ratios(estimate: Estimate) -> str:
+    """Return the ratios that a structured pruning was given: `ratio 0.5, experts ratio 0.25`."""
+    ratios = {} if estimate.ratio is None else {"": estimate.ratio}
+    ratios |= {f"{name.replace('_', ' ')} ": ratio for name, ratio in estimate.ratios.items()}
+    return ", ".join(f"{space}ratio {ratio}" for space, ratio in ratios.items())
+
+
+def _changed(before: int, after: int) -> str:
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
 
 
 def memory_table(memory: TrainingMemory, title: str = "Memory") -> Table:

@@ -4,11 +4,11 @@ What a stage holds follows from `loram.compute.streaming` and from the stages' o
 every layer counts as much as the largest. `benchmarks/streaming.json` has measured peaks to compare them with.
 """
 
-from math import prod
-
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.constants import BATCH_TOKENS, BLOCK_BYTES, HIDDEN_BYTES
+from loram.planner.activations import mlp_values
+from loram.planner.layer import Layer
 from loram.planner.memory import TrainingMemory, course_bytes
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
@@ -40,7 +40,7 @@ class Stage(BaseModel):
 
 def stages(full: Model, model: Model, settings: Settings, training: TrainingMemory) -> tuple[Stage, ...]:
     """Return every stage of a run in order; pruning and recovery are among them only if the model is pruned."""
-    pruned = model.units is not None
+    pruned = model.pruned
     table = [*_prune(full, model), _teach(full)] if pruned else []
     table.append(_train(model, settings, training))
     wide, narrow = (4 * sum(factors(of, settings)) for of in (full, model))
@@ -63,22 +63,25 @@ def stages(full: Model, model: Model, settings: Settings, training: TrainingMemo
 def _prune(full: Model, model: Model) -> list[Stage]:
     stored, disk = _layer(full, file_bytes(full)), model.parameters * file_bytes(full)
     disk += sum(layer.mask_bytes for layer in model.layers)
-    layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(map(prod, full.layers[0].shapes.values()))
+    layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(layer.largest for layer in full.layers)
     stream = IMPORTS + HIDDEN_BYTES + layer + stored + _working(full)
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
+    with_text = "two decoder layers, one of them in float32, and activations"
+    if model.units is None:
+        return [Stage(name="prune (block_influence)", disk=disk, memory=stream, holds=with_text)]
     return [
         Stage(
             name="prune (magnitude, random)",
             disk=disk,
-            memory=IMPORTS + 3 * stored,
-            holds="two decoder layers and the tensors to write",
+            memory=stream if model.dropped else IMPORTS + 3 * stored,
+            holds=with_text if model.dropped else "two decoder layers and the tensors to write",
         ),
         Stage(
             name="prune (wanda, flap, activation)",
             disk=disk,
             memory=max(stream, _head(full)),
-            holds="two decoder layers, one of them in float32, and activations",
+            holds=with_text,
         ),
         Stage(
             name="prune (taylor)",
@@ -94,9 +97,7 @@ def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stag
 
     SparseGPT holds a Hessian for each tensor that a layer's linears read, and works with three more of the largest.
     """
-    layer = full.layers[0]
-    inputs = list({linear.reads: layer.shapes[path][1] for path, linear in layer.linears.items()}.values())
-    hessians = _FLOAT32 * (sum(width**2 for width in inputs) + 3 * max(inputs) ** 2)
+    hessians = max(map(_hessians, full.layers))
     return [
         Stage(
             name="prune (magnitude, random)",
@@ -112,6 +113,12 @@ def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stag
             holds="the same, and the Hessians of a layer's inputs",
         ),
     ]
+
+
+def _hessians(layer: Layer) -> int:
+    """Return the bytes of the Hessians of what the linears of a layer read, and of three more of the largest."""
+    inputs = list({linear.reads: layer.shapes[path][1] for path, linear in layer.linears.items()}.values())
+    return _FLOAT32 * (sum(width**2 for width in inputs) + 3 * max(inputs) ** 2)
 
 
 def _teach(full: Model) -> Stage:
@@ -161,6 +168,6 @@ def _layer(model: Model, size: int) -> int:
 
 
 def _working(full: Model) -> int:
-    """Return the bytes of a micro-batch's activations inside a layer, in float32."""
-    layer = full.layers[0]
-    return BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + 2 * layer.queries + 3 * layer.channels)
+    """Return the bytes of a micro-batch's activations inside the widest layer, in float32."""
+    values = max(2 * layer.queries + mlp_values(full, layer) for layer in full.layers)
+    return BATCH_TOKENS * _FLOAT32 * (4 * full.geometry.hidden_size + values)

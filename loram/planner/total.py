@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.model.sparsity import STRUCTURED
 from loram.model.wrappers import wrapper_of
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import PlannerOptions, Settings, make_settings
@@ -41,11 +40,16 @@ class Estimate(BaseModel):
     Args:
         model_type: the family of the model; of a wrapped model, of its text model, which alone is counted.
         wrapper: the wrapped model's own model_type; None for an ordinary model.
-        ratio, pattern: how the model is pruned; the ratio is None where the full model is trained.
+        ratio, pattern: how the model is pruned; the ratio is None where no layer is narrowed or sparse by it.
+        ratios: space -> the ratio of its own, where it has one.
         parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
             ratio.
+        active_parameters, pruned_active_parameters: how many of these a token meets, which are all but those of experts
+            that it does not go to.
         pruned_layers: how many layers are narrowed, or sparse.
-        units: how many units of each space (key-value groups, channels) such a layer keeps.
+        dropped_layers: how many layers are dropped.
+        units: how many units of each space (key-value groups, channels, experts, channels of each expert) such a layer
+            keeps, if it has that space.
         adapter_parameters: how many parameters are trained.
         settings: how the model is trained, with every default filled in.
         weight_bytes: bytes of the frozen model as it is trained, with the constants of 4-bit weights and with what
@@ -62,13 +66,17 @@ class Estimate(BaseModel):
     model_type: str
     wrapper: str | None
     ratio: float | None
+    ratios: dict[str, float]
     pattern: str
     keep_first: int
     keep_last: int
     parameters: int
     pruned_parameters: int
     parameter_reduction: float
+    active_parameters: int
+    pruned_active_parameters: int
     pruned_layers: int
+    dropped_layers: int
     units: dict[str, int]
     adapter_parameters: int
     settings: Settings
@@ -87,7 +95,7 @@ def estimate(
 
     Args:
         config: a config.json, a folder that has one, a hub id, or the parsed content.
-        options: how to prune and to train; without a ratio or n:m the full model is trained.
+        options: how to prune and to train; without a ratio, n:m or layers to drop, the full model is trained.
         fields: single options by name, over `options`: `ratio=0.85`, `lora_r=16`. They are the flags of
             `loram estimate`, which says what they mean.
 
@@ -99,25 +107,20 @@ def estimate(
     """
     chosen = PlannerOptions.of(options, **fields)
     pruning = chosen.pruning()
-    settings = make_settings(**chosen.training(pruned=prunes(pruning)))
+    settings = make_settings(**chosen.training(pruned=pruning.prunes))
     return estimate_with(*read_config(config), settings, pruning)
-
-
-def prunes(pruning: PruneOptions) -> bool:
-    """Return whether the options remove anything."""
-    return pruning.ratio is not None or pruning.pattern != STRUCTURED
 
 
 def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, options: PruneOptions) -> Estimate:
     """Return the same estimate from a config.json's content and checked settings."""
     if (wrapper := wrapper_of(config)) is not None:
         config = wrapper.text_config(config, where)
-    pruned = prunes(options)
-    pruning = (options if pruned else PruneOptions.of(options, ratio=0.5)).resolved()
-    full = Model.of(config, where, None, 0, 0)
+    full = Model.of(config, where)
     settings = settings.for_family(full.architecture)
-    ratio = pruning.ratio if pruned else None
-    model = Model.of(config, where, ratio, pruning.keep_first, pruning.keep_last, pruning.pattern)
+    pruning = (options if options.prunes else PruneOptions.of(options, ratio=0.5)).resolved()
+    if options.prunes:
+        pruning.check_fits(full.geometry, full.architecture, config)
+    model = Model.of(config, where, pruning) if options.prunes else full
     weights = frozen_bytes(model, settings).total
     memory = training_memory(model, settings, full)
     measuring = _measuring_flops(full, model, settings) if settings.anchored else 0
@@ -131,15 +134,19 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
     return Estimate(
         model_type=full.architecture.model_type,
         wrapper=None if wrapper is None else wrapper.model_type,
-        ratio=ratio,
+        ratio=pruning.ratio if options.prunes else None,
+        ratios=pruning.own_ratios if options.prunes else {},
         pattern=pruning.pattern,
         keep_first=pruning.keep_first,
         keep_last=pruning.keep_last,
         parameters=full.parameters,
         pruned_parameters=model.parameters,
         parameter_reduction=full.parameters / model.parameters,
-        pruned_layers=len(model.narrowed),
-        units=dict(model.units or {space.name: full.geometry.units(space) for space in full.architecture.spaces}),
+        active_parameters=full.active_parameters,
+        pruned_active_parameters=model.active_parameters,
+        pruned_layers=len(model.narrowed_layers),
+        dropped_layers=len(model.dropped),
+        units=_units(model),
         adapter_parameters=sum(trained(model, settings)),
         settings=settings,
         weight_bytes=weights,
@@ -149,6 +156,15 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         arithmetic=arithmetic,
         stages=stages(full, model, settings, memory),
     )
+
+
+def _units(model: Model) -> dict[str, int]:
+    """Return how many units of each space narrowed layers keep, or all layers where none is narrowed."""
+    spaces = model.architecture.spaces
+    units = {space.name: model.geometry.units(space) for space in spaces}
+    for kept in (model.units or {}).values():
+        units |= kept
+    return {space.name: units[space.name] // (units[space.within.name] if space.within else 1) for space in spaces}
 
 
 def _flops(model: Model, settings: Settings) -> int:
@@ -172,7 +188,7 @@ def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
     """
     adapter = settings.rank * sum(rows + columns for rows, columns in adapted(full, settings))
     weights = sum(layer.weights for layer in full.layers) + adapter
-    own = sum(model.layers[index].weights for index in model.narrowed)
+    own = sum(layer.weights for layer in model.narrowed_layers)
     if not settings.gradients_measured:
         return 2 * weights + 2 * own
     return 6 * weights + 4 * own + 6 * full.vocabulary

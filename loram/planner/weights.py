@@ -50,11 +50,12 @@ def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
     masks = sum(layer.mask_bytes for layer in model.layers)
     if not settings.quantised:
         return WeightBytes(weights=model.parameters * size + masks, constants=0, host=0)
-    quantised = [count for layer in model.layers for count in layer.values.values()]
     tables = 1 if settings.embedding_in_host or geometry.tie_word_embeddings else 2
-    quantised += [model.vocabulary] * tables
-    kept = sum(layer.biases + layer.norm_values for layer in model.layers) + geometry.hidden_size
-    packed = [nf4_bytes(parameters) for parameters in quantised]
+    quantised = [(model.vocabulary, tables), *(matrices for layer in model.layers for matrices in layer.quantisable)]
+    kept = sum(layer.kept_whole for layer in model.layers) + geometry.hidden_size
+    packed = [
+        (count * values, count * constants) for size, count in quantised for values, constants in [nf4_bytes(size)]
+    ]
     host = model.vocabulary * 2 if settings.embedding_in_host else 0  # as in the file, which is usually in 16 bits
     return WeightBytes(
         weights=sum(values for values, _ in packed) + kept * size + masks,

@@ -20,24 +20,11 @@ def check_prunable(checkpoint: Checkpoint, options: ResolvedPruneOptions) -> Non
     Raises:
         UserError: names the tensor, config key or option.
     """
-    row = architecture_of(checkpoint.config, checkpoint.name)
-    options.check_fits(checkpoint.geometry, row)
-    if not options.sparse and "experts" in options.ratios(row):
-        _check_one_group_of_experts(checkpoint)
+    architecture = architecture_of(checkpoint.config, checkpoint.name)
+    options.check_fits(checkpoint.geometry, architecture, checkpoint.config)
     check_weights(checkpoint)
     empty_model(checkpoint, torch.float32)  # or transformers refuses the full model, which pruning and recovery need
     check_loads(checkpoint, blank_plan(checkpoint, options))
-
-
-def _check_one_group_of_experts(checkpoint: Checkpoint) -> None:
-    """Refuse to prune the experts of a router that first chooses among groups, which have to be of one size."""
-    row = checkpoint.architecture
-    key = None if row.experts is None else row.experts.groups
-    if key is not None and (groups := row.text_config(checkpoint.config).get(key, 1)) > 1:
-        raise UserError(
-            f"{checkpoint.folder / 'config.json'}: {key} is {groups}, so experts are in groups that must stay of one "
-            "size; set experts_ratio to 0 and prune their channels with expert_channels_ratio"
-        )
 
 
 def check_loads(checkpoint: Checkpoint, plan: PruningPlan) -> None:

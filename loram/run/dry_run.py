@@ -243,8 +243,8 @@ def _trained(
     if plan.sparse:
         pruned = dataclasses.replace(sizes, sparse=plan.kept_values(), narrowed=plan.sparse_layers)
     else:
-        narrowed = range(min(plan.layers), max(plan.layers) + 1)
-        pruned = dataclasses.replace(sizes, units=plan.units(narrowed.start), narrowed=narrowed)
+        units = {layer: plan.units(layer) for layer in plan.layers}
+        pruned = dataclasses.replace(sizes, units=units, narrowed=tuple(units), dropped=plan.dropped)
     yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
     if FULL_LORA.count(recipe):
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
@@ -267,7 +267,7 @@ def _training(
 ) -> Training:
     """Count the parameters on a model without weights, after PEFT and the method have changed it."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    pruned = sizes.units is not None
+    pruned = sizes.pruned
     if METHODS[chosen.method].weights:
         trained, size = _count_weights(model, chosen, pruned=pruned)
         problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(size)}"
@@ -311,6 +311,10 @@ def _settings(
     """Collect what the planner needs to know about a training, or the reason why it cannot estimate this one."""
     if chosen.mask_update:
         return UserError("the planner cannot count the full-size updates that mask_update makes")
+    if adapter.target_parameters:
+        return UserError(
+            "the planner cannot count adapters on experts, whose weights PEFT updates in each forward pass"
+        )
     sections = {"": chosen, "lora": adapter, "trainer": arguments}
     options = {
         name: getattr(sections.get(planned.section) or getattr(chosen, planned.section), planned.name, None)

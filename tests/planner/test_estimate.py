@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_FAMILY, FAMILIES, ODDITIES, SIZES, WRAPPED
+from conftest import EVERY_FAMILY, EXPERTS, FAMILIES, ODDITIES, SIZES, WRAPPED
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
@@ -37,8 +37,9 @@ def test_the_papers_70b_counts(vocabulary: int, full: int, pruned: int) -> None:
     assert found.units == {"kv_groups": 2, "channels": 4300}
 
 
+COUNTED = (*EVERY_FAMILY, *EXPERTS)
 # transformers builds no HunYuan model whose config leaves head_dim out
-DEFAULTS = [family for family in EVERY_FAMILY if family != "hunyuan_v1_dense"]
+DEFAULTS = [family for family in COUNTED if family != "hunyuan_v1_dense"]
 
 
 def meta_parameters(config: Any) -> int:
@@ -47,7 +48,7 @@ def meta_parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", COUNTED)
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}], ids=str)
 def test_full_counts_are_transformers_own(family: str, changes: dict[str, Any]) -> None:
     config = AutoConfig.for_model(family, **{**SIZES, **ODDITIES[family], **changes})
@@ -104,7 +105,7 @@ def test_the_file_that_transformers_writes(family: str, tmp_path: Path) -> None:
     assert loram.estimate(str(tmp_path / "config.json"), ratio=0.5, keep_first=1, keep_last=1) == found
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", COUNTED)
 def test_a_model_of_the_familys_own_sizes(family: str) -> None:
     config = AutoConfig.for_model(family, **({} if family in DEFAULTS else {"head_dim": 128}))
     for written in (config.to_dict(), config.to_diff_dict()):
@@ -116,7 +117,7 @@ def test_a_config_without_key_value_heads_has_one_for_each_head() -> None:
     assert loram.estimate(config, ratio=0.85).units["kv_groups"] == 10  # ceil(64 * 0.15)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", COUNTED)
 def test_pruned_counts_are_those_of_the_real_plan(family: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     loram.prune(tiny_models[family], tmp_path / "out", ratio=0.7, criterion="random", keep_first=1, keep_last=2)
     found = loram.estimate(tiny_models[family], ratio=0.7, keep_first=1, keep_last=2)

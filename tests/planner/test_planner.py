@@ -12,11 +12,11 @@ import torch
 import yaml
 from bitsandbytes.nn import Params4bit
 from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
-from conftest import EVERY_FAMILY, FAMILIES, ODDITIES, SIZES, own_names, targets_of
+from conftest import FAMILIES, ODDITIES, SIZES, own_names
 from helpers import Live
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel
-from test_estimate import LLAMA_70B
+from test_estimate import COUNTED, LLAMA_70B
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,6 +25,7 @@ from loram import cli
 from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
+from loram.model.families import family_of
 from loram.planner.activations import saved_around_layers, saved_by_layer
 from loram.planner.fit import GRID, Fit, fit
 from loram.planner.memory import training_memory
@@ -62,7 +63,7 @@ def adapted(
     method: str = "lora",
     dropout: float = 0.05,
 ) -> Any:
-    targets = targets or tuple(targets_of(model.config.model_type))
+    targets = targets or family_of(model.config.to_dict()).default_targets
     config = LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
     adapted_model = get_peft_model(model, config).train()
     METHODS[method].specialise_(adapted_model, LoraSpOptions(share=0.5), pruned=True)
@@ -70,7 +71,11 @@ def adapted(
 
 
 def sizes_of(model: Any) -> Model:
-    return Model.of(model.config.to_dict(), "config", None, 0, 0)
+    return Model.of(model.config.to_dict(), "config")
+
+
+def pruned_sizes(config: Any, **options: Any) -> Model:
+    return Model.of(config, "config", PruneOptions(**options).resolved())
 
 
 def quantised_bytes(weight: Tensor) -> int:
@@ -80,16 +85,24 @@ def quantised_bytes(weight: Tensor) -> int:
     return int(packed.nbytes + sum(tensor.nbytes for tensor in constants))
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", COUNTED)
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_in_4_bits_are_bitsandbytes_own(family: str, tied: bool) -> None:
     model = tiny(family, tie_word_embeddings=tied, intermediate_size=43)  # odd counts of values and of blocks
-    expected = sum(
-        quantised_bytes(parameter) if parameter.dim() == 2 else parameter.nbytes
-        for parameter in model.parameters()  # a tied one once
-    )
+    sizes = sizes_of(model)
+    expected = sum(in_4_bits(name, parameter, sizes) for name, parameter in model.named_parameters())  # a tied one once
     settings = make_settings(device="cpu", load_in_4bit=True)
-    assert frozen_bytes(sizes_of(model), settings).total == expected
+    assert frozen_bytes(sizes, settings).total == expected
+
+
+def in_4_bits(name: str, parameter: Tensor, sizes: Model) -> int:
+    """The bytes of a parameter of a model in 4 bits, where each expert's matrix is quantised by itself."""
+    layer, path = sizes.architecture.split(name) or (0, "")
+    row = sizes.geometry.layer(sizes.architecture, layer)
+    if path in [part.name for part in row.expert_tensors] and parameter.dim() == 3:
+        return sum(map(quantised_bytes, parameter))
+    whole = parameter.dim() != 2 or path in [part.name for part in row.parameters]
+    return parameter.nbytes if whole else quantised_bytes(parameter)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -102,7 +115,7 @@ def test_a_pruned_model_in_4_bits_is_as_large_as_it_is_loaded(
     model: Any = load_4bit(open_model(tmp_path / "out"), device=cpu, dtype=torch.float32, offload_embedding=offload)
     config = json.loads((tiny_models[family] / "config.json").read_text())
     settings = make_settings(device="cpu", load_in_4bit=True, offload_embedding=offload)
-    found = frozen_bytes(Model.of(config, "config", 0.7, 1, 2), settings)
+    found = frozen_bytes(pruned_sizes(config, ratio=0.7, keep_first=1, keep_last=2), settings)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     in_float32 = found.host  # the tiny files are; large ones are in 16 bits
     assert found.total + in_float32 == nbytes(model) - buffers
@@ -110,7 +123,7 @@ def test_a_pruned_model_in_4_bits_is_as_large_as_it_is_loaded(
 
 def test_an_offloaded_embedding_is_in_host_memory() -> None:
     on_device, offloaded = (
-        frozen_bytes(Model.of(LLAMA_70B, "", None, 0, 0), make_settings(load_in_4bit=True, offload_embedding=offload))
+        frozen_bytes(Model.of(LLAMA_70B, ""), make_settings(load_in_4bit=True, offload_embedding=offload))
         for offload in (False, True)
     )
     assert offloaded.host == 32000 * 8192 * 2
@@ -196,7 +209,7 @@ def with_known_tables(model: Model) -> list[int]:
     return [index for index, kind in enumerate(kinds) if kind in kinds[:index]]
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", COUNTED)
 @pytest.mark.parametrize("length", [6, 16], ids=["inside the window", "beyond the window"])
 def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     model = tiny(family)
@@ -236,12 +249,12 @@ def test_saved_activations_depend_on_the_targets(targets: tuple[str, ...], dropo
     assert layers[2:] == [saved_by_layer(sizes_of(model), layer, settings) for layer in sizes_of(model).layers[2:]]
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", COUNTED)
 def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     loram.prune(tiny_models[family], tmp_path / "out", ratio=0.5, criterion="random", keep_first=1, keep_last=1)
     layers, _ = saved_bytes(adapted(loram.load_pruned(tmp_path / "out")), 2, 12)
     config = json.loads((tiny_models[family] / "config.json").read_text())
-    sizes = Model.of(config, "config", 0.5, 1, 1)
+    sizes = pruned_sizes(config, ratio=0.5, keep_first=1, keep_last=1)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
     expected = [saved_by_layer(sizes, layer, settings) for layer in sizes.layers]
@@ -321,7 +334,7 @@ def assert_peak(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     if settings.load_in_4bit:
         model.save_pretrained(tmp_path)
         model = load_4bit(open_model(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
-    predicted = training_memory(Model.of(config, "config", None, 0, 0), settings).total
+    predicted = training_memory(Model.of(config, "config"), settings).total
     assert live_peak(model, settings) == pytest.approx(predicted, rel=0.03)
 
 
