@@ -60,7 +60,10 @@ def stop(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
 
 
 class WithoutExperts(TorchFunctionMode):
-    """Give the logits of dropped experts as minus infinity wherever a router's weight is multiplied."""
+    """Give the logits of dropped experts as minus infinity wherever a router's weight is multiplied.
+
+    A bias that only the choice of experts sees becomes minus infinity too: it comes after a sigmoid or softmax.
+    """
 
     def __init__(self, model: Any, plan: PruningPlan) -> None:
         super().__init__()
@@ -72,6 +75,9 @@ class WithoutExperts(TorchFunctionMode):
                 router = model.get_parameter(f"{row.layer_path(layer)}.{row.experts.router}")
                 gone = set(range(plan.geometry.num_experts)) - set(spaces["experts"])
                 self.dropped[router.data_ptr()] = sorted(gone)
+                for part in row.parameters:
+                    if part.name.endswith("e_score_correction_bias"):
+                        model.state_dict()[f"{row.layer_path(layer)}.{part.name}"][..., sorted(gone)] = -torch.inf
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
