@@ -39,7 +39,9 @@ NEAR_LLAMA = (
     "cohere2",
 )
 EXPERTS = ("qwen3_moe", "mixtral")  # mixtures of experts; their tests are in test_experts.py, and the planner's sums
-EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA)
+# Families whose layers are of several kinds; tested as those near Llama.
+HYBRIDS = ("qwen3_5_text", "lfm2")
+EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = 320
@@ -55,6 +57,13 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+_DELTA_NETS = {
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
 }
 # What each family needs beyond SIZES, so that the odd parts of it are tested: biases, windows, untied or tied heads.
 ODDITIES: dict[str, dict[str, Any]] = {
@@ -107,6 +116,68 @@ ODDITIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 8},
+    "qwen3_5_text": {"attention_bias": True, "full_attention_interval": 2, **_DELTA_NETS},
+    # the MLP is 32 wide, the next multiple of 8 after two thirds of 40
+    "lfm2": {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8},
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "sliding_window": 8,
+        "swiglu_limit": 0.5,  # small enough that it limits
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    "glm4_moe": {
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 2,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 1.5,
+    },
+    "olmoe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "head_dim": 4,
+        "clip_qkv": 1.0,
+        "rms_norm_eps": 0.1,
+    },
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    },
+    "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16},
+    "minimax_m2": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "rotary_dim": 4,
+        "rms_norm_eps": 0.1,
+    },
+    "granitemoe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "attention_bias": True,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 3.0,
+    },
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -201,11 +272,15 @@ def make_model(folder: Path, model_type: str, tokenizer: Any, seed: int = 0, **c
 
 
 def _save_disturbed(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """Save a model after noise is added to all its parameters, with a tokenizer."""
+    """Save a model after noise is added to all that it saves, with a tokenizer."""
+    stored = model.state_dict()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, tensor in (*model.named_parameters(), *buffers):
+            if name.endswith("A_log"):
+                tensor.fill_(-2)  # else states forget at once, and nobody would notice how they are kept
             # biases and norms too, so that forgetting one shows; and large enough that every unit matters
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            tensor.add_(0.1 * torch.randn_like(tensor))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -229,6 +304,7 @@ WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llava_next": ("mistral", "clip_vision_model", {}),
     "llava_onevision": ("qwen2", "siglip_vision_model", {}),
     "internvl": ("qwen2", "internvl_vision", {}),
+    "qwen3_5": ("qwen3_5_text", "qwen3_5_vision", {"video_token_id": 303}),
 }
 
 

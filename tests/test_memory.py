@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
+MIXTURE: dict[str, Any] = {
+    **CONFIG,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 512,
+    "head_dim": 64,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 1408,
+}
 # The script imports what a command needs, runs the command, and prints the memory that it took beyond the imports.
 CHILD = """
 import sys
@@ -57,34 +70,29 @@ sys.exit(code)
 """
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA of 0.55 GB in bfloat16, 1.1 GB in float32. All layers are the same, since only their number matters."""
-    folder = tmp_path_factory.mktemp("large") / "model"
+def write_model(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model in bfloat16. All layers are the same, since only their number matters."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     tokenizer.save_pretrained(folder)
-    geometry, hidden = Geometry.from_config(CONFIG), CONFIG["hidden_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (CONFIG["vocab_size"], hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (CONFIG["vocab_size"], hidden),
-    }
-    for layer in range(CONFIG["num_hidden_layers"]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
-        for linear in ARCHITECTURES["llama"].linears:
-            shapes[f"model.layers.{layer}.{linear.path}.weight"] = geometry.linear_shape(linear)
+    shapes = Geometry.from_config(config).tensor_shapes(ARCHITECTURES[config["model_type"]])
     torch.manual_seed(0)
-    noise = (0.02 * torch.randn(CONFIG["intermediate_size"] * hidden)).bfloat16()
+    noise = (0.02 * torch.randn(max(map(prod, shapes.values())))).bfloat16()
     specs = {name: TensorSpec(dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()}
-    assert sum(spec.nbytes for spec in specs.values()) > 500 * MB
     with ShardedWriter(folder, specs) as writer:
         for name, spec in specs.items():
             count = spec.nbytes // 2
             writer.write(
                 name, torch.ones(count, dtype=spec.dtype) if "norm" in name else noise[:count].view(spec.shape)
             )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of 0.55 GB in bfloat16, 1.1 GB in float32."""
+    folder = write_model(tmp_path_factory.mktemp("large") / "model", CONFIG, tokenizer)
+    assert (folder / "model.safetensors").stat().st_size > 500 * MB
     return folder
 
 
@@ -159,6 +167,16 @@ def test_training_in_4_bits_never_has_the_model_in_16(model: Path, tmp_path: Pat
     rows.write_text('{"text": "one plus two is three."}\n')
     options = ["--max-steps", "1", "--lora-r", "1", "--device", "cpu", "--load-in-4bit"]
     assert extra_memory("train", model, tmp_path / "adapter", "--dataset", rows, *options) < 400 * MB
+
+
+def test_training_in_4_bits_never_has_experts_in_16(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The model has 440 MB in 16 bits, of which experts have 415, and 114 MB in 4."""
+    mixture = write_model(tmp_path / "mixture", MIXTURE, tokenizer)
+    assert (mixture / "model.safetensors").stat().st_size > 400 * MB
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one plus two is three."}\n')
+    options = ["--max-steps", "1", "--lora-r", "1", "--device", "cpu", "--load-in-4bit"]
+    assert extra_memory("train", mixture, tmp_path / "adapter", "--dataset", rows, *options) < 300 * MB
 
 
 def test_recovering_takes_the_adapters_memory(model: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Families near Llama: a short chain of the stages on a tiny model of each."""
+"""Families near Llama, and hybrids: a short chain of the stages on a tiny model of each."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import NEAR_LLAMA, relative
+from conftest import HYBRIDS, NEAR_LLAMA, relative
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", NEAR_LLAMA)
+@pytest.mark.parametrize("family", [*NEAR_LLAMA, *HYBRIDS])
 def test_from_pruning_to_merging_in_4_bits(
     family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ LIGHT = (
         "pruning/criteria.py",
         "training/methods/table.py",
     ),
-    *(f"model/{name}.py" for name in ("architecture", "counts", "families", "geometry", "sparsity")),
+    *(f"model/{name}.py" for name in ("architecture", "counts", "families", "geometry", "packing", "sparsity")),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "safetensors", "numpy"}
 

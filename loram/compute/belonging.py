@@ -31,29 +31,37 @@ def load_for(checkpoint: Checkpoint, folder: Path, *, trained_on: str | Path | N
     """
     adapter = Adapter.load(folder)
     _check_origin(checkpoint, adapter, trained_on)
-    shapes = _linear_shapes(checkpoint)
+    shapes = _adaptable_shapes(checkpoint)
     if checkpoint.wrapper is not None and not adapter.masks:  # a masked one has the pruned model's names
         adapter = in_text(adapter, checkpoint.wrapper, shapes, checkpoint.name)
     else:
         adapter.check_fits(shapes, checkpoint.name, full=not checkpoint.pruned)
+    if checkpoint.quantized and adapter.of_experts:
+        raise UserError(
+            f"{folder}: adapts experts, which {checkpoint.name} has in fewer bits; take it in 16 or 32 bits"
+        )
     check_base_weights(adapter, checkpoint)
     return adapter
 
 
-def _linear_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
+def _adaptable_shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of all that an adapter can be on, as `PruningPlan.adaptable_shapes` does."""
+    row = checkpoint.architecture
     if checkpoint.quantized:  # packed tensors' shapes say nothing
         if plan := find_plan(checkpoint.folder):
-            return plan.linear_shapes()
-        return checkpoint.geometry.linear_shapes(checkpoint.architecture)
-    row = checkpoint.architecture
-    shapes = {
-        name.removesuffix(".weight"): checkpoint.shape(name)
-        for name in checkpoint.names()
-        if name.endswith(".weight")
-        and len(checkpoint.shape(name)) == 2
-        and name not in (row.embedding_weight, row.head_weight)
-    }
-    return {**shapes, row.head: checkpoint.shape(checkpoint.head)}
+            return plan.adaptable_shapes()
+        geometry = checkpoint.geometry
+        return {**geometry.linear_shapes(row), **geometry.expert_shapes(row)}
+    shapes = {row.head: checkpoint.shape(checkpoint.head)}
+    for layer, own in enumerate(checkpoint.rows_by_layer):
+        prefix = row.layer_path(layer)
+        for linear in own.linears:
+            shapes[f"{prefix}.{linear.path}"] = checkpoint.shape(f"{prefix}.{linear.path}.weight")
+        for tensor in own.expert_matrices:
+            experts, *sides = checkpoint.shape(f"{prefix}.{tensor.name}")
+            outputs, inputs = reversed(sides) if own.experts_transposed else sides
+            shapes[f"{prefix}.{tensor.name}"] = experts, outputs, inputs
+    return shapes
 
 
 def _check_origin(checkpoint: Checkpoint, adapter: Adapter, trained_on: str | Path | None) -> None:

@@ -70,7 +70,7 @@ def loaded_loss(
         config = LoraConfig.from_peft_type(**{k: v for k, v in adapter.config.items() if k != "runtime_config"})
         config.init_lora_weights = False  # the factors come now
         model = PeftModelForCausalLM(model, config)
-        set_peft_model_state_dict(model, dict(adapter.tensors))  # without weights of the base that PEFT has saved
+        set_peft_model_state_dict(model, adapter.in_files)  # without weights of the base that PEFT has saved
         mask_updates_(model, adapter.masks)
         parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
     total, count = model_loss(model.to(device).eval(), input_ids, labels)
@@ -89,8 +89,9 @@ def adapted_losses(
     """Compute the mean loss of a model with each of several adapters, in nats per token.
 
     The adapters need not be on disk. If the model fits in memory, it is loaded once; otherwise, or with `stream`, it is
-    streamed from disk once per adapter.
+    streamed from disk once per adapter; also where adapters are on experts, whose weights they are added to.
     """
+    stream = stream or any(adapter.of_experts for adapter in adapters)
     if stream or not fits(checkpoint.parameters * compute_dtype(device).itemsize, device):
         sums = [streamed_loss(checkpoint, adapter, device, input_ids, labels) for adapter in adapters]
         return [total / count for total, count, _ in sums]

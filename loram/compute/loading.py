@@ -11,7 +11,14 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from loram.base.errors import UserError, in_one_line
@@ -43,7 +50,7 @@ def write_config(full: PreTrainedConfig, plan: PruningPlan, out: Path) -> None:
 
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return transformers' config of a model; of a wrapped one, its text model's."""
-    if checkpoint.wrapper is not None:
+    if checkpoint.wrapper is not None or checkpoint.packing:
         return AutoConfig.for_model(**checkpoint.config)
     config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder)
     return config
@@ -90,14 +97,13 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
     Raises:
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
-    family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
-    options = {**from_pretrained_kwargs, **_of_the_text(checkpoint)}
+    row = family_of(checkpoint.config, checkpoint.name)  # or it refuses the model
+    options = {**from_pretrained_kwargs, "output_loading_info": True}
     with _bar_if_slow(checkpoint), _without_report(checkpoint):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, output_loading_info=True, use_safetensors=True, **options
-        )
+        loaded: Any = _load_dense(checkpoint, **options) if checkpoint.packing else _load_folder(checkpoint, **options)
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    report["unexpected_keys"] = set(report["unexpected_keys"]) - checkpoint.towers
+    unexpected = set(report["unexpected_keys"]) - checkpoint.beside
+    report["unexpected_keys"] = {name for name in unexpected if not row.leaves_unused(name, checkpoint.config)}
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]
     if problems:
         raise UserError(f"{checkpoint.folder}: the weights do not fit config.json ({'; '.join(problems)})")
@@ -105,6 +111,19 @@ def load_model(checkpoint: Checkpoint, **from_pretrained_kwargs: Any) -> PreTrai
         model.__dict__.pop("_weight_conversions", None)
     keep_layout_(model)
     return model
+
+
+def _load_folder(checkpoint: Checkpoint, **options: Any) -> Any:
+    """Have transformers read a model's files."""
+    options = {**options, **_of_the_text(checkpoint)}
+    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, use_safetensors=True, **options)
+
+
+def _load_dense(checkpoint: Checkpoint, **options: Any) -> Any:
+    """Have transformers take the weights as the checkpoint shows them; it reads packed ones on some devices alone."""
+    config, weights = config_of(checkpoint), {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, **options)
 
 
 def _of_the_text(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -117,9 +136,9 @@ def _of_the_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_report(checkpoint: Checkpoint) -> Iterator[None]:
-    """Keep transformers from listing the towers of a wrapped model as unexpected while its text model is loaded."""
+    """Keep transformers from listing what is beside the model, such as a wrapped model's towers, as unexpected."""
     level = logging.get_verbosity()
-    if checkpoint.wrapper is not None:
+    if checkpoint.beside:
         logging.set_verbosity_error()
     try:
         yield

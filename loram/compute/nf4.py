@@ -1,11 +1,12 @@
 """Models whose frozen weights are kept in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314).
 
 bitsandbytes quantises and computes, and transformers' folder format holds the result. This file reads a model tensor by
-tensor, so that only one of them is in 16 bits on the device at a time. It quantises the head and the embedding too,
-which transformers leaves in 16 bits.
+tensor, so that only one of them is in 16 bits on the device at a time. It quantises the head, the embedding and the
+experts too, which transformers leaves in 16 bits.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
 from loram.compute.loading import empty_model, keep_layout_
+from loram.compute.nf4_experts import put_experts_, use_4bit_experts_
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
 from loram.model.modeling_loram import SparseLinear
@@ -30,9 +32,10 @@ _STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256
 def load_4bit(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, offload_embedding: bool = False
 ) -> PreTrainedModel:
-    """Load a full or pruned model with every linear, the head and the embedding in NF4; norms and biases in `dtype`.
+    """Load a full or pruned model with every linear, the head, the embedding and the experts in NF4.
 
-    Sparse linears have the values that they hold in NF4, in blocks of 64 in their own order; masks stay as they are.
+    Norms, biases and what routes tokens to experts are in `dtype`. Every expert's matrix is quantised by itself. Sparse
+    linears have the values that they hold in NF4, in blocks of 64 in their own order; masks stay as they are.
     The largest tensors are quantised first, while there is most room. A tied head shares the embedding's 4 bits.
 
     Args:
@@ -47,39 +50,19 @@ def load_4bit(
     Raises:
         UserError: the family is not supported, or the folder's weights do not fit its config.
     """
-    check_method(checkpoint)
     return_freed_memory_()  # else packed weights settle in the room that 16-bit ones leave, and it never is free again
     checkpoint = checkpoint.stored
     model: Any = empty_model(checkpoint, dtype)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    expected |= {name: tuple(mask.shape) for name, mask in model.named_buffers() if name.endswith(".mask")}
-    names = [name for name in checkpoint.names() if name in expected]
-    if missing := sorted(expected.keys() - set(names)):
-        raise UserError(f"{checkpoint.folder}: no tensor {missing[0]}, which config.json's model has")
-    embedding, head = checkpoint.architecture.embedding_weight, checkpoint.architecture.head_weight
-    known = {*expected, head}  # some tools write the head also where it is tied
-    if unknown := [name for name in checkpoint.names() if checkpoint.weight_of(name) not in known]:
-        raise UserError(f"{checkpoint.folder}: has a tensor {unknown[0]}, which config.json's model has not")
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            model.set_submodule(name, _empty_linear(module, dtype))
-        elif isinstance(module, SparseLinear):
-            model.set_submodule(name, SparseLinear4bit(module, len(module.weight)))
-    for name in track(sorted(names, key=lambda name: -checkpoint.spec(name).nbytes), "Loading in 4 bits"):
-        shape = expected[name]
+    shapes = _shapes(checkpoint, model)
+    embedding, untied = checkpoint.architecture.embedding_weight, checkpoint.architecture.head_weight in shapes
+    _replace_linears_(model, checkpoint, dtype)
+    for name in track(sorted(shapes, key=lambda name: -checkpoint.spec(name).nbytes), "Loading in 4 bits"):
         if name == embedding:
-            _put_embedding_(model, checkpoint, shape, device, dtype, offload_embedding, tied=head not in expected)
-            continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, Linear4bit) and name.endswith(".weight"):
-            _put_weight_(module, _read_4bit(checkpoint, name, shape, device, dtype))
-        elif isinstance(module, SparseLinear) and name.endswith(".weight"):
-            module.weight = _read_4bit(checkpoint, name, shape, device, dtype)
-        elif name.endswith(".mask"):
-            module.mask = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device)
+            _put_embedding_(model, checkpoint, shapes[name], device, dtype, offload_embedding, tied=not untied)
         else:
-            tensor = _checked(checkpoint, name, checkpoint.tensor(name), shape).to(device, dtype)
-            setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+            _put_(model, checkpoint, name, shapes[name], device, dtype)
+    if checkpoint.architecture.experts is not None:
+        use_4bit_experts_(model)
     keep_layout_(model)
     model.is_loaded_in_4bit = True  # PEFT looks here
     model = model.to(device)  # the buffers are not there yet
@@ -233,6 +216,57 @@ def dequantized_rows(weight: Params4bit, rows: Tensor) -> Tensor:
     return cast(Tensor, dequantize_4bit(packed.view(-1, 1), part))
 
 
+def _shapes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters and stored buffers, all of which are in its checkpoint as they should.
+
+    The shapes of weights in NF4 are only known when they are read.
+    """
+    stored = model.state_dict().keys()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
+    names = checkpoint.names()
+    if missing := sorted(shapes.keys() - set(names)):
+        raise UserError(f"{checkpoint.folder}: no tensor {missing[0]}, which config.json's model has")
+    for name, shape in shapes.items():
+        if not checkpoint.constants(name):
+            _check_shape(checkpoint, name, checkpoint.shape(name), shape)
+    known = {*shapes, checkpoint.architecture.head_weight}  # some tools write the head also where it is tied
+    if unknown := [name for name in names if checkpoint.weight_of(name) not in known]:
+        raise UserError(f"{checkpoint.folder}: has a tensor {unknown[0]}, which config.json's model has not")
+    return shapes
+
+
+def _replace_linears_(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Give a model empty linears for weights in NF4; those that only route tokens to experts stay what they are."""
+    architecture = checkpoint.architecture
+    whole = {parameter.name for parameter in architecture.parameters}
+    for name, module in list(model.named_modules()):
+        place = architecture.split(f"{name}.weight")
+        if type(module) is nn.Linear and (place is None or place[1] not in whole):
+            model.set_submodule(name, _empty_linear(module, dtype))
+        elif isinstance(module, SparseLinear):
+            model.set_submodule(name, SparseLinear4bit(module, len(module.weight)))
+
+
+def _put_(
+    model: Any, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a model one tensor of its checkpoint: in NF4, or as it is."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, Linear4bit) and own == "weight":
+        _put_weight_(module, _read_4bit(checkpoint, name, shape, device, dtype))
+    elif isinstance(module, SparseLinear) and own == "weight":
+        module.weight = _read_4bit(checkpoint, name, shape, device, dtype)
+    elif _holds_experts(checkpoint, name):
+        matrices = _experts(checkpoint, name, transposed=module.is_transposed)
+        put_experts_(module, own, (_packed(matrix, device, dtype) for matrix in matrices))
+    else:
+        tensor = checkpoint.tensor(name).to(device)
+        is_buffer = own in dict(module.named_buffers(recurse=False))
+        setattr(module, own, tensor if is_buffer else nn.Parameter(tensor.to(dtype), requires_grad=False))
+
+
 def _empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Linear4bit:
     return Linear4bit(
         linear.in_features,
@@ -262,8 +296,7 @@ def _put_embedding_(
     embedding, name = model.get_input_embeddings(), checkpoint.architecture.embedding_weight
     weight = None if offload and not tied else _read_4bit(checkpoint, name, shape, device, dtype)
     if offload:
-        table = _checked(checkpoint, name, checkpoint.tensor(name), shape)
-        model.set_input_embeddings(HostEmbedding(embedding, table, dtype))
+        model.set_input_embeddings(HostEmbedding(embedding, checkpoint.tensor(name), dtype))
     else:
         model.set_input_embeddings(Nf4Embedding(embedding, weight))
     if tied:
@@ -274,33 +307,39 @@ def _read_4bit(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Params4bit:
     """Return a weight in NF4 on the device; it is quantised now, unless it is in NF4 in the folder already."""
-    if stats := checkpoint.constants(name):
-        tensors: dict[str, Any] = {key: checkpoint.tensor(key) for key in stats}
-        weight = Params4bit.from_prequantized(checkpoint.tensor(name), tensors, device=device)
-        if tuple(weight.quant_state.shape) != shape:
-            raise UserError(_wrong_shape(checkpoint, name, tuple(weight.quant_state.shape), shape))
-    else:
-        packed, state = quantize(_checked(checkpoint, name, checkpoint.tensor(name), shape).to(device))
-        weight = Params4bit(packed, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", bnb_quantized=True)
-    weight.quant_state.dtype = dtype  # backward dequantises to this, forward to the dtype of its input
+    if not (stats := checkpoint.constants(name)):
+        return _packed(checkpoint.tensor(name), device, dtype)
+    tensors: dict[str, Any] = {key: checkpoint.tensor(key) for key in stats}
+    weight = Params4bit.from_prequantized(checkpoint.tensor(name), tensors, device=device)
+    _check_shape(checkpoint, name, tuple(weight.quant_state.shape), shape)
+    weight.quant_state.dtype = dtype
     return weight
 
 
-def check_method(checkpoint: Checkpoint) -> None:
-    """Refuse a model that was quantised in another way."""
-    config = checkpoint.config.get("quantization_config") or {}
-    if config and (config.get("quant_method"), config.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
-        raise UserError(
-            f"{checkpoint.name}: quantised by {config.get('quant_method')}, not to NF4 by bitsandbytes; "
-            "start from the weights in 16 or 32 bits"
-        )
+def _packed(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Params4bit:
+    """Return a weight quantised to NF4 on a device, for a model that computes in `dtype`."""
+    packed, state = quantize(weight.to(device))
+    state.dtype = dtype  # backward dequantises to this, forward to the dtype of its input
+    return Params4bit(packed, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", bnb_quantized=True)
 
 
-def _checked(checkpoint: Checkpoint, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise UserError(_wrong_shape(checkpoint, name, tuple(tensor.shape), shape))
-    return tensor
+def _holds_experts(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether a tensor has one matrix per expert."""
+    place = checkpoint.architecture.split(name)
+    stacks = {tensor.name for tensor in checkpoint.architecture.expert_tensors if len(tensor.axes) == 3}
+    return place is not None and place[1] in stacks
 
 
-def _wrong_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return f"{checkpoint.folder}: {name} has shape {shape}, but config.json's model has {expected}"
+def _experts(checkpoint: Checkpoint, name: str, *, transposed: bool) -> Iterator[Tensor]:
+    """Yield the matrix of each expert in a 3-D tensor, (out_features, in_features), as linears have it.
+
+    Only one is in memory. A tensor may be transposed: (experts, in_features, out_features).
+    """
+    for expert in range(checkpoint.shape(name)[0]):
+        (matrix,) = checkpoint.tensor(name, expert, expert + 1)
+        yield matrix.T.contiguous() if transposed else matrix
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise UserError(f"{checkpoint.folder}: {name} has shape {shape}, but config.json's model has {expected}")

@@ -9,7 +9,7 @@ from loram.base.constants import NF4_NESTED_BLOCK
 from loram.base.errors import UserError
 from loram.base.paths import local
 from loram.base.progress import track
-from loram.compute.nf4 import check_method, dequantized
+from loram.compute.nf4 import dequantized
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import read_json
 from loram.disk.opening import download_config, open_model
@@ -34,7 +34,7 @@ def open_4bit(name: str | Path | None, fingerprint: str) -> Checkpoint | None:
         model = open_model(name)
     except UserError:
         return None
-    return model if model.fingerprint == fingerprint else None
+    return model if model.quantized and model.fingerprint == fingerprint else None
 
 
 def check_original(original: Checkpoint, packed: Checkpoint) -> None:
@@ -50,7 +50,6 @@ def check_original(original: Checkpoint, packed: Checkpoint) -> None:
     Raises:
         UserError: the message names the first tensor that differs.
     """
-    check_method(packed)
     weights = {name for name in packed.names() if packed.weight_of(name) == name}
     heads = {packed.architecture.head_weight}  # some tools write the head also where it is tied
     if odd := sorted((weights ^ set(original.names())) - heads):

@@ -232,7 +232,7 @@ class Stream:
         path = self.architecture.final_norm_path
         norm = self.model.get_submodule(path)
         weights = {name: self.checkpoint.tensor(f"{path}.{name}") for name, _ in norm.named_parameters()}
-        _fill_(norm, weights, self.device, self.dtype)
+        _fill_(norm, weights, self.device)
         return Head(
             self.checkpoint,
             norm,
@@ -292,7 +292,7 @@ class Stream:
         with contextlib.closing(loads):
             for index in track(indices, description):
                 layer, weights = self._layers[index], next(loads)
-                _fill_(layer, weights, self.device, self.dtype)
+                _fill_(layer, weights, self.device)
                 prefix = self.architecture.layer_path(index)
                 tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
                 handles = self._adapt_(index)
@@ -325,7 +325,8 @@ class Stream:
     def _adapt_(self, index: int) -> list[RemovableHandle]:
         """Let the layer's linears add their adapter's update, as PEFT does: factors and their product in float32.
 
-        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use.
+        A DoRA adapter also scales what the weight itself gives, so it goes into the weight, which is gone after use. So
+        does an adapter on experts, one expert after the other.
         """
         self._factors.clear()
         handles = []
@@ -338,7 +339,17 @@ class Stream:
             handle, factors = self.adapter.add_to_(module, path, self.device)
             self._factors |= factors
             handles.append(handle)
+        self._adapt_experts_(index)
         return handles
+
+    def _adapt_experts_(self, index: int) -> None:
+        """Add the adapter's update to the layer's tensors of experts."""
+        transposed = self.architecture.experts_transposed
+        for name, tensor in self._experts(index).items():
+            if self.adapter is None or name not in self.adapter.modules:
+                continue
+            for expert, weight in enumerate(tensor.data.split(1)):  # (1, out_features, in_features)
+                weight.copy_(self.adapter.updated(name, weight, expert, transposed=transposed))
 
     @contextlib.contextmanager
     def _observed(
@@ -349,7 +360,8 @@ class Stream:
 
         def see_linear(_: nn.Module, args: Any, output: Tensor, name: str) -> None:
             assert observe is not None
-            observe(name, args[0], output, real)
+            inputs, outputs = (tensor.reshape(*real.shape, -1) for tensor in (args[0], output))  # experts flatten them
+            observe(name, inputs, outputs, real)
 
         def see_experts(module: nn.Module, args: Any) -> None:
             assert observe_experts is not None
@@ -403,15 +415,16 @@ def after_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> RemovableH
     return register(call)
 
 
-def _fill_(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Give an empty module its weights and buffers; each is dropped from `tensors` as it is converted."""
+def _fill_(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Give an empty module its weights and buffers; each is dropped from `tensors` as it is converted.
+
+    Their dtypes are those of the module: some families keep their routers in float32, whatever the others compute in.
+    """
     for name in list(tensors):
         owner, _, leaf = name.rpartition(".")
         parent, tensor = module.get_submodule(owner), tensors.pop(name)
         old: Tensor = getattr(parent, leaf)
         if tensor.shape != old.shape:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {tuple(old.shape)}")
-        if isinstance(old, nn.Parameter):
-            setattr(parent, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-        else:
-            setattr(parent, leaf, tensor.to(device, old.dtype))
+        tensor = tensor.to(device, old.dtype)
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loram.base.errors import UserError, first_problem
+from loram.disk.expert_factors import by_expert, is_of_experts, is_targeted, own_name, peft_name
 from loram.disk.files import read_json
 from loram.disk.lora_keys import ALL_LINEAR, READ, changes_the_base, refused_key
 from loram.disk.tensorfile import TensorFile
@@ -29,6 +30,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # beside a DoRA adapter: the lengths of the rows of the pruned weights that it was trained on
 ROW_LENGTHS_NAME = "row_lengths.safetensors"
 _PICKLED_NAME = "adapter_model.bin"
+_UNORDERED = ("target_modules", "target_parameters", "exclude_modules")  # the lists whose order says nothing
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 _MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector$")
 # a weight of the base that PEFT saves with the factors: save_embedding_layers is on, or lm_head is targeted
@@ -48,7 +50,8 @@ class _Options(BaseModel):
     use_rslora: bool | None = False
     use_dora: bool | None = False
     fan_in_fan_out: bool | None = False
-    target_modules: str | list[str]
+    target_modules: str | list[str] | None
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -62,7 +65,8 @@ class Adapter:
         folder: the folder that it was read from.
         config: the content of adapter_config.json.
         tensors: the tensors of adapter_model.safetensors: `lora_A` is (r, in_features), `lora_B` (out_features, r), and
-            DoRA's `lora_magnitude_vector` (out_features,).
+            DoRA's `lora_magnitude_vector` (out_features,). They have PEFT's names, but for factors of experts (see
+            `loram.disk.expert_factors`), which are (experts * r, in_features) and (out_features, r * experts).
         masks: module path -> the mask of its update, (out_features, in_features / 8) uint8, if the adapter was trained
             with `mask_update`; it then has `loram_masks.safetensors` beside it.
         base_weights: weight of the base -> the tensor of adapter_model.safetensors that repeats it; it is not read.
@@ -92,7 +96,8 @@ class Adapter:
                 raise UserError(f"{folder}: no {name} here, so this is not a LoRA adapter folder")
         config, file = read_json(folder / CONFIG_NAME), TensorFile(folder / WEIGHTS_NAME)
         repeated = {f"{match['module']}.weight": name for name in file.specs if (match := _BASE_WEIGHT.match(name))}
-        tensors, masks = {name: file.read(name) for name in file.specs if name not in repeated.values()}, {}
+        targets, masks = config.get("target_parameters"), {}
+        tensors = {own_name(name, targets): file.read(name) for name in file.specs if name not in repeated.values()}
         if (folder / MASKS_NAME).is_file():
             bits = TensorFile(folder / MASKS_NAME)
             masks = {name.removesuffix(".mask"): bits.read(name) for name in bits.specs}
@@ -131,9 +136,9 @@ class Adapter:
         for module, factors in self.modules.items():
             if missing := {"A", "B"} - factors.keys():
                 raise UserError(f"{where}: {module} lacks lora_{min(missing)}")
-            rank = self._pattern(self._options.rank_pattern, module, self._options.r)
+            rank = self.rank(module)
             for (factor, tensor), axis in zip(sorted(factors.items()), (0, 1), strict=True):
-                if tensor.ndim != 2 or tensor.shape[axis] != rank:
+                if tensor.ndim != 2 or tensor.shape[axis] != rank * (self.experts(module) or 1):
                     raise UserError(
                         f"{where}: {module}.lora_{factor} has shape {tuple(tensor.shape)}, "
                         f"but {CONFIG_NAME} says rank {rank}"
@@ -168,6 +173,11 @@ class Adapter:
                 modules.setdefault(match["module"], {})[match["factor"]] = tensor
         return modules
 
+    @cached_property
+    def of_experts(self) -> tuple[str, ...]:
+        """The adapted tensors of experts among `modules`."""
+        return tuple(module for module in self.modules if is_of_experts(module))
+
     @property
     def dora(self) -> bool:
         """Return whether this is a DoRA adapter, which also has the length of every row of the adapted weights."""
@@ -190,8 +200,22 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """Return the factor that PEFT multiplies B·A by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        rank, alpha = self.modules[module]["A"].shape[0], self.alpha(module)
+        rank, alpha = self.rank(module), self.alpha(module)
         return alpha / math.sqrt(rank) if self._options.use_rslora else alpha / rank
+
+    def rank(self, module: str) -> int:
+        """Return the rank of a module's update; of a tensor of experts, that of each expert's."""
+        return int(self._pattern(self._options.rank_pattern, module, self._options.r))
+
+    def experts(self, module: str) -> int | None:
+        """Return how many experts a tensor of experts has factors for; None for any other module."""
+        return self.modules[module]["A"].shape[0] // self.rank(module) if module in self.of_experts else None
+
+    def _shape(self, module: str) -> tuple[int, ...]:
+        """Return the shape of a module's update: (out_features, in_features), or with the experts before these."""
+        factors, experts = self.modules[module], self.experts(module)
+        shape = factors["B"].shape[0], factors["A"].shape[1]
+        return shape if experts is None else (experts, *shape)
 
     def alpha(self, module: str) -> float:
         """Return the alpha of a module."""
@@ -208,8 +232,15 @@ class Adapter:
         return default
 
     def delta(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the update scaling·B·A of a module's rows `start` to `stop`, masked if it has a mask: float32."""
-        a, b = (self.modules[module][factor].float() for factor in "AB")
+        """Return the update scaling·B·A of a module's rows `start` to `stop`, masked if it has a mask: float32.
+
+        The rows of a tensor of experts are experts; each of them is (out_features, in_features).
+        """
+        a, b = (self.modules[module][factor] for factor in "AB")
+        if (experts := self.experts(module)) is not None:
+            a, b = (factor[start:stop].float() for factor in by_expert(a, b, experts))
+            return self.scaling(module) * (b @ a)
+        a, b = a.float(), b.float()
         if (mask := self.masks.get(module)) is not None:
             return masked_delta(a, b[start:stop], mask[start:stop], self.scaling(module))
         return self.scaling(module) * (b[start:stop] @ a)
@@ -229,28 +260,33 @@ class Adapter:
         names = {f"base_model.model.{module}.lora_{part}.weight": factor for part, factor in (("A", a), ("B", b))}
         return add_update_(linear, a, b, self.scaling(module)), names
 
-    def updated(self, module: str, rows: Tensor, start: int = 0) -> Tensor:
+    def updated(self, module: str, rows: Tensor, start: int = 0, *, transposed: bool = False) -> Tensor:
         """Return the rows of a module's weight with the adapter's update: W + scaling·B·A.
 
         With DoRA every row is then brought to its magnitude (arXiv 2402.09353, equation 5).
 
         Args:
             module: the module's path in the base.
-            rows: some rows of its weight, (rows, in_features).
+            rows: some rows of its weight, (rows, in_features), or experts, (experts, out_features, in_features).
             start: the index of the first of them.
+            transposed: whether these experts are (experts, in_features, out_features).
 
         Returns:
-            (rows, in_features) float32, on the rows' device.
+            The same shape in float32, on the rows' device.
         """
         stop = start + len(rows)
-        weight = self.delta(module, start, stop).to(rows.device).add_(rows)
+        delta = self.delta(module, start, stop).to(rows.device)
+        weight = (delta.mT if transposed else delta).add_(rows)
         if self.dora:
             lengths = torch.linalg.vector_norm(weight, dim=1)  # (rows,)
             weight *= (self.magnitudes[module][start:stop].to(lengths) / lengths)[:, None]
         return weight
 
     def targets(self, modules: Iterable[str]) -> list[str]:
-        """Return the modules that adapter_config.json targets, by PEFT's own matching, among a model's linears.
+        """Return the modules that adapter_config.json targets, by PEFT's own matching.
+
+        Args:
+            modules: the paths of a model's linears, and of its tensors of experts.
 
         Raises:
             UserError: adapter_config.json contradicts itself.
@@ -260,11 +296,16 @@ class Adapter:
 
         keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         options = self._options.model_dump(include=keys)
+        parameters = [module for module in modules if is_of_experts(module)]
+        targeted = [name for name in parameters if is_targeted(name, self._options.target_parameters)]
+        if options["target_modules"] is None:
+            return targeted
         if str(options["target_modules"]).lower() == ALL_LINEAR:  # which to PEFT are all but the head's
             options |= {"target_modules": r".*\.\d+\..*"}  # all in a numbered layer
         try:
             config = LoraConfig(**options)
-            return [module for module in modules if check_target_module_exists(config, module)]
+            linears = [module for module in modules if module not in parameters]
+            return [*targeted, *(module for module in linears if check_target_module_exists(config, module))]
         except (ValueError, re.error) as error:
             raise UserError(f"{self.folder / CONFIG_NAME}: {error}") from error
 
@@ -272,7 +313,8 @@ class Adapter:
         """Refuse an adapter that does not fit a model: it lacks a module, has one too many, or shapes differ.
 
         Args:
-            shapes: (out_features, in_features) of each of the model's linear modules, by path.
+            shapes: (out_features, in_features) of each of the model's linear modules, by path, and (experts,
+                out_features, in_features) of each of its tensors of experts, by name.
             model: what the error message calls the model.
             full: whether it is a full model, so that narrower factors come from a pruned one.
 
@@ -282,8 +324,8 @@ class Adapter:
         """
         weights = self.folder / WEIGHTS_NAME
         targets = set(self.targets(shapes))
-        for module, factors in self.modules.items():
-            key, shape = f"base_model.model.{module}.lora_A.weight", (factors["B"].shape[0], factors["A"].shape[1])
+        for module in self.modules:
+            key, shape = self._key(module), self._shape(module)
             if module not in shapes:
                 raise UserError(f"{weights}: {key} adapts {module}, which {model} does not have")
             if module not in targets:
@@ -297,8 +339,17 @@ class Adapter:
                 raise UserError(f"{what}; it belongs to another model")
         for module in shapes:
             if module in targets - self.modules.keys():
-                key = f"base_model.model.{module}.lora_A.weight"
+                key = self._key(module)
                 raise UserError(f"{weights}: {key} is missing, though {CONFIG_NAME} targets {module}")
+
+    def _key(self, module: str) -> str:
+        """Return the name in the file of a module's lora_A."""
+        return peft_name(f"base_model.model.{module}.lora_A.weight", self._options.target_parameters)
+
+    @property
+    def in_files(self) -> dict[str, Tensor]:
+        """The tensors by PEFT's names."""
+        return {peft_name(name, self._options.target_parameters): tensor for name, tensor in self.tensors.items()}
 
 
 def add_update_(linear: nn.Module, a: Tensor, b: Tensor, scaling: float) -> RemovableHandle:
@@ -343,10 +394,15 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
 
 
 def save_adapter(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a stock PEFT adapter into a folder, with keys in a fixed order, so that equal adapters have equal bytes."""
+    """Write a stock PEFT adapter into a folder, with keys in a fixed order, so that equal adapters have equal bytes.
+
+    The tensors are named as in `Adapter`.
+    """
     ordered = {
-        key: sorted(value) if key in ("target_modules", "exclude_modules") and isinstance(value, list) else value
+        key: sorted(value) if key in _UNORDERED and isinstance(value, list) else value
         for key, value in sorted(config.items())
     }
     (out / CONFIG_NAME).write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS_NAME, {"format": "pt"})
+    targets = config.get("target_parameters")
+    stored = {peft_name(name, targets): tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(stored, out / WEIGHTS_NAME, {"format": "pt"})

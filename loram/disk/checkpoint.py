@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
 from loram.disk.files import CHAT_TEMPLATE, copy_side_files, read_json, refuse_pointer, side_files
-from loram.disk.stacked import Stack, names_in_model
-from loram.disk.tensorfile import TensorFile, TensorSpec
+from loram.disk.packed import PackedTensor, dense_dtype, unpacked
+from loram.disk.stacked import Stack, StackedTensor, names_in_model
+from loram.disk.tensorfile import StoredTensor, TensorFile, TensorSpec
 from loram.model.architecture import Architecture
 from loram.model.families import ARCHITECTURES, family_of, is_pruned
 from loram.model.geometry import Geometry
 from loram.model.modeling_loram import dense, unpack
+from loram.model.packing import dense_config, packing_of
 from loram.model.wrappers import Wrapper, wrapper_of
 
 WEIGHTS = "model.safetensors"
@@ -33,19 +35,21 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints 
 class Checkpoint:
     """A folder with config.json and safetensors, read one tensor at a time.
 
-    A sparse folder shows dense weights, which are made from its values and masks when they are read. A wrapped model
-    shows its text model alone, with the config and the names of an ordinary causal language model. Experts are shown as
-    transformers' 3-D tensors, also where the files have one tensor per expert.
+    A sparse folder shows dense weights, which are made from its values and masks when they are read. Weights in FP8 and
+    MXFP4 are shown dense too, in the dtype that config.json says, and the config without its quantization_config. A
+    wrapped model shows its text model alone, with the config and the names of an ordinary causal language model.
+    Experts are shown as transformers' 3-D tensors, also where the files have one tensor per expert.
 
     Args:
         folder: the model's folder.
         name: what the user calls the model: its hub id or absolute path.
         stored: show a sparse folder's tensors as they are stored: values and masks.
         whole: show the files as they are: every tensor under its own name, towers and single experts too.
+        packed: show weights in FP8 and MXFP4 as they are stored: values and scales.
         chat_template: the text of a chat template that takes the place of the folder's own.
 
     Raises:
-        UserError: the folder is not a model, its weights are in a format that we do not read, a shard is missing,
+        UserError: the folder is not a model, its weights are in a format that is not read, a shard is missing,
             broken or outside the folder, or a file is a Git LFS pointer or not what the folder's manifest says.
     """
 
@@ -56,6 +60,7 @@ class Checkpoint:
         *,
         stored: bool = False,
         whole: bool = False,
+        packed: bool = False,
         chat_template: str | None = None,
     ) -> None:
         self.folder, self.chat_template = folder, chat_template
@@ -65,14 +70,28 @@ class Checkpoint:
             raise UserError(f"{folder}: no config.json here, so this is not a model folder")
         for path in (folder / "config.json", *side_files(folder)):
             refuse_pointer(path)
-        self._whole_config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
+        self.packing = None if packed else packing_of(config, str(folder / "config.json"))
+        self._whole_config = dense_config(config) if self.packing else config
         self.wrapper = None if whole else wrapper_of(self._whole_config)
         self._stored, self._whole = stored, whole
-        self._shards = self._read_index()
-        self._in_files, self._stacks = self._names_in_files(self._shards)
-        shown = {*self._in_files.values(), *(part for name in self._stacks for part in self._parts(name))}
-        self.towers = self._shards.keys() - shown  # what a wrapped model has beside its text model
-        self.index = {name: self._shards[self._parts(name)[0]] for name in (*self._in_files, *self._stacks)}
+        files = self._read_index()
+        in_files = {name: StoredTensor(file=self._open(shard), name=name) for name, shard in files.items()}
+        tensors: Mapping[str, StoredTensor | PackedTensor] = in_files
+        if self.packing:
+            tensors = unpacked(in_files, self.packing, dense_dtype(config))
+        self._in_files, stacks = self._names_in_files(tensors)
+        self._stacks = {
+            name: StackedTensor([[tensors[part] for part in parts] for parts in stack], f"{folder}: {name}")
+            for name, stack in stacks.items()
+        }
+        self._tensors: Mapping[str, StoredTensor | PackedTensor | StackedTensor] = {
+            **{name: tensors[stored] for name, stored in self._in_files.items()},
+            **self._stacks,
+        }
+        shown = {part for stack in stacks.values() for parts in stack for part in parts} | {*self._in_files.values()}
+        self.beside = tensors.keys() - shown  # a wrapped model's towers, and what a model does not use
+        self.index = {name: files[tensor.name] for name, tensor in self._tensors.items()}
         masks = {name for name in self.index if name.endswith(_MASK)}
         self._masks = {f"{name.removesuffix(_MASK)}.weight": name for name in masks}  # weight -> its mask
         self.sparse = bool(masks)
@@ -103,7 +122,8 @@ class Checkpoint:
             return {name: name for name in files}, {}
         names = {name: name for name in files} if self.wrapper is None else self._unwrapped(self.wrapper, files)
         row = ARCHITECTURES.get(str(self.config.get("model_type")))  # pruned folders have the names of the model
-        single, stacks = names_in_model(names, row, self.folder)
+        used = [own for own in names if row is None or not row.leaves_unused(own, self.config)]
+        single, stacks = names_in_model(used, row, self.folder)
         in_files = {name: names[own] for name, own in single.items()}
         return in_files, {
             name: tuple(tuple(names[part] for part in parts) for parts in stack) for name, stack in stacks.items()
@@ -134,12 +154,6 @@ class Checkpoint:
             if Path(shard).suffix != ".safetensors":
                 raise UserError(f"{path}: says {name} is in {shard}, and only safetensors files are opened")
         return weight_map
-
-    def _parts(self, name: str) -> list[str]:
-        """Return the names in the files of what a tensor is put together from; mostly that is one tensor."""
-        if name in self._stacks:
-            return [part for parts in self._stacks[name] for part in parts]
-        return [self._in_files[name]]
 
     def _open(self, shard: str) -> TensorFile:
         if shard not in self._files:
@@ -187,13 +201,15 @@ class Checkpoint:
 
     @property
     def quantized(self) -> bool:
-        """Return whether the weights are packed in fewer than 16 bits."""
+        """Return whether the weights are in 4 bits, and shown as they are stored."""
         return bool(self.config.get("quantization_config"))
 
     @property
     def tied(self) -> bool:
         """Return whether the head shares the embedding's weight."""
-        return self.architecture.head_weight not in self.index or bool(self.config.get("tie_word_embeddings"))
+        return self.architecture.head_weight not in self.index or any(
+            self.config.get(key) for key in self.architecture.tied_keys
+        )
 
     @property
     def stored(self) -> "Checkpoint":
@@ -208,8 +224,10 @@ class Checkpoint:
     @property
     def untied_config(self) -> dict[str, Any]:
         """The content of config.json once the head has a weight of its own."""
-        config = self._whole_config
-        return {**config, "tie_word_embeddings": False} if self.wrapper is None else self.wrapper.untied(config)
+        if self.wrapper is not None:
+            return self.wrapper.untied(self._whole_config)
+        keys = self.architecture.tied_keys
+        return {**self._whole_config, **dict.fromkeys(keys, False)}
 
     def name_in_files(self, name: str) -> str:
         """Return the name that a tensor has in the files, which for a wrapped model is another one.
@@ -224,11 +242,8 @@ class Checkpoint:
 
         Nothing is yielded for a tensor that files hold as it is.
         """
-        for expert, parts in enumerate(self._stacks.get(name, ())):
-            row = 0
-            for part in parts:
-                yield part, expert, row
-                row += self._file(part).specs[part].shape[0]
+        if name in self._stacks:
+            yield from self._stacks[name].places()
 
     def copy_side_files(self, out: Path) -> None:
         """Copy tokenizer, licence, plan and the like to another folder, with the chat template that was chosen.
@@ -274,28 +289,11 @@ class Checkpoint:
         """
         if name not in self.index:
             raise UserError(f"{self.folder}: no tensor {name}, though its config.json needs it")
-        if name in self._stacks:
-            return self._stack_spec(name)
-        spec = self._file(self._in_files[name]).specs[self._in_files[name]]
+        spec = self._tensors[name].spec
         if (mask := self._mask_of(name)) is None:
             return spec
         rows, columns = self.spec(mask).shape
         return TensorSpec(dtype=spec.dtype, shape=(rows, 8 * columns))
-
-    def _file(self, stored: str) -> TensorFile:
-        """Return the file that holds a tensor, by the tensor's name in the files."""
-        return self._open(self._shards[stored])
-
-    def _stack_spec(self, name: str) -> TensorSpec:
-        """Return the dtype and shape of a 3-D tensor whose experts are single tensors: (experts, rows, columns)."""
-        shapes = {
-            tuple(self._file(part).specs[part] for part in parts) for parts in self._stacks[name]
-        }  # one entry where all experts are alike
-        if len(shapes) > 1:
-            raise UserError(f"{self.folder}: the experts of {name} differ in shape or dtype")
-        (specs,) = shapes
-        rows = sum(spec.shape[0] for spec in specs)
-        return TensorSpec(dtype=specs[0].dtype, shape=(len(self._stacks[name]), rows, *specs[0].shape[1:]))
 
     def _mask_of(self, name: str) -> str | None:
         """Return the name of a weight's mask, if the weight is shown dense."""
@@ -315,8 +313,7 @@ class Checkpoint:
         """Return how many values all tensors hold together; a tied head counts once."""
         left_out = {*self._masks.values(), *filter(_COMPUTED.search, self.index)}
         again = {self.architecture.head_weight} if self.tied else set()
-        parts = [part for name in self.index.keys() - left_out - again for part in self._parts(name)]
-        return sum(math.prod(self._file(part).specs[part].shape) for part in parts)
+        return sum(math.prod(self._tensors[name].spec.shape) for name in self.index.keys() - left_out - again)
 
     @property
     def head(self) -> str:
@@ -328,30 +325,26 @@ class Checkpoint:
         return self.architecture.embedding_weight if self.tied and name == self.architecture.head_weight else name
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read one tensor, or its rows `start` to `stop`, to the CPU in the file's dtype; no other byte is read.
+        """Read one tensor, or its rows `start` to `stop`, to the CPU in the dtype of `spec`; no other byte is read.
 
         Raises:
             UserError: the model has no such tensor.
         """
         self.spec(name)
-        if name in self._stacks:
-            experts = self._stacks[name][start:stop]
-            return torch.stack([torch.cat([self._file(part).read(part) for part in parts]) for parts in experts])
-        stored = self._in_files[name]
-        file = self._file(stored)
+        stored = self._tensors[name]
         if (mask := self._mask_of(name)) is None:
-            return file.read(stored, start, stop)
+            return stored.read(start, stop)
         bits = unpack(self.tensor(mask))
         first, last = int(bits[:start].sum()), int(bits[:stop].sum())  # where the rows' values are among all values
-        if int(bits.sum()) != math.prod(file.specs[stored].shape):
+        if int(bits.sum()) != math.prod(stored.spec.shape):
             raise UserError(f"{self.folder}: {name} and {mask} do not fit together; make the folder again")
-        return dense(file.read(stored, first, last), self.tensor(mask, start, stop))
+        return dense(stored.read(first, last), self.tensor(mask, start, stop))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield a tensor in pieces of about 64 MB: (index of the first row, the rows)."""
         spec = self.spec(name)
-        if self._mask_of(name) is None and name not in self._stacks:
-            return self._file(self._in_files[name]).blocks(self._in_files[name])
+        if self._mask_of(name) is None:
+            return self._tensors[name].blocks()
         rows = max(1, BLOCK_BYTES // spec.row_bytes)
         return ((row, self.tensor(name, row, row + rows)) for row in range(0, spec.shape[0], rows))
 
@@ -360,11 +353,14 @@ class Checkpoint:
         """The SHA-256 of every tensor's name, dtype, shape and first and last row; sharding makes no difference.
 
         It is cheap even for a model of hundreds of gigabytes, and differs for any other training run of the same shape.
-        A tied head is left out, since tools differ in writing it. A folder that `loram.quantize` made has the
+        A tied head is left out, since tools differ in writing it. Weights in FP8 and MXFP4 count as they are stored. A
+        folder that `loram.quantize` made has the
         fingerprint of the model that it was made from, so that what was made for one of them goes with the other.
         """
         if (manifest := find_manifest(self.folder)) is not None and manifest.kind == "quantized":
             return manifest.made_from["original"]
+        if self.packing:
+            return Checkpoint(self.folder, self.name, whole=self._whole, packed=True).fingerprint
         digest = hashlib.sha256()
         for name in sorted(self._shown()):
             if self.holder(name) != name:

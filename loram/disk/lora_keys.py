@@ -14,6 +14,7 @@ from loram.base.options import library_defaults
 _UNDERSTOOD = (
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    "target_parameters",
 )
 # What makes no difference to a finished adapter, whatever the value is, and why.
 HARMLESS: Mapping[str, str] = MappingProxyType(
@@ -41,7 +42,7 @@ TRAINED = frozenset(_UNDERSTOOD) - {"peft_type", "fan_in_fan_out"} | {"lora_drop
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 _READ_INITIALISATIONS = (*INITIALISATIONS, "mica", None)
 ALL_LINEAR = "all-linear"  # PEFT's word for all linears but the output layer
-_EMPTY_IS_OFF = ("modules_to_save", "layer_replication", "target_parameters")  # in PEFT an empty dict is often "on"
+_EMPTY_IS_OFF = ("modules_to_save", "layer_replication")  # in PEFT an empty dict is often "on"
 
 
 def refused_key(config: Mapping[str, Any], allowed: Collection[str]) -> str | None:

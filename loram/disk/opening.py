@@ -8,9 +8,10 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from loram.base.errors import UserError
 from loram.base.paths import is_hub_id, named
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.files import SIDE_FILES
+from loram.disk.files import SIDE_FILES, read_json
 from loram.disk.gguf import cached_conversion
 from loram.disk.template import read_template
+from loram.model.packing import packing_of
 
 
 def open_model(model: str | Path, *, chat_template: str | Path | None = None) -> Checkpoint:
@@ -44,6 +45,7 @@ def _open(name: str) -> Checkpoint:
 
 
 def _download(model: str) -> Path:
+    packing_of(read_json(download_config(model)), model)  # or it refuses the model, before gigabytes are fetched
     patterns = ["model*.safetensors", "*.json", *SIDE_FILES]  # not the consolidated.* some repositories add
     return Path(_ask_hub(model, lambda: snapshot_download(model, allow_patterns=patterns)))
 

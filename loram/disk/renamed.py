@@ -42,11 +42,13 @@ def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, 
 def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
     """Return an adapter whose modules have other names; its config names each of them, and matches nothing else."""
     options, modules = adapter.config, adapter.modules
-    ranks = {rename(name): factors["A"].shape[0] for name, factors in modules.items()}
+    ranks = {rename(name): adapter.rank(name) for name in modules}
+    experts = sorted(rename(name) for name in adapter.of_experts)
     alphas = {rename(name): adapter.alpha(name) for name in modules}
     config = {
         **options,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - set(experts)),
+        **({"target_parameters": experts} if experts else {}),
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != options.get("r", 8)},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != options.get("lora_alpha", 8)},

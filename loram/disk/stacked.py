@@ -1,13 +1,57 @@
 """Experts in checkpoint files: often one tensor per expert there, and one 3-D tensor for all of them in the model."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
+from loram.disk.packed import PackedTensor
+from loram.disk.tensorfile import StoredTensor, TensorSpec
 from loram.model.architecture import Architecture
 
 Stack = tuple[tuple[str, ...], ...]  # expert -> the names of its parts in the files, which are joined along their rows
+
+
+class StackedTensor:
+    """A 3-D tensor whose experts are single tensors in files: (experts, rows, columns).
+
+    Args:
+        experts: expert -> its parts, which are joined along their rows.
+        name: what error messages call the tensor.
+
+    Raises:
+        UserError: experts differ in shape or dtype.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[StoredTensor | PackedTensor]], name: str) -> None:
+        self._experts, self.name = experts, experts[0][0].name
+        if len(set(specs := [tuple(part.spec for part in parts) for parts in experts])) > 1:
+            raise UserError(f"{name}: its experts differ in shape or dtype")
+        if not specs[0][0].dtype.is_floating_point:
+            raise UserError(f"{name}: its experts are in 4 bits; start from the weights in 16 or 32 bits")
+        rows, first = sum(spec.shape[0] for spec in specs[0]), specs[0][0]
+        self.spec = TensorSpec(dtype=first.dtype, shape=(len(experts), rows, *first.shape[1:]))
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the tensor, or its experts `start` to `stop` (exclusive); only these are read."""
+        return torch.stack([torch.cat([part.read() for part in parts]) for parts in self._experts[start:stop]])
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the first expert, experts) from the first expert to the last, in blocks of about 64 MB."""
+        step = max(1, BLOCK_BYTES // self.spec.row_bytes)
+        return ((row, self.read(row, row + step)) for row in range(0, self.spec.shape[0], step))
+
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (name in the files, expert, first row) of each part."""
+        for expert, parts in enumerate(self._experts):
+            row = 0
+            for part in parts:
+                yield part.name, expert, row
+                row += part.spec.shape[0]
 
 
 def names_in_model(

@@ -38,6 +38,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -152,6 +153,27 @@ class TensorFile:
     def close(self) -> None:
         """Close the file; this also happens when the object is freed. Tensors that were read stay valid."""
         self._closing()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of an open file, read as it is stored."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its dtype and shape."""
+        return self.file.specs[self.name]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read it, or its rows `start` to `stop` (exclusive); see `TensorFile.read`."""
+        return self.file.read(self.name, start, stop)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the first row, rows); see `TensorFile.blocks`."""
+        return self.file.blocks(self.name)
 
 
 class TensorFileWriter:

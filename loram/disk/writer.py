@@ -1,7 +1,6 @@
 """Write a model folder tensor by tensor, in any order and in shards, so that a whole model is never in memory."""
 
 import contextlib
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -108,4 +107,4 @@ def write_trained(out: Path, base: Checkpoint, trained: Path | None, *, frozen: 
             for row, block in source.blocks(source.holder(trains[name])):
                 writer.write(name, block.to(specs[name].dtype), row)
     whole.copy_side_files(out)
-    shutil.copyfile(base.folder / "config.json", out / "config.json")
+    write_json(out / "config.json", whole.config)

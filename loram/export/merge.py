@@ -1,10 +1,19 @@
 """The merge stage: add an adapter to its base's weights, a few rows at a time, and write a plain model folder."""
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loram.base.errors import UserError
 from loram.export.table import Export
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loram.disk.adapter import Adapter
+    from loram.disk.checkpoint import Checkpoint
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
@@ -43,32 +52,65 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     update = load_for(checkpoint, local(adapter))
     whole, architecture = checkpoint.whole, checkpoint.architecture
     sources = {name: name for name in whole.names()}
-    modules = {checkpoint.name_in_files(f"{module}.weight"): module for module in update.modules}
+    updates = _updates(checkpoint, update)
     untied = checkpoint.tied and architecture.head in update.modules
     if untied:
         head, embedding = architecture.head_weight, architecture.embedding_weight
         sources[checkpoint.name_in_files(head)] = checkpoint.name_in_files(embedding)
     specs = {name: whole.spec(source) for name, source in sources.items()}
-    for weight, module in modules.items():
+    for weight in updates:
         if not (dtype := specs[weight].dtype).is_floating_point:
             raise UserError(
-                f"{checkpoint.name}: {module}.weight is quantised ({dtype}); merge into its original, in 16 or 32 bits"
+                f"{checkpoint.name}: {weight} is quantised ({dtype}); merge into its original, in 16 or 32 bits"
             )
 
     made_from = {"base": checkpoint.fingerprint, "adapter": update.fingerprint}
     with publish(out, kind="merged", made_from=made_from) as staging:
         with ShardedWriter(staging, specs) as writer:
             for weight, source in track(list(sources.items()), "Merging"):
-                adapted = modules.get(weight)
+                updated = updates.get(weight)
                 for row, block in whole.blocks(source):
-                    if adapted is not None:
-                        block = update.updated(adapted, block, row).to(block.dtype)
+                    if updated is not None:
+                        block = updated(block, row).to(block.dtype)
                     writer.write(weight, block, row)
         whole.copy_side_files(staging)
         if (template := update.folder / CHAT_TEMPLATE).is_file():  # that of the chats that it was trained on
             shutil.copyfile(template, staging / CHAT_TEMPLATE)
         write_json(staging / "config.json", checkpoint.untied_config if untied else whole.config)
     return out
+
+
+def _updates(checkpoint: "Checkpoint", adapter: "Adapter") -> dict[str, Callable[["Tensor", int], "Tensor"]]:
+    """Return what merging makes of the rows of a tensor, by name in the files: (rows, index of the first) -> rows."""
+    updates: dict[str, Callable[[Tensor, int], Tensor]] = {}
+    transposed = checkpoint.architecture.experts_transposed
+    for module in adapter.modules:
+        if module not in adapter.of_experts:
+            updates[checkpoint.name_in_files(f"{module}.weight")] = partial(adapter.updated, module)
+            continue
+        parts = list(checkpoint.experts_in_files(module))
+        for name, expert, first in parts:
+            updates[name] = partial(_updated_part, adapter, module, expert, first, transposed)
+        if not parts:
+            updates[checkpoint.name_in_files(module)] = partial(adapter.updated, module, transposed=transposed)
+    return updates
+
+
+def _updated_part(
+    adapter: "Adapter", module: str, expert: int, first: int, transposed: bool, rows: "Tensor", start: int
+) -> "Tensor":
+    """Return some rows of a part of one expert with the adapter's update, in float32.
+
+    Args:
+        adapter: the adapter.
+        module: the tensor of all experts.
+        expert, first: which expert it is, and where in that expert's matrix the part begins.
+        transposed: whether that matrix is (in_features, out_features).
+        rows, start: the rows, and the index of the first of them in the part.
+    """
+    delta = adapter.delta(module, expert, expert + 1)[0]
+    begin = first + start
+    return (delta.T if transposed else delta)[begin : begin + len(rows)] + rows
 
 
 EXPORT = Export(

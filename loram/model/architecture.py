@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-Unit = Literal["channel", "head", "group", "hidden", "shared", "query"]
-Reads = Literal["layer", "attention", "mlp", "channels", "shared"]
+Unit = Literal["channel", "pair", "head", "group", "gated_group", "query", "hidden", "shared"]
+MixerUnit = Literal["mixer_keys", "mixer_values", "mixer_heads", "mixer_head", "kernel"]
+Reads = Literal["layer", "attention", "mixer", "mlp", "channels", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +55,24 @@ class Segment:
 
     Args:
         name: what they are; segments that differ only in their name (keys and values) are pruned alike.
-        unit: what one unit owns: a `channel` is 1 row, a `head` is `head_dim` rows, a `group` is the rows of all query
-            heads of one key-value head, `hidden` is `hidden_size` rows, `shared` is one row per channel of the experts
-            that every token passes, and `query` is one row per query head of one key-value head.
+        unit: what one unit owns: a `channel` is 1 row, a `pair` is the 2 rows of a channel whose gate and up are
+            neighbours, a `head` is `head_dim` rows, a `group` is the rows of all query heads of one key-value head, and
+            a `gated_group` twice as many, since each head has a gate behind its queries; `hidden` is `hidden_size`
+            rows, `shared` is one row per channel of the experts that every token passes, and `query` is one row per
+            query head of one key-value head. In a layer that mixes tokens by a state or a convolution, and not by
+            attention, `mixer_keys` and `mixer_values` are the rows of all its key heads and of all its value heads,
+            `mixer_heads` is one row per value head, `mixer_head` is the rows of one value head, and `kernel` is one row
+            per token that its convolution sees.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 
     name: str
-    unit: Unit
+    unit: Unit | MixerUnit
     space: Space | None = None
 
 
 HIDDEN = Segment(name="hidden", unit="hidden")
+ONE = Segment(name="one", unit="channel")
 SHARED = Segment(name="shared", unit="shared")
 ONE_HEAD = Segment(name="one head", unit="head")
 
@@ -76,9 +83,9 @@ class Linear:
 
     Args:
         path: the module's path inside the layer.
-        reads: which input it gets: the `layer`'s normed hidden states, what `attention` gives, the `mlp`'s normed
-            hidden states, the MLP's `channels`, or those of the `shared` experts. Linears that read the same see the
-            same tensor.
+        reads: which input it gets: the `layer`'s normed hidden states, what `attention` or another `mixer` of tokens
+            gives, the `mlp`'s normed hidden states, the MLP's `channels`, or those of the `shared` experts. Linears
+            that read the same see the same tensor.
         rows: the segments of its outputs: rows of the weight, bias and lora_B.
         columns: the segments of its inputs: columns of the weight and lora_A.
         kinds: the kinds of layers that have it; empty where every layer does.
@@ -103,6 +110,11 @@ class Linear:
         return self.rows, self.columns
 
     @property
+    def has_units(self) -> bool:
+        """Return whether pruning can make it smaller."""
+        return any(segment.space is not None for side in self.sides for segment in side)
+
+    @property
     def consumes_units(self) -> bool:
         """Return whether its inputs are units of a space: pruning takes away inputs, and not outputs."""
         return any(segment.space is not None for segment in self.columns)
@@ -125,10 +137,11 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts.
+    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts; buffers too.
 
     Args:
-        name: the tensor's name inside the layer.
+        name: the tensor's name inside the layer. One that ends with `.bias` is there only where the row's `biases` say
+            that its module has a bias.
         axes: the segments of each of its dimensions.
         kinds: the kinds of layers that have it; empty where every layer does.
     """
@@ -149,12 +162,17 @@ class Experts:
         in_files: a tensor's name inside the layer -> the names of its parts in checkpoints that have one tensor per
             expert, where {} stands for the expert's number. Parts are joined along their rows, and experts are stacked.
         renamed: the beginning of a name inside the layer in such checkpoints -> what it is in the model.
+        transposed: whether its tensors are (experts, inputs, outputs), and not (experts, outputs, inputs).
+        groups: the key of config.json with the number of groups that the router first chooses among, each of which has
+            as many experts; 1 where config.json leaves it out.
     """
 
     path: str
     router: str
     in_files: Mapping[str, tuple[str, ...]]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    groups: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,18 +252,24 @@ class Architecture:
         linears: the linears of a decoder layer, those of attention first, each of them before what it feeds.
         norms: the norms of a decoder layer.
         parameters: the other tensors of a decoder layer.
-        blocks: the modules of a decoder layer whose outputs are added to the hidden states.
+        blocks: the modules of a decoder layer whose outputs are added to the hidden states; a layer has those of them
+            that its kind has.
         kinds: the content of a text model's config.json -> the kind of every layer, where layers differ in what they
             have. A kind is one word, or several with spaces between them; a part is of a kind if it names one of these.
         sizes: the content of a text model's config.json -> fields of `Geometry` that are under other keys there, or
             that have a default.
         experts: the experts of its layers, where it has some.
-        biases: a switch of config.json -> the paths of the linears that it gives a bias; `always` is no switch.
+        recurrent: whether some layers pass a state, or what a convolution sees, from each token to the next, so that
+            rows of text cannot be put together into one.
+        unused: how the names of tensors begin that files may hold and the model has not, such as a layer that predicts
+            the token after the next; {} stands for the number of layers.
+        biases: a switch of config.json -> the paths of the modules that it gives a bias; `always` is no switch.
         on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
             num_attention_heads, which is also what a null in config.json means.
         head_dim: transformers' default where config.json leaves it out; None is hidden_size / num_attention_heads.
         tied: transformers' default of tie_word_embeddings where config.json leaves it out.
+        tied_keys: the keys of config.json that say whether the head is tied; the first that is there counts.
         windows: its sliding windows.
         attention_softcap: the softcap of attention scores. transformers computes all attention weights of such a
             family itself, since its fused kernels know no softcap.
@@ -279,11 +303,14 @@ class Architecture:
     kinds: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     experts: Experts | None = None
+    recurrent: bool = False
+    unused: tuple[str, ...] = ()
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_by_default: tuple[str, ...] = ()
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
+    tied_keys: tuple[str, ...] = ("tie_word_embeddings",)
     windows: Windows | None = None
     attention_softcap: Softcap | None = None
     logit_softcap: Softcap | None = None
@@ -338,6 +365,11 @@ class Architecture:
         tails = "|".join(re.escape(".".join(parts[start:])) for start in range(len(parts)))
         return re.compile(rf"(?:(?:.*\.)?{re.escape(self.layers_path)}|{tails})\.(?P<layer>\d+)\.(?P<rest>.+)")
 
+    def leaves_unused(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether the model has no tensor of this name, although files may hold it."""
+        layers = self.text_config(config).get("num_hidden_layers")
+        return name.startswith(tuple(prefix.format(layers) for prefix in self.unused))
+
     @cached_property
     def linear_spaces(self) -> tuple[Space, ...]:
         """Return what can be pruned of a decoder layer's linears, in the order in which they name it."""
@@ -357,6 +389,11 @@ class Architecture:
         path = None if self.experts is None else f"{self.experts.path}."
         return tuple(part for part in self.parameters if path is not None and part.name.startswith(path))
 
+    @cached_property
+    def expert_matrices(self) -> tuple[Parameter, ...]:
+        """Return the 3-D tensors among them, which an adapter can be on, in the order of their module."""
+        return tuple(part for part in self.expert_tensors if len(part.axes) == 3)
+
     @property
     def adapter_targets(self) -> tuple[str, ...]:
         """The names of the linears of decoder layers, as PEFT's `target_modules` lists them."""
@@ -366,6 +403,16 @@ class Architecture:
     def default_targets(self) -> tuple[str, ...]:
         """The names among them that get an adapter where nobody says which should."""
         return tuple(dict.fromkeys(linear.name for linear in self.linears if linear.adapted))
+
+    @property
+    def experts_transposed(self) -> bool:
+        """Return whether the tensors of experts are (experts, inputs, outputs), and not (experts, outputs, inputs)."""
+        return self.experts is not None and self.experts.transposed
+
+    def expert_sides(self, tensor: Parameter) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """Return the segments of the outputs and of the inputs of a tensor of experts."""
+        _, first, second = tensor.axes
+        return (second, first) if self.experts_transposed else (first, second)
 
     def linear(self, path: str) -> Linear:
         """Return the linear at a path inside the layer."""
@@ -394,6 +441,11 @@ class Architecture:
         """Return the part of a config.json that describes the text model."""
         nested: Mapping[str, Any] = config if self.config_key is None else config[self.config_key]
         return nested
+
+    def ties(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a text model's config says that the head shares the embedding's weight."""
+        said = (config[key] for key in self.tied_keys if config.get(key) is not None)
+        return bool(next(said, self.tied))
 
     def dropout(self, key: str, config: Mapping[str, Any]) -> float:
         """Return a dropout that a text model's config sets; 0 where the family does not know it."""

@@ -8,16 +8,31 @@ from loram.base.errors import UserError
 from loram.model.architecture import Architecture
 from loram.model.dense import DENSE, LLAMA
 from loram.model.experts import EXPERTS
+from loram.model.hybrids import HYBRIDS
 
 PRUNED_PREFIX = "loram_"  # the model_type of a pruned llama is `loram_llama`
 
-_ROWS = (*DENSE, *EXPERTS)
+_ROWS = (*DENSE, *EXPERTS, *HYBRIDS)
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
 MODEL_CLASSES = tuple(row.model_class for row in _ROWS)
 # The modules that an adapter can target, over all families; which of them a model has, its own row says.
 KNOWN_TARGETS = tuple(dict.fromkeys(target for row in _ROWS for target in (*row.adapter_targets, row.head)))
+# The tensors of experts that an adapter can target, in the order in which the experts' module has them.
+EXPERT_MATRICES = tuple(dict.fromkeys(tensor.name for row in _ROWS for tensor in row.expert_matrices))
 SPACES = tuple(dict.fromkeys(space.name for row in _ROWS for space in row.spaces))  # all that can be pruned somewhere
 LINEARS = LLAMA.adapter_targets  # the default targets before the model is known
+# Families that do not fit a row -> why.
+_LATENT = "its attention keeps one latent vector per token in place of keys and values, and so has no key-value groups"
+_UNFIT = {
+    **dict.fromkeys(
+        (
+            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+            *("longcat_flash", "minicpm3", "mistral4", "youtu"),
+        ),
+        _LATENT,
+    ),
+    "llama4_text": "its layers send every token through all experts, so nothing says which tokens an expert is for",
+}
 
 
 def is_pruned(config: Mapping[str, Any]) -> bool:
@@ -49,10 +64,12 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
     model_type = str(config.get("model_type")).removeprefix(PRUNED_PREFIX)
     if model_type not in ARCHITECTURES:
         text = config.get("text_config")
-        of_text = f" around a text model of type {text.get('model_type')!r}" if isinstance(text, Mapping) else ""
+        inner = text.get("model_type") if isinstance(text, Mapping) else None
+        of_text = "" if inner is None else f" around a text model of type {inner!r}"
+        reason = _UNFIT.get(model_type) or _UNFIT.get(str(inner))
+        missing = "; what is missing is its row in loram/model/families.py (see CONTRIBUTING.md, 'Add a family')"
         raise UserError(
-            f"{where}: model_type {model_type!r}{of_text} is not supported; supported families are "
-            f"{', '.join(ARCHITECTURES)}; what is missing is its row in loram/model/families.py (see CONTRIBUTING.md, "
-            "'Add a family')"
+            f"{where}: model_type {model_type!r}{of_text} is not supported{f': {reason}' if reason else ''}; supported "
+            f"families are {', '.join(ARCHITECTURES)}{'' if reason else missing}"
         )
     return ARCHITECTURES[model_type]

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from loram.base.errors import UserError, first_problem
-from loram.model.architecture import Architecture, Linear, Segment, Space, Unit
+from loram.model.architecture import Architecture, Linear, MixerUnit, Segment, Space, Unit
 from loram.model.families import architecture_of
 
 Units = Mapping[str, int]  # space name -> how many units a layer has
@@ -28,6 +28,9 @@ class Geometry(BaseModel):
         num_experts, moe_intermediate_size: the number of experts in a layer that has some, and the width of each.
         num_experts_per_tok: the number of experts that a token goes to.
         shared_intermediate_size: the width of the experts that every token passes, together.
+        linear_num_key_heads, linear_key_head_dim, linear_num_value_heads, linear_value_head_dim: the heads of layers
+            that mix tokens by a state (linear attention).
+        linear_conv_kernel_dim: how many tokens the convolution of such a layer sees.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +49,11 @@ class Geometry(BaseModel):
     moe_intermediate_size: PositiveInt | None = Field(default=None, exclude_if=_absent)
     num_experts_per_tok: PositiveInt | None = Field(default=None, exclude_if=_absent)
     shared_intermediate_size: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    linear_num_key_heads: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    linear_key_head_dim: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    linear_num_value_heads: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    linear_value_head_dim: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    linear_conv_kernel_dim: NonNegativeInt = Field(default=0, exclude_if=_absent)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "Geometry":
@@ -53,6 +61,14 @@ class Geometry(BaseModel):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kinds_of_all_layers(self) -> "Geometry":
+        if self.layer_kinds and len(self.layer_kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers is {self.num_hidden_layers}, but there are {len(self.layer_kinds)} layer_types"
             )
         return self
 
@@ -82,12 +98,11 @@ class Geometry(BaseModel):
             head_dim = architecture.head_dim
         if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
             head_dim = hidden // heads
-        tied = config.get("tie_word_embeddings")
         values = {name: config[name] for name in cls.model_fields if name in config}
         values |= {
             "num_key_value_heads": heads if kv_heads is None else kv_heads,
             "head_dim": head_dim,
-            "tie_word_embeddings": architecture.tied if tied is None else tied,
+            "tie_word_embeddings": architecture.ties(config),
             "biases": tuple(biases),
             "layer_kinds": kinds,
         }
@@ -110,16 +125,23 @@ class Geometry(BaseModel):
         """Return how many units of a space each unit of the space that it is within has; else the same as `units`."""
         return int(getattr(self, space.size))
 
-    def unit_size(self, unit: Unit) -> int:
+    def unit_size(self, unit: Unit | MixerUnit) -> int:
         """Return how many rows or columns one unit owns."""
         group = self.num_attention_heads // self.num_key_value_heads
         sizes = {
             "channel": 1,
+            "pair": 2,
             "head": self.head_dim,
             "group": group * self.head_dim,
+            "gated_group": 2 * group * self.head_dim,
             "hidden": self.hidden_size,
             "shared": self.shared_intermediate_size,
             "query": group,
+            "mixer_keys": self.linear_num_key_heads * self.linear_key_head_dim,
+            "mixer_values": self.linear_num_value_heads * self.linear_value_head_dim,
+            "mixer_heads": self.linear_num_value_heads,
+            "mixer_head": self.linear_value_head_dim,
+            "kernel": self.linear_conv_kernel_dim,
         }
         return sizes[unit]
 
@@ -164,6 +186,19 @@ class Geometry(BaseModel):
         }
         return {**shapes, architecture.head: (self.vocab_size, self.hidden_size)}
 
+    def expert_shapes(
+        self, architecture: Architecture, units: Callable[[int], Units | None] = lambda layer: None
+    ) -> dict[str, tuple[int, ...]]:
+        """Return (experts, out_features, in_features) of every 3-D tensor of experts, by name; arguments as above."""
+        shapes = dict[str, tuple[int, ...]]()
+        for layer in range(self.num_hidden_layers):
+            row = self.layer(architecture, layer)
+            for tensor in row.expert_matrices:
+                axes = (tensor.axes[0], *row.expert_sides(tensor))
+                name = f"{architecture.layer_path(layer)}.{tensor.name}"
+                shapes[name] = tuple(self.size(axis, units(layer)) for axis in axes)
+        return shapes
+
     def layer_shapes(
         self, architecture: Architecture, layer: int, units: Units | None = None
     ) -> dict[str, tuple[int, ...]]:
@@ -174,7 +209,10 @@ class Geometry(BaseModel):
             if linear.path in self.biases:
                 shapes[f"{linear.path}.bias"] = (self.size(linear.rows, units),)
         shapes |= {f"{norm.path}.weight": (self.size([norm.width], units),) for norm in row.norms}
-        shapes |= {part.name: tuple(self.size(axis, units) for axis in part.axes) for part in row.parameters}
+        for part in row.parameters:
+            module, _, leaf = part.name.rpartition(".")
+            if leaf != "bias" or module in self.biases:
+                shapes[part.name] = tuple(self.size(axis, units) for axis in part.axes)
         return shapes
 
     def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:

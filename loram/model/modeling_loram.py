@@ -82,7 +82,7 @@ def resize_parameters_(layer: nn.Module, modules: NarrowParameters) -> None:
         for name, shape in own["shapes"].items():
             old = getattr(module, name)
             new = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
-            setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+            setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         for name in own["numbers"].keys() & vars(module).keys():
             setattr(module, name, own["numbers"][name])
 
@@ -258,10 +258,10 @@ def sparsify_layer_(layer: nn.Module, counts: Mapping[str, int]) -> None:
 
     Args:
         layer: a decoder layer.
-        counts: how many weights a linear holds, by its path inside the layer.
+        counts: how many weights a linear holds, by its path inside the layer; what the layer lacks does not count.
     """
-    for path, count in counts.items():
-        layer.set_submodule(path, SparseLinear(cast(nn.Linear, layer.get_submodule(path)), count))
+    for path in counts.keys() & dict(layer.named_modules()).keys():
+        layer.set_submodule(path, SparseLinear(cast(nn.Linear, layer.get_submodule(path)), counts[path]))
 
 
 def _of_the_full_model(validate: Callable[[Any], None]) -> Callable[[Any], None]:

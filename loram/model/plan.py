@@ -146,8 +146,13 @@ class PruningPlan(BaseModel):
         return range(self.keep_first, self.geometry.num_hidden_layers - self.keep_last) if self.sparse else range(0)
 
     def kept_values(self) -> dict[str, int]:
-        """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer."""
-        shapes = {linear.path: self.geometry.linear_shape(linear) for linear in self.architecture.linears}
+        """Return how many weights a sparse layer keeps of each linear, by the linear's path inside the layer.
+
+        A layer has those of the linears that its kind has. Linears without units, as in mixers of tokens other than
+        attention, stay whole.
+        """
+        linears = [linear for linear in self.architecture.linears if linear.has_units]
+        shapes = {linear.path: self.geometry.linear_shape(linear) for linear in linears}
         assert self.ratio is not None
         return {path: kept_values(*shape, self.pattern, self.ratio) for path, shape in shapes.items()}
 
@@ -179,6 +184,13 @@ class PruningPlan(BaseModel):
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out_features, in_features) of every linear of the pruned model, the head included, by module path."""
         return self.geometry.linear_shapes(self.architecture, self.units)
+
+    def adaptable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all that an adapter can be on: `linear_shapes`, and those of experts.
+
+        A tensor of experts goes by its name, and has the shape (experts, out_features, in_features).
+        """
+        return {**self.linear_shapes(), **self.geometry.expert_shapes(self.architecture, self.units)}
 
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
         """Return the rows or columns of a tensor that a layer keeps.
@@ -219,10 +231,11 @@ class PruningPlan(BaseModel):
         for segment in segments:
             if (space := segment.space) is None or space.name not in kept:
                 return None
-            size, units = self.geometry.per_unit(space), self.units(layer)
+            size, width = self.geometry.per_unit(space), self.geometry.unit_size(segment.unit)
             assert space.within is not None
-            parts.append(start + torch.tensor(kept[space.name]).view(units[space.within.name], -1) % size)
-            start += size
+            channels = torch.tensor(kept[space.name]).view(self.units(layer)[space.within.name], -1, 1) % size
+            parts.append(start + (channels * width + torch.arange(width)).flatten(1))  # (kept experts, elements)
+            start += size * width
         return torch.cat(parts, dim=1)
 
     def config_keys(self) -> dict[str, Any]:
@@ -318,9 +331,11 @@ class PruningPlan(BaseModel):
         for layer in self.layers:
             linears = [linear for _, linear in self.compensated(layer) if linear.path not in self.geometry.biases]
             pruned += sum(self.geometry.size(linear.rows) for linear in linears)
-        if self.sparse:
-            shapes = [self.geometry.linear_shape(linear) for linear in self.architecture.linears]
-            pruned -= len(self.sparse_layers) * (sum(map(math.prod, shapes)) - sum(self.kept_values().values()))
+        kept = self.kept_values() if self.sparse else {}
+        for layer in self.sparse_layers:
+            for linear in self.geometry.layer(self.architecture, layer).linears:
+                if linear.path in kept:
+                    pruned -= math.prod(self.geometry.linear_shape(linear)) - kept[linear.path]
         return full, pruned
 
     def to_json(self) -> str:

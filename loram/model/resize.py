@@ -45,6 +45,52 @@ class _Cut:
         return ordered.reshape(shape).to(tensor.device)
 
 
+def _expert_factor(name: str, plan: PruningPlan) -> tuple[int, dict[int, Sequence[Segment]]] | None:
+    """Return the layer of a LoRA factor of experts, and the segments of its dimensions when it is unfolded.
+
+    None stands for any other tensor.
+    """
+    if (place := plan.architecture.split(name)) is None:
+        return None
+    layer, rest = place
+    row = plan.geometry.layer(plan.architecture, layer)
+    for tensor in row.expert_matrices:
+        experts, (outputs, inputs) = tensor.axes[0], row.expert_sides(tensor)
+        if rest == f"{tensor.name}.lora_A.weight":
+            return layer, {0: experts, 2: inputs}
+        if rest == f"{tensor.name}.lora_B.weight":
+            return layer, {0: outputs, 2: experts}
+    return None
+
+
+def _unfolded(name: str, tensor: Tensor, plan: PruningPlan, *, pruned: bool) -> Tensor:
+    """Give a LoRA factor of experts a dimension for the experts; other tensors stay as they are.
+
+    In files lora_A is (experts * r, inputs), and lora_B is (outputs, r * experts). They become (experts, r, inputs) and
+    (outputs, r, experts).
+    """
+    if (factor := _expert_factor(name, plan)) is None:
+        return tensor
+    layer, axes = factor
+    inputs = name.endswith("lora_A.weight")
+    experts = plan.geometry.size(axes[0 if inputs else 2], plan.units(layer) if pruned else None)
+    axis = 0 if inputs else 1
+    if tensor.ndim != 2 or tensor.shape[axis] % experts:
+        raise UserError(
+            f"{name}: dimension {axis} of shape {tuple(tensor.shape)} should be a multiple of {experts}, the number of "
+            "experts; this tensor does not belong to this pruning plan"
+        )
+    unfolded: Tensor = tensor.unflatten(axis, (experts, -1) if inputs else (-1, experts))
+    return unfolded
+
+
+def _folded(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
+    """Undo `_unfolded`."""
+    if _expert_factor(name, plan) is None:
+        return tensor
+    return tensor.flatten(0, 1) if name.endswith("lora_A.weight") else tensor.flatten(1, 2)
+
+
 def _cuts(name: str, plan: PruningPlan) -> Iterator[_Cut]:
     """Yield each cut of a tensor of the full model, that of its experts first."""
     place = plan.architecture.split(name)
@@ -66,6 +112,8 @@ def _cuts(name: str, plan: PruningPlan) -> Iterator[_Cut]:
     for parameter in row.parameters:
         if rest == parameter.name:
             yield from _cuts_of_axes(plan, layer, dict(enumerate(parameter.axes)))
+    if (factor := _expert_factor(name, plan)) is not None:
+        yield from _cuts_of_axes(plan, *factor)
 
 
 def _cuts_of_axes(plan: PruningPlan, layer: int, axes: Mapping[int, Sequence[Segment]]) -> Iterator[_Cut]:
@@ -98,7 +146,8 @@ def narrow(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
     """Take the part of a full-size tensor that the plan keeps.
 
     Args:
-        name: the name of a weight (`model.layers.3.mlp.up_proj.weight`), a bias or a LoRA factor (`...lora_B.weight`).
+        name: the name of a weight (`model.layers.3.mlp.up_proj.weight`), a bias or a LoRA factor (`...lora_B.weight`),
+            also of a tensor of experts (`model.layers.3.mlp.experts.down_proj.lora_A.weight`).
         tensor: the tensor of the full model, of any dtype.
         plan: the pruning plan.
 
@@ -111,13 +160,16 @@ def narrow(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
     Example: with channels (0, 2) kept of 3, a gate_proj weight (3, hidden) becomes its rows 0 and 2; a fused
     gate_up_proj weight (6, hidden) becomes its rows 0, 2, 3 and 5.
     """
-    for cut in _cuts(name, plan):
+    if not (cuts := list(_cuts(name, plan))):
+        return tensor
+    tensor = _unfolded(name, tensor, plan, pruned=False)
+    for cut in cuts:
         _expect(name, tensor, cut.dimension, cut.size)
         if cut.experts is None:
             tensor = tensor.index_select(cut.dimension, cut.kept.to(tensor.device))
         else:
             tensor = torch.take_along_dim(tensor, cut.index(tensor), cut.dimension)
-    return tensor
+    return _folded(name, tensor, plan)
 
 
 def widen(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
@@ -136,7 +188,10 @@ def widen(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
     Raises:
         UserError: the shape is not the pruned model's.
     """
-    for cut in reversed(list(_cuts(name, plan))):
+    if not (cuts := list(_cuts(name, plan))):
+        return tensor
+    tensor = _unfolded(name, tensor, plan, pruned=True)
+    for cut in reversed(cuts):
         _expect(name, tensor, cut.dimension, cut.kept.shape[-1])
         shape = list(tensor.shape)
         shape[cut.dimension] = cut.size
@@ -145,4 +200,4 @@ def widen(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
             tensor = wide.index_copy_(cut.dimension, cut.kept.to(tensor.device), tensor)
         else:
             tensor = wide.scatter_(cut.dimension, cut.index(tensor).expand_as(tensor), tensor)
-    return tensor
+    return _folded(name, tensor, plan)

@@ -54,6 +54,7 @@ _DEFAULTS = MappingProxyType(
         "gemma3_text": _sizes(262_208, 2304, 9216, 26, 8),
         "llama": _sizes(32_000, 4096, 11_008, 32, 32),
         "ministral3": _sizes(131_072, 4096, 14_336, 34, 32),
+        "qwen3_5_text": _sizes(248_320, 4096, 12_288, 32, 16),
         "mistral": _sizes(32_000, 4096, 14_336, 32, 32),
         **dict.fromkeys(("qwen2", "qwen3"), _sizes(151_936, 4096, 22_016, 32, 32)),
     }
@@ -151,6 +152,7 @@ _ROWS = (
     Wrapper(model_type="llava_next", families=("llama", "mistral", "qwen2")),
     Wrapper(model_type="llava_onevision", families=("qwen2",)),
     Wrapper(model_type="internvl", families=("qwen2", "qwen3", "llama")),
+    Wrapper(model_type="qwen3_5", families=("qwen3_5_text",)),
 )
 WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({row.model_type: row for row in _ROWS})
 

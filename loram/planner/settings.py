@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from loram.base.errors import UserError
 from loram.base.options import Options, explain, extra_of, fields_below, flag_of, help_of, option, without_none
-from loram.disk.lora_keys import is_all_linear
+from loram.disk.lora_keys import ALL_LINEAR, is_all_linear
 from loram.model.architecture import Architecture
 from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.pruning.options import PruneOptions
@@ -138,7 +138,7 @@ class _Settings(BaseModel):
     @field_validator("lora_target_modules", check_fields=False)
     @classmethod
     def _known_modules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or set(value) - set(KNOWN_TARGETS):
+        if value != (ALL_LINEAR,) and (not value or set(value) - set(KNOWN_TARGETS)):
             raise ValueError(f"should be some of {', '.join(KNOWN_TARGETS)}")
         return value
 
@@ -157,13 +157,15 @@ class _Settings(BaseModel):
         return value
 
     def for_family(self, architecture: Architecture) -> "Settings":
-        """Return the settings with the family's own linears as targets, unless targets were given.
+        """Return the settings with the family's own linears as targets, unless single targets were given.
 
         Raises:
             UserError: the family has no module of a given name.
         """
         if "lora_target_modules" not in self.model_fields_set:
             return self.model_copy(update={"lora_target_modules": architecture.default_targets})
+        if self.targets == (ALL_LINEAR,):
+            return self.model_copy(update={"lora_target_modules": architecture.adapter_targets})
         known = (*architecture.adapter_targets, architecture.head)
         if set(self.lora_target_modules) - set(known):
             raise UserError(f"lora_target_modules: should be some of {', '.join(known)}")
@@ -325,7 +327,7 @@ def make_settings(**given: Any) -> Settings:
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     if is_all_linear(chosen.get("lora_target_modules")):
-        del chosen["lora_target_modules"]  # which then are all linears
+        chosen["lora_target_modules"] = (ALL_LINEAR,)
     on_gpu = chosen.get("device", "cuda") == "cuda"
     method = method_of(chosen.get("method", "lora"))
     try:

@@ -13,6 +13,7 @@ from loram.model.architecture import HIDDEN, ONE_HEAD, SHARED, Architecture
 from loram.model.counts import kept_by_space
 from loram.model.families import architecture_of
 from loram.model.geometry import Geometry, Units
+from loram.model.packing import packing_of
 from loram.model.parts import KV_GROUPS, UP, VALUES
 from loram.model.sparsity import kept_values
 from loram.planner.layer import Layer, Routed
@@ -48,8 +49,9 @@ class Model:
             options: how it is pruned, or None for the full model.
 
         Raises:
-            UserError: the family is not supported, or a setting is out of range.
+            UserError: the family or the format of the weights is not supported, or a setting is out of range.
         """
+        packing_of(config, where)  # or it refuses the model
         architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
         full = cls(architecture=architecture, geometry=geometry, config=config)
         if options is None:

@@ -37,8 +37,10 @@ def blank_plan(
             versions=library_versions(),
             layers={},
         )
-    blank = {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.architecture.spaces}
-    scores = dict.fromkeys(options.layers(geometry), blank)
+    scores = {
+        layer: {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.rows_by_layer[layer].spaces}
+        for layer in options.layers(geometry)
+    }
     return choose(scores, geometry=geometry, model_type=model_type, base=base, options=options, seed=seed)
 
 
@@ -70,6 +72,8 @@ def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, 
     for layer in plan.sparse_layers:
         for path, count in plan.kept_values().items():
             name = f"{plan.architecture.layer_path(layer)}.{path}.weight"
+            if name not in specs:  # the linear is of another kind of layers
+                continue
             rows, columns = specs[name].shape
             specs[name] = TensorSpec(dtype=specs[name].dtype, shape=(count,))
             masks[mask_of(name)] = TensorSpec(dtype=torch.uint8, shape=(rows, columns // 8))

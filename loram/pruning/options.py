@@ -211,4 +211,5 @@ class ResolvedPruneOptions(PruneOptions):
         if architecture.experts is not None:
             raise UserError(f"pattern {self.pattern}: prunes linears, and the experts of this model are none")
         for linear in architecture.linears:
-            kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)
+            if linear.has_units:
+                kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)

@@ -135,7 +135,7 @@ class _Tally:
     def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         """Gather statistics of a linear's inputs."""
         layer, linear = self._place(name)
-        if layer not in self.layers:
+        if layer not in self.layers or not linear.has_units:
             return
         if name not in self.inputs:
             heads = any(segment.unit in ("head", "group") for segment in linear.columns)

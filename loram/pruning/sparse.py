@@ -142,7 +142,7 @@ class _Job:
             return
         row = self.checkpoint.rows_by_layer[layer]
         linear = row.linear(rest.removesuffix(".weight"))
-        if linear is not _first_reader(row, linear):
+        if not linear.has_units or linear is not _first_reader(row, linear):
             return
         if linear.reads not in self.inputs:
             features, device = inputs.shape[-1], inputs.device
@@ -153,7 +153,7 @@ class _Job:
     def edit(self, layer: ResidentLayer) -> None:
         """Prune a layer's weights in place."""
         self.kept = {}
-        linears = self.checkpoint.rows_by_layer[layer.index].linears
+        linears = [linear for linear in self.checkpoint.rows_by_layer[layer.index].linears if linear.has_units]
         for number, linear in enumerate(linears) if layer.index in self.layers else ():
             name = f"{self.architecture.layer_path(layer.index)}.{linear.path}.weight"
             weight = layer.tensors[name]

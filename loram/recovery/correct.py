@@ -18,6 +18,7 @@ from loram.compute.likelihood import adapted_losses
 from loram.compute.nf4 import as_4bit
 from loram.disk.adapter import Adapter, scaled
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.expert_factors import by_expert, together
 from loram.model.plan import PruningPlan
 from loram.model.resize import narrow
 
@@ -47,15 +48,22 @@ def correct_adapter(
     """
     tensors = dict(adapter.tensors)
     for module in track(list(adapter.modules), "Correcting"):
-        name = f"{module}.weight"
+        experts = adapter.experts(module)
+        name = f"{module}.weight" if experts is None else module
         full, trained = base.tensor(base.holder(name)), pruned.tensor(pruned.holder(name))
         in_layer = plan.architecture.split(module) is not None
         kept = trained != 0 if pruned.sparse and in_layer else torch.ones_like(trained, dtype=torch.bool)
         if in_4bit:
             trained = trained.masked_scatter(kept, as_4bit(trained[kept]))
         change = (narrow(name, full, plan).float() - trained.float()) * kept
-        factors = adapter.modules[module]
-        a, b = correct_factors(factors["A"], factors["B"], change, adapter.scaling(module))
+        factors, scaling = adapter.modules[module], adapter.scaling(module)
+        if experts is None:
+            a, b = correct_factors(factors["A"], factors["B"], change, scaling)
+        else:
+            change = change.mT if plan.architecture.experts_transposed else change
+            each = zip(*by_expert(factors["A"], factors["B"], experts), change, strict=True)
+            corrected = [correct_factors(*own, scaling) for own in each]
+            a, b = together(*(torch.stack(parts) for parts in zip(*corrected, strict=True)))
         for part, factor in (("A", a), ("B", b)):
             key = f"base_model.model.{module}.lora_{part}.weight"
             tensors[key] = factor.to(factors[part].dtype)

@@ -98,6 +98,8 @@ def polish(
     start = load_for(checkpoint, source)
     if start.dora:
         raise UserError(f"{source}: a DoRA adapter, and only plain LoRA can be polished")
+    if start.of_experts:
+        raise UserError(f"{source}: adapts experts, and only adapters on linears can be polished")
     on, manifest = join_processes(device), find_manifest(source)
     length = spec.max_length or chosen.max_length
     started = first_start(out, fresh=fresh)

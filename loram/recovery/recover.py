@@ -96,7 +96,7 @@ def recover(
         )
     _check_origin(source, trained, plan, manifest)
     full = None if base is None else open_full(plan, base, chat_template=chat_template)
-    trained.check_fits(plan.linear_shapes(), f"the model of {source / PLAN_NAME}")
+    trained.check_fits(plan.adaptable_shapes(), f"the model of {source / PLAN_NAME}")
     if trained.dora and (chosen.correct or chosen.dev_dataset is not None):
         raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
     settings: dict[str, Any] = {"correct": chosen.correct}

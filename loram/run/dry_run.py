@@ -311,6 +311,10 @@ def _settings(
     """Collect what the planner needs to know about a training, or the reason why it cannot estimate this one."""
     if chosen.mask_update:
         return UserError("the planner cannot count the full-size updates that mask_update makes")
+    if adapter.target_parameters:
+        return UserError(
+            "the planner cannot count adapters on experts, whose weights PEFT updates in each forward pass"
+        )
     sections = {"": chosen, "lora": adapter, "trainer": arguments}
     options = {
         name: getattr(sections.get(planned.section) or getattr(chosen, planned.section), planned.name, None)

@@ -225,9 +225,10 @@ def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
 
 
 def _parts(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """Return the blocks (attention and MLP) of layer after layer."""
+    """Return the blocks (attention or another mixer, and MLP) of layer after layer."""
     layers = cast(nn.ModuleList, model.get_submodule(architecture.layers_path))
-    return [layer.get_submodule(path) for layer in layers for path in architecture.blocks]
+    children = [dict(layer.named_children()) for layer in layers]
+    return [blocks[path] for blocks in children for path in architecture.blocks if path in blocks]
 
 
 def _alike(full: nn.Module, pruned: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from loram.trainer.arguments import (
     defaults_of,
     option_names,
 )
+from loram.training.experts import check_expert_targets, check_linear_targets, expert_targets
 from loram.training.methods.table import METHODS, check_method, method_of
 
 # Options that would be ignored in silence, since rows come to the trainer as token ids and labels.
@@ -59,7 +60,7 @@ class LoraFlags(Options):
     lora_alpha: int | float = option(16, "The update is scaled by alpha / r.", also="alpha", common=True, gt=0)
     lora_dropout: float = option(
         0.05,
-        "The dropout before lora_A (default: 0.05; with dora and lora-fa 0).",
+        "The dropout before lora_A (default: 0.05; with dora, lora-fa and target_parameters 0).",
         also="dropout",
         planned=True,
         ge=0,
@@ -67,10 +68,17 @@ class LoraFlags(Options):
     )
     target_modules: list[str] | str | None = option(
         None,
-        "The linears that get an adapter; all-linear is all of a decoder layer (default: these; lm_head if named).",
+        "The linears that get an adapter; all-linear is all of a decoder layer (default: these, but in mixtures of "
+        "experts those of attention; lm_head if named).",
         flag="lora-target-modules",
         also="lora_target_modules lora_target",
         planned=True,
+    )
+    target_parameters: list[str] | str | None = option(
+        None,
+        "The tensors of experts that also get an adapter: mlp.experts.down_proj, ...; experts is all (default: none).",
+        flag="lora-target-parameters",
+        also="lora_target_parameters",
     )
 
 
@@ -161,12 +169,10 @@ def lora_defaults(architecture: Architecture | None = None) -> dict[str, Any]:
     Args:
         architecture: the family whose linears are the default targets; None for those that most families have.
     """
-    targets = LINEARS if architecture is None else architecture.default_targets
-    return {**defaults_of(LoraFlags), "target_modules": list(targets)}
-
-
-def _linears(architecture: Architecture | None) -> list[str]:
-    return list(LINEARS if architecture is None else architecture.adapter_targets)
+    return {
+        **defaults_of(LoraFlags),
+        "target_modules": list(LINEARS if architecture is None else architecture.default_targets),
+    }
 
 
 def resolve(options: TrainOptions, architecture: Architecture | None = None) -> TrainOptions:
@@ -183,10 +189,12 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     method = method_of(options.method)
     if options.offload_embedding and not options.load_in_4bit:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
-    undropped = {"lora_dropout": 0.0} if options.mask_update else {}
+    undropped = {"lora_dropout": 0.0} if options.mask_update or options.lora.get("target_parameters") else {}
     lora = {**lora_defaults(architecture), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}
     if is_all_linear(lora["target_modules"]):
-        lora["target_modules"] = _linears(architecture)
+        lora["target_modules"] = list(LINEARS if architecture is None else architecture.adapter_targets)
+    if given := lora.get("target_parameters"):
+        lora["target_parameters"] = expert_targets(given, architecture)
     trainer = {**defaults_of(SftFlags), **method.trainer, **options.trainer}
     if options.mask_update and lora["lora_dropout"]:
         raise UserError(
@@ -195,10 +203,16 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     _check_names(lora, trainer)
     _check_lora(lora, KNOWN_TARGETS if architecture is None else (*architecture.adapter_targets, architecture.head))
     check_method(options, lora)
+    if lora.get("target_parameters"):
+        check_expert_targets(options, lora)
+    if architecture is not None:
+        check_linear_targets(lora["target_modules"], architecture)
     lora |= method.lora
     _check_trainer(trainer)
     if options.anchor_steps and (problem := why_not_anchored(options)):
         raise UserError(f"anchor_steps: {problem}")
+    if architecture is not None:
+        _check_together(trainer, architecture)
     own = {} if method.section is None else {method.section: method.own_options(options)}
     return options.model_copy(update={"lora": lora, "trainer": trainer, **own})
 
@@ -217,12 +231,24 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         raise UserError("trainer: pad_to_multiple_of should be at least 1; leave it out")
 
 
+def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuse rows of text that are put together into one where layers would carry one row's text into the next."""
+    for key in ("packing", "padding_free"):
+        if architecture.recurrent and trainer.get(key):
+            raise UserError(
+                f"trainer: {key} puts rows together, and some layers of {architecture.model_type} would carry one "
+                "row's text into the next; leave it out"
+            )
+
+
 def why_not_anchored(options: TrainOptions) -> str | None:
     """Return what keeps a training of a pruned model from staying on the full model's course, if anything does."""
     if not method_of(options.method).anchored:
         return f"measures with the adapter recovered, which method {options.method} cannot be meanwhile"
     if options.mask_update:
         return "measures with the adapter recovered, which a masked update cannot be; drop mask_update"
+    if options.lora.get("target_parameters"):
+        return "measures with the adapter recovered, which one on experts cannot be meanwhile; drop target_parameters"
     for key in ("packing", "padding_free"):
         if options.trainer.get(key):
             return f"measures each row by itself, and {key} puts rows together; drop one"
@@ -257,7 +283,7 @@ def _check_lora(lora: Mapping[str, Any], known: Sequence[str]) -> None:
     if lora.get("eva_config") is not None and initial != "eva":
         raise UserError("lora: eva_config is for init_lora_weights eva; add that, or leave it out")
     targets = lora["target_modules"]
-    if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets:
+    if not isinstance(targets, Sequence) or isinstance(targets, str) or not (targets or lora.get("target_parameters")):
         raise UserError(
             f"lora: target_modules should be {ALL_LINEAR} or a list of module names, but is {targets!r}; "
             f"known are {', '.join(known)}"

@@ -61,10 +61,14 @@ def test_law_1_narrow_undoes_widen(family: str, pruned: Any) -> None:
         kept = loram.widen(name, torch.ones_like(small), plan)
         assert torch.equal(wide, torch.where(kept == 1, full, torch.zeros(())))
         narrowed += small.shape != full.shape
-    linears = len(ARCHITECTURES[family].linears)
-    biases_cut = len([b for b in plan.geometry.biases if b not in ("self_attn.o_proj", "mlp.down_proj")])
-    norms_cut = len([norm for norm in ARCHITECTURES[family].norms if norm.width.space is not None])
-    assert narrowed == len(plan.layers) * (linears + biases_cut + norms_cut)
+    expected = 0
+    for layer in plan.layers:
+        row = plan.geometry.layer(ARCHITECTURES[family], layer)
+        expected += len([linear for linear in row.linears if linear.has_units])
+        expected += len([norm for norm in row.norms if norm.width.space is not None])
+        biases = [linear for linear in row.linears if linear.path in plan.geometry.biases]
+        expected += len([linear for linear in biases if any(segment.space is not None for segment in linear.rows)])
+    assert narrowed == expected
 
 
 @on_every_family

@@ -20,7 +20,8 @@ def test_rows_name_their_own_parts_only(family: str) -> None:
     row = ARCHITECTURES[family]
     paths = {linear.path for linear in row.linears}
     assert len(paths) == len(row.linears)
-    assert {path for switched in row.biases.values() for path in switched} <= paths
+    own = {part.name.removesuffix(".bias") for part in row.parameters}  # of modules that are no linears
+    assert {path for switched in row.biases.values() for path in switched} <= paths | own
     assert {path.split(".")[0] for path in (*paths, *(part.name for part in row.parameters))} == set(row.blocks)
     assert row.spaces[0].name == "kv_groups"
     assert row.spaces[-1].name == ("expert_channels" if row.experts else "channels")
@@ -47,6 +48,12 @@ def test_a_full_and_a_pruned_model_have_one_row() -> None:
             UserError, match=r"'gpt2' is not supported; supported families are llama, .*phi3, .*; .*CONTRIBUTING\.md"
         ):
             refuse({"model_type": "gpt2"})
+        with pytest.raises(
+            UserError, match=r"'deepseek_v3' is not supported: .*; supported families are [a-z0-9_, ]*$"
+        ):
+            refuse({"model_type": "deepseek_v3"})
+    with pytest.raises(UserError, match="'llama4' around a text model of type 'llama4_text' is not supported: its"):
+        family_of({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}})
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.", "base_model.model.model.language_model."])
@@ -139,9 +146,65 @@ def test_a_layer_has_the_parts_of_its_kind_and_other_tensors() -> None:
         ("exaone4", {"sliding_window": None, "sliding_window_pattern": 0}, [None] * 4),
         ("olmo3", {}, [4096, 4096, 4096, None]),
         ("cohere2", {"sliding_window": 8}, [8, 8, 8, None]),
+        ("gpt_oss", {}, [128, None, 128, None]),
+        ("qwen2_moe", {"sliding_window": 8, "max_window_layers": 2}, [None] * 4),
+        ("qwen2_moe", {"sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, [8, None, None, None]),
     ],
     ids=str,
 )
 def test_which_layers_look_back_how_far(family: str, config: dict[str, object], windows: list[int | None]) -> None:
     row = ARCHITECTURES[family].windows
     assert [None if row is None else row.of(layer, config) for layer in range(4)] == windows
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "kinds", "sizes"),
+    [
+        ("qwen2_moe", {}, ["experts"] * 4, (60, 4, 1408, 5632, 12)),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, ["dense", "experts"] * 2, (60, 4, 1408, 5632, 12)),
+        ("glm4_moe", {}, ["dense", *["experts"] * 3], (128, 8, 1408, 1408, 12)),
+        (
+            "glm4_moe",
+            {"first_k_dense_replace": 2, "use_qk_norm": True, "n_shared_experts": 2, "n_routed_experts": 160},
+            ["dense normed"] * 2 + ["experts normed"] * 2,
+            (160, 8, 1408, 2816, 12),
+        ),
+        ("ernie4_5_moe", {}, ["dense", *["experts shared"] * 3], (64, 6, 1536, 3072, 12)),
+        (
+            "ernie4_5_moe",
+            {
+                "moe_layer_start_index": 0,
+                "moe_layer_end_index": 2,
+                "moe_layer_interval": 2,
+                "moe_num_shared_experts": 0,
+            },
+            ["dense", "experts", "dense", "dense"],
+            (64, 6, 1536, 0, 12),
+        ),
+        ("gpt_oss", {}, [], (128, 4, 12, 0, None)),
+        ("olmoe", {"num_experts": 8}, [], (8, 8, 12, 0, None)),
+    ],
+    ids=str,
+)
+def test_where_experts_are_and_how_many(
+    family: str, config: dict[str, object], kinds: list[str], sizes: tuple[int | None, ...]
+) -> None:
+    known = {key: value for key, value in SIZES.items() if key in Geometry.model_fields}
+    geometry = Geometry.from_config(
+        {**known, "intermediate_size": 12, "num_hidden_layers": 4, **config, "model_type": family}
+    )
+    assert list(geometry.layer_kinds) == kinds
+    assert (
+        geometry.num_experts,
+        geometry.num_experts_per_tok,
+        geometry.moe_intermediate_size,
+        geometry.shared_intermediate_size,
+        geometry.intermediate_size,
+    ) == sizes
+
+
+def test_a_layer_that_predicts_the_token_after_the_next_is_unused() -> None:
+    config, row = {"num_hidden_layers": 4}, ARCHITECTURES["glm4_moe"]
+    assert row.leaves_unused("model.layers.4.eh_proj.weight", config)
+    assert not row.leaves_unused("model.layers.3.mlp.gate.weight", config)
+    assert not LLAMA.leaves_unused("model.layers.4.eh_proj.weight", config)

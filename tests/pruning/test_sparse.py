@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, elsewhere, relative
+from conftest import FAMILIES, HYBRIDS, elsewhere, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -33,9 +33,9 @@ PATTERNS = [("4:8", None), ("2:4", None), ("1:8", None), ("unstructured", 0.5), 
 def sparse_models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> folder of its tiny model at 4:8 by SparseGPT."""
     root = tmp_path_factory.mktemp("sparse")
-    for family in FAMILIES:
+    for family in (*FAMILIES, *HYBRIDS):
         loram.prune(tiny_models[family], root / family, pattern="4:8")
-    return {family: root / family for family in FAMILIES}
+    return {family: root / family for family in (*FAMILIES, *HYBRIDS)}
 
 
 def masks_of(folder: Path) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def dense_weights(base: Path, layers: list[dict[str, Tensor]], out: Path) -> Pat
     return out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_a_folder_equals_the_dense_model_it_stands_for(
     family: str, sparse_models: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path
 ) -> None:

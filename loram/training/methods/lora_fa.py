@@ -30,5 +30,6 @@ LORA_FA = LoraFa(
     name="lora-fa",
     summary="lora_B; lora_A stays as drawn, so no input is kept for it (arXiv 2308.03303)",
     defaults={"lora_dropout": 0.0},  # dropout keeps a mask of the input's size
+    experts=True,
     planned=True,
 )

@@ -34,6 +34,7 @@ class Method:
             extracted as an adapter; from a full model it makes a full model.
         anchored: whether the adapter can be recovered at any step, which anchors need.
         masked: whether `mask_update` works with it.
+        experts: whether `target_parameters` works with it.
         in_float32: why what trains must be in float32; empty if it may also be in 16 bits.
         planned: whether the planner can estimate its memory.
         adds_files: whether the adapter needs `added_files` beside it.
@@ -49,6 +50,7 @@ class Method:
     weights: bool = False
     anchored: bool = True
     masked: bool = False
+    experts: bool = False
     in_float32: str = ""
     planned: bool = False
     adds_files: bool = False

@@ -18,12 +18,19 @@ if TYPE_CHECKING:
 ANCHOR_STEPS = 8  # the default of recipes that prune, where the full model is at hand
 
 _ROWS = (
-    Method(name="lora", summary="both factors of every adapted linear (arXiv 2106.09685)", masked=True, planned=True),
+    Method(
+        name="lora",
+        summary="both factors of every adapted linear (arXiv 2106.09685)",
+        masked=True,
+        experts=True,
+        planned=True,
+    ),
     Method(
         name="rslora",
         summary="the same, scaled by alpha / sqrt(r) (arXiv 2312.03732)",
         lora={"use_rslora": True},
         masked=True,
+        experts=True,
         planned=True,
     ),
     DORA,
@@ -63,6 +70,9 @@ def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
     if options.mask_update and not method.masked:
         names = " and ".join(row.name for row in METHODS.values() if row.masked)
         raise UserError(f"mask_update: is for methods {names}, and the method is {method.name}")
+    if lora.get("target_parameters") and not method.experts:
+        names = " and ".join(row.name for row in METHODS.values() if row.experts)
+        raise UserError(f"lora: target_parameters is for methods {names}, and the method is {method.name}")
     if method.in_float32 and options.lora_dtype != "float32":
         raise UserError(f"lora_dtype: with method {method.name} {method.in_float32}; leave it out")
     if method.weights and options.load_in_4bit:

@@ -1,0 +1,155 @@
+"""Experts in NF4 equal experts whose matrices were rounded to NF4 one by one, and are never dequantised together."""
+
+import json
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from conftest import EXPERTS, relative
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+import loram
+from loram.compute.loading import load_model
+from loram.compute.nf4 import as_4bit, count_parameters, is_4bit, load_4bit, nbytes, packed_tensors, quantize
+from loram.compute.nf4_experts import put_experts_, use_4bit_experts_
+from loram.compute.original import check_original
+from loram.disk.checkpoint import Checkpoint
+from loram.export.quantize import quantization_config
+from loram.planner.weights import nf4_bytes
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+IDS = torch.arange(33).view(3, 11)
+
+
+def rounded_model(folder: Path) -> Any:
+    """The model in float32 whose linears, embedding and single experts are rounded to NF4."""
+    checkpoint = Checkpoint(folder)
+    model = load_model(checkpoint, dtype=torch.float32)
+    linears = {linear.path for linear in checkpoint.architecture.linears}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            inner = (checkpoint.architecture.split(name) or (0, name))[1]
+            if inner.removesuffix(".weight") in linears or "embed" in inner or "lm_head" in inner:
+                parameter.copy_(as_4bit(parameter.detach()) if parameter.ndim == 2 else parameter)
+            elif parameter.ndim == 3:
+                transposed = model.get_submodule(name.rpartition(".")[0]).is_transposed
+                matrices = [(matrix.T if transposed else matrix).contiguous() for matrix in parameter.detach()]
+                rounded = torch.stack([as_4bit(matrix) for matrix in matrices])
+                parameter.copy_(rounded.mT if transposed else rounded)
+    return model.eval()
+
+
+def pass_through(model: Any, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits, and the gradient of their squares by the inputs of the first layer."""
+    inputs = embeddings.detach().clone().requires_grad_()
+    logits = model(inputs_embeds=inputs).logits
+    logits.square().mean().backward()
+    assert inputs.grad is not None
+    return logits.detach(), inputs.grad
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_logits_and_gradients_are_those_of_the_rounded_experts(family: str, pruned_models: dict[str, Path]) -> None:
+    reference = rounded_model(pruned_models[family])
+    embeddings = reference.get_input_embeddings()(IDS)
+    expected = pass_through(reference, embeddings)
+    plain = pass_through(load_model(Checkpoint(pruned_models[family]), dtype=torch.float32).eval(), embeddings)
+    model: Any = load_4bit(Checkpoint(pruned_models[family]), **CPU)
+    assert relative(model(input_ids=IDS).logits, expected[0]) < 1e-5
+    found = pass_through(model, embeddings)
+    model.train()
+    model.activation_checkpointing_enable()
+    for one, other, unrounded in zip(found, expected, plain, strict=True):
+        assert relative(one, other) < 1e-5
+        assert relative(unrounded, other) > 1e-3  # NF4 made a difference
+    for one, other in zip(pass_through(model, embeddings), found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_bytes(family: str, tiny_models: dict[str, Path]) -> None:
+    """Each linear and each expert's matrix has the planner's bytes; routers, norms and biases have 4 per value."""
+    model = load_4bit(Checkpoint(tiny_models[family]), **CPU)
+    row = Checkpoint(tiny_models[family]).architecture
+    expected = parameters = 0
+    for name, parameter in load_model(Checkpoint(tiny_models[family]), dtype=torch.float32).named_parameters():
+        inner = (row.split(name) or (0, name))[1]
+        whole = parameter.ndim == 1 or (parameter.ndim == 2 and inner in {tensor.name for tensor in row.parameters})
+        matrices = parameter.unbind() if parameter.ndim == 3 else [parameter]
+        expected += 4 * parameter.numel() if whole else sum(sum(nf4_bytes(part.numel())) for part in matrices)
+        parameters += parameter.numel()
+    assert nbytes(model) - sum(buffer.nbytes for buffer in model.buffers()) == expected
+    assert count_parameters(model) == parameters
+    router = model.get_parameter(f"model.layers.0.{row.experts.router}")
+    assert not is_4bit(router)
+
+
+def test_no_dequantised_expert_waits_for_the_backward_pass(tiny_models: dict[str, Path]) -> None:
+    model: Any = load_4bit(Checkpoint(tiny_models["mixtral"]), **CPU)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda it: it):
+        model(inputs_embeds=torch.randn(1, 5, 32, requires_grad=True))
+    assert not {(24, 32), (32, 24), (12, 32), (32, 12)} & set(kept)
+    assert (32,) in kept  # norms, so that something is seen at all
+
+
+def test_experts_that_are_transposed_and_have_biases() -> None:
+    """GPT-OSS has (experts, in_features, out_features). Blocks of 64 values lie along the inputs there too."""
+    torch.manual_seed(0)
+    config = GptOssConfig(hidden_size=32, intermediate_size=12, num_local_experts=6, experts_implementation="eager")
+    model: Any = nn.Module()
+    packed: dict[str, list[Params4bit]] = {}
+    model.config, model.experts = config, GptOssExperts(config)
+    x, chosen, weights = torch.randn(7, 32), torch.randint(6, (7, 2)), torch.rand(7, 2)
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        for name in ("gate_up_proj", "down_proj"):
+            stack = getattr(model.experts, name)
+            matrices = [matrix.T.contiguous() for matrix in stack]
+            packed[name] = [Params4bit(data, quant_state=state) for data, state in map(quantize, matrices)]
+            stack.copy_(torch.stack([as_4bit(matrix).T for matrix in matrices]))
+        expected = model.experts(x, chosen, weights)
+        for name in packed:
+            put_experts_(model.experts, name, packed[name])
+        use_4bit_experts_(model)
+        assert relative(model.experts(x, chosen, weights), expected) < 1e-5
+
+
+def test_a_folder_whose_linears_transformers_quantised(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """transformers leaves the experts as they are there."""
+    base = Checkpoint(tiny_models["qwen3_moe"])
+    options: Any = BitsAndBytesConfig(**quantization_config([]))
+    AutoModelForCausalLM.from_pretrained(base.folder, quantization_config=options).save_pretrained(tmp_path)
+    packed = Checkpoint(tmp_path)
+    assert packed.constants("model.layers.0.self_attn.q_proj.weight")
+    check_original(base, packed)
+    with torch.no_grad():
+        assert torch.equal(load_4bit(packed, **CPU)(input_ids=IDS).logits, load_4bit(base, **CPU)(input_ids=IDS).logits)
+
+
+def test_quantize_refuses_experts(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(loram.UserError, match="has no place for experts"):
+        loram.quantize(tiny_models["qwen3_moe"], tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_are_in_4_bits_already_are_refused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Older versions of transformers wrote such folders, when every expert's matrices were linears."""
+    copytree(tiny_models["qwen3_moe"], tmp_path / "small")
+    (tmp_path / "small" / "loram_manifest.json").unlink(missing_ok=True)
+    weights = load_file(tmp_path / "small" / "model.safetensors")
+    for name in [name for name in weights if ".experts." in name]:
+        weights |= packed_tensors(name, weights[name])
+    save_file(weights, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    config["quantization_config"] = quantization_config([])
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(loram.UserError, match="are in 4 bits; start from"):
+        load_4bit(Checkpoint(tmp_path / "small"), **CPU)
