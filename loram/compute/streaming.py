@@ -34,6 +34,7 @@ from loram.model.architecture import Architecture, Linear
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 ExpertsObserver = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor], None]
 Observers = tuple[Observer | None, ExpertsObserver | None]
+LayerObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
 Of = Literal["weights", "weights and experts", "factors"]
 OnGradient = Callable[[str, Tensor, Tensor], None]
@@ -147,6 +148,7 @@ class Stream:
         keep_from: int | None = None,
         edit: Editor | None = None,
         observe_experts: ExpertsObserver | None = None,
+        observe_layer: LayerObserver | None = None,
     ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, and yield each layer when they have passed it.
 
@@ -160,6 +162,8 @@ class Stream:
             observe_experts: called for every layer with experts and every micro-batch, with the layer's index, the
                 module that holds the experts, and, flattened to (tokens, ...): the hidden states that it reads, the
                 numbers and the weights of each token's experts, (tokens, k) both, and where tokens are text, bool.
+            observe_layer: called for every decoder layer and every micro-batch, with the layer's index, its inputs and
+                outputs, (rows, width, hidden) each, and where these are text, as `observe`.
         """
         observers = (observe, observe_experts)
         current = self._embed()
@@ -169,18 +173,27 @@ class Stream:
             if edit is not None:
                 self._pass(layer.index, current, None, observers)
                 edit(layer)
-            self._pass(layer.index, current, outputs, (None, None) if edit else observers)
+            self._pass(layer.index, current, outputs, (None, None) if edit else observers, observe_layer)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             yield layer
         self._final = current
 
-    def _pass(self, index: int, inputs: Activations, outputs: Activations | None, observers: Observers) -> None:
+    def _pass(
+        self,
+        index: int,
+        inputs: Activations,
+        outputs: Activations | None,
+        observers: Observers,
+        observe_layer: LayerObserver | None = None,
+    ) -> None:
         """Send all micro-batches through one layer."""
         for number, batch in enumerate(self.batches):
             before = inputs[number].to(self.device)  # (rows, width, hidden)
             with torch.no_grad(), self._observed(index, batch, *observers):
                 after = self._call(index, batch, before)
+            if observe_layer is not None:
+                observe_layer(index, before, after, batch.real.to(self.device))
             if outputs is not None:
                 outputs[number] = after
 

@@ -184,10 +184,13 @@ class Checkpoint:
 
     @cached_property
     def rows_by_layer(self) -> list[Architecture]:
-        """The family's row as each decoder layer has it."""
-        kinds = self.architecture.layer_kinds(self.config)
-        layers = self.architecture.text_config(self.config)["num_hidden_layers"]
-        return [self.architecture.of_kind(kinds[layer] if kinds else None) for layer in range(layers)]
+        """The family's row as each decoder layer has it; a layer that was dropped has no parts."""
+        row, dropped = self.architecture, self.config.get("dropped_layers", ())
+        kinds, layers = row.layer_kinds(self.config), row.text_config(self.config)["num_hidden_layers"]
+        return [
+            row.of_kind(kinds[layer] if kinds else None) if layer not in dropped else row.without_parts
+            for layer in range(layers)
+        ]
 
     @cached_property
     def geometry(self) -> Geometry:

@@ -1,4 +1,4 @@
-"""Adapters of a wrapped model's text model: the same factors under the wrapped model's names, and back."""
+"""The same adapter in other words: under the names of a wrapped model and back, or with all names in full."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,6 +13,14 @@ _PREFIX = "base_model.model."
 def in_wrapper(adapter: Adapter, wrapper: Wrapper) -> Adapter:
     """Return an adapter of the text model as one of the wrapped model: what plain PEFT loads there."""
     return _renamed(adapter, wrapper.outside)
+
+
+def in_full(adapter: Adapter) -> Adapter:
+    """Return an adapter whose config names each of its modules in full, and matches nothing else.
+
+    PEFT would give the layers of a full model that a pruned one has dropped an adapter too, and miss its factors.
+    """
+    return _renamed(adapter, lambda name: name)
 
 
 def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, ...]], model: str) -> Adapter:

@@ -437,6 +437,11 @@ class Architecture:
             parameters=parameters,
         )
 
+    @property
+    def without_parts(self) -> "Architecture":
+        """Return the row of a layer that was dropped, which has no tensors."""
+        return replace(self, linears=(), norms=(), parameters=())
+
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the part of a config.json that describes the text model."""
         nested: Mapping[str, Any] = config if self.config_key is None else config[self.config_key]

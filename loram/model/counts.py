@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from typing import Any
 
 from loram.base.errors import UserError
-from loram.model.architecture import Space
+from loram.model.architecture import Architecture, Space
 from loram.model.geometry import Geometry
 
 
@@ -19,6 +20,37 @@ def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> rang
     if keep_first < 0 or keep_last < 0 or not layers:
         raise UserError(
             f"keep_first {keep_first} and keep_last {keep_last} leave no layer of {geometry.num_hidden_layers} to prune"
+        )
+    return layers
+
+
+def droppable_layers(
+    geometry: Geometry, architecture: Architecture, config: Mapping[str, Any], pruned: range, count: int
+) -> list[int]:
+    """Return the layers among which some are dropped: those that are pruned, but for the first of each kind.
+
+    A dropped layer has no key-value cache, and transformers asks the first layer with full attention, and the first
+    with a sliding window, how long the text in the cache is.
+
+    Args:
+        geometry, architecture: the full model's sizes and family.
+        config: the content of its config.json.
+        pruned: the layers that are pruned.
+        count: how many layers are to be dropped.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    windows, text = architecture.windows, architecture.text_config(config)
+    firsts: dict[Any, int] = {}
+    for layer in range(geometry.num_hidden_layers):
+        kind = geometry.layer_kinds[layer] if geometry.layer_kinds else None
+        firsts.setdefault((kind, None if windows is None else windows.of(layer, text)), layer)
+    layers = [layer for layer in pruned if layer not in firsts.values()]
+    if count > len(layers):
+        raise UserError(
+            f"{count} layers cannot be dropped: only {len(layers)} of {geometry.num_hidden_layers} can, since "
+            "keep_first, keep_last and the first layer of each kind of attention stay"
         )
     return layers
 

@@ -12,6 +12,9 @@ Norms over all heads, which few families have, get the widths in `config.narrow_
 {layer: {path: [width, width in the full model]}}. Modules with experts get the shapes and numbers in
 `config.narrow_parameters`: {layer: {path: {"shapes": {tensor: shape}, "numbers": {attribute: value}}}}.
 
+Layers may also be gone as a whole. The other layers keep their numbers, and an `Identity` stands in the place of each
+layer in `config.dropped_layers`.
+
 A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and one bit per
 place that says which these are (`SparseLinear`). `config.sparsity` says in which layers and how many.
 """
@@ -31,6 +34,14 @@ if TYPE_CHECKING:
 NarrowLinears = Mapping[str, tuple[int, int, bool]]  # path -> (out_features, in_features, whether it has a bias)
 NarrowNorms = Mapping[str, tuple[int, int]]  # path -> (width, width in the full model)
 NarrowParameters = Mapping[str, Mapping[str, Mapping[str, Any]]]  # path -> "shapes" or "numbers" -> name -> value
+
+
+class Identity(nn.Module):
+    """What stands in the place of a decoder layer that was dropped: it returns the hidden states as they are."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the hidden states, (rows, width, hidden); all else that decoder layers get is ignored."""
+        return hidden_states
 
 
 def resize_layer_(layer: nn.Module, linears: NarrowLinears) -> None:
@@ -306,6 +317,8 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         finally:
             config.per_layer_config = widths
         layers = self.get_decoder().layers
+        for index in getattr(config, "dropped_layers", ()):  # the others' files do not have the key
+            layers[index] = Identity()
         for index, linears in _narrow_linears(config, layers).items():
             resize_layer_(layers[index], linears)
         for index, norms in getattr(config, "narrow_norms", {}).items():  # only some families have the key
@@ -322,7 +335,7 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
     body = {
         "__module__": __name__,
         "__qualname__": name,
-        "__doc__": f"{base.__name__} whose layers may differ in width or be sparse, as `config` says.",
+        "__doc__": f"{base.__name__} whose layers may differ in width, be sparse, or be gone, as `config` says.",
         "__init__": __init__,
         "config_class": config_class,
         "__annotations__": {"config": config_class},

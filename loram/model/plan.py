@@ -52,8 +52,8 @@ class BaseReference(BaseModel):
 class PruningPlan(BaseModel):
     """What every layer of a pruned model keeps of the full model's.
 
-    A structured plan lists the kept units (key-value groups and channels) of every narrowed layer. A sparse plan keeps
-    all shapes, and masks beside it say which single weights stay.
+    A structured plan lists the kept units (key-value groups and channels) of every narrowed layer, and the layers that
+    are dropped as a whole. A sparse plan keeps all shapes, and masks beside it say which single weights stay.
 
     Args:
         model_type: the full model's family.
@@ -62,8 +62,11 @@ class PruningPlan(BaseModel):
         layers: layer -> space name -> sorted indices of the kept units. A layer or space that is not named keeps
             everything. The channels of experts are numbered through: channel c of expert e is e * (channels per
             expert) + c, and every expert that stays keeps as many of them.
+        dropped: the layers that are gone, sorted. The others keep their numbers. The first layer is never among them,
+            since transformers asks its key-value cache how long the text is.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
-        ratios: space name -> the ratio of its own, where it has one; `ratio` is None where each pruned space has one.
+        ratios: space name -> the ratio of its own, where it has one; `ratio` is None where each pruned space has one,
+            and where nothing but whole layers is pruned.
         pattern: `structured`, or the pattern of sparse layers: `unstructured`, or n:m, which keeps n of m weights.
         masks: the SHA-256 of a sparse plan's `loram_masks.safetensors`, where `model.layers.3.mlp.up_proj.mask` is
             (out_features, in_features / 8) uint8: bit j of byte i is 1 if the weight in column 8 * i + j stays.
@@ -88,6 +91,7 @@ class PruningPlan(BaseModel):
     keep_last: int = Field(ge=0)
     pattern: str = STRUCTURED
     masks: str | None = None
+    dropped: tuple[int, ...] = Field(default=(), exclude_if=lambda value: not value)
     versions: dict[str, str]
     layers: dict[int, dict[str, tuple[int, ...]]]
 
@@ -133,6 +137,21 @@ class PruningPlan(BaseModel):
         n_of_m(self.pattern)
         if self.sparse != (self.masks is not None) or (self.sparse and (self.layers or self.bias_compensation)):
             raise ValueError(f"pattern {self.pattern}: sparse plans have masks and nothing narrowed, others no masks")
+        return self
+
+    @model_validator(mode="after")
+    def _dropped_layers_can_go(self) -> "PruningPlan":
+        pruned = range(max(1, self.keep_first), self.geometry.num_hidden_layers - self.keep_last)
+        if any(a >= b for a, b in pairwise(self.dropped)):
+            raise ValueError("dropped: layers must be sorted and distinct")
+        if self.dropped and not pruned.start <= self.dropped[0] <= self.dropped[-1] < pruned.stop:
+            raise ValueError(f"dropped: layers must lie in {pruned.start}..{pruned.stop - 1}")
+        if self.dropped and self.sparse:
+            raise ValueError(f"pattern {self.pattern}: a sparse plan drops no layers")
+        if both := sorted(self.layers.keys() & set(self.dropped)):
+            raise ValueError(f"layer {both[0]} is dropped, and keeps units")
+        if self.ratio is None and not self.ratios and (self.layers or not self.dropped):
+            raise ValueError("ratio: missing, and only a plan that does nothing but drop layers has none")
         return self
 
     @property
@@ -183,7 +202,13 @@ class PruningPlan(BaseModel):
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out_features, in_features) of every linear of the pruned model, the head included, by module path."""
-        return self.geometry.linear_shapes(self.architecture, self.units)
+        shapes = self.geometry.linear_shapes(self.architecture, self.units)
+        return {module: shape for module, shape in shapes.items() if not self.drops(module)}
+
+    def drops(self, name: str) -> bool:
+        """Return whether a tensor or module is in a layer that is dropped."""
+        place = self.architecture.split(name)
+        return place is not None and place[0] in self.dropped
 
     def adaptable_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all that an adapter can be on: `linear_shapes`, and those of experts.
@@ -245,6 +270,7 @@ class PruningPlan(BaseModel):
             "narrow_linears": self.narrow_linears() or None,
             "bias_compensation": self.bias_compensation,
             "sparsity": self.sparsity(),
+            **({"dropped_layers": list(self.dropped)} if self.dropped else {}),
             **({"narrow_norms": norms} if (norms := self.narrow_norms()) else {}),
             **({"narrow_parameters": parts} if (parts := self.narrow_parameters()) else {}),
         }
@@ -327,7 +353,8 @@ class PruningPlan(BaseModel):
         full = pruned = self.geometry.other_parameters()
         for layer in range(self.geometry.num_hidden_layers):
             full += self.geometry.layer_parameters(self.architecture, layer)
-            pruned += self.geometry.layer_parameters(self.architecture, layer, self.units(layer))
+            if layer not in self.dropped:
+                pruned += self.geometry.layer_parameters(self.architecture, layer, self.units(layer))
         for layer in self.layers:
             linears = [linear for _, linear in self.compensated(layer) if linear.path not in self.geometry.biases]
             pruned += sum(self.geometry.size(linear.rows) for linear in linears)

@@ -97,6 +97,8 @@ def _cuts(name: str, plan: PruningPlan) -> Iterator[_Cut]:
     if place is None:
         return
     layer, rest = place
+    if layer in plan.dropped:
+        raise UserError(f"{name}: the plan drops layer {layer}, so the pruned model has no such tensor")
     row = plan.geometry.layer(plan.architecture, layer)
     for linear in row.linears:
         if not rest.startswith(f"{linear.path}."):
@@ -155,7 +157,7 @@ def narrow(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
         A tensor of the pruned model's shape and the same dtype; the same object where nothing is cut.
 
     Raises:
-        UserError: the shape is not the full model's.
+        UserError: the shape is not the full model's, or the tensor is in a layer that the plan drops.
 
     Example: with channels (0, 2) kept of 3, a gate_proj weight (3, hidden) becomes its rows 0 and 2; a fused
     gate_up_proj weight (6, hidden) becomes its rows 0, 2, 3 and 5.
@@ -186,7 +188,7 @@ def widen(name: str, tensor: Tensor, plan: PruningPlan) -> Tensor:
         A tensor of the full model's shape and the same dtype; the same object where nothing is cut.
 
     Raises:
-        UserError: the shape is not the pruned model's.
+        UserError: the shape is not the pruned model's, or the tensor is in a layer that the plan drops.
     """
     if not (cuts := list(_cuts(name, plan))):
         return tensor

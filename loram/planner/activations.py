@@ -190,4 +190,4 @@ def layer_input(model: Model, settings: Settings) -> int:
 
 def offloaded_stash(model: Model) -> int:
     """Return how many layers' inputs are on the device while the others are in host memory."""
-    return min(_OFFLOAD_STASH, model.geometry.num_hidden_layers)
+    return min(_OFFLOAD_STASH, len(model.layers))

@@ -15,6 +15,7 @@ from loram.planner.total import Estimate, estimate_with
 from loram.pruning.options import PruneOptions
 
 _ALWAYS = ("max_length", "per_device_train_batch_size")  # written into every recipe: they decide most of the memory
+_OF_PRUNING = ("ratio", "keep_first", "keep_last")
 GRID = (None, *(step / 20 for step in range(1, 20)))  # no pruning, 0.05, 0.1 ... 0.95
 
 
@@ -41,7 +42,7 @@ def fit(
         config: as for `estimate`.
         memory: bytes of the device that trains; on a GPU all its memory, since the context is counted.
         options: how to train, which layers to leave whole, and the ratios of single spaces, which stay as they are;
-            `ratio` or a sparse pattern cannot be given.
+            `ratio`, a sparse pattern or layers to drop cannot be given.
         fields: single options by name, over `options`.
 
     Raises:
@@ -51,8 +52,8 @@ def fit(
     pruning = chosen.pruning()
     if pruning.ratio is not None:
         raise UserError("--ratio, --memory: give one of the two; --memory finds a ratio")
-    if pruning.pattern != STRUCTURED:
-        raise UserError("--pattern, --memory: give one of the two; --memory looks for structured pruning")
+    if pruning.pattern != STRUCTURED or pruning.drop_layers:
+        raise UserError("--memory: looks for a ratio of structured pruning; leave --pattern and --drop-layers out")
     values, where = read_config(config)
     nearest: Estimate | None = None
     for ratio, in_4bit in _candidates(chosen.in_4bit):

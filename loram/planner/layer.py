@@ -46,6 +46,7 @@ class Layer:
     """The sizes of one decoder layer.
 
     Args:
+        index: its number in the full model.
         linears: its linears by their paths.
         shapes: (out_features, in_features) of each linear.
         values: how many weights of each linear are stored: all of them, or those that a sparse linear keeps.
@@ -65,6 +66,7 @@ class Layer:
         window: how many tokens its attention looks back, or None where it sees all.
     """
 
+    index: int
     linears: Mapping[str, Linear]
     shapes: Mapping[str, tuple[int, int]]
     values: Mapping[str, int]

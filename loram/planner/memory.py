@@ -1,6 +1,6 @@
 """The peak memory of a training: what is held throughout, and the moment of a step that needs most."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import prod
 
@@ -93,7 +93,7 @@ def training_memory(model: Model, settings: Settings, full: Model | None = None)
     if settings.anchored and full is not None:
         moments.append(_measuring(full, model, settings))
     most = max(moments, key=lambda moment: moment.total)
-    offloaded = layer_input(model, settings) * model.geometry.num_hidden_layers if settings.offloaded else 0
+    offloaded = layer_input(model, settings) * len(model.layers) if settings.offloaded else 0
     return TrainingMemory(
         moment=most.name,
         **held,
@@ -114,7 +114,7 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
     for index, layer in enumerate(model.layers):
         again = saved_by_layer(model, layer, settings) if settings.checkpointed else 0
         yield _Moment(
-            name=f"backward through layer {index}",
+            name=f"backward through layer {layer.index}",
             gradients=gradients[index],
             activations=kept[index] + around,
             recomputation=again + _inside(model, layer, settings),
@@ -127,14 +127,17 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
     """Return the moment when anchors are measured: a micro-batch is in a layer of the full model and in the pruned one.
 
     No step is under way then. The full layer is in the computing dtype, and its adapter computes in float32, without
-    dropout. On a CPU the next layer is being read meanwhile, and hidden states and measurements are in memory, each up
-    to its budget.
+    dropout. A layer that was dropped has no pruned part. On a CPU the next layer is being read meanwhile, and hidden
+    states and measurements are in memory, each up to its budget.
     """
     during = settings.measuring(rows=max(1, MEASURED_TOKENS // settings.length))
-    measured = model.layers if settings.quantised else [model.layers[index] for index in model.narrowed]
-    layer, small = (max(layers, key=lambda layer: layer.parameters) for layers in (full.layers, measured))
+    layer = max(full.layers, key=lambda layer: layer.parameters)
+    small = max(_differing(model, settings), key=lambda layer: layer.parameters, default=None)
     inputs = sum(columns for _, columns in layer.shapes.values())
-    saved = saved_by_layer(full, layer, during) + saved_by_layer(model, small, during)
+    saved, unpacked = saved_by_layer(full, layer, during), 0
+    if small is not None:
+        saved += saved_by_layer(model, small, during)
+        unpacked = _unpacked(small, settings)
     if settings.device == "cuda":
         saved += during.tokens * inputs * _FLOAT32
     forward = during.tokens * mlp_values(full, layer) * settings.compute_bytes
@@ -146,8 +149,13 @@ def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:
         name="measuring the full model's course",
         activations=states + (saved if settings.gradients_measured else forward),
         recomputation=_inside(full, layer, during) + 8 * layer_input(full, during),
-        scratch=weights + _unpacked(small, settings),
+        scratch=weights + unpacked,
     )
+
+
+def _differing(model: Model, settings: Settings) -> Sequence[Layer]:
+    """Return the layers of a pruned model that are other than the full model's; in 4 bits these are all."""
+    return model.layers if settings.quantised else model.narrowed_layers
 
 
 def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
@@ -155,13 +163,13 @@ def course_bytes(model: Model, settings: Settings) -> tuple[int, int]:
 
     Returns:
         (bytes of the hidden states before every layer, bytes of the measured differences). Attention and MLP differ
-        each, in outputs and in gradients; whole layers in full precision do not differ.
+        each, in outputs and in gradients; whole layers in full precision do not differ. A dropped layer differs as one.
     """
     states = settings.course_tokens * model.geometry.hidden_size * settings.compute_bytes
-    measured = len(model.layers if settings.quantised else model.narrowed)
+    measured = 2 * len(_differing(model, settings)) + len(model.dropped)
     if settings.gradients_measured:
-        return len(model.layers) * states, 4 * measured * states
-    return states, 2 * measured * states
+        return model.geometry.num_hidden_layers * states, 2 * measured * states
+    return states, measured * states
 
 
 def _kept(model: Model, settings: Settings) -> list[int]:

@@ -29,7 +29,8 @@ class Model:
         config: the content of its config.json.
         units: how many units each narrowed layer keeps of each space; None where no layer is narrowed.
         sparse: how many values a sparse layer keeps of each linear, by its path; None where no layer is sparse.
-        narrowed: the layers that are narrowed, or sparse.
+        narrowed: the layers that are narrowed, or sparse, unless they are dropped.
+        dropped: the layers that are dropped.
     """
 
     architecture: Architecture
@@ -38,6 +39,7 @@ class Model:
     units: Mapping[int, Units] | None = None
     sparse: Mapping[str, int] | None = None
     narrowed: Sequence[int] = ()
+    dropped: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str, options: ResolvedPruneOptions | None = None) -> "Model":
@@ -46,7 +48,8 @@ class Model:
         Args:
             config: the content of the full model's config.json.
             where: what error messages call that file.
-            options: how it is pruned, or None for the full model.
+            options: how it is pruned, or None for the full model. Which layers are dropped depends on the weights; here
+                they are the last that can be.
 
         Raises:
             UserError: the family or the format of the weights is not supported, or a setting is out of range.
@@ -56,7 +59,10 @@ class Model:
         full = cls(architecture=architecture, geometry=geometry, config=config)
         if options is None:
             return full
-        narrowed = options.layers(geometry)
+        full = replace(full, dropped=options.dropped_blindly(geometry, architecture, config))
+        if not options.narrows:
+            return full
+        narrowed = [layer for layer in options.layers(geometry) if layer not in full.dropped]
         if options.sparse:
             shapes = {linear.path: geometry.linear_shape(linear) for linear in architecture.linears}
             share = options.removed_share
@@ -77,8 +83,19 @@ class Model:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Its decoder layers, from the bottom up."""
-        return tuple(self._layer(index) for index in range(self.geometry.num_hidden_layers))
+        """Its decoder layers, from the bottom up, without those that are dropped."""
+        indices = range(self.geometry.num_hidden_layers)
+        return tuple(self._layer(index) for index in indices if index not in self.dropped)
+
+    @property
+    def narrowed_layers(self) -> list[Layer]:
+        """Its layers that are narrowed, or sparse."""
+        return [layer for layer in self.layers if layer.index in self.narrowed]
+
+    @property
+    def pruned(self) -> bool:
+        """Return whether it is smaller than the full model."""
+        return bool(self.narrowed or self.dropped)
 
     def _layer(self, index: int) -> Layer:
         geometry, row = self.geometry, self.geometry.layer(self.architecture, index)
@@ -97,6 +114,7 @@ class Model:
             stored = {path: self.sparse[path] for path in shapes}
         windows = self.architecture.windows
         return Layer(
+            index=index,
             linears={linear.path: linear for linear in row.linears},
             shapes=shapes,
             values=stored,

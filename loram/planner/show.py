@@ -68,7 +68,7 @@ def _heading(estimate: Estimate) -> str:
     active = _changed(estimate.active_parameters, estimate.pruned_active_parameters)
     routed = estimate.active_parameters != estimate.parameters
     per_token = f", {active} active per token" if routed else ""
-    if not estimate.pruned_layers:
+    if not estimate.pruned_layers and not estimate.dropped_layers:
         return f"{estimate.parameters:,} parameters{per_token}, not pruned"
     heading = (
         f"{_changed(estimate.parameters, estimate.pruned_parameters)} parameters "
@@ -80,7 +80,11 @@ def _heading(estimate: Estimate) -> str:
             "they store the weights that stay, and one bit per weight"
         )
     kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in estimate.units.items())
-    return f"{heading} at {_ratios(estimate)}\n{estimate.pruned_layers} layers keep {kept} each"
+    dropped = f"{estimate.dropped_layers} layers are dropped"
+    if not estimate.pruned_layers:
+        return f"{heading}\n{dropped}"
+    narrowed = f"{estimate.pruned_layers} layers keep {kept} each"
+    return f"{heading} at {_ratios(estimate)}\n{narrowed}" + (f", {dropped}" if estimate.dropped_layers else "")
 
 
 def _ratios(estimate: Estimate) -> str:

@@ -40,7 +40,7 @@ class Stage(BaseModel):
 
 def stages(full: Model, model: Model, settings: Settings, training: TrainingMemory) -> tuple[Stage, ...]:
     """Return every stage of a run in order; pruning and recovery are among them only if the model is pruned."""
-    pruned = model.units is not None
+    pruned = model.pruned
     table = [*_prune(full, model), _teach(full)] if pruned else []
     table.append(_train(model, settings, training))
     wide, narrow = (4 * sum(factors(of, settings)) for of in (full, model))
@@ -67,18 +67,21 @@ def _prune(full: Model, model: Model) -> list[Stage]:
     stream = IMPORTS + HIDDEN_BYTES + layer + stored + _working(full)
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
+    with_text = "two decoder layers, one of them in float32, and activations"
+    if model.units is None:
+        return [Stage(name="prune (block_influence)", disk=disk, memory=stream, holds=with_text)]
     return [
         Stage(
             name="prune (magnitude, random)",
             disk=disk,
-            memory=IMPORTS + 3 * stored,
-            holds="two decoder layers and the tensors to write",
+            memory=stream if model.dropped else IMPORTS + 3 * stored,
+            holds=with_text if model.dropped else "two decoder layers and the tensors to write",
         ),
         Stage(
             name="prune (wanda, flap, activation)",
             disk=disk,
             memory=max(stream, _head(full)),
-            holds="two decoder layers, one of them in float32, and activations",
+            holds=with_text,
         ),
         Stage(
             name="prune (taylor)",

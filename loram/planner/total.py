@@ -40,13 +40,14 @@ class Estimate(BaseModel):
     Args:
         model_type: the family of the model; of a wrapped model, of its text model, which alone is counted.
         wrapper: the wrapped model's own model_type; None for an ordinary model.
-        ratio, pattern: how the model is pruned; the ratio is None where the full model is trained.
+        ratio, pattern: how the model is pruned; the ratio is None where no layer is narrowed or sparse by it.
         ratios: space -> the ratio of its own, where it has one.
         parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
             ratio.
         active_parameters, pruned_active_parameters: how many of these a token meets, which are all but those of experts
             that it does not go to.
         pruned_layers: how many layers are narrowed, or sparse.
+        dropped_layers: how many layers are dropped.
         units: how many units of each space (key-value groups, channels, experts, channels of each expert) such a layer
             keeps, if it has that space.
         adapter_parameters: how many parameters are trained.
@@ -75,6 +76,7 @@ class Estimate(BaseModel):
     active_parameters: int
     pruned_active_parameters: int
     pruned_layers: int
+    dropped_layers: int
     units: dict[str, int]
     adapter_parameters: int
     settings: Settings
@@ -93,7 +95,7 @@ def estimate(
 
     Args:
         config: a config.json, a folder that has one, a hub id, or the parsed content.
-        options: how to prune and to train; without a ratio or n:m the full model is trained.
+        options: how to prune and to train; without a ratio, n:m or layers to drop, the full model is trained.
         fields: single options by name, over `options`: `ratio=0.85`, `lora_r=16`. They are the flags of
             `loram estimate`, which says what they mean.
 
@@ -116,6 +118,8 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
     full = Model.of(config, where)
     settings = settings.for_family(full.architecture)
     pruning = (options if options.prunes else PruneOptions.of(options, ratio=0.5)).resolved()
+    if options.prunes:
+        pruning.check_fits(full.geometry, full.architecture, config)
     model = Model.of(config, where, pruning) if options.prunes else full
     weights = frozen_bytes(model, settings).total
     memory = training_memory(model, settings, full)
@@ -140,7 +144,8 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         parameter_reduction=full.parameters / model.parameters,
         active_parameters=full.active_parameters,
         pruned_active_parameters=model.active_parameters,
-        pruned_layers=len(model.narrowed),
+        pruned_layers=len(model.narrowed_layers),
+        dropped_layers=len(model.dropped),
         units=_units(model),
         adapter_parameters=sum(trained(model, settings)),
         settings=settings,
@@ -183,7 +188,7 @@ def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
     """
     adapter = settings.rank * sum(rows + columns for rows, columns in adapted(full, settings))
     weights = sum(layer.weights for layer in full.layers) + adapter
-    own = sum(model.layers[index].weights for index in model.narrowed)
+    own = sum(layer.weights for layer in model.narrowed_layers)
     if not settings.gradients_measured:
         return 2 * weights + 2 * own
     return 6 * weights + 4 * own + 6 * full.vocabulary

@@ -20,7 +20,8 @@ def check_prunable(checkpoint: Checkpoint, options: ResolvedPruneOptions) -> Non
     Raises:
         UserError: names the tensor, config key or option.
     """
-    options.check_fits(checkpoint.geometry, architecture_of(checkpoint.config, checkpoint.name))
+    architecture = architecture_of(checkpoint.config, checkpoint.name)
+    options.check_fits(checkpoint.geometry, architecture, checkpoint.config)
     check_weights(checkpoint)
     empty_model(checkpoint, torch.float32)  # or transformers refuses the full model, which pruning and recovery need
     check_loads(checkpoint, blank_plan(checkpoint, options))

@@ -1,6 +1,6 @@
 """Choose which units stay: from scores and a ratio to a pruning plan."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,17 @@ def choose(
     base: BaseReference,
     options: ResolvedPruneOptions,
     seed: int,
+    dropped: Sequence[int] = (),
 ) -> PruningPlan:
-    """Keep the units with the highest scores in every scored layer; equal scores keep the lower index."""
+    """Keep the units with the highest scores in every scored layer; equal scores keep the lower index.
+
+    Args:
+        scores: the scores of the units of layers that are narrowed.
+        geometry, model_type, base: the full model.
+        options: how to prune.
+        seed: the seed that the plan records.
+        dropped: the layers that are dropped, sorted.
+    """
     row = ARCHITECTURES[model_type]
     ratios = options.ratios(row)
     layers = {
@@ -40,6 +49,7 @@ def choose(
         ratios=options.own_ratios,
         seed=seed,
         versions=library_versions(),
+        dropped=tuple(dropped),
         layers=layers,
     )
 

@@ -131,6 +131,7 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
         "random": Criterion(summary="seeded random units", reads="nothing"),
     }
 )
+INFLUENCE = "block_influence"  # the criterion of whole layers (see `depth.py`), where nothing else is pruned
 # The default comes first. The scores of `router` are the norms of its rows; those of `taylor` are sums of |w·g|.
 EXPERT_CRITERIA: Mapping[str, ExpertCriterion] = MappingProxyType(
     {

@@ -1,5 +1,7 @@
 """What a pruned folder will hold: as many units or weights as the options keep, and the tensors that follow."""
 
+from collections.abc import Sequence
+
 import torch
 
 from loram.disk.artifacts import library_versions
@@ -12,9 +14,14 @@ from loram.pruning.options import ResolvedPruneOptions
 
 
 def blank_plan(
-    checkpoint: Checkpoint, options: ResolvedPruneOptions, *, seed: int = 42, fingerprint: str = ""
+    checkpoint: Checkpoint,
+    options: ResolvedPruneOptions,
+    *,
+    seed: int = 42,
+    fingerprint: str = "",
+    dropped: Sequence[int] | None = None,
 ) -> PruningPlan:
-    """Return a plan that keeps as many units or weights as the plan of these options will keep.
+    """Return a plan that keeps as many layers, units or weights as the plan of these options will keep.
 
     Which ones stay depends on the weights, and these are not read here. A sparse plan lacks only its masks.
 
@@ -23,6 +30,7 @@ def blank_plan(
         options: how to prune.
         seed: of the random criterion.
         fingerprint: the fingerprint of the full model, where the plan is to have it.
+        dropped: the layers that are dropped; None stands for the last ones that can be.
     """
     geometry, model_type = checkpoint.geometry, checkpoint.architecture.model_type
     base = base_of(checkpoint, fingerprint)
@@ -37,11 +45,22 @@ def blank_plan(
             versions=library_versions(),
             layers={},
         )
+    if dropped is None:
+        dropped = options.dropped_blindly(geometry, checkpoint.architecture, checkpoint.config)
     scores = {
         layer: {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.rows_by_layer[layer].spaces}
         for layer in options.layers(geometry)
+        if options.narrows and layer not in dropped
     }
-    return choose(scores, geometry=geometry, model_type=model_type, base=base, options=options, seed=seed)
+    return choose(
+        scores,
+        geometry=geometry,
+        model_type=model_type,
+        base=base,
+        options=options,
+        seed=seed,
+        dropped=dropped,
+    )
 
 
 def base_of(checkpoint: Checkpoint, fingerprint: str) -> BaseReference:
@@ -56,6 +75,8 @@ def pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, T
         return _sparse_specs(checkpoint, plan)
     specs = {}
     for name in checkpoint.names():
+        if plan.drops(name):
+            continue
         full = checkpoint.spec(name)
         specs[name] = TensorSpec.of(narrow(name, torch.empty(full.shape, dtype=full.dtype, device="meta"), plan))
     for layer in plan.layers:

@@ -1,5 +1,6 @@
 """Options of pruning, with the defaults of the pattern filled in, and what does not go together refused."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import PositiveInt, field_validator
@@ -8,14 +9,14 @@ from loram.base.errors import UserError
 from loram.base.options import Options, option
 from loram.data.spec import DataSpec
 from loram.model.architecture import Architecture
-from loram.model.counts import kept_by_space, prunable_layers
+from loram.model.counts import droppable_layers, kept_by_space, prunable_layers
 from loram.model.families import SPACES
 from loram.model.geometry import Geometry
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m, removed_share
-from loram.pruning.criteria import CRITERIA, EXPERT_CRITERIA, READS_TEXT, SPARSE, ExpertRules
+from loram.pruning.criteria import CRITERIA, EXPERT_CRITERIA, INFLUENCE, READS_TEXT, SPARSE, ExpertRules
 
-# The names of the criteria of each kind of pattern; the default comes first.
-STRUCTURED_CRITERIA, SPARSE_CRITERIA = tuple(CRITERIA), tuple(SPARSE)
+# The names of the criteria of each kind of pattern, and of whole layers; the default comes first.
+STRUCTURED_CRITERIA, SPARSE_CRITERIA, LAYER_CRITERIA = tuple(CRITERIA), tuple(SPARSE), (INFLUENCE, "random")
 KEEP_FIRST, KEEP_LAST = 4, 2  # layers that structured pruning leaves whole; sparse patterns leave none
 
 
@@ -39,6 +40,15 @@ class PruneOptions(Options):
         common=True,
         planned=True,
     )
+    drop_layers: int = option(
+        0,
+        "The number of whole layers to remove, those that change their input least (with criterion random: any); then "
+        "the ratio may be left out.",
+        ge=0,
+        also="n_prune_layers layers_to_skip",
+        common=True,
+        planned=True,
+    )
     kv_groups_ratio: float | None = _own_ratio("key-value groups, each with its query heads,")
     channels_ratio: float | None = _own_ratio("MLP channels")
     experts_ratio: float | None = _own_ratio("experts")
@@ -51,7 +61,8 @@ class PruneOptions(Options):
     criterion: str | None = option(
         None,
         f"What decides which units stay: {', '.join(STRUCTURED_CRITERIA)} (default: {STRUCTURED_CRITERIA[0]}); with a "
-        f"sparse pattern {', '.join(SPARSE_CRITERIA)} (default: {SPARSE_CRITERIA[0]}).",
+        f"sparse pattern {', '.join(SPARSE_CRITERIA)} (default: {SPARSE_CRITERIA[0]}); where layers are dropped and "
+        f"there is no ratio {', '.join(LAYER_CRITERIA)} (default: {LAYER_CRITERIA[0]}).",
         common=True,
     )
     pattern: str = option(
@@ -87,9 +98,14 @@ class PruneOptions(Options):
         return {name: value for name, value in values.items() if value is not None}
 
     @property
+    def narrows(self) -> bool:
+        """Return whether the options remove units or single weights, and not only whole layers."""
+        return self.ratio is not None or self.pattern != STRUCTURED or any(self.own_ratios.values())
+
+    @property
     def prunes(self) -> bool:
         """Return whether the options remove anything."""
-        return self.ratio is not None or self.pattern != STRUCTURED or any(self.own_ratios.values())
+        return self.narrows or self.drop_layers > 0
 
     def ratios(self, architecture: Architecture) -> dict[str, float]:
         """Return the ratio of each space that is pruned, by its name.
@@ -97,7 +113,7 @@ class PruneOptions(Options):
         `ratio` is for all spaces without a ratio of their own, but for the channels of experts.
 
         Raises:
-            UserError: a space has a ratio that the family lacks, or nothing is left to prune.
+            UserError: a space has a ratio that the family lacks, or nothing is pruned.
         """
         spaces, own = {space.name: space for space in architecture.spaces}, self.own_ratios
         for name in own:
@@ -106,7 +122,7 @@ class PruneOptions(Options):
                     f"{name}_ratio: {architecture.model_type} has no {name.replace('_', ' ')}; leave it out"
                 )
         ratios = {name: own.get(name, self.ratio if space.within is None else None) for name, space in spaces.items()}
-        if not (pruned := {name: ratio for name, ratio in ratios.items() if ratio}):
+        if not (pruned := {name: ratio for name, ratio in ratios.items() if ratio}) and not self.drop_layers:
             raise UserError(
                 "ratio: nothing is pruned; give the share of heads and channels to remove: 0.5 removes half"
             )
@@ -117,25 +133,32 @@ class PruneOptions(Options):
 
         Raises:
             UserError: the pattern or criterion is not known, the criterion does not go with the pattern, the ratio is
-                missing or contradicts the pattern, or biases are to be compensated where nothing is removed.
+                missing or contradicts the pattern, layers are to be dropped with a sparse pattern, or biases are to be
+                compensated where nothing is removed.
         """
         sparse = n_of_m(self.pattern) is not None or self.pattern != STRUCTURED
-        known = SPARSE_CRITERIA if sparse else STRUCTURED_CRITERIA
+        layers_alone = self.prunes and not self.narrows
+        known = SPARSE_CRITERIA if sparse else LAYER_CRITERIA if layers_alone else STRUCTURED_CRITERIA
         if self.criterion is not None and self.criterion not in known:
-            other = self.criterion in (*SPARSE_CRITERIA, *STRUCTURED_CRITERIA)
-            kind = f"for pattern {self.pattern}" if other else "known"
+            other = self.criterion in (*SPARSE_CRITERIA, *STRUCTURED_CRITERIA, *LAYER_CRITERIA)
+            what = "dropping layers without a ratio" if layers_alone else f"pattern {self.pattern}"
+            kind = f"for {what}" if other else "known"
             raise UserError(f"criterion {self.criterion!r} is not {kind}; known are {', '.join(known)}")
         if self.experts_criterion is not None and self.experts_criterion not in EXPERT_CRITERIA:
             raise UserError(
                 f"experts_criterion {self.experts_criterion!r} is not known; known are {', '.join(EXPERT_CRITERIA)}"
             )
         ratio = removed_share(self.pattern, self.ratio) if sparse else self.ratio
-        if ratio is None and not any(self.own_ratios.values()):
+        if not self.prunes:
             raise UserError("ratio: missing; give the share of heads and channels to remove: 0.5 removes half")
         if sparse and (own := next(iter(self.own_ratios), None)) is not None:
             raise UserError(f"{own}_ratio: is for structured pruning; pattern {self.pattern} removes single weights")
+        if sparse and self.drop_layers:
+            raise UserError(f"drop_layers: is for structured pruning; pattern {self.pattern} keeps every layer")
         if sparse and self.bias_compensation:
             raise UserError(f"bias_compensation: is for structured pruning; pattern {self.pattern} removes no inputs")
+        if layers_alone and self.bias_compensation:
+            raise UserError("bias_compensation: is for narrowed layers; add a ratio, or leave it out")
         filled = {
             "ratio": ratio,
             "criterion": self.criterion or known[0],
@@ -167,12 +190,42 @@ class ResolvedPruneOptions(PruneOptions):
         return self.ratio
 
     def layers(self, geometry: Geometry) -> range:
-        """Return the decoder layers that are pruned.
+        """Return the decoder layers that are pruned: narrowed, dropped, or made sparse.
 
         Raises:
             UserError: no layer would be left to prune.
         """
         return prunable_layers(geometry, self.keep_first, self.keep_last)
+
+    def droppable(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> list[int]:
+        """Return the layers among which `drop_layers` are dropped; arguments as for `check_fits`.
+
+        Raises:
+            UserError: there are not as many, or none would be left to narrow.
+        """
+        layers = self.layers(geometry)
+        if self.narrows and self.drop_layers == len(layers):
+            raise UserError(f"drop_layers {self.drop_layers}: leaves no layer to narrow; leave the ratio out")
+        return droppable_layers(geometry, architecture, config, layers, self.drop_layers)
+
+    def dropped_blindly(
+        self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """Return as many layers as are dropped, the last that can be; which ones they are depends on the weights.
+
+        Args:
+            geometry, architecture, config: as for `check_fits`.
+
+        Raises:
+            UserError: as `droppable`.
+        """
+        layers = self.droppable(geometry, architecture, config) if self.drop_layers else []
+        return tuple(layers[len(layers) - self.drop_layers :])
+
+    @property
+    def measures_influence(self) -> bool:
+        """Return whether layers are dropped by how much they change their input."""
+        return self.drop_layers > 0 and self.criterion != "random"
 
     def scored(self, architecture: Architecture) -> tuple[list[str], ExpertRules]:
         """Return the criteria that score units of linears, which are one or none, and how experts are scored."""
@@ -194,15 +247,20 @@ class ResolvedPruneOptions(PruneOptions):
             return SPARSE[self.criterion].reads != "nothing"
         criteria, rules = self.scored(architecture)
         reads = {*rules.reads, *(CRITERIA[criterion].reads for criterion in criteria)}
-        return self.bias_compensation or bool(reads & READS_TEXT)
+        return self.bias_compensation or self.measures_influence or bool(reads & READS_TEXT)
 
-    def check_fits(self, geometry: Geometry, architecture: Architecture) -> None:
+    def check_fits(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse options that leave nothing of a model of these sizes, or whose pattern does not divide its linears.
 
+        Args:
+            geometry, architecture: the full model's sizes and family.
+            config: the content of its config.json.
+
         Raises:
-            UserError: no layer or unit would be left, or the pattern does not divide the inputs of a linear.
+            UserError: no layer or unit would be left, so many layers cannot be dropped, or the pattern does not divide
+                the inputs of a linear.
         """
-        self.layers(geometry)
+        self.droppable(geometry, architecture, config)
         if not self.sparse:
             kept_by_space(geometry, architecture.spaces, self.ratios(architecture))
             if self.scored(architecture)[1].channels and CRITERIA[self.criterion].reads == "inputs":

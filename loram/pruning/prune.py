@@ -5,6 +5,7 @@ This file removes whole units; `sparse.py` removes single weights.
 
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from loram.model.plan import PruningPlan
 from loram.model.resize import narrow
 from loram.pruning.check import check_prunable
 from loram.pruning.choose import choose
+from loram.pruning.criteria import CRITERIA
+from loram.pruning.depth import Influence, random_layers
 from loram.pruning.layout import base_of, blank_plan, pruned_specs
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
-from loram.pruning.score import ScoredLayer, score_layers
+from loram.pruning.score import ScoredLayer, calibration_stream, score_layers
 from loram.pruning.sparse import prune_sparse
 
 BUILTIN_CALIBRATION = Path(__file__).parent / "calibration.jsonl"
@@ -45,21 +48,22 @@ def prune(
     chat_template: str | Path | None = None,
     **fields: Any,
 ) -> PruningPlan:
-    """Make a model smaller: remove units of its middle layers, or single weights of all its layers.
+    """Make a model smaller: remove units of its middle layers, whole layers, or single weights of all its layers.
 
     `structured` (LoRAM, arXiv 2502.13533, section 3.1) removes whole key-value groups, with their query heads, and MLP
-    channels: `floor(I * (1 - ratio))` channels and `ceil(n_kv * (1 - ratio))` groups stay. The sparse patterns keep all
-    shapes and remove single weights of every linear; only those that stay are stored, with a bit for every place.
+    channels: `floor(I * (1 - ratio))` channels and `ceil(n_kv * (1 - ratio))` groups stay. It may also drop whole
+    layers, those with the least block influence (ShortGPT, arXiv 2403.03853). The sparse patterns keep all shapes and
+    remove single weights of every linear; only those that stay are stored, with a bit for every place.
 
     The model is streamed: one decoder layer is in memory at a time, and what it keeps is written as soon as it is
-    scored. The base is read once, and twice where the criterion needs gradients (but for some rows of the embedding
-    and the norm before lm_head).
+    scored. The base is read once, and twice where the criterion needs gradients or layers are dropped by their
+    influence (but for some rows of the embedding and the norm before lm_head).
 
     Args:
         base: hub id, folder or GGUF file of the full model.
         out: the pruned folder to make: an ordinary Hugging Face folder with `loram_plan.json`.
         options: how to prune; single options may be given by name instead: `ratio=0.5`.
-        seed: of the random criterion.
+        seed: the seed of the random criterion.
         device: `cpu`, `cuda`, ...; the first GPU where there is one.
         shard_bytes: size of the files that weights are written to, at most.
         chat_template: a .jinja file, or a model whose tokenizer has a template, in place of the model's own template.
@@ -98,34 +102,28 @@ def _prune_structured(
     shard_bytes: int,
 ) -> PruningPlan:
     """Score units, and write what stays of a layer while it is in memory; arguments as for `prune`, already checked."""
-    layers = settings.layers(checkpoint.geometry)
-    criteria, experts = settings.scored(checkpoint.architecture)
-    decide = functools.partial(
-        choose,
-        geometry=checkpoint.geometry,
-        model_type=checkpoint.architecture.model_type,
-        base=base_of(checkpoint, checkpoint.fingerprint),
-        options=settings,
-        seed=seed,
-    )
-    # Which units stay is open, but how many is not, so the files can be laid out before any score is known.
-    specs, _ = pruned_specs(checkpoint, blank_plan(checkpoint, settings))
-    made_from = {"base": checkpoint.fingerprint}
+    layers, made_from = settings.layers(checkpoint.geometry), {"base": checkpoint.fingerprint}
     with publish(out, kind="pruned", made_from=made_from) as staging:
+        dropped, scored = _drop_and_score(
+            checkpoint, settings, samples=samples, seed=seed, device=device, scratch=staging
+        )
+        decide = functools.partial(
+            choose,
+            geometry=checkpoint.geometry,
+            model_type=checkpoint.architecture.model_type,
+            base=base_of(checkpoint, checkpoint.fingerprint),
+            options=settings,
+            seed=seed,
+            dropped=dropped,
+        )
+        # Which units stay is open, but how many is not, so the files can be laid out before any unit's score is known.
+        specs, _ = pruned_specs(checkpoint, blank_plan(checkpoint, settings, dropped=dropped))
         scores: dict[int, Mapping[str, Tensor]] = {}
         left = dict.fromkeys(specs)
         with ShardedWriter(staging, specs, shard_bytes) as writer:
-            for layer in score_layers(
-                checkpoint,
-                criteria,
-                layers,
-                calibration=samples,
-                gather_inputs=settings.bias_compensation,
-                experts=experts,
-                seed=seed,
-                device=device,
-                scratch=staging,
-            ):
+            for layer in scored:
+                if layer.index in dropped:
+                    continue
                 own = {**layer.scores.get(settings.criterion, {}), **layer.expert_scores}
                 layer_scores = {layer.index: own} if layer.index in layers else {}
                 scores.update(layer_scores)
@@ -140,6 +138,50 @@ def _prune_structured(
         write_config(config_of(checkpoint), plan, staging)
         plan.save(staging)
     return plan
+
+
+def _drop_and_score(
+    checkpoint: Checkpoint,
+    settings: ResolvedPruneOptions,
+    *,
+    samples: list[list[int]],
+    seed: int,
+    device: torch.device,
+    scratch: Path,
+) -> tuple[tuple[int, ...], Iterator[ScoredLayer]]:
+    """Decide which layers are dropped, and begin to score the units of the others.
+
+    The influence of layers is known after a forward pass. That is a pass of its own, unless the criterion makes one
+    before the first layer is scored.
+
+    Returns:
+        (the layers that are dropped, the scored layers to come).
+    """
+    layers, influence = settings.layers(checkpoint.geometry), Influence()
+    criteria, experts = settings.scored(checkpoint.architecture)
+    begin = functools.partial(
+        score_layers,
+        checkpoint,
+        criteria,
+        calibration=samples,
+        gather_inputs=settings.bias_compensation,
+        experts=experts,
+        seed=seed,
+        device=device,
+        scratch=scratch,
+    )
+    droppable = settings.droppable(checkpoint.geometry, checkpoint.architecture, checkpoint.config)
+    least = functools.partial(influence.least, droppable, settings.drop_layers)
+    if settings.measures_influence and "gradient" in {*experts.reads, *(CRITERIA[name].reads for name in criteria)}:
+        scored = begin(layers, observe_layer=influence.observe)
+        return least(), scored
+    if settings.measures_influence:
+        stream = calibration_stream(checkpoint, samples, device=device, scratch=scratch)
+        deque(stream.forward(observe_layer=influence.observe), maxlen=0)
+        dropped = least()
+    else:
+        dropped = random_layers(droppable, settings.drop_layers, seed)
+    return dropped, begin([layer for layer in layers if settings.narrows and layer not in dropped])
 
 
 def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:

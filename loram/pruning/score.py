@@ -1,5 +1,6 @@
 """Score every prunable unit of a checkpoint, layer by layer from the files, by one or several criteria."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
-from loram.compute.streaming import Of, Stream, prefetched
+from loram.compute.streaming import LayerObserver, Of, ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Linear, Segment, Space
@@ -52,12 +53,14 @@ def score_layers(
     seed: int = 42,
     device: torch.device | None = None,
     scratch: Path | None = None,
+    observe_layer: LayerObserver | None = None,
 ) -> Iterator[ScoredLayer]:
     """Score decoder layers one after the other, with one calibration pass for all criteria.
 
     The model is never in memory as a whole. Under grouped-query attention a unit is a key-value head with its query
     heads, and sums run over all of them. Every layer is read once, or twice with gradients. Layers come in the order in
-    which they are read; those that had to be read but are not to be scored come too.
+    which they are read; those that had to be read but are not to be scored come too. With gradients, the forward pass
+    is over when this returns.
 
     Args:
         checkpoint: the full model.
@@ -70,6 +73,7 @@ def score_layers(
         seed: the seed of the random criterion.
         device: where the layers compute, in float32.
         scratch: the folder for hidden states that do not fit in memory.
+        observe_layer: called in the forward pass, if there is one (see `Stream.forward`).
 
     Raises:
         UserError: there is no text of at least two tokens, or an importance is not finite.
@@ -79,32 +83,51 @@ def score_layers(
     reads = {CRITERIA[criterion].reads for criterion in criteria} | ({"inputs"} if gather_inputs else set())
     reads |= rules.reads
     if not reads & READS_TEXT:
-        loads = prefetched(layers, checkpoint.layer_tensors)
-        for layer in track(list(layers), "Layers"):
-            tensors = next(loads)
-            yield tally.finished(layer, tensors)
-            tensors.clear()  # whoever still holds the layer does not hold its weights
-        return
+        return _from_weights(checkpoint, layers, tally)
+    stream = calibration_stream(checkpoint, calibration, device=device, scratch=scratch)
+    passing: Iterator[ResidentLayer] = stream.forward(
+        tally.observe if "inputs" in reads else None,
+        keep_from=min(layers) if "gradient" in reads else None,
+        observe_experts=tally.experts.observe if "outputs" in reads else None,
+        observe_layer=observe_layer,
+    )
+    if "gradient" in reads:
+        deque(passing, maxlen=0)
+        wanted: Of = "weights and experts" if "gradient" in rules.reads else "weights"
+        passing = stream.backward(min(layers), tally.on_gradient, of=wanted)
+    return (tally.finished(resident.index, resident.tensors) for resident in passing)
+
+
+def _from_weights(checkpoint: Checkpoint, layers: Sequence[int], tally: "_Tally") -> Iterator[ScoredLayer]:
+    """Score layers by their weights alone."""
+    loads = prefetched(layers, checkpoint.layer_tensors)
+    for layer in track(list(layers), "Layers"):
+        tensors = next(loads)
+        yield tally.finished(layer, tensors)
+        tensors.clear()  # whoever still holds the layer does not hold its weights
+
+
+def calibration_stream(
+    checkpoint: Checkpoint,
+    calibration: Sequence[list[int]],
+    *,
+    device: torch.device | None = None,
+    scratch: Path | None = None,
+) -> Stream:
+    """Return the stream of a model on calibration text, in float32; arguments as for `score_layers`.
+
+    Raises:
+        UserError: there is no text of at least two tokens.
+    """
     if not any(len(sample) > 1 for sample in calibration):
         raise UserError("calibration: no text of at least two tokens to compute importance from")
-    stream = Stream(
+    return Stream(
         checkpoint,
         make_batches(calibration, max_tokens=BATCH_TOKENS),
         device=device or torch.device("cpu"),
         dtype=torch.float32,
         scratch=scratch,
     )
-    observe = tally.observe if "inputs" in reads else None
-    observe_experts = tally.experts.observe if "outputs" in reads else None
-    if "gradient" not in reads:
-        for resident in stream.forward(observe, observe_experts=observe_experts):
-            yield tally.finished(resident.index, resident.tensors)
-        return
-    for _ in stream.forward(observe, keep_from=min(layers), observe_experts=observe_experts):
-        pass
-    wanted: Of = "weights and experts" if "gradient" in rules.reads else "weights"
-    for resident in stream.backward(min(layers), tally.on_gradient, of=wanted):
-        yield tally.finished(resident.index, resident.tensors)
 
 
 def score(

@@ -19,7 +19,7 @@ from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import open_model
-from loram.disk.renamed import in_wrapper
+from loram.disk.renamed import in_full, in_wrapper
 from loram.disk.tensorfile import TensorFile
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 from loram.model.resize import widen
@@ -44,10 +44,10 @@ def recover(
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     This is the recovery function R of arXiv 2502.13533, section 3.2. It is exact and does without the full model: the
-    plan beside the adapter has its geometry. An adapter of a sparse model is copied, because the shapes are those of
-    the full model. Where the full model is wrapped, the recovered adapter has the wrapped model's names. Weights are
-    read, tensor by tensor, only for the options (see `loram.recovery.correct`) and for DoRA: its magnitudes are lengths
-    of rows, and a full row is longer than a pruned one.
+    plan beside the adapter has its geometry. Layers that were dropped get no factors. An adapter of a sparse model is
+    copied, because the shapes are those of the full model. Where the full model is wrapped, the recovered adapter has
+    the wrapped model's names. Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`)
+    and for DoRA: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
 
     An adapter that was trained on a full model in NF4 has no plan. With `base`, the model's original, it is written
     again as one of that, once every tensor is found to lie within NF4's error of the original's.
@@ -112,6 +112,8 @@ def recover(
     name = plan.base.name if base is None or full is None else full.name
     config = {**trained.config, "base_model_name_or_path": name, "task_type": "CAUSAL_LM"}
     recovered = dataclasses.replace(trained, config=config, tensors=tensors)
+    if plan.dropped:
+        recovered = in_full(recovered)
     if (spec := chosen.dev_dataset) is not None and full is not None:
         rows = load_scored(spec, full, load_tokenizer(full), None, _DEV_LENGTH).rows
         best, losses = best_multiplier(full, recovered, (rows["input_ids"][:], rows["labels"][:]), pick_device(device))

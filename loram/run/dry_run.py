@@ -244,7 +244,7 @@ def _trained(
         pruned = dataclasses.replace(sizes, sparse=plan.kept_values(), narrowed=plan.sparse_layers)
     else:
         units = {layer: plan.units(layer) for layer in plan.layers}
-        pruned = dataclasses.replace(sizes, units=units, narrowed=tuple(units))
+        pruned = dataclasses.replace(sizes, units=units, narrowed=tuple(units), dropped=plan.dropped)
     yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
     if FULL_LORA.count(recipe):
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
@@ -267,7 +267,7 @@ def _training(
 ) -> Training:
     """Count the parameters on a model without weights, after PEFT and the method have changed it."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    pruned = sizes.units is not None
+    pruned = sizes.pruned
     if METHODS[chosen.method].weights:
         trained, size = _count_weights(model, chosen, pruned=pruned)
         problem = f"{settings}; weights, gradients and AdamW's two moments alone are {show_size(size)}"

@@ -52,7 +52,7 @@ def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:
     architecture = architecture_of(checkpoint.config, checkpoint.name)
     try:
         settings = section.resolved()
-        settings.check_fits(checkpoint.geometry, architecture)
+        settings.check_fits(checkpoint.geometry, architecture, checkpoint.config)
     except UserError as error:
         raise UserError(f"prune.{error}") from error
     check_prunable(checkpoint, settings)

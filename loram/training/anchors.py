@@ -29,7 +29,6 @@ from loram.compute.streaming import Stream
 from loram.data.batches import Batch, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import Architecture
 from loram.model.plan import PruningPlan
 from loram.model.resize import widen
 
@@ -111,7 +110,7 @@ class Anchors:
 
     def __init__(self, course: Course, model: Any) -> None:
         self.course, self.model = course, model
-        self._parts = _parts(model.get_base_model(), course.plan.architecture)
+        self._parts = _parts(model.get_base_model(), course.plan)
         self._measured: _Measured | None = None
         # the rows of the batch that is trained on, and the weight of one token's loss
         self._used: tuple[list[int], float | Tensor] | None = None
@@ -155,7 +154,7 @@ class Anchors:
         self.model.eval()
         if course.gradients:
             deque(stream.forward(keep_from=0), maxlen=0)
-        for number, part in enumerate(_parts(stream.model, course.plan.architecture)):
+        for number, part in enumerate(_parts(stream.model, course.plan)):
             part.register_forward_pre_hook(_apart, with_kwargs=True)
             part.register_forward_hook(self._measuring(number, stream, self._measured), with_kwargs=True)
         deque(stream.backward(0, None) if course.gradients else stream.forward(), maxlen=0)
@@ -224,11 +223,18 @@ def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
     tensor.register_hook(call)
 
 
-def _parts(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """Return the blocks (attention or another mixer, and MLP) of layer after layer."""
-    layers = cast(nn.ModuleList, model.get_submodule(architecture.layers_path))
-    children = [dict(layer.named_children()) for layer in layers]
-    return [blocks[path] for blocks in children for path in architecture.blocks if path in blocks]
+def _parts(model: nn.Module, plan: PruningPlan) -> list[nn.Module]:
+    """Return what is compared of the full and the pruned model: the blocks of layer after layer.
+
+    These are attention or another mixer, and the MLP. A layer that the plan drops is one block as a whole: the pruned
+    model's identity there has no parts.
+    """
+    parts: list[nn.Module] = []
+    for index, layer in enumerate(cast(nn.ModuleList, model.get_submodule(plan.architecture.layers_path))):
+        blocks = dict(layer.named_children())
+        own = [blocks[path] for path in plan.architecture.blocks if path in blocks and index not in plan.dropped]
+        parts += own or [layer]
+    return parts
 
 
 def _alike(full: nn.Module, pruned: nn.Module) -> bool:

@@ -20,7 +20,7 @@ def use_liger_(model: nn.Module, options: Mapping[str, bool] | None = None) -> N
         options: the kernels to use, under Liger's own names (default: all).
 
     Raises:
-        UserError: Liger is not installed, or has no kernels for the family.
+        UserError: Liger is not installed, or has no kernels for the family, or the model has dropped layers.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as APPLY_FUNCTIONS
@@ -30,6 +30,8 @@ def use_liger_(model: nn.Module, options: Mapping[str, bool] | None = None) -> N
     family = config.model_type.removeprefix("loram_")
     if family not in APPLY_FUNCTIONS:
         raise UserError(f"trainer: use_liger_kernel: Liger has no kernels for {family}; leave it out")
+    if getattr(config, "dropped_layers", None):
+        raise UserError("trainer: use_liger_kernel: Liger does not know models with dropped layers; leave it out")
     apply = APPLY_FUNCTIONS[family]
     parameters = inspect.signature(apply).parameters
     kernels = {**(options or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}

@@ -78,14 +78,8 @@ def test_anchored_is_the_full_model_with_the_recovered_adapter(
         assert (before - expected).abs() > 1e-3
 
 
-# EXAONE's attention reads the hidden states themselves; Cohere's attention and MLP read the same normed ones
-@pytest.mark.parametrize("family", [*FAMILIES, "exaone4", "cohere2"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_anchored_gradients_are_the_full_models(
-    checkpointing: bool, family: str, pruned_models: dict[str, Path], tmp_path: Path
-) -> None:
-    """Return the gradients of the factors, narrowed to the shapes of the pruned model."""
-    folder = pruned_models[family]
+def check_anchored_gradients(folder: Path, tmp_path: Path, *, checkpointing: bool) -> None:
+    """Compare losses and gradients of the factors; the full model's are narrowed to the shapes of the pruned one."""
     small, full = both(folder, tmp_path, random=True)
     if checkpointing:
         small.get_base_model().activation_checkpointing_enable()
@@ -96,15 +90,36 @@ def test_anchored_gradients_are_the_full_models(
     for part, rows in zip(given, anchors.measure_(given), strict=True):
         count = 5
         anchors.use_(rows, 1 / count)
+        losses: list[torch.Tensor] = []
         for model in (small, full):
             model.zero_grad()
-            model(**part, num_items_in_batch=count).loss.backward()
+            losses.append(model(**part, num_items_in_batch=count).loss)
+            losses[-1].backward()
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
         expected = dict(full.named_parameters())
         for name, parameter in small.named_parameters():
             if parameter.grad is None:
                 continue
             wanted = narrow(name.replace(".default", ""), expected[name].grad, plan)
             torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+# EXAONE's attention reads the hidden states themselves; Cohere's attention and MLP read the same normed ones
+@pytest.mark.parametrize("family", [*FAMILIES, "exaone4", "cohere2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_anchored_gradients_are_the_full_models(
+    checkpointing: bool, family: str, pruned_models: dict[str, Path], tmp_path: Path
+) -> None:
+    check_anchored_gradients(pruned_models[family], tmp_path, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("options", [{"drop_layers": 2}, {"drop_layers": 1, "ratio": 0.5}], ids=["alone", "mixed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropped_layers_are_made_up_for_too(
+    checkpointing: bool, options: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    loram.prune(tiny_llama, tmp_path / "pruned", criterion="random", keep_first=1, keep_last=1, **options)
+    check_anchored_gradients(tmp_path / "pruned", tmp_path, checkpointing=checkpointing)
 
 
 def nothing_lost(folder: Path, tokenizer: Any) -> Path:

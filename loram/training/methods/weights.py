@@ -37,9 +37,10 @@ def unfreeze_(model: Any, *, pruned: bool, around: bool) -> None:
 
 
 def trained_layers(model: Any) -> list[list[nn.Parameter]]:
-    """Return the parameters that train in each decoder layer."""
+    """Return the parameters that train in each decoder layer; a layer that was dropped has none and is left out."""
     layers = model.get_submodule(family_of(model.config.to_dict()).layers_path)
-    return [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
+    trained = [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
+    return [parameters for parameters in trained if parameters]
 
 
 def extract(trained: Checkpoint, base: Checkpoint, r: int) -> tuple[dict[str, Any], dict[str, Tensor], float]:
