@@ -190,7 +190,7 @@ EXPERTS = (
             Parameter(name=f"{_DOWN}_bias", axes=((EXPERT,), (HIDDEN,))),
         ),
         sizes=_sizes(128, 4, 2880, "intermediate_size"),
-        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}),
+        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}, transposed=True),
         biases={"attention_bias": QKVO},
         on_by_default=("attention_bias",),
         kv_heads=8,
