@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 _IMPLEMENTATION, _SUFFIX = "loram_nf4", "_4bit"
-Update = tuple[Tensor, Tensor, float]  # (experts, rows, rank), (experts, rank, columns), and what their product times
+Update = tuple[Tensor, Tensor, float]  # (experts, rows, rank), (experts, rank, columns), the scale of their product
 
 
 class ExpertWeights(nn.ParameterList):
