@@ -307,7 +307,6 @@ def test_targets_and_their_defaults() -> None:
         ({"lora": {**TARGETS, "rank_pattern": {"down_proj": 4}}}, MOE, "rank_pattern has 'down_proj'"),
         ({"lora": TARGETS, "method": "dora"}, MOE, "is for methods lora and rslora and lora-fa"),
         ({"lora": TARGETS, "method": "lora-sp"}, MOE, "and the method is lora-sp"),
-        ({"lora": TARGETS, "load_in_4bit": True}, MOE, "needs experts in 16 or 32 bits"),
         ({"lora": TARGETS, "mask_update": True}, MOE, "mask_update: masks the updates of linears"),
         ({"lora": TARGETS, "anchor_steps": 8}, MOE, "anchor_steps: measures .* drop target_parameters"),
         ({"lora": {"target_modules": ["q_proj", "gate_proj"]}}, MOE, "'gate_proj', which PEFT takes for experts"),

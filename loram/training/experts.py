@@ -40,7 +40,7 @@ def check_expert_targets(options: "TrainOptions", lora: Mapping[str, Any]) -> No
     """Refuse options that adapters on experts do not go with.
 
     PEFT adds such an adapter to the experts' weights in each forward pass, so nothing can come between inputs and
-    lora_A, and the weights have to be there.
+    lora_A.
 
     Args:
         options: the options as the user gave them.
@@ -54,11 +54,6 @@ def check_expert_targets(options: "TrainOptions", lora: Mapping[str, Any]) -> No
         raise UserError(
             "lora: target_parameters needs lora_dropout 0, since PEFT adds the update to the experts' weights; leave "
             "lora_dropout out"
-        )
-    if options.load_in_4bit:
-        raise UserError(
-            "lora: target_parameters needs experts in 16 or 32 bits, since PEFT adds the update to their weights; drop "
-            "it, or take the model without 4 bits"
         )
     if options.mask_update:
         raise UserError("mask_update: masks the updates of linears; drop it, or leave target_parameters out")
