@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from loram.model.counts import kept_by_space
 from loram.model.wrappers import wrapper_of
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import PlannerOptions, Settings, make_settings
