@@ -1,4 +1,4 @@
-"""The types of a row of `families.py`: what LoRAM has to know about a family of models. Nothing here touches a weight.
+"""The types of a family's row: what LoRAM has to know about a family of models. Nothing here touches a weight.
 
 Four words recur in the whole project:
 
@@ -113,11 +113,6 @@ class Linear:
     def has_units(self) -> bool:
         """Return whether pruning can make it smaller."""
         return any(segment.space is not None for side in self.sides for segment in side)
-
-    @property
-    def consumes_units(self) -> bool:
-        """Return whether its inputs are units of a space: pruning takes away inputs, and not outputs."""
-        return any(segment.space is not None for segment in self.columns)
 
 
 @dataclass(frozen=True, kw_only=True)

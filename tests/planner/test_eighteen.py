@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import loram
 from loram.model.families import ARCHITECTURES
 from loram.model.wrappers import WRAPPERS
-from loram.planner.shapes import Model
 
 # transformers builds no HunYuan model whose config leaves head_dim out
 CHANGES: Mapping[str, dict[str, Any]] = {"hunyuan_v1_dense": {"head_dim": 128}}
