@@ -122,6 +122,7 @@ class Model:
             heads=heads,
             kv_heads=groups,
             head_dim=geometry.head_dim,
+            gated=any(segment.unit == "gated_group" for segment in widths),
             channels=geometry.size([UP], units) if UP in widths else 0,
             shared=widths.get(SHARED, 0),
             routed=self._routed(row, experts, units) if experts else None,
