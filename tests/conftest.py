@@ -38,7 +38,18 @@ NEAR_LLAMA = (
     "glm4",
     "cohere2",
 )
-EXPERTS = ("qwen3_moe", "mixtral")  # mixtures of experts; their tests are in test_experts.py, and the planner's sums
+# Mixtures of experts. Their tests are in test_experts.py, and the planner's sums.
+EXPERTS = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "glm4_moe",
+    "olmoe",
+    "qwen2_moe",
+    "ernie4_5_moe",
+    "minimax_m2",
+    "granitemoe",
+)
 # Families whose layers are of several kinds; tested as those near Llama.
 HYBRIDS = ("qwen3_5_text", "lfm2")
 HYBRID_EXPERTS = ("qwen3_5_moe_text", "qwen3_next")  # their laws are in test_experts.py
@@ -211,6 +222,7 @@ SLOW = (
     "test_compare",
     "test_configs",
     "test_correct",
+    "test_depth",
     "test_dry_run",
     "test_gradients",
     "test_end_to_end",
@@ -221,6 +233,7 @@ SLOW = (
     "test_methods",
     "test_near_llama",
     "test_nf4",
+    "test_packed",
     "test_paths",
     "test_pipeline",
     "test_planner",

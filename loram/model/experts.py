@@ -213,8 +213,8 @@ EXPERTS = (
             Parameter(name=f"{_DOWN}_bias", axes=((EXPERT,), (HIDDEN,))),
         ),
         sizes=expert_sizes(128, 4, 2880, "intermediate_size"),
-        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}),
-        biases={"attention_bias": QKVO},
+        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}, transposed=True),
+        biases={"attention_bias": QKVO, "always": ("mlp.router",)},
         on_by_default=("attention_bias",),
         kv_heads=8,
         head_dim=64,
@@ -228,7 +228,7 @@ EXPERTS = (
         norms=(*NORMS, *(replace(norm, kinds=(_NORMED,)) for norm in HEAD_NORMS)),
         parameters=(
             *_TENSORS,
-            Parameter(name="mlp.gate.e_score_correction_bias", axes=((EXPERT,),), kinds=(SPARSE,)),
+            Parameter(name="mlp.gate.e_score_correction_bias", axes=((EXPERT,),), kinds=(SPARSE,), buffer=True),
         ),
         kinds=_glm_kinds,
         sizes=expert_sizes(
@@ -284,7 +284,10 @@ EXPERTS = (
         model_type="minimax_m2",
         model_class="MiniMaxM2ForCausalLM",
         norms=_WIDE_NORMS,
-        parameters=(*_MIXTRAL.parameters, Parameter(name="mlp.e_score_correction_bias", axes=((EXPERT,),))),
+        parameters=(
+            *_MIXTRAL.parameters,
+            Parameter(name="mlp.e_score_correction_bias", axes=((EXPERT,),), buffer=True),
+        ),
         sizes=expert_sizes(256, 8, 1536, "intermediate_size"),
         head_dim=128,
         windows=None,

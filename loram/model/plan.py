@@ -215,7 +215,8 @@ class PruningPlan(BaseModel):
 
         A tensor of experts goes by its name, and has the shape (experts, out_features, in_features).
         """
-        return {**self.linear_shapes(), **self.geometry.expert_shapes(self.architecture, self.units)}
+        experts = self.geometry.expert_shapes(self.architecture, self.units)
+        return {**self.linear_shapes(), **{name: shape for name, shape in experts.items() if not self.drops(name)}}
 
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
         """Return the rows or columns of a tensor that a layer keeps.
