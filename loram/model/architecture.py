@@ -114,11 +114,6 @@ class Linear:
         """Return whether pruning can make it smaller."""
         return any(segment.space is not None for side in self.sides for segment in side)
 
-    @property
-    def consumes_units(self) -> bool:
-        """Return whether its inputs are units of a space: pruning takes away inputs, and not outputs."""
-        return any(segment.space is not None for segment in self.columns)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:

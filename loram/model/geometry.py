@@ -84,7 +84,9 @@ class Geometry(BaseModel):
             UserError: the family is not supported, a size is missing, or sizes contradict each other.
         """
         architecture = architecture_of(config, where)
-        kinds, config = architecture.layer_kinds(config), architecture.text_config(config)
+        text = architecture.text_config(config)
+        kinds = architecture.layer_kinds(config) if isinstance(text.get("num_hidden_layers"), int) else ()
+        config = text
         biases = [
             path
             for switch, paths in architecture.biases.items()
