@@ -228,7 +228,7 @@ EXPERTS = (
         norms=(*NORMS, *(replace(norm, kinds=(_NORMED,)) for norm in HEAD_NORMS)),
         parameters=(
             *_TENSORS,
-            Parameter(name="mlp.gate.e_score_correction_bias", axes=((EXPERT,),), kinds=(SPARSE,)),
+            Parameter(name="mlp.gate.e_score_correction_bias", axes=((EXPERT,),), kinds=(SPARSE,), buffer=True),
         ),
         kinds=_glm_kinds,
         sizes=expert_sizes(
@@ -284,7 +284,10 @@ EXPERTS = (
         model_type="minimax_m2",
         model_class="MiniMaxM2ForCausalLM",
         norms=_WIDE_NORMS,
-        parameters=(*_MIXTRAL.parameters, Parameter(name="mlp.e_score_correction_bias", axes=((EXPERT,),))),
+        parameters=(
+            *_MIXTRAL.parameters,
+            Parameter(name="mlp.e_score_correction_bias", axes=((EXPERT,),), buffer=True),
+        ),
         sizes=expert_sizes(256, 8, 1536, "intermediate_size"),
         head_dim=128,
         windows=None,

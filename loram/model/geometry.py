@@ -229,7 +229,9 @@ class Geometry(BaseModel):
 
     def layer_parameters(self, architecture: Architecture, layer: int, units: Units | None = None) -> int:
         """Return how many parameters one decoder layer has; `units` as for `size`."""
-        return sum(map(math.prod, self.layer_shapes(architecture, layer, units).values()))
+        buffers = [part.name for part in self.layer(architecture, layer).parameters if part.buffer]
+        shapes = self.layer_shapes(architecture, layer, units)
+        return sum(math.prod(shape) for name, shape in shapes.items() if name not in buffers)
 
     def other_parameters(self) -> int:
         """Return how many parameters are outside the decoder layers: embedding, final norm and an untied head."""
