@@ -282,12 +282,6 @@ def make_model(folder: Path, model_type: str, tokenizer: Any, seed: int = 0, **c
     return _save_disturbed(model, tokenizer, folder)
 
 
-def saved_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    """A model's parameters, a tied one once, and the buffers that it saves."""
-    saved = model.state_dict()
-    return [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
-
-
 def _save_disturbed(model: Any, tokenizer: Any, folder: Path) -> Path:
     """Save a model after noise is added to all that it saves, with a tokenizer."""
     stored = model.state_dict()
