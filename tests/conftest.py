@@ -52,6 +52,7 @@ EXPERTS = (
 )
 # Families whose layers are of several kinds; tested as those near Llama.
 HYBRIDS = ("qwen3_5_text", "lfm2")
+HYBRID_EXPERTS = ("qwen3_5_moe_text", "qwen3_next")  # their laws are in test_experts.py
 EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -75,6 +76,12 @@ _DELTA_NETS = {
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 6,
     "linear_conv_kernel_dim": 3,
+}
+_SHARED_EXPERT = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 12,
 }
 # What each family needs beyond SIZES, so that the odd parts of it are tested: biases, windows, untied or tied heads.
 ODDITIES: dict[str, dict[str, Any]] = {
@@ -128,6 +135,14 @@ ODDITIES: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 8},
     "qwen3_5_text": {"attention_bias": True, "full_attention_interval": 2, **_DELTA_NETS},
+    "qwen3_5_moe_text": {**_DELTA_NETS, **_SHARED_EXPERT, "full_attention_interval": 3},
+    "qwen3_next": {
+        **_DELTA_NETS,
+        **_SHARED_EXPERT,
+        "full_attention_interval": 3,
+        "mlp_only_layers": [1],
+        "attention_bias": True,
+    },
     # the MLP is 32 wide, the next multiple of 8 after two thirds of 40
     "lfm2": {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8},
     "gpt_oss": {
@@ -207,6 +222,7 @@ SLOW = (
     "test_compare",
     "test_configs",
     "test_correct",
+    "test_depth",
     "test_dry_run",
     "test_gradients",
     "test_end_to_end",
@@ -217,6 +233,7 @@ SLOW = (
     "test_methods",
     "test_near_llama",
     "test_nf4",
+    "test_packed",
     "test_paths",
     "test_pipeline",
     "test_planner",
@@ -316,6 +333,7 @@ WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llava_onevision": ("qwen2", "siglip_vision_model", {}),
     "internvl": ("qwen2", "internvl_vision", {}),
     "qwen3_5": ("qwen3_5_text", "qwen3_5_vision", {"video_token_id": 303}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_vision", {"video_token_id": 303}),
 }
 
 

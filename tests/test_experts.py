@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXPERTS, elsewhere, make_model, random_adapter, relative
+from conftest import EXPERTS, HYBRID_EXPERTS, elsewhere, make_model, random_adapter, relative
+from helpers import WithoutExperts, zeroed
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import loram
@@ -28,43 +28,8 @@ TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50], [9, 9, 31, 
 SAMPLES = [row.tolist() for row in TOKENS]
 CUT = {"ratio": 0.5, "expert_channels_ratio": 0.5, "keep_first": 1, "keep_last": 1}
 STEP = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-1, "logging_steps": 1}
-on_every_mixture = pytest.mark.parametrize("family", EXPERTS)
-
-
-class _WithoutExperts(TorchFunctionMode):
-    """Give the logits of dropped experts as minus infinity wherever a router's weight is multiplied.
-
-    A bias that only the choice of experts sees becomes minus infinity too: it comes after a sigmoid or softmax.
-    """
-
-    def __init__(self, model: Any, plan: PruningPlan) -> None:
-        super().__init__()
-        self.dropped: dict[int, list[int]] = {}
-        for layer, spaces in plan.layers.items():
-            row = plan.geometry.layer(plan.architecture, layer)
-            if row.experts is not None and "experts" in spaces:
-                assert plan.geometry.num_experts is not None
-                router = model.get_parameter(f"{row.layer_path(layer)}.{row.experts.router}")
-                gone = set(range(plan.geometry.num_experts)) - set(spaces["experts"])
-                self.dropped[router.data_ptr()] = sorted(gone)
-                for part in row.parameters:
-                    if part.name.endswith("e_score_correction_bias"):
-                        model.state_dict()[f"{row.layer_path(layer)}.{part.name}"][..., sorted(gone)] = -torch.inf
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is torch.nn.functional.linear and (gone := self.dropped.get(args[1].data_ptr())):
-            result[..., gone] = -torch.inf
-        return result
-
-
-def zeroed(base: Path, plan: PruningPlan) -> Any:
-    """The full model with the weights of its pruned heads and channels set to zero."""
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(loram.widen(name, loram.narrow(name, tensor, plan), plan))
-    return model
+MIXTURES = [*EXPERTS, *HYBRID_EXPERTS]
+on_every_mixture = pytest.mark.parametrize("family", MIXTURES)
 
 
 def logits(model: Any) -> Tensor:
@@ -100,7 +65,7 @@ def test_laws_1_and_2_a_pruned_mixture_is_the_full_one_without_its_experts(famil
     assert sum(held.values()) == plan.parameters()[1]
     assert relative(logits(full), logits(AutoModelForCausalLM.from_pretrained(base))) > 1e-2
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with _WithoutExperts(full, plan):
+    with WithoutExperts(full, plan):
         assert relative(logits(model), logits(full)) <= 1e-5
         mask = torch.ones_like(TOKENS)
         expected = full.generate(TOKENS, attention_mask=mask, **options)
@@ -113,7 +78,7 @@ def test_law_3_an_adapter_on_attention_is_recovered(family: str, pruned: Any, tm
     adapter, recovered = _adapters(family, pruned, tmp_path)
     small = PeftModel.from_pretrained(loram.load_pruned(pruned(family)[1]), adapter)
     plain = zeroed(base, plan)
-    with _WithoutExperts(plain, plan):
+    with WithoutExperts(plain, plan):
         assert relative(logits(small), logits(PeftModel.from_pretrained(plain, recovered))) <= 1e-5
 
 
@@ -141,12 +106,12 @@ assert not any(name.split(".")[0] == "loram" for name in sys.modules)
 
 def test_law_4_recovered_adapters_are_plain_peft(pruned: Any, tmp_path: Path) -> None:
     """All families in one process, which takes seconds to start."""
-    folders = [str(path) for family in EXPERTS for path in (_adapters(family, pruned, tmp_path)[1], pruned(family)[0])]
+    folders = [str(path) for family in MIXTURES for path in (_adapters(family, pruned, tmp_path)[1], pruned(family)[0])]
     done = elsewhere(PLAIN_PEFT, *folders, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "missing" not in done.stderr.lower()
     changes = [float(line) for line in done.stdout.split()]
-    assert len(changes) == len(EXPERTS)
+    assert len(changes) == len(MIXTURES)
     assert min(changes) > 1e-3
 
 

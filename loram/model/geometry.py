@@ -84,7 +84,9 @@ class Geometry(BaseModel):
             UserError: the family is not supported, a size is missing, or sizes contradict each other.
         """
         architecture = architecture_of(config, where)
-        kinds, config = architecture.layer_kinds(config), architecture.text_config(config)
+        text = architecture.text_config(config)
+        kinds = architecture.layer_kinds(config) if isinstance(text.get("num_hidden_layers"), int) else ()
+        config = text
         biases = [
             path
             for switch, paths in architecture.biases.items()
@@ -227,7 +229,9 @@ class Geometry(BaseModel):
 
     def layer_parameters(self, architecture: Architecture, layer: int, units: Units | None = None) -> int:
         """Return how many parameters one decoder layer has; `units` as for `size`."""
-        return sum(map(math.prod, self.layer_shapes(architecture, layer, units).values()))
+        buffers = [part.name for part in self.layer(architecture, layer).parameters if part.buffer]
+        shapes = self.layer_shapes(architecture, layer, units)
+        return sum(math.prod(shape) for name, shape in shapes.items() if name not in buffers)
 
     def other_parameters(self) -> int:
         """Return how many parameters are outside the decoder layers: embedding, final norm and an untied head."""

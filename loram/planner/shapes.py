@@ -107,7 +107,7 @@ class Model:
         if KV_GROUPS in row.spaces:
             groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
         heads = groups * geometry.num_attention_heads // geometry.num_key_value_heads
-        own = {part.name: tensors[part.name] for part in row.parameters if part.name in tensors}
+        own = {part.name: tensors[part.name] for part in row.parameters if part.name in tensors and not part.buffer}
         experts = {part.name: own.pop(part.name) for part in row.expert_tensors}
         stored = {path: prod(shape) for path, shape in shapes.items()}
         if self.sparse is not None and index in self.narrowed:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, targets_of
+from conftest import FAMILIES, HYBRIDS, make_model, targets_of
 from helpers import Live, Stopped, contents, stop
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -106,7 +106,7 @@ def check_anchored_gradients(folder: Path, tmp_path: Path, *, checkpointing: boo
 
 
 # EXAONE's attention reads the hidden states themselves; Cohere's attention and MLP read the same normed ones
-@pytest.mark.parametrize("family", [*FAMILIES, "exaone4", "cohere2"])
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, "exaone4", "cohere2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_anchored_gradients_are_the_full_models(
     checkpointing: bool, family: str, pruned_models: dict[str, Path], tmp_path: Path
