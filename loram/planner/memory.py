@@ -231,7 +231,7 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
         in_mlp = max(in_mlp, tokens * size * max(at_outputs, at_channels))
     if not kept_per_weight(model, settings):
         return in_mlp
-    gradients = 1 if model.architecture.attention_softcap is None else 2
+    gradients = 2 if model.sinks or model.architecture.attention_softcap is not None else 1
     weights = gradients * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
     return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
 
