@@ -40,6 +40,15 @@ class Sizes:
         return cls(value=4, mask=settings.lora_bytes if settings.dropout else 0, adapted=settings.lora_bytes)
 
 
+def saved_by_layers(model: Model, settings: Settings) -> list[int]:
+    """Return what each decoder layer saves, from the bottom up, as `saved_by_layer` does."""
+    saved, first = [], True
+    for layer in model.layers:
+        saved.append(saved_by_layer(model, layer, settings, first=first))
+        first = first and not layer.targeted(settings.targets)
+    return saved
+
+
 def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: bool = False) -> int:
     """Return the bytes that one decoder layer saves in a forward pass with gradients.
 
@@ -51,6 +60,8 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     """
     size, hidden, tokens = Sizes.of(settings), model.geometry.hidden_size, settings.tokens
     targets = layer.targeted(settings.targets)
+    if first and not targets:
+        return 0
     row, in_norm = model.architecture, _in_norm(model)
     per_token = layer.norms * in_norm + layer.head_norms * _FLOAT32
     per_token += _by_adapters(model, layer, targets, settings, size)

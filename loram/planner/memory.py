@@ -15,6 +15,7 @@ from loram.planner.activations import (
     offloaded_stash,
     saved_around_layers,
     saved_by_layer,
+    saved_by_layers,
     saved_by_mlp,
 )
 from loram.planner.layer import Layer
@@ -177,9 +178,7 @@ def _kept(model: Model, settings: Settings) -> list[int]:
     if settings.checkpointed:
         most = offloaded_stash(model) if settings.offloaded else len(model.layers)
         return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
-    return list(
-        accumulate(saved_by_layer(model, layer, settings, first=index == 0) for index, layer in enumerate(model.layers))
-    )
+    return list(accumulate(saved_by_layers(model, settings)))
 
 
 def _gradients(model: Model, settings: Settings) -> list[int]:

@@ -26,7 +26,7 @@ from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
 from loram.model.families import family_of
-from loram.planner.activations import saved_around_layers, saved_by_layer
+from loram.planner.activations import saved_around_layers, saved_by_layer, saved_by_layers
 from loram.planner.fit import GRID, Fit, fit
 from loram.planner.memory import training_memory
 from loram.planner.settings import LINEARS, Settings, make_settings
@@ -229,7 +229,7 @@ def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     sizes = sizes_of(model)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": length}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
-    expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
+    expected = saved_by_layers(sizes, settings)
     known = with_known_tables(sizes)
     assert [layers[index] for index in known] == about(family, [expected[index] for index in known])
     read_by_the_loss = 2 * (length - 1) * SIZES["hidden_size"] * 4  # not yet saved here
@@ -257,7 +257,7 @@ def test_saved_activations_of_a_method_are_autograds_own(family: str, method: st
     sizes = sizes_of(model)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12, "lora_dropout": dropout}
     settings = make_settings(device="cpu", method=method, **options).for_family(sizes.architecture)
-    expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
+    expected = saved_by_layers(sizes, settings)
     assert layers[1:] == expected[1:]
     read_by_the_loss = 2 * 11 * SIZES["hidden_size"] * 4  # not yet saved here
     assert total == sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss
@@ -282,11 +282,11 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     sizes = pruned_sizes(config, ratio=0.5, keep_first=1, keep_last=1)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
-    expected = [saved_by_layer(sizes, layer, settings) for layer in sizes.layers]
+    expected = saved_by_layers(sizes, settings)
     known = with_known_tables(sizes)
     assert [layers[index] for index in known] == about(family, [expected[index] for index in known])
     whole = Model.of(config, "config")
-    assert expected[1] < saved_by_layer(whole, whole.layers[1], settings)
+    assert sum(expected) < sum(saved_by_layers(whole, settings))
 
 
 def test_the_loss_saves_what_it_reads_only() -> None:
