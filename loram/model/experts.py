@@ -213,7 +213,7 @@ EXPERTS = (
             Parameter(name=f"{_DOWN}_bias", axes=((EXPERT,), (HIDDEN,))),
         ),
         sizes=expert_sizes(128, 4, 2880, "intermediate_size"),
-        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}, transposed=True),
+        experts=replace(_EXPERTS, router="mlp.router.weight", kept_values=6, in_files={}, transposed=True),
         biases={"attention_bias": QKVO, "always": ("mlp.router",)},
         on_by_default=("attention_bias",),
         kv_heads=8,
