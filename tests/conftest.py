@@ -226,6 +226,7 @@ SLOW = (
     "test_dry_run",
     "test_gradients",
     "test_end_to_end",
+    "test_expert_adapters",
     "test_kill",
     "test_laws",
     "test_loading",

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram.base.errors import UserError
+from loram.disk.checkpoint import Checkpoint
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.training.options import TrainOptions, resolve
@@ -81,6 +82,17 @@ def test_a_kind_for_every_layer_is_needed() -> None:
         geometry("qwen3_5_text", layer_types=[LINEAR, FULL])
     with pytest.raises(UserError, match="num_hidden_layers: Input should be a valid integer"):
         Geometry.from_config({**SIZES, "num_hidden_layers": None, "model_type": "lfm2"})
+
+
+def test_mixers_stay_whole_in_a_sparse_model(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    base = tiny_models["qwen3_5_text"]
+    plan = loram.prune(base, tmp_path / "out", pattern="4:8", criterion="magnitude")
+    full, sparse = Checkpoint(base), Checkpoint(tmp_path / "out").stored
+    mixers = [name for name in full.names() if ".linear_attn." in name]
+    assert mixers
+    assert all(torch.equal(full.tensor(name), sparse.tensor(name)) for name in mixers)
+    assert sparse.shape("model.layers.0.mlp.up_proj.weight") == (40 * 32 // 2,)
+    assert loram.estimate(base, pattern="4:8").pruned_parameters == plan.parameters()[1]
 
 
 def test_mixers_get_an_adapter_when_they_are_named() -> None:

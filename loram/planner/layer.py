@@ -53,6 +53,7 @@ class Layer:
         biases: how many values all its biases have together.
         heads, kv_heads, head_dim: the number of query heads and of key-value heads, and the width of each; no heads
             where something else mixes the tokens.
+        gated: whether what each head gives is multiplied by a gate.
         channels: the width of the MLP; 0 where it has none.
         shared: the width of the experts that every token passes; 0 where it has none.
         routed: its other experts, or None where it has none.
@@ -74,6 +75,7 @@ class Layer:
     heads: int
     kv_heads: int
     head_dim: int
+    gated: bool
     channels: int
     shared: int
     routed: Routed | None
