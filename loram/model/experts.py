@@ -177,10 +177,10 @@ QWEN2_MOE = replace(
     _QWEN3,
     model_type="qwen2_moe",
     model_class="Qwen2MoeForCausalLM",
-    linears=(
-        *_QWEN3.linears,
-        *_shared("mlp.shared_expert", SPARSE),
-        *_only(SPARSE, (Linear(path="mlp.shared_expert_gate", reads="mlp", rows=(ONE,)),)),
+    linears=(*_QWEN3.linears, *_shared("mlp.shared_expert", SPARSE)),
+    parameters=(
+        *_TENSORS,
+        Parameter(name="mlp.shared_expert_gate.weight", axes=((ONE,), (HIDDEN,)), kinds=(SPARSE,)),
     ),
     norms=NORMS,
     sizes=expert_sizes(
