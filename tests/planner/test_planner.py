@@ -106,7 +106,7 @@ def in_4_bits(name: str, parameter: Tensor, sizes: Model) -> int:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe", "gpt_oss"])
 def test_a_pruned_model_in_4_bits_is_as_large_as_it_is_loaded(
     family: str, offload: bool, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -352,8 +352,18 @@ def test_the_peak_with_dropouts_factors_and_norms_of_other_kinds(family: str, tm
     assert_peak(family, {"load_in_4bit": True, "gradient_checkpointing": True}, tmp_path)
 
 
-def assert_peak(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny(family, vocab_size=1000, hidden_size=64, intermediate_size=170, num_hidden_layers=3)
+@pytest.mark.parametrize("sizes", [{"num_experts_per_tok": 6}, {"moe_intermediate_size": 160}], ids=str)
+@pytest.mark.parametrize("in_4bit", [False, True])
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
+def test_the_peak_inside_experts(sizes: dict[str, int], in_4bit: bool, tmp_path: Path) -> None:
+    """That of the gradients of what experts give, and that of the gradients of their channels."""
+    options = {"gradient_checkpointing": True, "load_in_4bit": in_4bit}
+    assert_peak("qwen3_moe", options, tmp_path, vocab_size=320, num_experts=8, **sizes)
+
+
+def assert_peak(family: str, options: dict[str, Any], tmp_path: Path, **changes: Any) -> None:
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 170, "num_hidden_layers": 3, **changes}
+    model = tiny(family, **sizes)
     config = model.config.to_dict()
     settings = make_settings(**{"device": "cpu", "per_device_train_batch_size": 2, "max_length": 120, **options})
     settings = settings.for_family(sizes_of(model).architecture)
