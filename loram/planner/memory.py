@@ -15,6 +15,7 @@ from loram.planner.activations import (
     offloaded_stash,
     saved_around_layers,
     saved_by_layer,
+    saved_by_layers,
     saved_by_mlp,
 )
 from loram.planner.layer import Layer
@@ -177,9 +178,7 @@ def _kept(model: Model, settings: Settings) -> list[int]:
     if settings.checkpointed:
         most = offloaded_stash(model) if settings.offloaded else len(model.layers)
         return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
-    return list(
-        accumulate(saved_by_layer(model, layer, settings, first=index == 0) for index, layer in enumerate(model.layers))
-    )
+    return list(accumulate(saved_by_layers(model, settings)))
 
 
 def _gradients(model: Model, settings: Settings) -> list[int]:
@@ -231,7 +230,7 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
         in_mlp = max(in_mlp, tokens * size * max(at_outputs, at_channels))
     if not kept_per_weight(model, settings):
         return in_mlp
-    gradients = 1 if model.architecture.attention_softcap is None else 2
+    gradients = 2 if model.sinks or model.architecture.attention_softcap is not None else 1
     weights = gradients * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
     return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
 

@@ -154,6 +154,12 @@ class Model:
         return (heads + groups) * self.geometry.head_dim + lengths if widths else 0
 
     @property
+    def sinks(self) -> bool:
+        """Return whether its heads attend to sinks too, which have a parameter per query head."""
+        axes = [axis for part in self.architecture.parameters for axis in part.axes]
+        return any(segment.unit == "query" for axis in axes for segment in axis)
+
+    @property
     def rotated(self) -> int:
         """Return how many values of a head the rotary tables have."""
         if self.architecture.partial_rotary is None:
