@@ -12,14 +12,15 @@ Four words recur in the whole project:
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 Unit = Literal["channel", "pair", "head", "group", "gated_group", "query", "hidden", "shared"]
 MixerUnit = Literal["mixer_keys", "mixer_values", "mixer_heads", "mixer_head", "kernel"]
-Reads = Literal["layer", "attention", "mixer", "mlp", "channels", "shared"]
+WholeUnit = Literal["queries", "keys", "layer_input", "layer_inputs", "layer_input_vocabulary"]
+Reads = Literal["layer", "attention", "mixer", "mlp", "channels", "shared", "hidden", "layer_input"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,14 @@ class Segment:
             query head of one key-value head. In a layer that mixes tokens by a state or a convolution, and not by
             attention, `mixer_keys` and `mixer_values` are the rows of all its key heads and of all its value heads,
             `mixer_heads` is one row per value head, `mixer_head` is the rows of one value head, and `kernel` is one row
-            per token that its convolution sees.
+            per token that its convolution sees. `queries` and `keys` are the rows of all query heads and of all
+            key-value heads, where they are never cut. `layer_input` is what a layer gets of each token beside the hidden
+            states, `layer_inputs` that of all layers, and `layer_input_vocabulary` is one row per token that has some.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 
     name: str
-    unit: Unit | MixerUnit
+    unit: Unit | MixerUnit | WholeUnit
     space: Space | None = None
 
 
@@ -84,8 +87,9 @@ class Linear:
     Args:
         path: the module's path inside the layer.
         reads: which input it gets: the `layer`'s normed hidden states, what `attention` or another `mixer` of tokens
-            gives, the `mlp`'s normed hidden states, the MLP's `channels`, or those of the `shared` experts. Linears
-            that read the same see the same tensor.
+            gives, the `mlp`'s normed hidden states, the MLP's `channels`, those of the `shared` experts, the `hidden`
+            states themselves, or the `layer_input` that a layer gets beside them. Linears that read the same see the
+            same tensor.
         rows: the segments of its outputs: rows of the weight, bias and lora_B.
         columns: the segments of its inputs: columns of the weight and lora_A.
         kinds: the kinds of layers that have it; empty where every layer does.
@@ -144,11 +148,13 @@ class Parameter:
             that its module has a bias.
         axes: the segments of each of its dimensions.
         kinds: the kinds of layers that have it; empty where every layer does.
+        buffer: whether it is a buffer, which no count of parameters includes.
     """
 
     name: str
     axes: tuple[tuple[Segment, ...], ...]
     kinds: tuple[str, ...] = ()
+    buffer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,12 +258,19 @@ class Architecture:
         linears: the linears of a decoder layer, those of attention first, each of them before what it feeds.
         norms: the norms of a decoder layer.
         parameters: the other tensors of a decoder layer.
+        outside: the decoder's other tensors, which are in no layer; a model has those that any of its layers needs.
+        second_embedding: the name of the module among these whose rows are looked up by token, as the embedding's are.
+        layer_input: the name under which a layer gets the values of its own that each token has beside its hidden
+            states; None where layers get none.
+        shared_states: the name under which a layer gets the keys and values that earlier layers share with it; None
+            where none does.
         blocks: the modules of a decoder layer whose outputs are added to the hidden states; a layer has those of them
             that its kind has.
         kinds: the content of a text model's config.json -> the kind of every layer, where layers differ in what they
             have. A kind is one word, or several with spaces between them; a part is of a kind if it names one of these.
         sizes: the content of a text model's config.json -> fields of `Geometry` that are under other keys there, or
             that have a default.
+        unfit: the content of a text model's config.json -> why such a model is not supported, or None.
         experts: the experts of its layers, where it has some.
         recurrent: whether some layers pass a state, or what a convolution sees, from each token to the next, so that
             rows of text cannot be put together into one.
@@ -299,9 +312,14 @@ class Architecture:
     norms: tuple[Norm, ...]
     blocks: tuple[str, ...]
     parameters: tuple[Parameter, ...] = ()
+    outside: tuple[Parameter, ...] = ()
+    second_embedding: str | None = None
+    layer_input: str | None = None
+    shared_states: str | None = None
     config_key: str | None = None
     kinds: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    unfit: Callable[[Mapping[str, Any]], str | None] | None = None
     experts: Experts | None = None
     recurrent: bool = False
     unused: tuple[str, ...] = ()
@@ -344,6 +362,12 @@ class Architecture:
     def head_weight(self) -> str:
         """The name of the head's own tensor, which a model with tied embeddings may lack: `lm_head.weight`."""
         return f"{self.head}.weight"
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The paths of the modules whose rows are looked up by token: `model.embed_tokens`, and a second one."""
+        names = (self.embedding, *([self.second_embedding] if self.second_embedding else []))
+        return tuple(f"{self.decoder}.{name}" for name in names)
 
     def layer_path(self, layer: int) -> str:
         """Return the path of a decoder layer: `model.layers.3`."""
@@ -426,15 +450,28 @@ class Architecture:
         """Return the row without what this kind of layer lacks. None stands for layers that are all of one kind."""
         if kind is None:
             return self
-        words = frozenset(kind.split())
+        return self._with(kind.split())
+
+    def of_model(self, kinds: Iterable[str]) -> "Architecture":
+        """Return the row without what none of a model's layers has; `kinds` are theirs, as `layer_kinds` gives them."""
+        words = [word for kind in dict.fromkeys(kinds) for word in kind.split()]
+        return self._with(words) if words else self
+
+    def _with(self, words: Iterable[str]) -> "Architecture":
+        """Return the row with the parts that one of these words names, and those that every layer has."""
+        words = frozenset(words)
         parameters = tuple(part for part in self.parameters if not part.kinds or words & set(part.kinds))
         routed = self.experts is not None and any(part.name == self.experts.router for part in parameters)
+        outside = tuple(part for part in self.outside if not part.kinds or words & set(part.kinds))
         return replace(
             self,
             experts=self.experts if routed else None,
             linears=tuple(part for part in self.linears if not part.kinds or words & set(part.kinds)),
             norms=tuple(part for part in self.norms if not part.kinds or words & set(part.kinds)),
             parameters=parameters,
+            outside=outside,
+            second_embedding=self.second_embedding if outside else None,
+            layer_input=self.layer_input if outside else None,
         )
 
     @property

@@ -55,7 +55,8 @@ class Model:
             UserError: the family or the format of the weights is not supported, or a setting is out of range.
         """
         packing_of(config, where)  # or it refuses the model
-        architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
+        geometry = Geometry.from_config(config, where)
+        architecture = geometry.of_model(architecture_of(config, where))
         full = cls(architecture=architecture, geometry=geometry, config=config)
         if options is None:
             return full
@@ -70,7 +71,7 @@ class Model:
             return replace(full, sparse=kept, narrowed=narrowed)
         ratios, spaces = options.ratios(architecture), {n: geometry.layer(architecture, n).spaces for n in narrowed}
         units = {
-            layer: kept_by_space(geometry, own, ratios)
+            layer: kept_by_space(geometry.at(layer), own, ratios)
             for layer, own in spaces.items()
             if any(space.name in ratios for space in own)
         }
@@ -98,16 +99,16 @@ class Model:
         return bool(self.narrowed or self.dropped)
 
     def _layer(self, index: int) -> Layer:
-        geometry, row = self.geometry, self.geometry.layer(self.architecture, index)
+        geometry, row = self.geometry.at(index), self.geometry.layer(self.architecture, index)
         units = None if self.units is None else self.units.get(index)
-        tensors = geometry.layer_shapes(self.architecture, index, units)
+        tensors = self.geometry.layer_shapes(self.architecture, index, units)
         shapes = {linear.path: geometry.linear_shape(linear, units) for linear in row.linears}
         widths = {segment: shapes[linear.path][0] for linear in row.linears for segment in linear.rows}
         groups = 0
         if KV_GROUPS in row.spaces:
             groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
         heads = groups * geometry.num_attention_heads // geometry.num_key_value_heads
-        own = {part.name: tensors[part.name] for part in row.parameters if part.name in tensors}
+        own = {part.name: tensors[part.name] for part in row.parameters if part.name in tensors and not part.buffer}
         experts = {part.name: own.pop(part.name) for part in row.expert_tensors}
         stored = {path: prod(shape) for path, shape in shapes.items()}
         if self.sparse is not None and index in self.narrowed:
@@ -163,12 +164,12 @@ class Model:
     @property
     def parameters(self) -> int:
         """Return how many parameters it has; a tied head counts once."""
-        return self.geometry.other_parameters() + sum(layer.parameters for layer in self.layers)
+        return self.geometry.other_parameters(self.architecture) + sum(layer.parameters for layer in self.layers)
 
     @property
     def active_parameters(self) -> int:
         """Return how many of its parameters a token meets: all but those of experts that it does not go to."""
-        return self.geometry.other_parameters() + sum(layer.active_parameters for layer in self.layers)
+        return self.geometry.other_parameters(self.architecture) + sum(layer.active_parameters for layer in self.layers)
 
     @property
     def vocabulary(self) -> int:

@@ -38,7 +38,7 @@ def choose(
     row = ARCHITECTURES[model_type]
     ratios = options.ratios(row)
     layers = {
-        layer: _kept(scores_by_space, geometry.layer(row, layer).spaces, geometry, ratios)
+        layer: _kept(scores_by_space, geometry.layer(row, layer).spaces, geometry.at(layer), ratios)
         for layer, scores_by_space in sorted(scores.items())
     }
     return PruningPlan(

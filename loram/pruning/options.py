@@ -262,12 +262,19 @@ class ResolvedPruneOptions(PruneOptions):
         """
         self.droppable(geometry, architecture, config)
         if not self.sparse:
-            kept_by_space(geometry, architecture.spaces, self.ratios(architecture))
+            for layer in self.layers(geometry):
+                spaces = geometry.layer(architecture, layer).spaces
+                kept_by_space(geometry.at(layer), spaces, self.ratios(architecture))
             if self.scored(architecture)[1].channels and CRITERIA[self.criterion].reads == "inputs":
                 raise UserError(f"criterion {self.criterion}: cannot score the channels of experts; take another one")
             return
         if architecture.experts is not None:
             raise UserError(f"pattern {self.pattern}: prunes linears, and the experts of this model are none")
+        if geometry.sizes_by_kind:
+            raise UserError(
+                f"pattern {self.pattern}: needs layers of one size, and {' and '.join(geometry.sizes_by_kind)} layers of "
+                "this model have sizes of their own; prune it structurally, with a ratio alone"
+            )
         for linear in architecture.linears:
             if linear.has_units:
                 kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)
