@@ -158,6 +158,19 @@ class Parameter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Argument:
+    """What decoder layers get beside the hidden states, and what depends on the text.
+
+    Args:
+        name: the name of the layers' argument.
+        readers: the kinds of layers that read it.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experts:
     """The experts of a layer, of which a router sends each token to a few.
 
@@ -260,10 +273,10 @@ class Architecture:
         parameters: the other tensors of a decoder layer.
         outside: the decoder's other tensors, which are in no layer; a model has those that any of its layers needs.
         second_embedding: the name of the module among these whose rows are looked up by token, as the embedding's are.
-        layer_input: the name under which a layer gets the values of its own that each token has beside its hidden
-            states; None where layers get none.
-        shared_states: the name under which a layer gets the keys and values that earlier layers share with it; None
-            where none does.
+        layer_input: the argument with the values of its own that each token has in a layer beside its hidden states;
+            None where tokens have none.
+        shared_states: the argument with the keys and values that earlier layers share with later ones, by names that
+            the layers choose; None where the family's layers have no such argument.
         blocks: the modules of a decoder layer whose outputs are added to the hidden states; a layer has those of them
             that its kind has.
         kinds: the content of a text model's config.json -> the kind of every layer, where layers differ in what they
@@ -314,8 +327,8 @@ class Architecture:
     parameters: tuple[Parameter, ...] = ()
     outside: tuple[Parameter, ...] = ()
     second_embedding: str | None = None
-    layer_input: str | None = None
-    shared_states: str | None = None
+    layer_input: Argument | None = None
+    shared_states: Argument | None = None
     config_key: str | None = None
     kinds: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
@@ -357,6 +370,18 @@ class Architecture:
     def embedding_weight(self) -> str:
         """The name of the embedding's tensor: `model.embed_tokens.weight`."""
         return f"{self.decoder}.{self.embedding}.weight"
+
+    @property
+    def embedding_weights(self) -> tuple[str, ...]:
+        """The names of the tensors whose rows are looked up by token: the embedding's, and a second one's."""
+        return tuple(f"{path}.weight" for path in self.embeddings)
+
+    @property
+    def weights_before_layers(self) -> tuple[str, ...]:
+        """The names of the tensors that make what the layers get: those of embeddings, and others outside layers."""
+        return tuple(
+            dict.fromkeys((*self.embedding_weights, *(f"{self.decoder}.{part.name}" for part in self.outside)))
+        )
 
     @property
     def head_weight(self) -> str:
@@ -471,7 +496,8 @@ class Architecture:
             parameters=parameters,
             outside=outside,
             second_embedding=self.second_embedding if outside else None,
-            layer_input=self.layer_input if outside else None,
+            layer_input=_read_in(words, self.layer_input),
+            shared_states=_read_in(words, self.shared_states),
         )
 
     @property
@@ -496,3 +522,8 @@ class Architecture:
     def layer_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kind of every layer from a config.json; empty if all layers have the same parts."""
         return () if self.kinds is None else self.kinds(self.text_config(config))
+
+
+def _read_in(words: frozenset[str], argument: Argument | None) -> Argument | None:
+    """Return an argument with those of its readers that some words name."""
+    return argument and replace(argument, readers=tuple(kind for kind in argument.readers if kind in words))

@@ -9,7 +9,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram.model.architecture import HIDDEN, ONE, ONE_HEAD, Experts, Linear, Norm, Parameter, Segment, Softcap, Windows
+from loram.model.architecture import (
+    HIDDEN,
+    ONE,
+    ONE_HEAD,
+    Argument,
+    Experts,
+    Linear,
+    Norm,
+    Parameter,
+    Segment,
+    Softcap,
+    Windows,
+)
 from loram.model.dense import LLAMA
 from loram.model.experts import EXPERT, EXPERT_GATE, EXPERT_UP
 from loram.model.parts import ATTENTION, FOUR_NORMS, MLP_LINEARS, QKVO
@@ -156,8 +168,8 @@ _GEMMA4 = replace(
         Parameter(name="per_layer_projection_norm.weight", axes=((_LAYER_INPUT,),), kinds=(_INPUT,)),
     ),
     second_embedding="embed_tokens_per_layer",
-    layer_input="per_layer_input",
-    shared_states="shared_kv_states",
+    layer_input=Argument(name="per_layer_input", readers=(_INPUT,)),
+    shared_states=Argument(name="shared_kv_states", readers=(_SHARED,)),
     kinds=_kinds,
     sizes=_sizes,
     unfit=_unfit,
