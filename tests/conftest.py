@@ -41,7 +41,8 @@ NEAR_LLAMA = (
 EXPERTS = ("qwen3_moe", "mixtral")  # mixtures of experts; their tests are in test_experts.py, and the planner's sums
 # Families whose layers are of several kinds; tested as those near Llama.
 HYBRIDS = ("qwen3_5_text", "lfm2")
-EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS)
+VARIED = ("gemma4_text",)  # families whose layers differ in size; tested as those near Llama
+EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS, *VARIED)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = 320
@@ -119,6 +120,20 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"attention_bias": True, "full_attention_interval": 2, **_DELTA_NETS},
     # the MLP is 32 wide, the next multiple of 8 after two thirds of 40
     "lfm2": {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8},
+    # the last layer reads the keys and values of layer 2; layers 1 and 2 take their keys for values
+    "gemma4_text": {
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "full")],
+        "sliding_window": 8,
+        "global_head_dim": 16,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 2,
+        "num_kv_shared_layers": 1,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "attention_bias": True,
+        "final_logit_softcapping": 5.0,
+    },
     "gpt_oss": {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,

@@ -202,8 +202,12 @@ class Stream:
             self._pass(layer.index, current, outputs, (None, None) if edit else observers, observe_layer)
             if keep:
                 self._inputs[layer.index], current = current, outputs
+            elif layer.index in self._layer_inputs:
+                self._layer_inputs.pop(layer.index).close()
             yield layer
         self._final = current
+        if keep_from is None:
+            self._shared.close()
 
     def _pass(
         self,
@@ -257,6 +261,8 @@ class Stream:
                         gradients[number] = x.grad
                     del x, y, roots, shared
             inputs.close()
+            if layer.index in self._layer_inputs:
+                self._layer_inputs.pop(layer.index).close()
             yield layer
         gradients.close()
         self._shared.close()

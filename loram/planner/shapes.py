@@ -172,6 +172,19 @@ class Model:
         return self.geometry.other_parameters(self.architecture) + sum(layer.active_parameters for layer in self.layers)
 
     @property
+    def matrices_outside(self) -> list[tuple[int, bool]]:
+        """Return (values, whether its rows are looked up by token) of matrices in no layer, embedding or head."""
+        shapes = self.geometry.outside_shapes(self.architecture)
+        looked_up = self.architecture.embedding_weights
+        return [(prod(shape), name in looked_up) for name, shape in shapes.items() if len(shape) > 1]
+
+    @property
+    def vectors_outside(self) -> int:
+        """Return how many values the vectors in no layer have, but for the final norm."""
+        shapes = self.geometry.outside_shapes(self.architecture)
+        return sum(prod(shape) for shape in shapes.values() if len(shape) == 1)
+
+    @property
     def vocabulary(self) -> int:
         """Return how many parameters the embedding has, and the head."""
         return self.geometry.vocab_size * self.geometry.hidden_size
