@@ -303,6 +303,9 @@ class Architecture:
         logit_scale: the factor on logits.
         norms_add_one: whether its norms multiply by 1 + weight.
         norms_center: whether its norms subtract the mean first.
+        norm_lengths: how many values beside their inputs its norms keep per vector for the backward pass.
+        norms_values: whether values are normed too, head by head, without a weight.
+        adds_only: whether all that a layer does is to add to the hidden states, so that layers may be dropped.
         normed_inputs: whether attention reads normed hidden states, and not the hidden states themselves.
         rotary_by_window: whether layers with and without a window have rotary tables of their own.
         rotary_by_layer: whether every layer makes rotary tables of its own from the model's.
@@ -348,6 +351,9 @@ class Architecture:
     logit_scale: Scale | None = None
     norms_add_one: bool = False
     norms_center: bool = False
+    norm_lengths: int = 1
+    norms_values: bool = False
+    adds_only: bool = True
     normed_inputs: bool = True
     rotary_by_window: bool = False
     rotary_by_layer: bool = False

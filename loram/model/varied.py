@@ -43,8 +43,12 @@ _TOKENS = Segment(name="tokens", unit="layer_input_vocabulary")
 def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return how each layer attends; the last one sees all tokens whatever the config says."""
     layers = config.get("num_hidden_layers", 0)
-    listed = config.get("layer_types") or [_SLIDING if (layer + 1) % 6 else _FULL for layer in range(layers)]
+    listed = config.get("layer_types") or [_SLIDING if _slides(layer, config) else _FULL for layer in range(layers)]
     return (*listed[:-1], _FULL)
+
+
+def _slides(layer: int, config: Mapping[str, Any]) -> bool:
+    return (layer + 1) % 6 != 0 and layer + 1 != config.get("num_hidden_layers")
 
 
 def _first_shared(config: Mapping[str, Any]) -> int:
@@ -178,8 +182,11 @@ _GEMMA4 = replace(
     kv_heads=4,
     head_dim=256,
     tied=True,
-    windows=Windows(slides=lambda layer, config: (layer + 1) % 6 != 0, default=512),
+    windows=Windows(slides=_slides, default=512),
     logit_softcap=Softcap(key="final_logit_softcapping", default=None),
+    norm_lengths=2,
+    norms_values=True,
+    adds_only=False,  # it multiplies them too
     rotary_by_window=True,
 )
 VARIED = (_GEMMA4,)

@@ -104,9 +104,10 @@ class Model:
         tensors = self.geometry.layer_shapes(self.architecture, index, units)
         shapes = {linear.path: geometry.linear_shape(linear, units) for linear in row.linears}
         widths = {segment: shapes[linear.path][0] for linear in row.linears for segment in linear.rows}
-        groups = 0
-        if KV_GROUPS in row.spaces:
-            groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
+        groups, sharing = 0, row.shared_states
+        if any(linear.reads == "attention" for linear in row.linears):
+            groups = (units or {}).get(KV_GROUPS.name, geometry.units(KV_GROUPS))
+        own_keys = sharing is None or not sharing.readers
         heads = groups * geometry.num_attention_heads // geometry.num_key_value_heads
         own = {part.name: tensors[part.name] for part in row.parameters if part.name in tensors and not part.buffer}
         experts = {part.name: own.pop(part.name) for part in row.expert_tensors}
@@ -122,14 +123,16 @@ class Model:
             biases=sum(shape[0] for name, shape in tensors.items() if name.removesuffix(".bias") in shapes),
             heads=heads,
             kv_heads=groups,
+            own_keys=own_keys,
             head_dim=geometry.head_dim,
             channels=geometry.size([UP], units) if UP in widths else 0,
             shared=widths.get(SHARED, 0),
             routed=self._routed(row, experts, units) if experts else None,
             tensors=own,
-            values_width=widths.get(VALUES, 0),
+            values_width=widths.get(VALUES, groups * geometry.head_dim),
+            layer_input=geometry.hidden_size_per_layer_input,
             norms=sum(norm.width == HIDDEN for norm in row.norms),
-            head_norms=self._head_norms(row, heads, groups),
+            head_norms=self._head_norms(row, geometry.head_dim, heads, groups if own_keys else 0),
             norm_values=sum(geometry.size([norm.width], units) for norm in row.norms),
             window=None if windows is None else windows.of(index, self.text_config),
         )
@@ -147,19 +150,23 @@ class Model:
             biases=sum(shape[1] for shape in tensors.values() if len(shape) == 2),
         )
 
-    def _head_norms(self, row: Architecture, heads: int, groups: int) -> int:
-        """Return `Layer.head_norms` of a layer with some query heads and key-value groups."""
+    def _head_norms(self, row: Architecture, head_dim: int, heads: int, groups: int) -> int:
+        """Return `Layer.head_norms` of a layer with some query heads, and key-value groups of its own."""
         widths = [norm.width for norm in row.norms if norm.width != HIDDEN]
         lengths = heads + groups if ONE_HEAD in widths else len(widths)
-        return (heads + groups) * self.geometry.head_dim + lengths if widths else 0
+        values = 0
+        if row.norms_values:  # a layer without values of its own norms its keys twice
+            own = any(linear.name == "v_proj" for linear in row.linears)
+            values = groups * (head_dim if own else 0)
+            lengths += groups
+        return (heads + groups) * head_dim + values + lengths * row.norm_lengths if widths else 0
 
-    @property
-    def rotated(self) -> int:
-        """Return how many values of a head the rotary tables have."""
+    def rotated(self, head_dim: int) -> int:
+        """Return how many values of a head, which has `head_dim`, the rotary tables have."""
         if self.architecture.partial_rotary is None:
-            return self.geometry.head_dim
+            return head_dim
         options = {**(self.text_config.get("rope_parameters") or {}), **self.text_config}
-        return int(self.geometry.head_dim * options.get("partial_rotary_factor", self.architecture.partial_rotary))
+        return int(head_dim * options.get("partial_rotary_factor", self.architecture.partial_rotary))
 
     @property
     def parameters(self) -> int:

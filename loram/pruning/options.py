@@ -201,9 +201,14 @@ class ResolvedPruneOptions(PruneOptions):
         """Return the layers among which `drop_layers` are dropped; arguments as for `check_fits`.
 
         Raises:
-            UserError: there are not as many, or none would be left to narrow.
+            UserError: there are not as many, none would be left to narrow, or the family's layers do more than add.
         """
         layers = self.layers(geometry)
+        if self.drop_layers and not architecture.adds_only:
+            raise UserError(
+                f"drop_layers: a layer of {architecture.model_type} also multiplies the hidden states, so it cannot be "
+                "dropped; leave it out"
+            )
         if self.narrows and self.drop_layers == len(layers):
             raise UserError(f"drop_layers {self.drop_layers}: leaves no layer to narrow; leave the ratio out")
         return droppable_layers(geometry, architecture, config, layers, self.drop_layers)
