@@ -314,6 +314,7 @@ _IMAGE = {"image_token_index": 300, "image_token_id": 300, "boi_token_index": 30
 # wrapper -> the family of its text model, its tower, and what else its config needs
 WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", "siglip_vision_model", {"mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", "gemma4_vision", {"audio_config": None}),
     "mistral3": ("mistral", "pixtral", {"tie_word_embeddings": False}),
     "llava": ("llama", "clip_vision_model", {}),
     "llava_next": ("mistral", "clip_vision_model", {}),

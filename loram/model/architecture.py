@@ -289,6 +289,7 @@ class Architecture:
             rows of text cannot be put together into one.
         unused: how the names of tensors begin that files may hold and the model has not, such as a layer that predicts
             the token after the next; {} stands for the number of layers.
+        unused_in: a kind of layers -> how the names of tensors inside such a layer begin that files may hold too.
         biases: a switch of config.json -> the paths of the modules that it gives a bias; `always` is no switch.
         on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
@@ -339,6 +340,7 @@ class Architecture:
     experts: Experts | None = None
     recurrent: bool = False
     unused: tuple[str, ...] = ()
+    unused_in: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_by_default: tuple[str, ...] = ()
     kv_heads: int | None = None
@@ -423,7 +425,13 @@ class Architecture:
     def leaves_unused(self, name: str, config: Mapping[str, Any]) -> bool:
         """Return whether the model has no tensor of this name, although files may hold it."""
         layers = self.text_config(config).get("num_hidden_layers")
-        return name.startswith(tuple(prefix.format(layers) for prefix in self.unused))
+        if name.startswith(tuple(prefix.format(layers) for prefix in self.unused)):
+            return True
+        place, kinds = self.split(name), self.layer_kinds(config) if self.unused_in else ()
+        if place is None or place[0] >= len(kinds):
+            return False
+        words = kinds[place[0]].split()
+        return place[1].startswith(tuple(prefix for word in words for prefix in self.unused_in.get(word, ())))
 
     @cached_property
     def linear_spaces(self) -> tuple[Space, ...]:
