@@ -255,7 +255,7 @@ class Stream:
                     with torch.enable_grad():
                         y = self._call(layer.index, number, x, shared)
                     roots = [(y, gradients[number].to(self.device)), *shared.roots()]
-                    torch.autograd.backward(*map(list, zip(*roots, strict=True)))
+                    torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
                     shared.keep_gradients()
                     if x.grad is not None:
                         gradients[number] = x.grad

@@ -64,8 +64,9 @@ class Segment:
             attention, `mixer_keys` and `mixer_values` are the rows of all its key heads and of all its value heads,
             `mixer_heads` is one row per value head, `mixer_head` is the rows of one value head, and `kernel` is one row
             per token that its convolution sees. `queries` and `keys` are the rows of all query heads and of all
-            key-value heads, where they are never cut. `layer_input` is what a layer gets of each token beside the hidden
-            states, `layer_inputs` that of all layers, and `layer_input_vocabulary` is one row per token that has some.
+            key-value heads, where they are never cut. `layer_input` is what a layer gets of each token beside the
+            hidden states, `layer_inputs` that of all layers, and `layer_input_vocabulary` is one row per token that has
+            some.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 

@@ -57,7 +57,7 @@ def _first_shared(config: Mapping[str, Any]) -> int:
 
 
 def _sources(config: Mapping[str, Any]) -> set[int]:
-    """Return the layers whose keys and values later ones read: for each kind of attention, the last that has its own."""
+    """Return the layers whose keys and values later ones read: of each kind of attention, the last with its own."""
     types, first = _layer_types(config), _first_shared(config)
     last = {kind: layer for layer, kind in enumerate(types[:first])}
     return {last[kind] for kind in types[first:] if kind in last}

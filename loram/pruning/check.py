@@ -53,7 +53,10 @@ def check_loads(checkpoint: Checkpoint, plan: PruningPlan) -> None:
                 f"{where}: a model with this config cannot be pruned: of {name}, the pruned folder would have {ours}, "
                 f"and transformers builds {theirs}"
             )
-    positions, row = torch.tensor([[0, model.config.get_text_config().max_position_embeddings]]), checkpoint.architecture
+    positions, row = (
+        torch.tensor([[0, model.config.get_text_config().max_position_embeddings]]),
+        checkpoint.architecture,
+    )
     zeros = {
         name: torch.zeros(1 if name in row.embedding_weights else built[name][0], *built[name][1:])
         for name in row.weights_before_layers

@@ -277,8 +277,8 @@ class ResolvedPruneOptions(PruneOptions):
             raise UserError(f"pattern {self.pattern}: prunes linears, and the experts of this model are none")
         if geometry.sizes_by_kind:
             raise UserError(
-                f"pattern {self.pattern}: needs layers of one size, and {' and '.join(geometry.sizes_by_kind)} layers of "
-                "this model have sizes of their own; prune it structurally, with a ratio alone"
+                f"pattern {self.pattern}: needs layers of one size, and some layers of this model have sizes of their "
+                f"own ({', '.join(geometry.sizes_by_kind)}); prune it structurally, with a ratio alone"
             )
         for linear in architecture.linears:
             if linear.has_units:
