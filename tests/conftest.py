@@ -38,9 +38,21 @@ NEAR_LLAMA = (
     "glm4",
     "cohere2",
 )
-EXPERTS = ("qwen3_moe", "mixtral")  # mixtures of experts; their tests are in test_experts.py, and the planner's sums
+# Mixtures of experts. Their tests are in test_experts.py, and the planner's sums.
+EXPERTS = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "glm4_moe",
+    "olmoe",
+    "qwen2_moe",
+    "ernie4_5_moe",
+    "minimax_m2",
+    "granitemoe",
+)
 # Families whose layers are of several kinds; tested as those near Llama.
 HYBRIDS = ("qwen3_5_text", "lfm2")
+HYBRID_EXPERTS = ("qwen3_5_moe_text", "qwen3_next")  # their laws are in test_experts.py
 VARIED = ("gemma4_text",)  # families whose layers differ in size; tested as those near Llama
 EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS, *VARIED)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -65,6 +77,12 @@ _DELTA_NETS = {
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 6,
     "linear_conv_kernel_dim": 3,
+}
+_SHARED_EXPERT = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 12,
 }
 # What each family needs beyond SIZES, so that the odd parts of it are tested: biases, windows, untied or tied heads.
 ODDITIES: dict[str, dict[str, Any]] = {
@@ -118,6 +136,14 @@ ODDITIES: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 8},
     "qwen3_5_text": {"attention_bias": True, "full_attention_interval": 2, **_DELTA_NETS},
+    "qwen3_5_moe_text": {**_DELTA_NETS, **_SHARED_EXPERT, "full_attention_interval": 3},
+    "qwen3_next": {
+        **_DELTA_NETS,
+        **_SHARED_EXPERT,
+        "full_attention_interval": 3,
+        "mlp_only_layers": [1],
+        "attention_bias": True,
+    },
     # the MLP is 32 wide, the next multiple of 8 after two thirds of 40
     "lfm2": {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8},
     # the last layer reads the keys and values of layer 2; layers 1 and 2 take their keys for values
@@ -211,9 +237,11 @@ SLOW = (
     "test_compare",
     "test_configs",
     "test_correct",
+    "test_depth",
     "test_dry_run",
     "test_gradients",
     "test_end_to_end",
+    "test_expert_adapters",
     "test_kill",
     "test_laws",
     "test_loading",
@@ -221,6 +249,7 @@ SLOW = (
     "test_methods",
     "test_near_llama",
     "test_nf4",
+    "test_packed",
     "test_paths",
     "test_pipeline",
     "test_planner",
@@ -321,6 +350,7 @@ WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llava_onevision": ("qwen2", "siglip_vision_model", {}),
     "internvl": ("qwen2", "internvl_vision", {}),
     "qwen3_5": ("qwen3_5_text", "qwen3_5_vision", {"video_token_id": 303}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_vision", {"video_token_id": 303}),
 }
 
 

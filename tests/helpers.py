@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
+
+import loram
+from loram.model.plan import PruningPlan
 
 
 class Live(TorchDispatchMode):  # type: ignore[misc]
@@ -52,3 +57,39 @@ def stop(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
         return step(self, *args, **options)
 
     patch.setattr(Trainer, "training_step", training_step)
+
+
+class WithoutExperts(TorchFunctionMode):
+    """Give the logits of dropped experts as minus infinity wherever a router's weight is multiplied.
+
+    A bias that only the choice of experts sees becomes minus infinity too: it comes after a sigmoid or softmax.
+    """
+
+    def __init__(self, model: Any, plan: PruningPlan) -> None:
+        super().__init__()
+        self.dropped: dict[int, list[int]] = {}
+        for layer, spaces in plan.layers.items():
+            row = plan.geometry.layer(plan.architecture, layer)
+            if row.experts is not None and "experts" in spaces:
+                assert plan.geometry.num_experts is not None
+                router = model.get_parameter(f"{row.layer_path(layer)}.{row.experts.router}")
+                gone = set(range(plan.geometry.num_experts)) - set(spaces["experts"])
+                self.dropped[router.data_ptr()] = sorted(gone)
+                for part in row.parameters:
+                    if part.name.endswith("e_score_correction_bias"):
+                        model.state_dict()[f"{row.layer_path(layer)}.{part.name}"][..., sorted(gone)] = -torch.inf
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear and (gone := self.dropped.get(args[1].data_ptr())):
+            result[..., gone] = -torch.inf
+        return result
+
+
+def zeroed(base: Path, plan: PruningPlan) -> Any:
+    """The full model with the weights of its pruned heads and channels set to zero."""
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(loram.widen(name, loram.narrow(name, tensor, plan), plan))
+    return model

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXPERTS, random_adapter, relative
-from peft import PeftModel
+from helpers import WithoutExperts, zeroed
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import loram
@@ -21,8 +22,11 @@ from loram.disk.expert_factors import by_expert, together
 from loram.model.experts import EXPERT_CHANNELS, EXPERT_UNITS
 from loram.model.families import ARCHITECTURES
 from loram.model.plan import PruningPlan
+from loram.training.methods.lora_fa import LORA_FA
 from loram.training.options import TrainOptions, resolve
 
+EVERY_MIXTURE = [family for family, row in ARCHITECTURES.items() if row.experts is not None]
+on_every_mixture = pytest.mark.parametrize("family", EVERY_MIXTURE)
 on_every_family = pytest.mark.parametrize("family", EXPERTS)
 TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50], [9, 9, 31, 70, 2, 44, 6, 18, 25, 81, 90, 7]])
 TRAINER = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
@@ -59,23 +63,6 @@ def adapter_on(folder: Path, out: Path, family: str, **options: Any) -> Path:
     return out
 
 
-def zeroed(base: Path, plan: PruningPlan) -> Any:
-    """The full model with what was pruned set to zero, and with no token sent to experts that are gone."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    router = plan.architecture.experts.router
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(router):
-                parameter.copy_(loram.widen(name, loram.narrow(name, parameter, plan), plan))
-    for layer, spaces in plan.layers.items():
-        if EXPERT_UNITS.name in spaces:
-            kept = torch.tensor(spaces[EXPERT_UNITS.name])
-            gate = model.get_submodule(f"model.layers.{layer}.{router.removesuffix('.weight')}")
-            gate.weight = nn.Parameter(gate.weight[kept], requires_grad=False)
-            gate.register_forward_hook(lambda _, args, output, kept=kept: (*output[:-1], kept[output[-1]]))
-    return model.eval()
-
-
 def logits(model: Any) -> Tensor:
     with torch.inference_mode():
         return model.eval()(TOKENS).logits
@@ -96,7 +83,7 @@ def by_hand(plan: PruningPlan) -> PruningPlan:
     return plan.model_copy(update={"layers": layers})
 
 
-@on_every_family
+@on_every_mixture
 def test_factors_are_widened_as_the_weight_is(family: str, pruned: Any) -> None:
     """`narrow` undoes `widen`, and the update of the widened factors is the widened update."""
     plan = by_hand(pruned(family)[2])
@@ -133,8 +120,9 @@ def test_factors_of_other_models_are_refused(pruned: Any) -> None:
         loram.widen(name, torch.ones(6, 7), plan)
 
 
-@on_every_family
-@pytest.mark.parametrize("only_last", [False, True], ids=["both", "last"])
+@pytest.mark.parametrize(
+    ("family", "only_last"), [*((family, False) for family in EVERY_MIXTURE), ("mixtral", True), ("gpt_oss", True)]
+)
 def test_law_3_pruned_adapter_equals_recovered_adapter(
     family: str, only_last: bool, pruned: Any, tmp_path: Path
 ) -> None:
@@ -143,9 +131,26 @@ def test_law_3_pruned_adapter_equals_recovered_adapter(
     adapter = adapter_on(folder, tmp_path / "adapter", family, use_rslora=True, **options)
     loram.recover(adapter, tmp_path / "recovered")
     small = PeftModel.from_pretrained(loram.load_pruned(folder), adapter)
-    full = PeftModel.from_pretrained(zeroed(base, plan), tmp_path / "recovered")
-    assert relative(logits(small), logits(full)) <= 1e-5
-    assert relative(logits(full), logits(zeroed(base, plan))) > 1e-3  # the adapter does something
+    model = zeroed(base, plan)
+    with WithoutExperts(model, plan):
+        before = logits(model)
+        after = logits(PeftModel.from_pretrained(model, tmp_path / "recovered"))
+    assert relative(logits(small), after) <= 1e-5
+    assert relative(after, before) > 1e-3  # the adapter does something
+
+
+def test_layers_that_were_dropped_get_no_factors(
+    tiny_models: dict[str, Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    base, folder = tiny_models["mixtral"], tmp_path / "pruned"
+    plan = loram.prune(base, folder, drop_layers=2, experts_ratio=0.5, criterion="random", keep_first=1, keep_last=0)
+    adapter = adapter_on(folder, tmp_path / "adapter", "mixtral")
+    recovered = loram.recover(adapter, tmp_path / "recovered")
+    assert not any(plan.drops(module) for module in Adapter.load(recovered).modules)
+    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), recovered)
+    assert not any("missing" in str(warning.message) for warning in recwarn)
+    merged = AutoModelForCausalLM.from_pretrained(loram.merge(base, recovered, tmp_path / "merged"))
+    assert relative(logits(merged), logits(full)) <= 1e-5
 
 
 PLAIN_PEFT = """
@@ -304,7 +309,6 @@ def test_targets_and_their_defaults() -> None:
         ({"lora": {**TARGETS, "rank_pattern": {"down_proj": 4}}}, MOE, "rank_pattern has 'down_proj'"),
         ({"lora": TARGETS, "method": "dora"}, MOE, "is for methods lora and rslora and lora-fa"),
         ({"lora": TARGETS, "method": "lora-sp"}, MOE, "and the method is lora-sp"),
-        ({"lora": TARGETS, "load_in_4bit": True}, MOE, "needs experts in 16 or 32 bits"),
         ({"lora": TARGETS, "mask_update": True}, MOE, "mask_update: masks the updates of linears"),
         ({"lora": TARGETS, "anchor_steps": 8}, MOE, "anchor_steps: measures .* drop target_parameters"),
         ({"lora": {"target_modules": ["q_proj", "gate_proj"]}}, MOE, "'gate_proj', which PEFT takes for experts"),
@@ -317,11 +321,16 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], row: Any,
     assert "\n" not in str(caught.value)
 
 
-def test_lora_fa_trains_only_lora_b(pruned: Any, rows_file: Path, tmp_path: Path) -> None:
-    options = {"data": rows_file, "method": "lora-fa", "lora": TARGETS, "trainer": TRAINER}
-    short = {**options, "trainer": {**TRAINER, "max_steps": 1}}
-    folders = [loram.train(pruned("mixtral")[1], tmp_path / str(n), **o) for n, o in enumerate((options, short))]
-    name = "model.layers.2.mlp.experts.gate_up_proj"
-    long, brief = (Adapter.load(folder).modules[name] for folder in folders)
-    assert torch.equal(long["A"], brief["A"])
-    assert not torch.equal(long["B"], brief["B"])
+def test_weights_whose_adapter_peft_would_misread_do_not_train(pruned: Any, rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(loram.UserError, match=r"method full: .* takes 'gate_proj' in qwen3_moe for experts"):
+        loram.train(pruned("qwen3_moe")[1], tmp_path / "out", data=rows_file, method="full")
+
+
+def test_lora_fa_trains_only_lora_b(pruned: Any) -> None:
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=experts_of("mixtral"), task_type="CAUSAL_LM")
+    model = get_peft_model(loram.load_pruned(pruned("mixtral")[1]), config)
+    LORA_FA.specialise_(model, None, pruned=True)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert len(trained) == 5 * 3
+    assert all(".lora_B." in name for name in trained)

@@ -82,6 +82,18 @@ def as_4bit(weight: Tensor) -> Tensor:
     return rounded.view_as(weight)
 
 
+def experts_as_4bit(weight: Tensor, *, transposed: bool) -> Tensor:
+    """Return a 3-D tensor of experts after each was quantised to NF4 by itself, and dequantised.
+
+    Args:
+        weight: (experts, out_features, in_features), or (experts, in_features, out_features) if it is `transposed`.
+        transposed: as above; blocks of 64 values lie along the inputs in either case.
+    """
+    matrices = weight.mT if transposed else weight
+    rounded = torch.stack([as_4bit(matrix.contiguous()) for matrix in matrices])
+    return rounded.mT.contiguous() if transposed else rounded
+
+
 def dequantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, int]:
     """Return a weight that is in NF4 in a folder, dequantised, and how many values share a constant there."""
     constants: dict[str, Any] = {key: checkpoint.tensor(key) for key in checkpoint.constants(name)}
@@ -260,8 +272,7 @@ def _put_(
     elif isinstance(module, SparseLinear) and own == "weight":
         module.weight = _read_4bit(checkpoint, name, shape, device, dtype)
     elif _holds_experts(checkpoint, name):
-        matrices = _experts(checkpoint, name, transposed=module.is_transposed)
-        put_experts_(module, own, (_packed(matrix, device, dtype) for matrix in matrices))
+        put_experts_(module, own, (_packed(matrix, device, dtype) for matrix in _experts(checkpoint, name)))
     else:
         tensor = checkpoint.tensor(name).to(device)
         is_buffer = own in dict(module.named_buffers(recurse=False))
@@ -329,18 +340,14 @@ def _packed(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Params4
 def _holds_experts(checkpoint: Checkpoint, name: str) -> bool:
     """Return whether a tensor has one matrix per expert."""
     place = checkpoint.architecture.split(name)
-    stacks = {tensor.name for tensor in checkpoint.architecture.expert_tensors if len(tensor.axes) == 3}
-    return place is not None and place[1] in stacks
+    return place is not None and any(place[1] == tensor.name for tensor in checkpoint.architecture.expert_matrices)
 
 
-def _experts(checkpoint: Checkpoint, name: str, *, transposed: bool) -> Iterator[Tensor]:
-    """Yield the matrix of each expert in a 3-D tensor, (out_features, in_features), as linears have it.
-
-    Only one is in memory. A tensor may be transposed: (experts, in_features, out_features).
-    """
+def _experts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """Yield the matrix of each expert in a 3-D tensor, (out_features, in_features), of which one is in memory."""
     for expert in range(checkpoint.shape(name)[0]):
         (matrix,) = checkpoint.tensor(name, expert, expert + 1)
-        yield matrix.T.contiguous() if transposed else matrix
+        yield matrix.T.contiguous() if checkpoint.architecture.experts_transposed else matrix
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -50,7 +50,7 @@ class _Options(BaseModel):
     use_rslora: bool | None = False
     use_dora: bool | None = False
     fan_in_fan_out: bool | None = False
-    target_modules: str | list[str] | None
+    target_modules: str | list[str]
     target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
@@ -96,13 +96,14 @@ class Adapter:
                 raise UserError(f"{folder}: no {name} here, so this is not a LoRA adapter folder")
         config, file = read_json(folder / CONFIG_NAME), TensorFile(folder / WEIGHTS_NAME)
         repeated = {f"{match['module']}.weight": name for name in file.specs if (match := _BASE_WEIGHT.match(name))}
-        targets, masks = config.get("target_parameters"), {}
-        tensors = {own_name(name, targets): file.read(name) for name in file.specs if name not in repeated.values()}
+        tensors, masks = {name: file.read(name) for name in file.specs if name not in repeated.values()}, {}
         if (folder / MASKS_NAME).is_file():
             bits = TensorFile(folder / MASKS_NAME)
             masks = {name.removesuffix(".mask"): bits.read(name) for name in bits.specs}
         adapter = cls(folder=folder, config=config, tensors=tensors, masks=masks, base_weights=repeated)
         adapter._check_config()
+        targets = adapter._options.target_parameters
+        adapter = dataclasses.replace(adapter, tensors={own_name(name, targets): tensors[name] for name in tensors})
         adapter._check_tensors()
         return adapter
 
@@ -159,8 +160,11 @@ class Adapter:
 
     @cached_property
     def _options(self) -> _Options:
+        config = self.config
+        if config.get("target_modules") is None and config.get("target_parameters"):  # to PEFT that is no module
+            config = {**config, "target_modules": []}
         try:
-            return _Options.model_validate(self.config)
+            return _Options.model_validate(config)
         except ValidationError as error:
             raise UserError(f"{self.folder / CONFIG_NAME}: {first_problem(error)}") from error
 
@@ -298,8 +302,6 @@ class Adapter:
         options = self._options.model_dump(include=keys)
         parameters = [module for module in modules if is_of_experts(module)]
         targeted = [name for name in parameters if is_targeted(name, self._options.target_parameters)]
-        if options["target_modules"] is None:
-            return targeted
         if str(options["target_modules"]).lower() == ALL_LINEAR:  # which to PEFT are all but the head's
             options |= {"target_modules": r".*\.\d+\..*"}  # all in a numbered layer
         try:

@@ -18,6 +18,8 @@ _PACKED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_scale(_ub)?$")
 # FP4 has a sign, two bits of exponent and one of mantissa (OCP Microscaling Formats 1.0, table 5).
 _FP4 = torch.tensor([sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+# The two values of each byte, the lower four bits first, as one element of 8 bytes: so they are looked up together.
+_PAIRS = torch.stack([_FP4.repeat(16), _FP4.repeat_interleave(16)], dim=1).view(torch.float64).flatten()
 
 
 class PackedTensor:
@@ -49,32 +51,32 @@ class PackedTensor:
             )
         shape = (self._shape[0], self._shape[2], self._shape[1]) if self._experts else self._shape
         self.spec = TensorSpec(dtype=dtype, shape=shape)
+        self._step = max(1, BLOCK_BYTES // max(1, self.spec.row_bytes))  # what is made in float32 is larger
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the dense weight, or its rows `start` to `stop` (exclusive); only what these need is read."""
         rows = range(*slice(start, stop).indices(self.spec.shape[0]))
         dense = torch.empty((len(rows), *self.spec.shape[1:]), dtype=self.spec.dtype)
-        step = max(1, BLOCK_BYTES // self.spec.row_bytes)
-        for first in rows[::step]:  # what is made in float32 is larger than the result
-            last = min(first + step, rows.stop)
+        for first in rows[:: self._step]:
+            last = min(first + self._step, rows.stop)
             dense[first - rows.start : last - rows.start] = self._product(first, last)
         return dense
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the first row, rows) from the first row to the last, in blocks of about 64 MB."""
-        step = max(1, BLOCK_BYTES // self.spec.row_bytes)
-        return ((row, self.read(row, row + step)) for row in range(0, self.spec.shape[0], step))
+        return ((row, self.read(row, row + self._step)) for row in range(0, self.spec.shape[0], self._step))
 
     def _product(self, first: int, last: int) -> Tensor:
         """Return some rows of the dense weight in float32."""
         block = self._block[0]
         scales = _powers(self._scales.read(first // block, (last - 1) // block + 1)).view(-1, *self._grid[1:])
-        scales = scales[torch.arange(first, last) // block - first // block]
+        scales = scales.index_select(0, torch.arange(first, last) // block - first // block)
         for dimension in range(1, len(self._shape)):
-            repeated = scales.repeat_interleave(self._block[dimension], dimension)
-            scales = repeated.narrow(dimension, 0, self._shape[dimension])  # the last block may be a part
+            if self._grid[dimension] > 1:
+                repeated = scales.repeat_interleave(self._block[dimension], dimension)
+                scales = repeated.narrow(dimension, 0, self._shape[dimension])  # the last block may be a part
         values = self._values.read(first, last)
-        return (_unpacked(values) * scales).transpose(1, 2) if self._experts else values.float() * scales
+        return _unpacked(values).mul_(scales).transpose(1, 2) if self._experts else values.float().mul_(scales)
 
 
 def unpacked(
@@ -116,8 +118,8 @@ def dense_dtype(config: Mapping[str, Any]) -> torch.dtype:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         for key in ("dtype", "torch_dtype"):
-            if part.get(key) in _DTYPES:
-                return _DTYPES[part[key]]
+            if (dtype := _DTYPES.get(str(part.get(key)))) is not None:
+                return dtype
     return torch.bfloat16
 
 
@@ -137,4 +139,5 @@ def _powers(scales: Tensor) -> Tensor:
 
 def _unpacked(values: Tensor) -> Tensor:
     """Return FP4 values in float32, two for each byte: (experts, out, groups, 16) -> (experts, out, 32 * groups)."""
-    return torch.stack([_FP4[(values & 15).int()], _FP4[(values >> 4).int()]], dim=-1).flatten(2)
+    pairs = _PAIRS.index_select(0, values.flatten().int())
+    return pairs.view(torch.float32).view(*values.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""The types of a row of `families.py`: what LoRAM has to know about a family of models. Nothing here touches a weight.
+"""The types of a family's row: what LoRAM has to know about a family of models. Nothing here touches a weight.
 
 Four words recur in the whole project:
 
@@ -119,11 +119,6 @@ class Linear:
         """Return whether pruning can make it smaller."""
         return any(segment.space is not None for side in self.sides for segment in side)
 
-    @property
-    def consumes_units(self) -> bool:
-        """Return whether its inputs are units of a space: pruning takes away inputs, and not outputs."""
-        return any(segment.space is not None for segment in self.columns)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -142,14 +137,14 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts; buffers too.
+    """A tensor of a decoder layer that is neither in a linear nor in a norm, such as stacked experts.
 
     Args:
         name: the tensor's name inside the layer. One that ends with `.bias` is there only where the row's `biases` say
             that its module has a bias.
         axes: the segments of each of its dimensions.
         kinds: the kinds of layers that have it; empty where every layer does.
-        buffer: whether it is a buffer, which no count of parameters includes.
+        buffer: whether it is a buffer, which is stored as parameters are but does not count as one.
     """
 
     name: str

@@ -8,6 +8,7 @@ from typing import Any
 from loram.base.errors import UserError
 from loram.model.architecture import Architecture, Space
 from loram.model.geometry import Geometry
+from loram.model.parts import KV_GROUPS
 
 
 def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> range:
@@ -27,10 +28,11 @@ def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> rang
 def droppable_layers(
     geometry: Geometry, architecture: Architecture, config: Mapping[str, Any], pruned: range, count: int
 ) -> list[int]:
-    """Return the layers among which some are dropped: those that are pruned, but for the first of each kind.
+    """Return the layers among which some are dropped: those that are pruned, but for a few.
 
-    A dropped layer has no key-value cache, and transformers asks the first layer with full attention, and the first
-    with a sliding window, how long the text in the cache is.
+    A dropped layer has no cache. transformers asks the first layer with full attention, and the first with a sliding
+    window, how long the text in the cache is, and the last layer that has a state instead of attention whether there is
+    any. So the first layer of each kind stays, and the last one without attention.
 
     Args:
         geometry, architecture: the full model's sizes and family.
@@ -46,11 +48,12 @@ def droppable_layers(
     for layer in range(geometry.num_hidden_layers):
         kind = geometry.layer_kinds[layer] if geometry.layer_kinds else None
         firsts.setdefault((kind, None if windows is None else windows.of(layer, text)), layer)
-    layers = [layer for layer in pruned if layer not in firsts.values()]
+    states = [n for n in range(geometry.num_hidden_layers) if KV_GROUPS not in geometry.layer(architecture, n).spaces]
+    layers = [layer for layer in pruned if layer not in {*firsts.values(), *states[-1:]}]
     if count > len(layers):
         raise UserError(
             f"{count} layers cannot be dropped: only {len(layers)} of {geometry.num_hidden_layers} can, since "
-            "keep_first, keep_last and the first layer of each kind of attention stay"
+            "keep_first, keep_last and the layers whose cache transformers looks at stay"
         )
     return layers
 

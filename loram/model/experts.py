@@ -94,7 +94,7 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...], default: int) -> i
     return next((int(config[name]) for name in names if config.get(name) is not None), default)
 
 
-def _sizes(
+def expert_sizes(
     experts: int, chosen: int, width: int, key: str, shared: Callable[[Mapping[str, Any], int], int] | None = None
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Return how a family's config.json gives the sizes of experts.
@@ -119,7 +119,8 @@ def _sizes(
     return read
 
 
-def _qwen_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+def qwen_mlps(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which layers of Qwen's mixtures have experts, and which an ordinary MLP, as kinds of layers."""
     dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
     return tuple(
         DENSE_MLP if layer in dense or (layer + 1) % step else SPARSE for layer in range(config["num_hidden_layers"])
@@ -146,8 +147,8 @@ _QWEN3 = replace(
     linears=(*ATTENTION, *_only(DENSE_MLP, MLP_LINEARS)),
     norms=(*NORMS, *HEAD_NORMS),
     parameters=_TENSORS,
-    kinds=_qwen_kinds,
-    sizes=_sizes(128, 8, 768, "moe_intermediate_size"),
+    kinds=qwen_mlps,
+    sizes=expert_sizes(128, 8, 768, "moe_intermediate_size"),
     experts=_EXPERTS,
     biases={"attention_bias": QKVO},
     kv_heads=4,
@@ -159,7 +160,7 @@ _MIXTRAL = replace(
     model_class="MixtralForCausalLM",
     linears=ATTENTION,
     parameters=tuple(replace(part, kinds=()) for part in _TENSORS),
-    sizes=_sizes(8, 2, 14336, "intermediate_size"),
+    sizes=expert_sizes(8, 2, 14336, "intermediate_size"),
     experts=replace(
         _EXPERTS,
         in_files={
@@ -171,6 +172,28 @@ _MIXTRAL = replace(
     biases={},
     kv_heads=8,
     windows=Windows(slides=lambda layer, config: True, default=None),
+)
+QWEN2_MOE = replace(
+    _QWEN3,
+    model_type="qwen2_moe",
+    model_class="Qwen2MoeForCausalLM",
+    linears=(
+        *_QWEN3.linears,
+        *_shared("mlp.shared_expert", SPARSE),
+        *_only(SPARSE, (Linear(path="mlp.shared_expert_gate", reads="mlp", rows=(ONE,)),)),
+    ),
+    norms=NORMS,
+    sizes=expert_sizes(
+        *(60, 4, 1408, "moe_intermediate_size"),
+        lambda config, width: config.get("shared_expert_intermediate_size", 5632),
+    ),
+    biases={"qkv_bias": QKV},
+    on_by_default=("qkv_bias",),
+    kv_heads=16,
+    windows=replace(
+        QWEN_WINDOWS,
+        slides=lambda layer, config: layer % 2 == 0 and layer < config.get("max_window_layers", 28),
+    ),
 )
 EXPERTS = (
     _QWEN3,
@@ -189,9 +212,9 @@ EXPERTS = (
             Parameter(name=_DOWN, axes=((EXPERT,), (EXPERT_UP,), (HIDDEN,))),
             Parameter(name=f"{_DOWN}_bias", axes=((EXPERT,), (HIDDEN,))),
         ),
-        sizes=_sizes(128, 4, 2880, "intermediate_size"),
-        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}),
-        biases={"attention_bias": QKVO},
+        sizes=expert_sizes(128, 4, 2880, "intermediate_size"),
+        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}, transposed=True),
+        biases={"attention_bias": QKVO, "always": ("mlp.router",)},
         on_by_default=("attention_bias",),
         kv_heads=8,
         head_dim=64,
@@ -205,10 +228,10 @@ EXPERTS = (
         norms=(*NORMS, *(replace(norm, kinds=(_NORMED,)) for norm in HEAD_NORMS)),
         parameters=(
             *_TENSORS,
-            Parameter(name="mlp.gate.e_score_correction_bias", axes=((EXPERT,),), kinds=(SPARSE,)),
+            Parameter(name="mlp.gate.e_score_correction_bias", axes=((EXPERT,),), kinds=(SPARSE,), buffer=True),
         ),
         kinds=_glm_kinds,
-        sizes=_sizes(
+        sizes=expert_sizes(
             *(128, 8, 1408, "moe_intermediate_size"), lambda config, width: width * config.get("n_shared_experts", 1)
         ),
         experts=replace(_EXPERTS, groups="n_group"),
@@ -224,32 +247,11 @@ EXPERTS = (
         linears=ATTENTION,
         norms=_WIDE_NORMS,
         parameters=_MIXTRAL.parameters,
-        sizes=_sizes(64, 8, 2048, "intermediate_size"),
+        sizes=expert_sizes(64, 8, 2048, "intermediate_size"),
         experts=_EXPERTS,
         biases={"attention_bias": QKVO},
     ),
-    replace(
-        _QWEN3,
-        model_type="qwen2_moe",
-        model_class="Qwen2MoeForCausalLM",
-        linears=(
-            *_QWEN3.linears,
-            *_shared("mlp.shared_expert", SPARSE),
-            *_only(SPARSE, (Linear(path="mlp.shared_expert_gate", reads="mlp", rows=(ONE,)),)),
-        ),
-        norms=NORMS,
-        sizes=_sizes(
-            *(60, 4, 1408, "moe_intermediate_size"),
-            lambda config, width: config.get("shared_expert_intermediate_size", 5632),
-        ),
-        biases={"qkv_bias": QKV},
-        on_by_default=("qkv_bias",),
-        kv_heads=16,
-        windows=replace(
-            QWEN_WINDOWS,
-            slides=lambda layer, config: layer % 2 == 0 and layer < config.get("max_window_layers", 28),
-        ),
-    ),
+    QWEN2_MOE,
     replace(
         LLAMA,
         model_type="ernie4_5_moe",
@@ -264,7 +266,7 @@ EXPERTS = (
             Parameter(name=_ERNIE_BIAS, axes=((ONE,), (EXPERT,)), kinds=(SPARSE,)),
         ),
         kinds=_ernie_kinds,
-        sizes=_sizes(
+        sizes=expert_sizes(
             *(64, 6, 1536, "moe_intermediate_size"),
             lambda config, width: width * config.get("moe_num_shared_experts", 2),
         ),
@@ -282,8 +284,11 @@ EXPERTS = (
         model_type="minimax_m2",
         model_class="MiniMaxM2ForCausalLM",
         norms=_WIDE_NORMS,
-        parameters=(*_MIXTRAL.parameters, Parameter(name="mlp.e_score_correction_bias", axes=((EXPERT,),))),
-        sizes=_sizes(256, 8, 1536, "intermediate_size"),
+        parameters=(
+            *_MIXTRAL.parameters,
+            Parameter(name="mlp.e_score_correction_bias", axes=((EXPERT,),), buffer=True),
+        ),
+        sizes=expert_sizes(256, 8, 1536, "intermediate_size"),
         head_dim=128,
         windows=None,
         partial_rotary=1.0,
@@ -299,7 +304,7 @@ EXPERTS = (
             Parameter(name=_GRANITE_DOWN, axes=((EXPERT,), (HIDDEN,), (EXPERT_UP,))),
         ),
         blocks=("self_attn", "block_sparse_moe"),
-        sizes=_sizes(8, 2, 11008, "intermediate_size"),
+        sizes=expert_sizes(8, 2, 11008, "intermediate_size"),
         experts=Experts(
             path="block_sparse_moe.experts",
             router="block_sparse_moe.router.weight",

@@ -68,7 +68,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
         inner = text.get("model_type") if isinstance(text, Mapping) else None
         of_text = "" if inner is None else f" around a text model of type {inner!r}"
         reason = _UNFIT.get(model_type) or _UNFIT.get(str(inner))
-        missing = "; what is missing is its row in loram/model/families.py (see CONTRIBUTING.md, 'Add a family')"
+        missing = "; what is missing is a row in loram/model (see CONTRIBUTING.md, 'Add a family')"
         raise UserError(
             f"{where}: model_type {model_type!r}{of_text} is not supported{f': {reason}' if reason else ''}; supported "
             f"families are {', '.join(ARCHITECTURES)}{'' if reason else missing}"

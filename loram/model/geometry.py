@@ -100,9 +100,11 @@ class Geometry(BaseModel):
             UserError: the family is not supported, a size is missing, or sizes contradict each other.
         """
         architecture = architecture_of(config, where)
-        if architecture.unfit is not None and (reason := architecture.unfit(architecture.text_config(config))):
+        text = architecture.text_config(config)
+        countable = isinstance(text.get("num_hidden_layers"), int)
+        if countable and architecture.unfit is not None and (reason := architecture.unfit(text)):
             raise UserError(f"{where}: {reason}")
-        kinds, config = architecture.layer_kinds(config), architecture.text_config(config)
+        kinds, config = architecture.layer_kinds(config) if countable else (), text
         biases = [
             path
             for switch, paths in architecture.biases.items()
@@ -276,7 +278,7 @@ class Geometry(BaseModel):
 
     def layer_parameters(self, architecture: Architecture, layer: int, units: Units | None = None) -> int:
         """Return how many parameters one decoder layer has; `units` as for `size`."""
-        buffers = {part.name for part in architecture.parameters if part.buffer}
+        buffers = [part.name for part in self.layer(architecture, layer).parameters if part.buffer]
         shapes = self.layer_shapes(architecture, layer, units)
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in buffers)
 

@@ -5,15 +5,17 @@ experts alone.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from loram.model.architecture import HIDDEN, ONE_HEAD, Linear, Norm, Parameter, Segment
+from loram.model.architecture import HIDDEN, ONE, ONE_HEAD, Linear, Norm, Parameter, Segment
 from loram.model.dense import LLAMA
+from loram.model.experts import QWEN2_MOE, SPARSE, expert_sizes, qwen_mlps
 from loram.model.parts import ATTENTION, GATE, HEAD_NORMS, KV_GROUPS, MLP_LINEARS, NORMS, QKVO, UP
 
 Part = TypeVar("Part", Linear, Norm, Parameter)
+Sizes = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 FULL, LINEAR, CONVOLUTION = "full_attention", "linear_attention", "conv"  # kinds of layers, as layer_types has them
 
@@ -23,7 +25,6 @@ _VALUES = Segment(name="values of all heads", unit="mixer_values")
 _HEADS = Segment(name="heads", unit="mixer_heads")
 _HEAD = Segment(name="values of a head", unit="mixer_head")
 _KERNEL = Segment(name="kernel", unit="kernel")
-_ONE = Segment(name="one", unit="channel")
 
 
 def _only(kind: str, parts: tuple[Part, ...]) -> tuple[Part, ...]:
@@ -40,12 +41,12 @@ def _by_attention_or(other: str, config: Mapping[str, Any], full: Container[int]
         full: the layers with attention where the config has no `layer_types`.
     """
     listed = config.get("layer_types")
-    return tuple(listed or (FULL if layer in full else other for layer in range(config.get("num_hidden_layers", 0))))
+    return tuple(listed or (FULL if layer in full else other for layer in range(config["num_hidden_layers"])))
 
 
-def _qwen_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _qwen_mixers(config: Mapping[str, Any]) -> tuple[str, ...]:
     interval = config.get("full_attention_interval", 4)
-    return _by_attention_or(LINEAR, config, range(interval - 1, config.get("num_hidden_layers", 0), interval))
+    return _by_attention_or(LINEAR, config, range(interval - 1, config["num_hidden_layers"], interval))
 
 
 def _delta_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,20 +61,26 @@ def _delta_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config.get(name, default) for name, default in defaults.items()}
 
 
+def _shared_width(config: Mapping[str, Any], width: int) -> int:
+    return int(config.get("shared_expert_intermediate_size", 512))
+
+
+def _mixture_sizes(experts: Sizes) -> Sizes:
+    """Return how a config.json gives the sizes of both mixers and experts."""
+    return lambda config: {**_delta_sizes(config), **experts(config)}
+
+
 def _lfm2_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
     listed = config.get("full_attn_idxs")
-    return _by_attention_or(
-        CONVOLUTION, config, range(config.get("num_hidden_layers", 0)) if listed is None else listed
-    )
+    return _by_attention_or(CONVOLUTION, config, range(config["num_hidden_layers"]) if listed is None else listed)
 
 
 def _lfm2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     width = config.get("block_ff_dim", config.get("intermediate_size", 12_288))
     if config.get("block_auto_adjust_ff_dim", True):
-        width = int(2 * width / 3)
-        if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
-            multiple = config.get("block_multiple_of", 256)
-            width = multiple * math.ceil(int(factor * width) / multiple)
+        multiple = config.get("block_multiple_of", 256)
+        scaled = int(config.get("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
+        width = multiple * math.ceil(scaled / multiple)
     return {"intermediate_size": width, "linear_conv_kernel_dim": config.get("conv_L_cache", 3)}
 
 
@@ -94,20 +101,21 @@ _DELTA_LINEARS = (
     _DELTA_OUT,
 )
 _DELTA_TENSORS = (
-    Parameter(name="linear_attn.conv1d.weight", axes=((_KEYS, _KEYS, _VALUES), (_ONE,), (_KERNEL,))),
+    Parameter(name="linear_attn.conv1d.weight", axes=((_KEYS, _KEYS, _VALUES), (ONE,), (_KERNEL,))),
     Parameter(name="linear_attn.dt_bias", axes=((_HEADS,),)),
     Parameter(name="linear_attn.A_log", axes=((_HEADS,),)),
     Parameter(name="linear_attn.norm.weight", axes=((_HEAD,),)),
 )
+_QWEN3_5_MIXERS = (*_only(FULL, _GATED_ATTENTION), *_only(LINEAR, _DELTA_LINEARS))
 _QWEN3_5 = replace(
     LLAMA,
     model_type="qwen3_5_text",
     model_class="Qwen3_5ForCausalLM",
-    linears=(*_only(FULL, _GATED_ATTENTION), *_only(LINEAR, _DELTA_LINEARS), *MLP_LINEARS),
+    linears=(*_QWEN3_5_MIXERS, *MLP_LINEARS),
     norms=(*NORMS, *_only(FULL, HEAD_NORMS)),
     parameters=_only(LINEAR, _DELTA_TENSORS),
     blocks=("self_attn", "linear_attn", "mlp"),
-    kinds=_qwen_kinds,
+    kinds=_qwen_mixers,
     sizes=_delta_sizes,
     recurrent=True,
     unused=("mtp.",),
@@ -142,7 +150,7 @@ _LFM2 = replace(
     parameters=_only(
         CONVOLUTION,
         (
-            Parameter(name="conv.conv.weight", axes=((HIDDEN,), (_ONE,), (_KERNEL,))),
+            Parameter(name="conv.conv.weight", axes=((HIDDEN,), (ONE,), (_KERNEL,))),
             Parameter(name="conv.conv.bias", axes=((HIDDEN,),)),
         ),
     ),
@@ -156,4 +164,40 @@ _LFM2 = replace(
     tied_keys=("tie_embedding", "tie_word_embeddings"),
     dropouts={},
 )
-HYBRIDS = (_QWEN3_5, _LFM2)
+# All layers have experts, but for an ordinary MLP in some layers of Qwen3-Next.
+_MLPS = tuple(linear for linear in QWEN2_MOE.linears if linear.kinds)
+_QWEN3_5_MOE = replace(
+    _QWEN3_5,
+    model_type="qwen3_5_moe_text",
+    model_class="Qwen3_5MoeForCausalLM",
+    linears=(*_QWEN3_5_MIXERS, *(linear for linear in _MLPS if SPARSE in linear.kinds)),
+    parameters=(*_QWEN3_5.parameters, *QWEN2_MOE.parameters),
+    kinds=lambda config: tuple(f"{mixer} {SPARSE}" for mixer in _qwen_mixers(config)),
+    sizes=_mixture_sizes(expert_sizes(256, 8, 512, "moe_intermediate_size", _shared_width)),
+    experts=QWEN2_MOE.experts,
+    kv_heads=2,
+)
+HYBRIDS = (
+    _QWEN3_5,
+    _QWEN3_5_MOE,
+    replace(
+        _QWEN3_5_MOE,
+        model_type="qwen3_next",
+        model_class="Qwen3NextForCausalLM",
+        linears=(
+            *_only(FULL, _GATED_ATTENTION),
+            *_only(
+                LINEAR,
+                (
+                    _delta_linear("in_proj_qkvz", _KEYS, _KEYS, _VALUES, _VALUES),
+                    _delta_linear("in_proj_ba", _HEADS, _HEADS),
+                    _DELTA_OUT,
+                ),
+            ),
+            *_MLPS,
+        ),
+        kinds=lambda config: tuple(map(" ".join, zip(_qwen_mixers(config), qwen_mlps(config), strict=True))),
+        sizes=_mixture_sizes(expert_sizes(512, 10, 512, "moe_intermediate_size", _shared_width)),
+    ),
+    _LFM2,
+)

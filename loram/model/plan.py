@@ -216,7 +216,8 @@ class PruningPlan(BaseModel):
 
         A tensor of experts goes by its name, and has the shape (experts, out_features, in_features).
         """
-        return {**self.linear_shapes(), **self.geometry.expert_shapes(self.architecture, self.units)}
+        experts = self.geometry.expert_shapes(self.architecture, self.units)
+        return {**self.linear_shapes(), **{name: shape for name, shape in experts.items() if not self.drops(name)}}
 
     def kept_elements(self, layer: int, segments: Sequence[Segment]) -> Tensor | None:
         """Return the rows or columns of a tensor that a layer keeps.
@@ -293,7 +294,10 @@ class PruningPlan(BaseModel):
         """
         return {
             str(layer): {
-                linear.path: (*self.geometry.at(layer).linear_shape(linear, self.units(layer)), self._has_bias(linear))
+                linear.path: (
+                    *self.geometry.at(layer).linear_shape(linear, self.units(layer)),
+                    self._has_bias(layer, linear),
+                )
                 for linear in self.geometry.layer(self.architecture, layer).linears
             }
             for layer in sorted(self.layers)
@@ -339,15 +343,18 @@ class PruningPlan(BaseModel):
 
     def compensated(self, layer: int) -> Iterator[tuple[str, Linear]]:
         """Yield (full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
-        if layer not in self.layers or not self.bias_compensation:
-            return
         for linear in self.geometry.layer(self.architecture, layer).linears:
-            if linear.consumes_units:
+            if self._compensates(layer, linear):
                 yield f"{self.architecture.layer_path(layer)}.{linear.path}", linear
 
-    def _has_bias(self, linear: Linear) -> bool:
-        """Return whether a linear of a narrowed layer has a bias."""
-        return linear.path in self.geometry.biases or (self.bias_compensation and linear.consumes_units)
+    def _compensates(self, layer: int, linear: Linear) -> bool:
+        """Return whether a linear has a bias that makes up for the inputs that it lost."""
+        kept = self.layers.get(layer, {})
+        lost = any(segment.space is not None and segment.space.name in kept for segment in linear.columns)
+        return self.bias_compensation and lost
+
+    def _has_bias(self, layer: int, linear: Linear) -> bool:
+        return linear.path in self.geometry.biases or self._compensates(layer, linear)
 
     def parameters(self) -> tuple[int, int]:
         """Return the parameters of the full and of the pruned model; sparse linears count what they keep."""

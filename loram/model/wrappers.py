@@ -36,12 +36,12 @@ _OF_THE_TEXT = (
 _NOW: Mapping[str, str] = {"torch_dtype": "dtype"}  # an older key -> what transformers calls it today
 
 
-def _sizes(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int) -> Mapping[str, int]:
+def _sizes(vocabulary: int, hidden: int, intermediate: int | None, layers: int, heads: int) -> Mapping[str, int]:
     return MappingProxyType(
         {
             "vocab_size": vocabulary,
             "hidden_size": hidden,
-            "intermediate_size": intermediate,
+            **({} if intermediate is None else {"intermediate_size": intermediate}),  # where layers have experts alone
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
         }
@@ -56,6 +56,7 @@ _DEFAULTS = MappingProxyType(
         "llama": _sizes(32_000, 4096, 11_008, 32, 32),
         "ministral3": _sizes(131_072, 4096, 14_336, 34, 32),
         "qwen3_5_text": _sizes(248_320, 4096, 12_288, 32, 16),
+        "qwen3_5_moe_text": _sizes(248_320, 2048, None, 40, 16),
         "mistral": _sizes(32_000, 4096, 14_336, 32, 32),
         **dict.fromkeys(("qwen2", "qwen3"), _sizes(151_936, 4096, 22_016, 32, 32)),
     }
@@ -157,6 +158,7 @@ _ROWS = (
     Wrapper(model_type="llava_onevision", families=("qwen2",)),
     Wrapper(model_type="internvl", families=("qwen2", "qwen3", "llama")),
     Wrapper(model_type="qwen3_5", families=("qwen3_5_text",)),
+    Wrapper(model_type="qwen3_5_moe", families=("qwen3_5_moe_text",)),
 )
 WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({row.model_type: row for row in _ROWS})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from loram.model.architecture import Linear
 from loram.planner.layer import Layer, Routed
+from loram.planner.mixers import saved_by_mixer
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 
@@ -133,6 +134,8 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
 
     The values are a view of what their linear gives, so all of that is kept, unless they are copied.
     """
+    if not layer.heads:
+        return saved_by_mixer(model.geometry, settings, size.value)
     tokens, length = settings.tokens, settings.length
     row, tables = model.architecture, 0
     if row.rotary_by_layer:
@@ -147,7 +150,10 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
     if copied:
         keys = values = layer.queries
     mask = tokens * length * size.value if masked else 0
-    return tokens * ((2 * layer.queries + keys + values) * size.value + layer.heads * _FLOAT32) + mask + tables
+    # gates of heads lie between the queries, and what the heads give is kept before and after it is multiplied by them
+    gated = 3 * layer.queries if layer.gated else 0
+    per_token = (2 * layer.queries + keys + values + gated) * size.value + layer.heads * _FLOAT32
+    return tokens * per_token + mask + tables
 
 
 def kept_per_weight(model: Model, settings: Settings) -> int:

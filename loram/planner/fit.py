@@ -15,7 +15,6 @@ from loram.planner.total import Estimate, estimate_with
 from loram.pruning.options import PruneOptions
 
 _ALWAYS = ("max_length", "per_device_train_batch_size")  # written into every recipe: they decide most of the memory
-_OF_PRUNING = ("ratio", "keep_first", "keep_last")
 GRID = (None, *(step / 20 for step in range(1, 20)))  # no pruning, 0.05, 0.1 ... 0.95
 
 

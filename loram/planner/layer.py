@@ -54,6 +54,7 @@ class Layer:
         heads, kv_heads, head_dim: the number of query heads and of key-value heads, and the width of each; no heads
             where something else mixes the tokens.
         own_keys: whether its keys and values are its own, and not an earlier layer's.
+        gated: whether what each head gives is multiplied by a gate.
         channels: the width of the MLP; 0 where it has none.
         shared: the width of the experts that every token passes; 0 where it has none.
         routed: its other experts, or None where it has none.
@@ -77,6 +78,7 @@ class Layer:
     kv_heads: int
     head_dim: int
     own_keys: bool
+    gated: bool
     channels: int
     shared: int
     routed: Routed | None

@@ -216,13 +216,19 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
     """Return the most that the backward pass through a layer needs beyond what the layer has saved.
 
     At the MLP's end these are the gradient of the layer's output, twice more on its way to lora_B, and the gradient of
-    the channels; on a GPU with 16-bit weights the latter exists in float32 too, which PEFT casts to. Where attention
+    the channels; on a GPU with 16-bit weights the latter exists in float32 too, which PEFT casts to. In experts these
+    are the gradient of what each gives, before and after it is multiplied by the router's weight, and that of the
+    weight before it is summed; or, when that is done and freed, three gradients of the channels. Where attention
     weights are kept, they have two gradients (of the softmax's output and input) when the MLP's part has been freed;
     with dropout the first of them takes the place of what has been dropped from.
     """
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
     cast = _FLOAT32 if settings.device == "cuda" and not settings.quantised else 0
     in_mlp = tokens * (3 * hidden * size + (layer.channels + layer.shared) * (size + cast))
+    if (routed := layer.routed) is not None:
+        at_outputs = 3 * routed.chosen * hidden + 2 * hidden
+        at_channels = routed.chosen * (3 * routed.channels - hidden) + hidden
+        in_mlp = max(in_mlp, tokens * size * max(at_outputs, at_channels))
     if not kept_per_weight(model, settings):
         return in_mlp
     gradients = 1 if model.architecture.attention_softcap is None else 2

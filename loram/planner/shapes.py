@@ -65,7 +65,7 @@ class Model:
             return full
         narrowed = [layer for layer in options.layers(geometry) if layer not in full.dropped]
         if options.sparse:
-            shapes = {linear.path: geometry.linear_shape(linear) for linear in architecture.linears}
+            shapes = {linear.path: geometry.linear_shape(linear) for linear in architecture.linears if linear.has_units}
             share = options.removed_share
             kept = {path: kept_values(*shape, options.pattern, share) for path, shape in shapes.items()}
             return replace(full, sparse=kept, narrowed=narrowed)
@@ -113,7 +113,7 @@ class Model:
         experts = {part.name: own.pop(part.name) for part in row.expert_tensors}
         stored = {path: prod(shape) for path, shape in shapes.items()}
         if self.sparse is not None and index in self.narrowed:
-            stored = {path: self.sparse[path] for path in shapes}
+            stored |= {path: self.sparse[path] for path in shapes if path in self.sparse}
         windows = self.architecture.windows
         return Layer(
             index=index,
@@ -125,6 +125,7 @@ class Model:
             kv_heads=groups,
             own_keys=own_keys,
             head_dim=geometry.head_dim,
+            gated=any(segment.unit == "gated_group" for segment in widths),
             channels=geometry.size([UP], units) if UP in widths else 0,
             shared=widths.get(SHARED, 0),
             routed=self._routed(row, experts, units) if experts else None,

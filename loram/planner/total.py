@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from loram.model.counts import kept_by_space
 from loram.model.wrappers import wrapper_of
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import PlannerOptions, Settings, make_settings
@@ -176,12 +177,16 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
 
 
 def _units(model: Model) -> dict[str, int]:
-    """Return how many units of each space narrowed layers keep, or all layers where none is narrowed."""
-    spaces = model.architecture.spaces
-    units = {space.name: model.geometry.units(space) for space in spaces}
-    for kept in (model.units or {}).values():
-        units |= kept
-    return {space.name: units[space.name] // (units[space.within.name] if space.within else 1) for space in spaces}
+    """Return how many units of each space narrowed layers keep, or all layers where none is narrowed.
+
+    A space within another counts once per unit of that. A space that none of these layers has is left out.
+    """
+    geometry, units = model.geometry, dict[str, int]()
+    for layer in model.units or range(geometry.num_hidden_layers):
+        spaces = geometry.layer(model.architecture, layer).spaces
+        kept = model.units[layer] if model.units else kept_by_space(geometry, spaces, {})
+        units |= {space.name: kept[space.name] // (kept[space.within.name] if space.within else 1) for space in spaces}
+    return units
 
 
 def _narrowed(model: Model) -> tuple[Narrowed, ...]:

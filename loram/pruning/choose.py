@@ -38,8 +38,9 @@ def choose(
     row = ARCHITECTURES[model_type]
     ratios = options.ratios(row)
     layers = {
-        layer: _kept(scores_by_space, geometry.layer(row, layer).spaces, geometry.at(layer), ratios)
+        layer: kept
         for layer, scores_by_space in sorted(scores.items())
+        if (kept := _kept(scores_by_space, geometry.layer(row, layer).spaces, geometry.at(layer), ratios))
     }
     return PruningPlan(
         model_type=model_type,

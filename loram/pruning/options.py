@@ -262,14 +262,15 @@ class ResolvedPruneOptions(PruneOptions):
             config: the content of its config.json.
 
         Raises:
-            UserError: no layer or unit would be left, so many layers cannot be dropped, or the pattern does not divide
-                the inputs of a linear.
+            UserError: no layer or unit would be left, so many layers cannot be dropped, experts are in groups of one
+                size, or the pattern does not divide the inputs of a linear.
         """
         self.droppable(geometry, architecture, config)
         if not self.sparse:
             for layer in self.layers(geometry):
                 spaces = geometry.layer(architecture, layer).spaces
                 kept_by_space(geometry.at(layer), spaces, self.ratios(architecture))
+            self._check_groups_of_experts(architecture, config)
             if self.scored(architecture)[1].channels and CRITERIA[self.criterion].reads == "inputs":
                 raise UserError(f"criterion {self.criterion}: cannot score the channels of experts; take another one")
             return
@@ -283,3 +284,14 @@ class ResolvedPruneOptions(PruneOptions):
         for linear in architecture.linears:
             if linear.has_units:
                 kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)
+
+    def _check_groups_of_experts(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
+        """Refuse to remove experts where a router first chooses among groups, which have to be of one size."""
+        key = None if architecture.experts is None else architecture.experts.groups
+        if key is None or "experts" not in self.ratios(architecture):
+            return
+        if (groups := architecture.text_config(config).get(key) or 1) > 1:
+            raise UserError(
+                f"experts_ratio: the config's {key} is {groups}, so experts are in groups that must stay of one size; "
+                "set it to 0, and remove channels of experts with expert_channels_ratio"
+            )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loram.base.progress import track
 from loram.compute.likelihood import adapted_losses
-from loram.compute.nf4 import as_4bit
+from loram.compute.nf4 import as_4bit, experts_as_4bit
 from loram.disk.adapter import Adapter, scaled
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.expert_factors import by_expert, together
@@ -53,8 +53,10 @@ def correct_adapter(
         full, trained = base.tensor(base.holder(name)), pruned.tensor(pruned.holder(name))
         in_layer = plan.architecture.split(module) is not None
         kept = trained != 0 if pruned.sparse and in_layer else torch.ones_like(trained, dtype=torch.bool)
-        if in_4bit:
+        if in_4bit and experts is None:
             trained = trained.masked_scatter(kept, as_4bit(trained[kept]))
+        elif in_4bit:
+            trained = experts_as_4bit(trained, transposed=plan.architecture.experts_transposed)
         change = (narrow(name, full, plan).float() - trained.float()) * kept
         factors, scaling = adapter.modules[module], adapter.scaling(module)
         if experts is None:

@@ -45,7 +45,10 @@ def trainable_model(
         return model
     frozen = _frozen_model(checkpoint, options, device)
     from_data = options.lora.get("init_lora_weights") == "eva"
-    adapted = add_adapter(frozen, adapter, low_cpu_mem_usage=from_data)
+    if options.load_in_4bit and adapter.target_parameters:
+        adapted = _add_to_4bit_experts(frozen, adapter)
+    else:
+        adapted = add_adapter(frozen, adapter, low_cpu_mem_usage=from_data)
     if from_data:
         _draw_from_data_(adapted, batches())
     method.specialise_(adapted, own, pruned=pruned)
@@ -71,6 +74,16 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, *, low_cpu_mem_usage
     except (TypeError, ValueError, NotImplementedError, RuntimeWarning) as error:
         raise as_user_error(error) from error
     assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _add_to_4bit_experts(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Return a model in NF4 with LoRA factors at its experts too; as `add_adapter`."""
+    from loram.compute.nf4_experts import open_experts_, share_no_stacks_
+
+    open_experts_(model)
+    adapted = add_adapter(model, config)
+    share_no_stacks_(adapted)
     return adapted
 
 

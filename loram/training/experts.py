@@ -40,7 +40,7 @@ def check_expert_targets(options: "TrainOptions", lora: Mapping[str, Any]) -> No
     """Refuse options that adapters on experts do not go with.
 
     PEFT adds such an adapter to the experts' weights in each forward pass, so nothing can come between inputs and
-    lora_A, and the weights have to be there.
+    lora_A.
 
     Args:
         options: the options as the user gave them.
@@ -55,11 +55,6 @@ def check_expert_targets(options: "TrainOptions", lora: Mapping[str, Any]) -> No
             "lora: target_parameters needs lora_dropout 0, since PEFT adds the update to the experts' weights; leave "
             "lora_dropout out"
         )
-    if options.load_in_4bit:
-        raise UserError(
-            "lora: target_parameters needs experts in 16 or 32 bits, since PEFT adds the update to their weights; drop "
-            "it, or take the model without 4 bits"
-        )
     if options.mask_update:
         raise UserError("mask_update: masks the updates of linears; drop it, or leave target_parameters out")
     if (initial := lora.get("init_lora_weights", True)) not in _INITIALISATIONS:
@@ -71,29 +66,38 @@ def check_expert_targets(options: "TrainOptions", lora: Mapping[str, Any]) -> No
 
 
 def check_linear_targets(targets: Sequence[str], architecture: Architecture) -> None:
-    """Refuse linears that PEFT takes for experts when it loads an adapter on the full model.
-
-    Old adapters name experts as if they were linears, and PEFT gives such names of some families to the tensors that
-    the experts are in today. So an adapter on an ordinary MLP of the same name would end up there.
+    """Refuse linears that PEFT would take for experts; arguments as for `taken_for_experts`.
 
     Raises:
         UserError: names the linear.
     """
+    if taken := taken_for_experts(targets, architecture):
+        raise UserError(
+            f"lora: target_modules has {taken!r}, which PEFT takes for experts in {architecture.model_type} when it "
+            f"loads the adapter; take {', '.join(architecture.default_targets)}, and target_parameters for experts"
+        )
+
+
+def taken_for_experts(targets: Sequence[str], architecture: Architecture) -> str | None:
+    """Return the first name of linears that PEFT takes for experts when it loads an adapter on the full model, or None.
+
+    Old adapters name experts as if they were linears, and PEFT gives such names of some families to the tensors that
+    the experts are in today. So an adapter on an ordinary MLP of the same name would end up there.
+
+    Args:
+        targets: names of linears, as in `target_modules`.
+        architecture: the model's family.
+    """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    if architecture.experts is None:
-        return
     model: Any = SimpleNamespace(config=SimpleNamespace(model_type=architecture.model_type))
-    for target in targets:
+    for target in targets if architecture.experts is not None else ():
         config = LoraConfig(target_modules=[target])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # the name is one of several that became one tensor
-            config.target_parameters = [target]
+        except ValueError:  # it is one of several that became one tensor, and PEFT wants them all
+            return target
         if config.target_parameters:
-            others = ", ".join(architecture.default_targets)
-            raise UserError(
-                f"lora: target_modules has {target!r}, which PEFT takes for experts in {architecture.model_type} when "
-                f"it loads the adapter; take {others}, and target_parameters for experts"
-            )
+            return target
+    return None

@@ -33,6 +33,7 @@ from loram.trainer.resume import first_start
 from loram.training.adapt import trainable_model
 from loram.training.anchors import Course
 from loram.training.configs import build_configs
+from loram.training.experts import taken_for_experts
 from loram.training.liger import use_liger_
 from loram.training.methods.method import Method
 from loram.training.methods.table import METHODS
@@ -103,6 +104,7 @@ def train(
     in_4bit = chosen.load_in_4bit or checkpoint.quantized
     options = resolve(chosen.model_copy(update={"trainer": trainer, "load_in_4bit": in_4bit}), checkpoint.architecture)
     _check_sparse(checkpoint, options)
+    _check_extracted(checkpoint, options)
     if METHODS[options.method].weights and (unused := sorted(chosen.lora.keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", options.method, unused[0])
     on = join_processes(device)
@@ -129,6 +131,16 @@ def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
         raise UserError(
             f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
             "take an adapter's method, or the full model"
+        )
+
+
+def _check_extracted(checkpoint: Checkpoint, options: TrainOptions) -> None:
+    """Refuse to train the weights of a pruned mixture of experts if the extracted adapter could not be loaded."""
+    row = checkpoint.architecture
+    if METHODS[options.method].weights and checkpoint.pruned and (taken := taken_for_experts(row.adapter_targets, row)):
+        raise UserError(
+            f"method {options.method}: what it changes in a pruned model becomes an adapter on all linears, and PEFT "
+            f"takes {taken!r} in {row.model_type} for experts; take an adapter's method, or the full model"
         )
 
 

@@ -160,7 +160,7 @@ ELSEWHERE = {
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
         "learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim output_dir "
-        "per_device_train_batch_size save_strategy save_total_limit target_modules top_k"
+        "per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
     "`trainer/resume.py` lists it among what may change before a training goes on": "probe_dataset",

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Params4bit
 from conftest import EXPERTS, relative
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import loram
 from loram.compute.loading import load_model
-from loram.compute.nf4 import as_4bit, count_parameters, is_4bit, load_4bit, nbytes, packed_tensors, quantize
-from loram.compute.nf4_experts import put_experts_, use_4bit_experts_
+from loram.compute.nf4 import as_4bit, count_parameters, is_4bit, load_4bit, nbytes, packed_tensors
+from loram.compute.nf4_experts import open_experts_, share_no_stacks_
 from loram.compute.original import check_original
 from loram.disk.checkpoint import Checkpoint
 from loram.export.quantize import quantization_config
@@ -37,7 +37,7 @@ def rounded_model(folder: Path) -> Any:
             inner = (checkpoint.architecture.split(name) or (0, name))[1]
             if inner.removesuffix(".weight") in linears or "embed" in inner or "lm_head" in inner:
                 parameter.copy_(as_4bit(parameter.detach()) if parameter.ndim == 2 else parameter)
-            elif parameter.ndim == 3:
+            elif parameter.ndim == 3 and ".experts." in name:
                 transposed = model.get_submodule(name.rpartition(".")[0]).is_transposed
                 matrices = [(matrix.T if transposed else matrix).contiguous() for matrix in parameter.detach()]
                 rounded = torch.stack([as_4bit(matrix) for matrix in matrices])
@@ -72,7 +72,7 @@ def test_logits_and_gradients_are_those_of_the_rounded_experts(family: str, prun
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("family", [*EXPERTS, "gpt_oss", "qwen2_moe", "glm4_moe"])
 def test_bytes(family: str, tiny_models: dict[str, Path]) -> None:
     """Each linear and each expert's matrix has the planner's bytes; routers, norms and biases have 4 per value."""
     model = load_4bit(Checkpoint(tiny_models[family]), **CPU)
@@ -86,7 +86,7 @@ def test_bytes(family: str, tiny_models: dict[str, Path]) -> None:
         parameters += parameter.numel()
     assert nbytes(model) - sum(buffer.nbytes for buffer in model.buffers()) == expected
     assert count_parameters(model) == parameters
-    router = model.get_parameter(f"model.layers.0.{row.experts.router}")
+    router = model.get_parameter(f"model.layers.4.{row.experts.router}")
     assert not is_4bit(router)
 
 
@@ -99,27 +99,58 @@ def test_no_dequantised_expert_waits_for_the_backward_pass(tiny_models: dict[str
     assert (32,) in kept  # norms, so that something is seen at all
 
 
-def test_experts_that_are_transposed_and_have_biases() -> None:
-    """GPT-OSS has (experts, in_features, out_features). Blocks of 64 values lie along the inputs there too."""
-    torch.manual_seed(0)
-    config = GptOssConfig(hidden_size=32, intermediate_size=12, num_local_experts=6, experts_implementation="eager")
-    model: Any = nn.Module()
-    packed: dict[str, list[Params4bit]] = {}
-    model.config, model.experts = config, GptOssExperts(config)
-    x, chosen, weights = torch.randn(7, 32), torch.randint(6, (7, 2)), torch.rand(7, 2)
-    with torch.no_grad():
-        for parameter in model.experts.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-        for name in ("gate_up_proj", "down_proj"):
-            stack = getattr(model.experts, name)
-            matrices = [matrix.T.contiguous() for matrix in stack]
-            packed[name] = [Params4bit(data, quant_state=state) for data, state in map(quantize, matrices)]
-            stack.copy_(torch.stack([as_4bit(matrix).T for matrix in matrices]))
-        expected = model.experts(x, chosen, weights)
-        for name in packed:
-            put_experts_(model.experts, name, packed[name])
-        use_4bit_experts_(model)
-        assert relative(model.experts(x, chosen, weights), expected) < 1e-5
+@pytest.mark.filterwarnings("ignore:Targeting parameters with:UserWarning")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"], ids=["plain", "transposed with biases"])
+def test_an_adapter_on_experts(family: str, tiny_models: dict[str, Path]) -> None:
+    """Outputs and gradients are those of PEFT's own adapter on the rounded experts, in several processes too."""
+    names = [tensor.name for tensor in Checkpoint(tiny_models[family]).architecture.expert_matrices]
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": names, "init_lora_weights": False}
+
+    def loss_and_gradients(model: Any, wrap: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(r=2, **options))
+        wrapped = wrap(adapted.train())
+        loss = wrapped(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        return loss, {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+
+    def share(adapted: Any) -> Any:
+        share_no_stacks_(adapted)
+        return DistributedDataParallel(adapted, find_unused_parameters=True)
+
+    expected = loss_and_gradients(rounded_model(tiny_models[family]), lambda adapted: adapted)
+    model = load_4bit(Checkpoint(tiny_models[family]), **CPU)
+    open_experts_(model)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = loss_and_gradients(model, share)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert relative(found[0], expected[0]) < 1e-5
+    assert found[1].keys() == expected[1].keys()
+    assert any(".experts." in name for name in found[1])
+    for name, gradient in found[1].items():
+        assert relative(gradient, expected[1][name]) < 1e-5, name
+
+
+def test_training_an_adapter_on_experts(pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+    trainer = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    loram.train(
+        pruned_models["qwen3_moe"],
+        tmp_path / "adapter",
+        data=rows_file,
+        load_in_4bit=True,
+        lora={"target_parameters": "experts"},
+        trainer={**trainer, "gradient_checkpointing": True},
+    )
+    entries = [json.loads(line) for line in (tmp_path / "adapter" / "training_log.jsonl").read_text().splitlines()]
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    plain, corrected = (tmp_path / name for name in ("plain", "corrected"))
+    loram.recover(tmp_path / "adapter", plain)
+    loram.recover(tmp_path / "adapter", corrected, correct=True)
+    weights = load_file(plain / "adapter_model.safetensors"), load_file(corrected / "adapter_model.safetensors")
+    changed = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+    assert any(".experts." in name for name in changed)
 
 
 def test_a_folder_whose_linears_transformers_quantised(tiny_models: dict[str, Path], tmp_path: Path) -> None:

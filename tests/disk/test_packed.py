@@ -11,14 +11,15 @@ import torch
 from conftest import make_model, make_wrapped, random_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import loram
 from loram.compute.loading import load_model
 from loram.disk import packed
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.tensorfile import StoredTensor, TensorFile
-from loram.model.packing import Packing
+from loram.disk.tensorfile import StoredTensor, TensorFile, TensorSpec
+from loram.model.packing import Packing, packing_of
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 ROW = "model.layers.1.mlp.up_proj.weight"
@@ -45,12 +46,29 @@ def in_fp8(base: Path, folder: Path, block: tuple[int, int] = (128, 128), text: 
     stored, dense = {}, {}
     for name, tensor in load_file(base / "model.safetensors").items():
         stored[name] = dense[name] = tensor.bfloat16()
-        if name.startswith(f"{text}layers.") and tensor.ndim == 2:
+        if name.startswith(f"{text}layers.") and tensor.ndim == 2 and not name.endswith("mlp.gate.weight"):
             stored[name], stored[f"{name}_scale_inv"], dense[name] = quantised(tensor, block)
-    config = {**json.loads((base / "config.json").read_text()), "dtype": "bfloat16"}
-    packing = {"quantization_config": {**FP8, "weight_block_size": list(block)}}
-    folders = []
-    for kind, tensors, more in (("fp8", stored, packing), ("dense", dense, {})):
+    return twins(base, folder, stored, dense, {**FP8, "weight_block_size": list(block)})
+
+
+def in_mxfp4(base: Path, folder: Path) -> tuple[Path, Path]:
+    """A gpt-oss with random experts in MXFP4, and its dense twin in bfloat16."""
+    dense = {name: tensor.bfloat16() for name, tensor in weights(base).items()}
+    stored = dict(dense)
+    for name in [name for name in dense if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = stored.pop(name).shape
+        grid = (experts, outputs, inputs // 32)
+        blocks, scales = torch.randint(0, 256, (*grid, 16), dtype=torch.uint8), torch.randint(118, 125, grid)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales.to(torch.uint8)}
+        dense[name] = convert_moe_packed_tensors(blocks, scales)
+    return twins(base, folder, stored, dense, {"quant_method": "mxfp4"})
+
+
+def twins(
+    base: Path, folder: Path, stored: dict[str, Tensor], dense: dict[str, Tensor], packing: dict[str, Any]
+) -> tuple[Path, Path]:
+    config, folders = {**json.loads((base / "config.json").read_text()), "dtype": "bfloat16"}, []
+    for kind, tensors, more in (("packed", stored, {"quantization_config": packing}), ("dense", dense, {})):
         folders.append(shutil.copytree(base, folder / kind))
         save_file(tensors, folders[-1] / "model.safetensors", {"format": "pt"})
         (folders[-1] / "config.json").write_text(json.dumps({**config, **more}))
@@ -58,11 +76,26 @@ def in_fp8(base: Path, folder: Path, block: tuple[int, int] = (128, 128), text: 
 
 
 @pytest.fixture(scope="module")
-def both(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny Llama in FP8 whose linears are no multiples of its blocks, and its dense twin."""
     root = tmp_path_factory.mktemp("fp8")
     base = make_model(root / "base", "llama", tokenizer, hidden_size=160, intermediate_size=136, num_hidden_layers=4)
     return in_fp8(base, root)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny gpt-oss in MXFP4, and its dense twin."""
+    root = tmp_path_factory.mktemp("mxfp4")
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 3, "layer_types": None}
+    return in_mxfp4(make_model(root / "base", "gpt_oss", tokenizer, **sizes), root)
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny mixture in FP8 with one tensor per expert, and its dense twin."""
+    root = tmp_path_factory.mktemp("experts")
+    return in_fp8(make_model(root / "base", "qwen3_moe", tokenizer), root, (16, 16))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -80,9 +113,9 @@ def shown(folder: Path) -> dict[str, Tensor]:
     return {name: checkpoint.tensor(name) for name in checkpoint.names()}
 
 
-def test_fp8_is_shown_as_its_dense_twin(both: tuple[Path, Path]) -> None:
-    fp8, dense = Checkpoint(both[0]), Checkpoint(both[1])
-    assert same(shown(both[0]), weights(both[1]))
+def test_fp8_is_shown_as_its_dense_twin(llama: tuple[Path, Path]) -> None:
+    fp8, dense = Checkpoint(llama[0]), Checkpoint(llama[1])
+    assert same(shown(llama[0]), weights(llama[1]))
     assert fp8.names() == dense.names()
     assert {name: fp8.spec(name) for name in fp8.names()} == {name: dense.spec(name) for name in dense.names()}
     assert fp8.config == dense.config
@@ -100,30 +133,40 @@ def test_weights_in_fp8_are_what_transformers_makes_of_them(tokenizer: Any, tmp_
     assert same(load_model(Checkpoint(fp8), dtype=torch.bfloat16).state_dict(), theirs.state_dict())
 
 
-def test_weights_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "gpt_oss",
-        **{"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8},
-        **{"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 16},
-        **{"pad_token_id": 0, "eos_token_id": 1},
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    tensors = weights(tmp_path)
-    scales = torch.arange(255, dtype=torch.uint8)  # all that stand for a number
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        grid = (experts, outputs, inputs // 32)
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*grid, 16), dtype=torch.uint8)
-        tensors[f"{name}_scales"] = scales.repeat(math.ceil(math.prod(grid) / 255))[: math.prod(grid)].view(grid)
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    stored = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
-    (tmp_path / "config.json").write_text(json.dumps({**config, **stored}))
+def test_weights_in_mxfp4_are_what_transformers_makes_of_them(gpt_oss: tuple[Path, Path]) -> None:
     options = {"quantization_config": Mxfp4Config(dequantize=True), "dtype": torch.bfloat16}
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, **options).state_dict()
-    assert same(shown(tmp_path), theirs)
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    assert torch.equal(Checkpoint(tmp_path).tensor(name, 1, 2), theirs[name][1:2])
+    theirs = AutoModelForCausalLM.from_pretrained(gpt_oss[0], **options).state_dict()
+    assert same(shown(gpt_oss[0]), theirs)
+    assert same(shown(gpt_oss[1]), theirs)
+
+
+def test_every_byte_of_mxfp4(tmp_path: Path) -> None:
+    values, scales = torch.meshgrid(torch.arange(256), torch.arange(255), indexing="ij")  # 255 stands for no number
+    blocks = values.to(torch.uint8).reshape(3, -1, 5, 1).repeat(1, 1, 1, 16)
+    scales = scales.to(torch.uint8).reshape(3, -1, 5)
+    save_file({"experts_blocks": blocks, "experts_scales": scales}, tmp_path / "file")
+    packing = packing_of({"quantization_config": {"quant_method": "mxfp4"}}, "config.json")
+    assert packing is not None
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        experts = packed.unpacked(stored_in(tmp_path / "file"), packing, dtype)["experts"]
+        expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+        assert torch.equal(experts.read(), expected)
+        assert torch.equal(experts.read(1, 2), expected[1:2])
+
+
+def test_the_fingerprint_of_mxfp4_is_of_what_is_stored(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name, fingerprints = "model.layers.0.mlp.experts.down_proj", set()
+    for expert in (0, 1):
+        blocks, scales = torch.zeros(2, 4, 3, 16, dtype=torch.uint8), torch.full((2, 4, 3), 127, dtype=torch.uint8)
+        scales[expert, 2, 1] = 128
+        save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, tmp_path / "model.safetensors")
+        checkpoint = Checkpoint(tmp_path)
+        assert checkpoint.names() == [name]
+        assert checkpoint.spec(name) == TensorSpec(dtype=torch.bfloat16, shape=(2, 96, 4))
+        fingerprints.add(checkpoint.fingerprint)
+    assert len(fingerprints) == 2
 
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None, torch.dtype]] = {
@@ -180,18 +223,20 @@ def stored_in(path: Path) -> dict[str, StoredTensor]:
     ],
     ids=["missing", "another grid", "another rank"],
 )
-def test_scales_that_do_not_fit_are_refused(change: Any, message: str, both: tuple[Path, Path], tmp_path: Path) -> None:
-    folder, tensors = shutil.copytree(both[0], tmp_path / "broken"), weights(both[0])
+def test_scales_that_do_not_fit_are_refused(
+    change: Any, message: str, llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, tensors = shutil.copytree(llama[0], tmp_path / "broken"), weights(llama[0])
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(loram.UserError, match=message):
         Checkpoint(folder)
 
 
-def test_the_fingerprint_is_of_what_is_stored(both: tuple[Path, Path], tmp_path: Path) -> None:
-    fingerprint = Checkpoint(both[0]).fingerprint
-    assert fingerprint != Checkpoint(both[1]).fingerprint
-    folder, tensors = shutil.copytree(both[0], tmp_path / "copy"), weights(both[0])
+def test_the_fingerprint_is_of_what_is_stored(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    fingerprint = Checkpoint(llama[0]).fingerprint
+    assert fingerprint != Checkpoint(llama[1]).fingerprint
+    folder, tensors = shutil.copytree(llama[0], tmp_path / "copy"), weights(llama[0])
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     assert Checkpoint(folder).spec(ROW).dtype == torch.float32
@@ -201,12 +246,15 @@ def test_the_fingerprint_is_of_what_is_stored(both: tuple[Path, Path], tmp_path:
     assert Checkpoint(folder).fingerprint != fingerprint
 
 
-def test_stages_on_fp8_give_what_they_give_on_its_dense_twin(
-    both: tuple[Path, Path], rows_file: Path, tmp_path: Path
+@pytest.mark.parametrize("model", ["llama", "qwen3_moe", "gpt_oss"])
+def test_stages_on_packed_weights_give_what_they_give_on_the_dense_twin(
+    model: str, request: pytest.FixtureRequest, rows_file: Path, tmp_path: Path
 ) -> None:
-    adapter = random_adapter(AutoModelForCausalLM.from_pretrained(both[1]), tmp_path / "adapter")
+    two: tuple[Path, Path] = request.getfixturevalue(model)
+    dense = AutoModelForCausalLM.from_pretrained(two[1])
+    adapter = random_adapter(dense, tmp_path / "adapter", target_modules=["q_proj", "o_proj"])
     made: list[dict[str, Any]] = []
-    for base in both:
+    for base in two:
         pruned, merged = tmp_path / base.name / "pruned", tmp_path / base.name / "merged"
         loram.prune(base, pruned, criterion="taylor", calibration=rows_file, calibration_samples=4, **PRUNING)
         loram.merge(base, adapter, merged)
@@ -214,31 +262,32 @@ def test_stages_on_fp8_give_what_they_give_on_its_dense_twin(
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         configs = [(folder / "config.json").read_text() for folder in (pruned, merged)]
         made.append({"pruned": weights(pruned), "merged": weights(merged), "losses": losses, "configs": configs})
-    of_fp8, of_dense = made
-    assert same(of_fp8["pruned"], of_dense["pruned"])
-    assert same(of_fp8["merged"], of_dense["merged"])
-    assert not same(of_fp8["merged"], weights(both[1]))
-    assert of_fp8["losses"] == of_dense["losses"]
-    assert of_fp8["configs"] == of_dense["configs"]
+    of_packed, of_dense = made
+    assert same(shown(two[0]), shown(two[1]))
+    assert same(of_packed["pruned"], of_dense["pruned"])
+    assert same(of_packed["merged"], of_dense["merged"])
+    assert not same(of_packed["merged"], weights(two[1]))
+    assert of_packed["losses"] == of_dense["losses"]
+    assert of_packed["configs"] == of_dense["configs"]
 
 
 def test_training_the_weights_of_an_fp8_model_makes_a_dense_one(
-    both: tuple[Path, Path], rows_file: Path, tmp_path: Path
+    llama: tuple[Path, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    trained = loram.train(both[0], tmp_path / "trained", data=rows_file, method="full", trainer=SHORT)
-    assert Checkpoint(trained).config == Checkpoint(both[1]).config
+    trained = loram.train(llama[0], tmp_path / "trained", data=rows_file, method="full", trainer=SHORT)
+    assert Checkpoint(trained).config == Checkpoint(llama[1]).config
     assert {name: tensor.dtype for name, tensor in weights(trained).items()} == {
-        name: tensor.dtype for name, tensor in weights(both[1]).items()
+        name: tensor.dtype for name, tensor in weights(llama[1]).items()
     }
     AutoModelForCausalLM.from_pretrained(trained)
 
 
-def test_an_fp8_model_goes_into_4_bits_as_its_dense_twin(both: tuple[Path, Path], tmp_path: Path) -> None:
-    small, twin = loram.quantize(both[0], tmp_path / "small"), loram.quantize(both[1], tmp_path / "twin")
+def test_an_fp8_model_goes_into_4_bits_as_its_dense_twin(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    small, twin = loram.quantize(llama[0], tmp_path / "small"), loram.quantize(llama[1], tmp_path / "twin")
     assert same(weights(small), weights(twin))
     assert (small / "config.json").read_text() == (twin / "config.json").read_text()
     assert Checkpoint(small).quantized
-    assert Checkpoint(small).fingerprint == Checkpoint(both[0]).fingerprint
+    assert Checkpoint(small).fingerprint == Checkpoint(llama[0]).fingerprint
 
 
 def test_a_wrapped_model_in_fp8(tokenizer: Any, rows_file: Path, tmp_path: Path) -> None:
@@ -257,8 +306,8 @@ def test_a_wrapped_model_in_fp8(tokenizer: Any, rows_file: Path, tmp_path: Path)
     assert json.loads((merged / "config.json").read_text()) == json.loads((dense / "config.json").read_text())
 
 
-def test_other_formats_are_refused_by_every_stage(both: tuple[Path, Path], rows_file: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(both[1], tmp_path / "model")
+def test_other_formats_are_refused_by_every_stage(llama: tuple[Path, Path], rows_file: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama[1], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     for stage in (

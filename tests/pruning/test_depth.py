@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_FAMILY, elsewhere, random_adapter, relative, targets_of
+from conftest import EVERY_FAMILY, EXPERTS, HYBRIDS, elsewhere, random_adapter, relative, targets_of
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -29,6 +29,7 @@ from loram.planner.shapes import Model
 from loram.planner.weights import frozen_bytes
 from loram.pruning.criteria import CRITERIA
 from loram.pruning.depth import Influence
+from loram.pruning.options import PruneOptions
 from loram.pruning.score import calibration_stream
 from loram.run.dry_run import dry_run
 from loram.run.recipe import Recipe
@@ -85,14 +86,14 @@ def test_law_2_pruned_equals_zeroed(family: str, pruned: Any) -> None:
     check_law_2(base, folder, plan)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", *EXPERTS, *HYBRIDS])
 def test_law_2_where_nothing_is_narrowed(family: str, pruned: Any) -> None:
     base, folder, plan = pruned(family, ALONE)
     assert (len(plan.dropped), plan.layers, plan.ratio) == (2, {}, None)
     check_law_2(base, folder, plan)
-    before, after = (load_file(path / "model.safetensors") for path in (base, folder))
-    assert before.keys() - after.keys() == {name for name in before if plan.drops(name)}
-    assert all(torch.equal(before[name], after[name]) for name in after)
+    before, after = Checkpoint(base), Checkpoint(folder)
+    assert set(before.names()) - set(after.names()) == {name for name in before.names() if plan.drops(name)}
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in after.names())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "olmo2"])
@@ -114,6 +115,21 @@ def test_laws_1_and_3(family: str, pruned: Any, tmp_path: Path) -> None:
     with torch.inference_mode():
         assert relative(small_model(TOKENS).logits, full_model(TOKENS).logits) <= 1e-5
         assert relative(full_model(TOKENS).logits, zeroed(base, plan)(TOKENS).logits) > 1e-2
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_adapters_on_experts_recover(family: str, pruned: Any, tmp_path: Path) -> None:
+    base, folder, plan = pruned(family, ALONE)
+    experts = [tensor.name for tensor in plan.architecture.expert_matrices]
+    options = {"target_modules": ["q_proj"], "target_parameters": experts}
+    adapter = random_adapter(loram.load_pruned(folder), tmp_path / "adapter", **options)
+    plan.save(adapter)
+    loram.recover(adapter, tmp_path / "recovered")
+    small = PeftModel.from_pretrained(loram.load_pruned(folder), adapter).eval()
+    full = PeftModel.from_pretrained(zeroed(base, plan), tmp_path / "recovered").eval()
+    with torch.inference_mode():
+        assert relative(small(TOKENS).logits, full(TOKENS).logits) <= 1e-5
+        assert relative(full(TOKENS).logits, zeroed(base, plan)(TOKENS).logits) > 1e-2
 
 
 ELSEWHERE = """
@@ -253,9 +269,18 @@ def test_the_first_layer_of_each_kind_of_attention_stays(tiny_models: dict[str, 
     assert plan.dropped == (2, 3, 4)
     check_law_2(tiny_models["gemma2"], tmp_path / "out", plan)
     with pytest.raises(
-        UserError, match="4 layers cannot be dropped: only 3 of 5 can, since keep_first, keep_last and the first layer"
+        UserError,
+        match="4 layers cannot be dropped: only 3 of 5 can, since keep_first",
     ):
         loram.prune(tiny_models["gemma2"], tmp_path / "more", drop_layers=4, **options)
+
+
+def test_the_last_layer_with_a_state_stays(tiny_models: dict[str, Path]) -> None:
+    """Of the tiny Qwen 3.5's layers, 3 alone has attention. transformers asks 4 whether there is a state."""
+    edges = {"keep_first": 0, "keep_last": 0}
+    assert loram.estimate(tiny_models["qwen3_5_text"], drop_layers=2, **edges).dropped_layers == 2
+    with pytest.raises(UserError, match="3 layers cannot be dropped: only 2 of 5 can"):
+        loram.estimate(tiny_models["qwen3_5_text"], drop_layers=3, **edges)
 
 
 def test_all_stages(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -305,7 +330,7 @@ def test_the_planner_counts_what_is_built(family: str, options: dict[str, Any], 
     assert (found.parameters, found.pruned_parameters) == plan.parameters()
     assert (found.dropped_layers, found.pruned_layers) == (len(plan.dropped), len(plan.layers))
     config = json.loads((base / "config.json").read_text())
-    sizes = Model.of(config, "config", options.get("ratio"), 1, 1, drop=options["drop_layers"])
+    sizes = Model.of(config, "config", PruneOptions(**options).resolved())
     model: Any = load_4bit(open_model(folder), device=torch.device("cpu"), dtype=torch.float32)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert frozen_bytes(sizes, make_settings(device="cpu", load_in_4bit=True)).total == nbytes(model) - buffers

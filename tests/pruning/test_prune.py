@@ -164,6 +164,20 @@ def test_a_bias_is_what_removed_inputs_add_on_average(
     assert all(torch.equal(found[name], loram.narrow(name, full[name], plan)) for name in full.keys() - new)
 
 
+def test_only_linears_that_lost_inputs_get_a_bias(
+    tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """Layer 2 of the hybrid has no attention, and so loses nothing."""
+    options = {"kv_groups_ratio": 0.5, "bias_compensation": True, "calibration": rows_file, "calibration_samples": 4}
+    for family, layers, out in (("mistral", [2, 3], "o_proj"), ("lfm2", [3], "out_proj")):
+        plan = loram.prune(tiny_models[family], tmp_path / family, criterion="flap", **options, **MIDDLE)
+        weights = load_file(tmp_path / family / "model.safetensors")
+        new = weights.keys() - load_file(tiny_models[family] / "model.safetensors").keys()
+        assert sorted(plan.layers) == layers
+        assert new == {f"model.layers.{layer}.self_attn.{out}.bias" for layer in layers}
+        assert sum(p.numel() for p in loram.load_pruned(tmp_path / family).parameters()) == plan.parameters()[1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_compensated_folder_loads_whole_and_counts_right(
     family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, targets_of
+from conftest import FAMILIES, HYBRIDS, make_model, targets_of
 from helpers import Live, Stopped, contents, stop
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -20,6 +20,7 @@ from loram.model.resize import narrow
 from loram.planner.memory import training_memory
 from loram.planner.settings import make_settings
 from loram.planner.shapes import Model
+from loram.pruning.options import PruneOptions
 from loram.run.recipe import Recipe
 from loram.run.stages import anchor_steps
 from loram.training.anchors import Anchors, Course
@@ -105,7 +106,7 @@ def check_anchored_gradients(folder: Path, tmp_path: Path, *, checkpointing: boo
 
 
 # EXAONE's attention reads the hidden states themselves; Cohere's attention and MLP read the same normed ones
-@pytest.mark.parametrize("family", [*FAMILIES, "exaone4", "cohere2"])
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, "exaone4", "cohere2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_anchored_gradients_are_the_full_models(
     checkpointing: bool, family: str, pruned_models: dict[str, Path], tmp_path: Path
@@ -255,7 +256,8 @@ def test_the_estimate_covers_a_measurement(gradients: bool, tokenizer: Any, tmp_
     with live:
         anchors.measure_([batch([[7] * 200]) for _ in range(8)])
     config = json.loads((base / "config.json").read_text())
-    full, pruned = (Model.of(config, "config", ratio, 1, 1) for ratio in (None, 0.5))
+    pruning = PruneOptions(ratio=0.5, keep_first=1, keep_last=1).resolved()
+    full, pruned = Model.of(config, "config"), Model.of(config, "config", pruning)
     options = {"max_length": 200, "per_device_train_batch_size": 1, "anchor_steps": 8, "anchor_gradients": gradients}
     settings = make_settings(device="cpu", lora_r=3, gradient_checkpointing=True, **options)
     found = training_memory(pruned, settings, full)

@@ -29,6 +29,7 @@ from loram.planner import estimate
 from loram.planner.settings import make_settings
 from loram.planner.shapes import Model
 from loram.planner.weights import frozen_bytes
+from loram.pruning.options import PruneOptions
 from loram.run.dry_run import dry_run
 from loram.run.pipeline import run
 from loram.run.recipe import Recipe, load_recipe
@@ -290,7 +291,7 @@ def test_estimated_bytes_are_those_of_the_model(
     plan = loram.prune(base, tmp_path / "out", pattern=pattern, ratio=ratio, criterion="magnitude", keep_first=1)
     config = json.loads((base / "config.json").read_text())
     settings = make_settings(device="cpu", load_in_4bit=in_4bit)
-    sizes = Model.of(config, "config", plan.ratio, 1, 0, pattern)
+    sizes = Model.of(config, "config", PruneOptions(ratio=plan.ratio, pattern=pattern, keep_first=1).resolved())
     model = load_4bit(Checkpoint(tmp_path / "out"), **CPU) if in_4bit else loram.load_pruned(tmp_path / "out")
     buffers = sum(b.nbytes for name, b in model.named_buffers() if not name.endswith(".mask"))  # rotary embeddings
     assert frozen_bytes(sizes, settings).total == nbytes(model) - buffers
