@@ -274,7 +274,8 @@ def _put_(
     elif _holds_experts(checkpoint, name):
         put_experts_(module, own, (_packed(matrix, device, dtype) for matrix in _experts(checkpoint, name)))
     else:
-        tensor = checkpoint.tensor(name).to(device)
+        packed = checkpoint.constants(name)  # transformers quantises linears that stay whole here
+        tensor = (dequantized(checkpoint, name)[0] if packed else checkpoint.tensor(name)).to(device)
         is_buffer = own in dict(module.named_buffers(recurse=False))
         setattr(module, own, tensor if is_buffer else nn.Parameter(tensor.to(dtype), requires_grad=False))
 

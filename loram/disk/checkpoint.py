@@ -314,10 +314,16 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Return how many values all tensors hold together; a tied head counts once."""
-        left_out = {*self._masks.values(), *filter(_COMPUTED.search, self.index)}
-        again = {self.architecture.head_weight} if self.tied else set()
-        return sum(math.prod(self._tensors[name].spec.shape) for name in self.index.keys() - left_out - again)
+        """Return how many values all tensors hold together but for buffers; a tied head counts once."""
+        row = self.architecture
+        left_out = {
+            *self._masks.values(),
+            *filter(_COMPUTED.search, self.index),
+            *([row.head_weight] if self.tied else []),
+        }
+        for layer, own in enumerate(self.rows_by_layer):
+            left_out |= {f"{row.layer_path(layer)}.{part.name}" for part in own.parameters if part.buffer}
+        return sum(math.prod(self._tensors[name].spec.shape) for name in self.index.keys() - left_out)
 
     @property
     def head(self) -> str:

@@ -180,6 +180,8 @@ class Experts:
         transposed: whether its tensors are (experts, inputs, outputs), and not (experts, outputs, inputs).
         groups: the key of config.json with the number of groups that the router first chooses among, each of which has
             as many experts; 1 where config.json leaves it out.
+        kept_values: how many values per channel an expert keeps for its backward pass: gate, act(gate), up; more where
+            these are clamped and scaled.
     """
 
     path: str
@@ -188,6 +190,7 @@ class Experts:
     renamed: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
     groups: str | None = None
+    kept_values: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)

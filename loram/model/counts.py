@@ -32,7 +32,7 @@ def droppable_layers(
 
     A dropped layer has no cache. transformers asks the first layer with full attention, and the first with a sliding
     window, how long the text in the cache is, and the last layer that has a state instead of attention whether there is
-    any. So the first layer of each kind stays, and the last one without attention.
+    any. So the first layer of each kind of these stays, and the last one without attention.
 
     Args:
         geometry, architecture: the full model's sizes and family.
@@ -44,11 +44,11 @@ def droppable_layers(
         UserError: there are not as many.
     """
     windows, text = architecture.windows, architecture.text_config(config)
-    firsts: dict[Any, int] = {}
-    for layer in range(geometry.num_hidden_layers):
-        kind = geometry.layer_kinds[layer] if geometry.layer_kinds else None
+    attends = [KV_GROUPS in geometry.layer(architecture, layer).spaces for layer in range(geometry.num_hidden_layers)]
+    firsts: dict[tuple[bool, int | None], int] = {}
+    for layer, kind in enumerate(attends):
         firsts.setdefault((kind, None if windows is None else windows.of(layer, text)), layer)
-    states = [n for n in range(geometry.num_hidden_layers) if KV_GROUPS not in geometry.layer(architecture, n).spaces]
+    states = [layer for layer, kind in enumerate(attends) if not kind]
     layers = [layer for layer in pruned if layer not in {*firsts.values(), *states[-1:]}]
     if count > len(layers):
         raise UserError(

@@ -177,10 +177,10 @@ QWEN2_MOE = replace(
     _QWEN3,
     model_type="qwen2_moe",
     model_class="Qwen2MoeForCausalLM",
-    linears=(
-        *_QWEN3.linears,
-        *_shared("mlp.shared_expert", SPARSE),
-        *_only(SPARSE, (Linear(path="mlp.shared_expert_gate", reads="mlp", rows=(ONE,)),)),
+    linears=(*_QWEN3.linears, *_shared("mlp.shared_expert", SPARSE)),
+    parameters=(
+        *_TENSORS,
+        Parameter(name="mlp.shared_expert_gate.weight", axes=((ONE,), (HIDDEN,)), kinds=(SPARSE,)),
     ),
     norms=NORMS,
     sizes=expert_sizes(
@@ -213,7 +213,7 @@ EXPERTS = (
             Parameter(name=f"{_DOWN}_bias", axes=((EXPERT,), (HIDDEN,))),
         ),
         sizes=expert_sizes(128, 4, 2880, "intermediate_size"),
-        experts=replace(_EXPERTS, router="mlp.router.weight", in_files={}, transposed=True),
+        experts=replace(_EXPERTS, router="mlp.router.weight", kept_values=6, in_files={}, transposed=True),
         biases={"attention_bias": QKVO, "always": ("mlp.router",)},
         on_by_default=("attention_bias",),
         kv_heads=8,

@@ -24,7 +24,7 @@ from loram.model.architecture import (
 )
 from loram.model.dense import LLAMA
 from loram.model.experts import EXPERT, EXPERT_GATE, EXPERT_UP
-from loram.model.parts import ATTENTION, FOUR_NORMS, MLP_LINEARS, QKVO
+from loram.model.parts import ATTENTION, FOUR_NORMS, MLP_LINEARS, QKVO, WHOLE_KEYS, WHOLE_QUERIES, WHOLE_VALUES
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Words in the kind of a layer of Gemma 4. Its keys and values are its own, or also those of later layers (`source`), or
@@ -32,9 +32,6 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 _OWN, _OWN_VALUES, _SOURCE, _SOURCE_VALUES, _SHARED = "own", "own_values", "source", "source_values", "shared"
 _WIDE, _INPUT, _EXPERTS = "wide", "layer_input", "experts"
 
-_QUERIES = Segment(name="queries of all heads", unit="queries")
-_KEYS = Segment(name="keys of all heads", unit="keys")
-_VALUES = Segment(name="values of all heads", unit="keys")
 _LAYER_INPUT = Segment(name="layer input", unit="layer_input")
 _LAYER_INPUTS = Segment(name="inputs of all layers", unit="layer_inputs")
 _TOKENS = Segment(name="tokens", unit="layer_input_vocabulary")
@@ -137,10 +134,10 @@ _GEMMA4 = replace(
     model_type="gemma4_text",
     model_class="Gemma4ForCausalLM",
     linears=(
-        *_cut_or_whole(_Q, replace(_Q, rows=(_QUERIES,)), _OWN, (_SOURCE, _SHARED)),
-        *_cut_or_whole(_K, replace(_K, rows=(_KEYS,)), _OWN, (_SOURCE,)),
-        *_cut_or_whole(_V, replace(_V, rows=(_VALUES,)), _OWN_VALUES, (_SOURCE_VALUES,)),
-        *_cut_or_whole(_O, replace(_O, columns=(_QUERIES,)), _OWN, (_SOURCE, _SHARED)),
+        *_cut_or_whole(_Q, replace(_Q, rows=(WHOLE_QUERIES,)), _OWN, (_SOURCE, _SHARED)),
+        *_cut_or_whole(_K, replace(_K, rows=(WHOLE_KEYS,)), _OWN, (_SOURCE,)),
+        *_cut_or_whole(_V, replace(_V, rows=(WHOLE_VALUES,)), _OWN_VALUES, (_SOURCE_VALUES,)),
+        *_cut_or_whole(_O, replace(_O, columns=(WHOLE_QUERIES,)), _OWN, (_SOURCE, _SHARED)),
         *MLP_LINEARS,
         Linear(path="per_layer_input_gate", reads="hidden", rows=(_LAYER_INPUT,), kinds=(_INPUT,), adapted=False),
         Linear(

@@ -40,6 +40,15 @@ class Sizes:
         return cls(value=4, mask=settings.lora_bytes if settings.dropout else 0, adapted=settings.lora_bytes)
 
 
+def saved_by_layers(model: Model, settings: Settings) -> list[int]:
+    """Return what each decoder layer saves, from the bottom up, as `saved_by_layer` does."""
+    saved, first = [], True
+    for layer in model.layers:
+        saved.append(saved_by_layer(model, layer, settings, first=first))
+        first = first and not layer.targeted(settings.targets)
+    return saved
+
+
 def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: bool = False) -> int:
     """Return the bytes that one decoder layer saves in a forward pass with gradients.
 
@@ -51,6 +60,8 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     """
     size, hidden, tokens = Sizes.of(settings), model.geometry.hidden_size, settings.tokens
     targets = layer.targeted(settings.targets)
+    if first and not targets:
+        return 0
     row, in_norm = model.architecture, _in_norm(model)
     per_token = layer.norms * in_norm + layer.head_norms * _FLOAT32
     per_token += _by_adapters(model, layer, targets, settings, size)
@@ -79,8 +90,9 @@ def mlp_values(model: Model, layer: Layer) -> int:
     The latter is multiplied by the router's weight, whose gradient needs it.
     """
     values = 3 * (layer.channels + layer.shared)
-    if layer.routed is not None:
-        values += layer.routed.chosen * (3 * layer.routed.channels + model.geometry.hidden_size)
+    if (experts := model.architecture.experts) is not None and layer.routed is not None:
+        each = experts.kept_values * layer.routed.channels + model.geometry.hidden_size
+        values += layer.routed.chosen * each
     return values
 
 
@@ -143,7 +155,8 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
     if row.queries_scaled:
         tables += length * size.value
     if weight := kept_per_weight(model, settings):
-        return tokens * (3 * layer.queries * size.value + length * layer.heads * weight) + tables
+        sinks = size.value + _INT64 if model.sinks else 0  # a column for them, and where each row's maximum is
+        return tokens * (3 * layer.queries * size.value + layer.heads * (length * weight + sinks)) + tables
     masked = layer.window is not None and length >= layer.window
     copied = masked and layer.heads != layer.kv_heads  # under a mask keys and values are copied for every query head
     keys, values = (layer.keys, layer.values_width) if layer.own_keys else (0, 0)
@@ -159,12 +172,15 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
 def kept_per_weight(model: Model, settings: Settings) -> int:
     """Return the bytes that are kept per attention weight; 0 where a fused kernel keeps none of them.
 
-    With a softcap these are tanh and softmax. A CPU has no fused kernel with dropout: softmax, mask, and their product.
+    With a softcap these are tanh and softmax; heads with sinks keep the softmax. A CPU has no fused kernel with
+    dropout: softmax, mask, and their product.
     """
     row, value = model.architecture, Sizes.of(settings).value
     if row.attention_softcap is not None:
         capped = row.attention_softcap.of(model.text_config) is not None
         return (value if capped else 0) + _FLOAT32 + (value if value != _FLOAT32 else 0)
+    if model.sinks:
+        return value
     return 3 * value if settings.device == "cpu" and row.dropout("attention_dropout", model.text_config) else 0
 
 

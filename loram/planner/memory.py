@@ -15,9 +15,10 @@ from loram.planner.activations import (
     offloaded_stash,
     saved_around_layers,
     saved_by_layer,
+    saved_by_layers,
     saved_by_mlp,
 )
-from loram.planner.layer import Layer
+from loram.planner.layer import Layer, Routed
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
 from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
@@ -177,9 +178,7 @@ def _kept(model: Model, settings: Settings) -> list[int]:
     if settings.checkpointed:
         most = offloaded_stash(model) if settings.offloaded else len(model.layers)
         return [min(count, most) * layer_input(model, settings) for count in range(1, len(model.layers) + 1)]
-    return list(
-        accumulate(saved_by_layer(model, layer, settings, first=index == 0) for index, layer in enumerate(model.layers))
-    )
+    return list(accumulate(saved_by_layers(model, settings)))
 
 
 def _gradients(model: Model, settings: Settings) -> list[int]:
@@ -216,24 +215,33 @@ def _inside(model: Model, layer: Layer, settings: Settings) -> int:
     """Return the most that the backward pass through a layer needs beyond what the layer has saved.
 
     At the MLP's end these are the gradient of the layer's output, twice more on its way to lora_B, and the gradient of
-    the channels; on a GPU with 16-bit weights the latter exists in float32 too, which PEFT casts to. In experts these
-    are the gradient of what each gives, before and after it is multiplied by the router's weight, and that of the
-    weight before it is summed; or, when that is done and freed, three gradients of the channels. Where attention
+    the channels; on a GPU with 16-bit weights the latter exists in float32 too, which PEFT casts to. Where attention
     weights are kept, they have two gradients (of the softmax's output and input) when the MLP's part has been freed;
     with dropout the first of them takes the place of what has been dropped from.
     """
     size, hidden, tokens = Sizes.of(settings).value, model.geometry.hidden_size, settings.tokens
     cast = _FLOAT32 if settings.device == "cuda" and not settings.quantised else 0
     in_mlp = tokens * (3 * hidden * size + (layer.channels + layer.shared) * (size + cast))
-    if (routed := layer.routed) is not None:
-        at_outputs = 3 * routed.chosen * hidden + 2 * hidden
-        at_channels = routed.chosen * (3 * routed.channels - hidden) + hidden
-        in_mlp = max(in_mlp, tokens * size * max(at_outputs, at_channels))
+    if layer.routed is not None:
+        in_mlp = max(in_mlp, tokens * size * _in_experts(layer.routed, hidden, settings))
     if not kept_per_weight(model, settings):
         return in_mlp
-    gradients = 1 if model.architecture.attention_softcap is None else 2
+    gradients = 2 if model.sinks or model.architecture.attention_softcap is not None else 1
     weights = gradients * tokens * settings.length * layer.heads * _FLOAT32 + 3 * tokens * layer.queries * size
     return max(in_mlp, weights - saved_by_mlp(model, layer, settings))
+
+
+def _in_experts(routed: Routed, hidden: int, settings: Settings) -> int:
+    """Return how many values per token the backward pass through experts needs beyond what they have saved.
+
+    They are the gradient of what each expert gives, before and after it is multiplied by the router's weight, and that
+    of the weight before it is summed; or, when that is done and freed, three gradients of the channels. In 4 bits the
+    gradients of the channels are those of one expert at a time, and the others are put together once more.
+    """
+    if settings.quantised:
+        return 4 * routed.chosen * hidden + hidden
+    at_outputs = 3 * routed.chosen * hidden + 2 * hidden
+    return max(at_outputs, routed.chosen * (3 * routed.channels - hidden) + hidden)
 
 
 def _dequantised(parameters: int, settings: Settings) -> int:

@@ -37,10 +37,8 @@ def _delta_net(geometry: Geometry, settings: Settings, value: int) -> int:
     keys, chunks = geometry.linear_key_head_dim, ceil(settings.length / _CHUNK)
     convolved = 2 * geometry.linear_num_key_heads * keys + heads * values
     padded = settings.rows * (settings.length + geometry.linear_conv_kernel_dim - 1)
-    if settings.length % _CHUNK:
-        copies = 6 * chunks if chunks > 1 else 5  # the first chunk reads no state
-    else:
-        copies = 10 * chunks - 1
+    padded_copies = 6 * chunks if chunks > 1 else 5  # the first chunk reads no state
+    copies = padded_copies if settings.length % _CHUNK else 10 * chunks - 1
     in_chunks = settings.rows * _CHUNK * heads * (chunks * (5 * _CHUNK + 3 * values + 4) + copies * keys)
     by_token = settings.tokens * heads * (2 * (keys + 1) + 2 + 4 * values + 1)
     states = settings.rows * chunks * heads * (keys * values + 1) + heads

@@ -14,7 +14,7 @@ from loram.model.counts import kept_by_space
 from loram.model.families import architecture_of
 from loram.model.geometry import Geometry, Units
 from loram.model.packing import packing_of
-from loram.model.parts import KV_GROUPS, UP, VALUES
+from loram.model.parts import KV_GROUPS, UP, VALUES, WHOLE_VALUES
 from loram.model.sparsity import kept_values
 from loram.planner.layer import Layer, Routed
 from loram.pruning.options import ResolvedPruneOptions
@@ -157,10 +157,16 @@ class Model:
         lengths = heads + groups if ONE_HEAD in widths else len(widths)
         values = 0
         if row.norms_values:  # a layer without values of its own norms its keys twice
-            own = any(linear.name == "v_proj" for linear in row.linears)
-            values = groups * (head_dim if own else 0)
+            own = any({VALUES, WHOLE_VALUES} & set(linear.rows) for linear in row.linears)
+            values = groups * head_dim if own else 0
             lengths += groups
         return (heads + groups) * head_dim + values + lengths * row.norm_lengths if widths else 0
+
+    @property
+    def sinks(self) -> bool:
+        """Return whether its heads attend to sinks too, which have a parameter per query head."""
+        axes = [axis for part in self.architecture.parameters for axis in part.axes]
+        return any(segment.unit == "query" for axis in axes for segment in axis)
 
     def rotated(self, head_dim: int) -> int:
         """Return how many values of a head, which has `head_dim`, the rotary tables have."""

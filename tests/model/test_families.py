@@ -211,3 +211,47 @@ def test_a_layer_that_predicts_the_token_after_the_next_is_unused() -> None:
     assert row.leaves_unused("model.layers.4.eh_proj.weight", config)
     assert not row.leaves_unused("model.layers.3.mlp.gate.weight", config)
     assert not LLAMA.leaves_unused("model.layers.4.eh_proj.weight", config)
+
+
+_ATTENTION_OF_16 = {"num_attention_heads": 16, "num_key_value_heads": 16}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "config"),
+    [
+        (
+            20_914_757_184,
+            {
+                **{"model_type": "gpt_oss", "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880},
+                **{"num_hidden_layers": 24, "num_attention_heads": 64, "num_local_experts": 32},
+            },
+        ),
+        (
+            6_919_161_856,
+            {
+                **{"model_type": "olmoe", "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 1024},
+                **{"num_hidden_layers": 16, "num_experts": 64, **_ATTENTION_OF_16},
+            },
+        ),
+        (
+            14_315_784_192,
+            {
+                **{"model_type": "qwen2_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 5632},
+                **{"num_hidden_layers": 24, "num_experts": 60, **_ATTENTION_OF_16},
+            },
+        ),
+        (
+            1_334_628_352,
+            {
+                **{"model_type": "granitemoe", "vocab_size": 49_155, "hidden_size": 1024, "intermediate_size": 512},
+                **{"num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8},
+                **{"num_local_experts": 32, "tie_word_embeddings": True},
+            },
+        ),
+    ],
+    ids=["gpt-oss-20b", "OLMoE-1B-7B", "Qwen1.5-MoE-A2.7B", "granite-3.1-1b-a400m"],
+)
+def test_mixtures_on_the_hub_have_as_many_parameters(parameters: int, config: dict[str, object]) -> None:
+    row, geometry = architecture_of(config), Geometry.from_config(config)
+    layers = sum(geometry.layer_parameters(row, layer) for layer in range(geometry.num_hidden_layers))
+    assert geometry.other_parameters() + layers == parameters

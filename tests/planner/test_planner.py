@@ -12,7 +12,7 @@ import torch
 import yaml
 from bitsandbytes.nn import Params4bit
 from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
-from conftest import FAMILIES, ODDITIES, SIZES, own_names
+from conftest import EXPERTS, FAMILIES, HYBRID_EXPERTS, ODDITIES, SIZES, own_names
 from helpers import Live
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel
@@ -26,7 +26,7 @@ from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
 from loram.model.families import family_of
-from loram.planner.activations import saved_around_layers, saved_by_layer
+from loram.planner.activations import saved_around_layers, saved_by_layer, saved_by_layers
 from loram.planner.fit import GRID, Fit, fit
 from loram.planner.memory import training_memory
 from loram.planner.settings import LINEARS, Settings, make_settings
@@ -106,7 +106,7 @@ def in_4_bits(name: str, parameter: Tensor, sizes: Model) -> int:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe", "gpt_oss"])
 def test_a_pruned_model_in_4_bits_is_as_large_as_it_is_loaded(
     family: str, offload: bool, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -203,6 +203,12 @@ def saved_bytes(wrapped: Any, batch: int, length: int) -> tuple[list[int], int]:
     return [after - start for start, after in itertools.pairwise(before)], saved.bytes
 
 
+def about(family: str, expected: Any) -> Any:
+    """What to compare with: the planner knows the routers of Qwen 3 MoE and Mixtral, and others nearly."""
+    near = family in (*EXPERTS, *HYBRID_EXPERTS) and family not in ("qwen3_moe", "mixtral")
+    return pytest.approx(expected, rel=0.1) if near else expected
+
+
 def with_known_tables(model: Model) -> list[int]:
     """Return the layers that have no rotary tables, or whose tables a layer below has saved already."""
     by_window, known, seen = model.architecture.rotary_by_window, [], set[bool]()
@@ -223,11 +229,24 @@ def test_saved_activations_are_autograds_own(family: str, length: int) -> None:
     sizes = sizes_of(model)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": length}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
-    expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
+    expected = saved_by_layers(sizes, settings)
     known = with_known_tables(sizes)
-    assert [layers[index] for index in known] == [expected[index] for index in known]
+    assert [layers[index] for index in known] == about(family, [expected[index] for index in known])
     read_by_the_loss = 2 * (length - 1) * SIZES["hidden_size"] * 4  # not yet saved here
-    assert total == sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss
+    if sizes.layers[0].heads:  # else nothing trains in the first mixer, and it keeps less than it could
+        assert total == about(family, sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss)
+
+
+@pytest.mark.parametrize("length", [64, 128, 130])
+def test_saved_activations_of_chunks(length: int) -> None:
+    """A DeltaNet computes in chunks of 64 tokens."""
+    model = tiny("qwen3_5_text")
+    layers, _ = saved_bytes(adapted(model), 2, length)
+    sizes = sizes_of(model)
+    settings = make_settings(device="cpu", lora_r=4, per_device_train_batch_size=2, max_length=length)
+    settings = settings.for_family(sizes.architecture)
+    assert not sizes.layers[2].heads
+    assert layers[2] == saved_by_layer(sizes, sizes.layers[2], settings)
 
 
 @pytest.mark.parametrize(("method", "dropout"), [("lora", 0.0), ("lora-fa", 0.0), ("lora-fa", 0.1), ("lora-sp", 0.05)])
@@ -238,7 +257,7 @@ def test_saved_activations_of_a_method_are_autograds_own(family: str, method: st
     sizes = sizes_of(model)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12, "lora_dropout": dropout}
     settings = make_settings(device="cpu", method=method, **options).for_family(sizes.architecture)
-    expected = [saved_by_layer(sizes, layer, settings, first=n == 0) for n, layer in enumerate(sizes.layers)]
+    expected = saved_by_layers(sizes, settings)
     assert layers[1:] == expected[1:]
     read_by_the_loss = 2 * 11 * SIZES["hidden_size"] * 4  # not yet saved here
     assert total == sum(expected) + saved_around_layers(sizes, settings) - read_by_the_loss
@@ -263,11 +282,11 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     sizes = pruned_sizes(config, ratio=0.5, keep_first=1, keep_last=1)
     options = {"lora_r": 4, "per_device_train_batch_size": 2, "max_length": 12}
     settings = make_settings(device="cpu", **options).for_family(sizes.architecture)
-    expected = [saved_by_layer(sizes, layer, settings) for layer in sizes.layers]
+    expected = saved_by_layers(sizes, settings)
     known = with_known_tables(sizes)
-    assert [layers[index] for index in known] == [expected[index] for index in known]
+    assert [layers[index] for index in known] == about(family, [expected[index] for index in known])
     whole = Model.of(config, "config")
-    assert expected[1] < saved_by_layer(whole, whole.layers[1], settings)
+    assert sum(expected) < sum(saved_by_layers(whole, settings))
 
 
 def test_the_loss_saves_what_it_reads_only() -> None:
@@ -333,8 +352,18 @@ def test_the_peak_with_dropouts_factors_and_norms_of_other_kinds(family: str, tm
     assert_peak(family, {"load_in_4bit": True, "gradient_checkpointing": True}, tmp_path)
 
 
-def assert_peak(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny(family, vocab_size=1000, hidden_size=64, intermediate_size=170, num_hidden_layers=3)
+@pytest.mark.parametrize("sizes", [{"num_experts_per_tok": 6}, {"moe_intermediate_size": 160}], ids=str)
+@pytest.mark.parametrize("in_4bit", [False, True])
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
+def test_the_peak_inside_experts(sizes: dict[str, int], in_4bit: bool, tmp_path: Path) -> None:
+    """That of the gradients of what experts give, and that of the gradients of their channels."""
+    options = {"gradient_checkpointing": True, "load_in_4bit": in_4bit}
+    assert_peak("qwen3_moe", options, tmp_path, vocab_size=320, num_experts=8, **sizes)
+
+
+def assert_peak(family: str, options: dict[str, Any], tmp_path: Path, **changes: Any) -> None:
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 170, "num_hidden_layers": 3, **changes}
+    model = tiny(family, **sizes)
     config = model.config.to_dict()
     settings = make_settings(**{"device": "cpu", "per_device_train_batch_size": 2, "max_length": 120, **options})
     settings = settings.for_family(sizes_of(model).architecture)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_FAMILY, EXPERTS, HYBRIDS, elsewhere, random_adapter, relative, targets_of
+from conftest import EVERY_FAMILY, EXPERTS, HYBRID_EXPERTS, HYBRIDS, elsewhere, random_adapter, relative, targets_of
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -86,7 +86,7 @@ def test_law_2_pruned_equals_zeroed(family: str, pruned: Any) -> None:
     check_law_2(base, folder, plan)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", *EXPERTS, *HYBRIDS])
+@pytest.mark.parametrize("family", ["llama", "gemma2", *EXPERTS, *HYBRIDS, *HYBRID_EXPERTS])
 def test_law_2_where_nothing_is_narrowed(family: str, pruned: Any) -> None:
     base, folder, plan = pruned(family, ALONE)
     assert (len(plan.dropped), plan.layers, plan.ratio) == (2, {}, None)
