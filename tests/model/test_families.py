@@ -254,4 +254,4 @@ _ATTENTION_OF_16 = {"num_attention_heads": 16, "num_key_value_heads": 16}
 def test_mixtures_on_the_hub_have_as_many_parameters(parameters: int, config: dict[str, object]) -> None:
     row, geometry = architecture_of(config), Geometry.from_config(config)
     layers = sum(geometry.layer_parameters(row, layer) for layer in range(geometry.num_hidden_layers))
-    assert geometry.other_parameters() + layers == parameters
+    assert geometry.other_parameters(row) + layers == parameters
