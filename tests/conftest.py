@@ -53,7 +53,8 @@ EXPERTS = (
 # Families whose layers are of several kinds; tested as those near Llama.
 HYBRIDS = ("qwen3_5_text", "lfm2")
 HYBRID_EXPERTS = ("qwen3_5_moe_text", "qwen3_next")  # their laws are in test_experts.py
-EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS)
+VARIED = ("gemma4_text",)  # families whose layers differ in size; tested as those near Llama
+EVERY_FAMILY = (*FAMILIES, *NEAR_LLAMA, *HYBRIDS, *VARIED)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = 320
@@ -145,6 +146,20 @@ ODDITIES: dict[str, dict[str, Any]] = {
     },
     # the MLP is 32 wide, the next multiple of 8 after two thirds of 40
     "lfm2": {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8},
+    # the last layer reads the keys and values of layer 2; layers 1 and 2 take their keys for values
+    "gemma4_text": {
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "full")],
+        "sliding_window": 8,
+        "global_head_dim": 16,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 2,
+        "num_kv_shared_layers": 1,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "attention_bias": True,
+        "final_logit_softcapping": 5.0,
+    },
     "gpt_oss": {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
@@ -328,6 +343,7 @@ _IMAGE = {"image_token_index": 300, "image_token_id": 300, "boi_token_index": 30
 # wrapper -> the family of its text model, its tower, and what else its config needs
 WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", "siglip_vision_model", {"mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", "gemma4_vision", {"audio_config": None}),
     "mistral3": ("mistral", "pixtral", {"tie_word_embeddings": False}),
     "llava": ("llama", "clip_vision_model", {}),
     "llava_next": ("mistral", "clip_vision_model", {}),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HYBRIDS, NEAR_LLAMA, relative
+from conftest import HYBRIDS, NEAR_LLAMA, VARIED, relative
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", [*NEAR_LLAMA, *HYBRIDS])
+@pytest.mark.parametrize("family", [*NEAR_LLAMA, *HYBRIDS, *VARIED])
 def test_from_pruning_to_merging_in_4_bits(
     family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:

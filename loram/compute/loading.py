@@ -61,6 +61,15 @@ def _pruned_config(full: PreTrainedConfig, plan: PruningPlan) -> PreTrainedConfi
     values = full.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map", *_OF_A_RUN):
         values.pop(key, None)
+    keys, own = plan.config_keys(), {int(layer): widths for layer, widths in values.get("per_layer_config", {}).items()}
+    if own:  # the family's layers differ in size themselves
+        narrow = {int(layer): widths for layer, widths in keys["per_layer_config"].items()}
+        keys |= {
+            "per_layer_config": {
+                str(layer): {**own.get(layer, {}), **narrow.get(layer, {})} for layer in sorted({*own, *narrow})
+            },
+            "full_per_layer_config": {str(layer): own[layer] for layer in sorted(own)},
+        }
     values |= {
         "head_dim": plan.geometry.head_dim,  # some families would divide by a number of heads that varies
         "architectures": [model_class.__name__],
@@ -68,7 +77,7 @@ def _pruned_config(full: PreTrainedConfig, plan: PruningPlan) -> PreTrainedConfi
             "AutoConfig": f"{_CODE}.{config_class.__name__}",
             "AutoModelForCausalLM": f"{_CODE}.{model_class.__name__}",
         },
-        **plan.config_keys(),
+        **keys,
     }
     made = config_class(**values)
     return config_class.from_dict(json.loads(made.to_json_string()))  # as it is read back from the folder

@@ -32,7 +32,7 @@ _STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256
 def load_4bit(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, offload_embedding: bool = False
 ) -> PreTrainedModel:
-    """Load a full or pruned model with every linear, the head, the embedding and the experts in NF4.
+    """Load a full or pruned model with every linear, the head, the embeddings and the experts in NF4.
 
     Norms, biases and what routes tokens to experts are in `dtype`. Every expert's matrix is quantised by itself. Sparse
     linears have the values that they hold in NF4, in blocks of 64 in their own order; masks stay as they are.
@@ -42,7 +42,7 @@ def load_4bit(
         checkpoint: a folder in 16 or 32 bits, or one that `loram.quantize` made.
         device: where the model goes.
         dtype: the dtype that it computes in.
-        offload_embedding: keep the embedding as it is, in host memory, and look its rows up there.
+        offload_embedding: keep embeddings as they are, in host memory, and look their rows up there.
 
     Returns:
         The model in evaluation mode, all of it frozen.
@@ -54,14 +54,15 @@ def load_4bit(
     checkpoint = checkpoint.stored
     model: Any = empty_model(checkpoint, dtype)
     shapes = _shapes(checkpoint, model)
-    embedding, untied = checkpoint.architecture.embedding_weight, checkpoint.architecture.head_weight in shapes
+    row = checkpoint.architecture
+    tied = {row.embedding_weight} if row.head_weight not in shapes else set()
     _replace_linears_(model, checkpoint, dtype)
     for name in track(sorted(shapes, key=lambda name: -checkpoint.spec(name).nbytes), "Loading in 4 bits"):
-        if name == embedding:
-            _put_embedding_(model, checkpoint, shapes[name], device, dtype, offload_embedding, tied=not untied)
+        if name in row.embedding_weights:
+            _put_embedding_(model, checkpoint, name, shapes[name], device, dtype, offload_embedding, tied=name in tied)
         else:
             _put_(model, checkpoint, name, shapes[name], device, dtype)
-    if checkpoint.architecture.experts is not None:
+    if row.experts is not None:
         use_4bit_experts_(model)
     keep_layout_(model)
     model.is_loaded_in_4bit = True  # PEFT looks here
@@ -297,6 +298,7 @@ def _put_weight_(linear: Linear4bit, weight: Params4bit) -> None:
 def _put_embedding_(
     model: Any,
     checkpoint: Checkpoint,
+    name: str,
     shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
@@ -304,13 +306,14 @@ def _put_embedding_(
     *,
     tied: bool,
 ) -> None:
-    """Give a model its embedding, and its head where that is tied."""
-    embedding, name = model.get_input_embeddings(), checkpoint.architecture.embedding_weight
+    """Give a model an embedding, and its head where that is tied to it."""
+    path = name.rpartition(".")[0]
+    embedding = model.get_submodule(path)
     weight = None if offload and not tied else _read_4bit(checkpoint, name, shape, device, dtype)
     if offload:
-        model.set_input_embeddings(HostEmbedding(embedding, checkpoint.tensor(name), dtype))
+        model.set_submodule(path, HostEmbedding(embedding, checkpoint.tensor(name), dtype))
     else:
-        model.set_input_embeddings(Nf4Embedding(embedding, weight))
+        model.set_submodule(path, Nf4Embedding(embedding, weight))
     if tied:
         _put_weight_(model.get_output_embeddings(), weight)
 

@@ -9,7 +9,8 @@ Shapes: hidden states are (rows, width, hidden), where a micro-batch has `rows` 
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from loram.compute.device import return_freed_memory_
 from loram.compute.head import Head, TopK
 from loram.compute.loading import empty_model
 from loram.compute.scratch import Activations, Scratch
+from loram.compute.sharing import BatchStates, SharedStates
 from loram.data.batches import Batch
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
@@ -78,17 +80,37 @@ def without_layers(
     Args:
         model: the model; its layers may be without weights.
         architecture: the family's row.
-        note: called in place of each layer: (index, hidden states, what else the layer gets) -> hidden states.
+        note: called in place of each layer: (index, hidden states, what else the layer gets, by name) -> hidden states.
     """
     layers = cast(nn.ModuleList, model.get_submodule(architecture.layers_path))
     norm = model.get_submodule(architecture.final_norm_path)
     with contextlib.ExitStack() as undo:
         for index, layer in enumerate(layers):
-            layer.forward = functools.partial(note, index)
+            layer.forward = _with_names(functools.partial(note, index), layer.forward)
             undo.callback(delattr, layer, "forward")
         norm.forward = lambda hidden_states: hidden_states
         undo.callback(delattr, norm, "forward")
         yield model.get_submodule(architecture.decoder)
+
+
+def _with_names(note: Callable[..., Tensor], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that gets by name what a layer's own forward pass gets by place, but for the hidden states."""
+    _, *names = inspect.signature(forward).parameters
+    return lambda hidden, *args, **kwargs: note(hidden, **dict(zip(names, args, strict=False)), **kwargs)
+
+
+def fill_before_layers_(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give an empty model the weights that make what its layers get: the embedding, and others outside the layers.
+
+    An embedding may get only some rows; the ids are then places among these.
+    """
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        dtype = getattr(module, leaf).dtype
+        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # it counts in the full table, and is of no use without a gradient
 
 
 class Stream:
@@ -132,6 +154,10 @@ class Stream:
         self._scratch = Scratch(hidden_bytes, scratch)
         # shape of a micro-batch -> layer -> what the model's own code passes to that layer beside the hidden states
         self._arguments: dict[tuple[int, ...], dict[int, dict[str, Any]]] = {}
+        # layer -> what each token has there beside its hidden states, where the family's tokens have such values
+        self._layer_inputs: dict[int, Activations] = {}
+        sharing = self.architecture.shared_states
+        self._shared = SharedStates(self._scratch, dtype, device, read=sharing is not None and bool(sharing.readers))
         self._inputs: dict[int, Activations] = {}  # what each layer read, where `backward` needs it
         self._final: Activations | None = None  # what the last layer gave
         self._factors: dict[str, Tensor] = {}  # the adapter's factors on the resident layer
@@ -176,8 +202,12 @@ class Stream:
             self._pass(layer.index, current, outputs, (None, None) if edit else observers, observe_layer)
             if keep:
                 self._inputs[layer.index], current = current, outputs
+            elif layer.index in self._layer_inputs:
+                self._layer_inputs.pop(layer.index).close()
             yield layer
         self._final = current
+        if keep_from is None:
+            self._shared.close()
 
     def _pass(
         self,
@@ -191,7 +221,7 @@ class Stream:
         for number, batch in enumerate(self.batches):
             before = inputs[number].to(self.device)  # (rows, width, hidden)
             with torch.no_grad(), self._observed(index, batch, *observers):
-                after = self._call(index, batch, before)
+                after = self._call(index, number, before, self._shared.of(number))
             if observe_layer is not None:
                 observe_layer(index, before, after, batch.real.to(self.device))
             if outputs is not None:
@@ -217,19 +247,25 @@ class Stream:
         for layer in self._resident(range(len(self._layers) - 1, down_to - 1, -1), "Layers, backward"):
             inputs = self._inputs.pop(layer.index)
             with self._differentiated(layer, on_gradient, of) as state:
-                for number, batch in enumerate(self.batches):
+                for number in range(len(self.batches)):
                     state["last"] = number == len(self.batches) - 1
                     x = inputs[number].to(self.device).detach()  # (rows, width, hidden), as y and both gradients
                     x.requires_grad_(layer.index > down_to or on_gradient is None)
+                    shared = self._shared.of(number)
                     with torch.enable_grad():
-                        y = self._call(layer.index, batch, x)
-                    torch.autograd.backward(y, gradients[number].to(self.device))
+                        y = self._call(layer.index, number, x, shared)
+                    roots = [(y, gradients[number].to(self.device)), *shared.roots()]
+                    torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+                    shared.keep_gradients()
                     if x.grad is not None:
                         gradients[number] = x.grad
-                    del x, y
+                    del x, y, roots, shared
             inputs.close()
+            if layer.index in self._layer_inputs:
+                self._layer_inputs.pop(layer.index).close()
             yield layer
         gradients.close()
+        self._shared.close()
 
     def log_probs(self) -> list[Tensor]:
         """Return the log-probability of each wanted target: (wanted,) float32 for each micro-batch, in nats."""
@@ -259,29 +295,35 @@ class Stream:
 
     def _room(self) -> Activations:
         """Room for the hidden state of every token: (rows, width, hidden) for each micro-batch."""
-        width = self.model.config.get_text_config().hidden_size
+        return self._room_for(self.model.config.get_text_config().hidden_size)
+
+    def _room_for(self, width: int) -> Activations:
+        """Room for `width` values of every token."""
         return self._scratch.room([(*batch.ids.shape, width) for batch in self.batches], self.dtype)
 
     def _embed(self) -> Activations:
         """Return the hidden states before the first layer: run the model's own forward pass with layers that record.
 
-        Only the embedding's rows that the text uses are read.
+        Only the embeddings' rows that the text uses are read.
         """
         row, decoder = self.architecture, self.model.get_submodule(self.architecture.decoder)
-        table = cast(nn.Embedding, self.model.get_input_embeddings())
         used = torch.unique(torch.cat([batch.ids.flatten() for batch in self.batches]))  # sorted token ids
-        if used[-1] >= (known := self.checkpoint.vocabulary):
-            raise UserError(f"{self.checkpoint.name}: token id {used[-1]}, but its embedding has only {known} rows")
-        rows = [self.checkpoint.tensor(row.embedding_weight, token, token + 1) for token in used.tolist()]
-        table.weight = nn.Parameter(torch.cat(rows).to(self.device, self.dtype), requires_grad=False)
-        table.padding_idx = None  # it counts in the full table, and is of no use without a gradient
+        weights = {name: self._rows(name, used) for name in row.embedding_weights}
+        weights |= {name: self.checkpoint.tensor(name) for name in row.weights_before_layers if name not in weights}
+        fill_before_layers_(self.model, weights, self.device)
         for module in decoder.children():
             if next(module.parameters(), None) is None:  # rotary tables
                 module.to(self.device)
-        hidden = self._room()
+        hidden, own = self._room(), row.layer_input
         notes: dict[int, dict[str, Any]] = {}
+        number = 0
 
         def note(index: int, hidden_states: Tensor, **arguments: Any) -> Tensor:
+            if own is not None and own.readers and own.name in arguments:
+                values = arguments.pop(own.name)  # (rows, width, values)
+                if index not in self._layer_inputs:
+                    self._layer_inputs[index] = self._room_for(values.shape[-1])
+                self._layer_inputs[index][number] = values
             notes[index] = arguments
             return hidden_states
 
@@ -290,12 +332,30 @@ class Stream:
                 ids = torch.searchsorted(used, batch.ids).to(self.device)  # places in `used`, (rows, width)
                 hidden[number] = decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
                 self._arguments[tuple(ids.shape)] = dict(notes)
-        table.to_empty(device="meta")
+        for name in weights:
+            self.model.get_submodule(name.rpartition(".")[0]).to_empty(device="meta")
         return hidden
 
-    def _call(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """Return a layer's output for a micro-batch; `hidden` and the output are (rows, width, hidden)."""
-        arguments = self._arguments[tuple(batch.ids.shape)][index]
+    def _rows(self, name: str, tokens: Tensor) -> Tensor:
+        """Return the rows of an embedding's weight for some sorted tokens."""
+        if tokens[-1] >= (known := self.checkpoint.shape(name)[0]):
+            raise UserError(f"{self.checkpoint.name}: token id {tokens[-1]}, but its embedding has only {known} rows")
+        return torch.cat([self.checkpoint.tensor(name, token, token + 1) for token in tokens.tolist()])
+
+    def _call(self, index: int, number: int, hidden: Tensor, shared: BatchStates) -> Tensor:
+        """Return a layer's output for a micro-batch.
+
+        Args:
+            index: the layer's index.
+            number: the micro-batch's index.
+            hidden: the hidden states, (rows, width, hidden), as the output.
+            shared: what the layer reads of earlier ones, and sets for later ones.
+        """
+        row, arguments = self.architecture, {**self._arguments[tuple(self.batches[number].ids.shape)][index]}
+        if row.layer_input is not None and index in self._layer_inputs:
+            arguments[row.layer_input.name] = self._layer_inputs[index][number].to(self.device)
+        if row.shared_states is not None:
+            arguments[row.shared_states.name] = shared
         output: Tensor = self._layers[index](hidden.to(self.device), **arguments)
         return output
 

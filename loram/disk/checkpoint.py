@@ -175,12 +175,13 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The family's row, of a full or a pruned model.
+        """The family's row, of a full or a pruned model, without what none of its layers has.
 
         Raises:
             UserError: the family is not supported.
         """
-        return family_of(self.config, self.name)
+        row = family_of(self.config, self.name)
+        return row.of_model(row.layer_kinds(self.config))
 
     @cached_property
     def rows_by_layer(self) -> list[Architecture]:

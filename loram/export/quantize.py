@@ -55,7 +55,7 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
             f"{checkpoint.name}: transformers' 4-bit format has no place for experts; `loram train --load-in-4bit` "
             "quantises them when it loads the folder"
         )
-    whole = {architecture.embedding_weight, *([architecture.head_weight] if checkpoint.tied else [])}
+    whole = {*architecture.embedding_weights, *([architecture.head_weight] if checkpoint.tied else [])}
     linears = [name for name in checkpoint.names() if name not in whole and len(checkpoint.shape(name)) == 2]
     specs = {}
     for name in checkpoint.names():

@@ -12,14 +12,15 @@ Four words recur in the whole project:
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 Unit = Literal["channel", "pair", "head", "group", "gated_group", "query", "hidden", "shared"]
 MixerUnit = Literal["mixer_keys", "mixer_values", "mixer_heads", "mixer_head", "kernel"]
-Reads = Literal["layer", "attention", "mixer", "mlp", "channels", "shared"]
+WholeUnit = Literal["queries", "keys", "layer_input", "layer_inputs", "layer_input_vocabulary"]
+Reads = Literal["layer", "attention", "mixer", "mlp", "channels", "shared", "hidden", "layer_input"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,15 @@ class Segment:
             query head of one key-value head. In a layer that mixes tokens by a state or a convolution, and not by
             attention, `mixer_keys` and `mixer_values` are the rows of all its key heads and of all its value heads,
             `mixer_heads` is one row per value head, `mixer_head` is the rows of one value head, and `kernel` is one row
-            per token that its convolution sees.
+            per token that its convolution sees. `queries` and `keys` are the rows of all query heads and of all
+            key-value heads, where they are never cut. `layer_input` is what a layer gets of each token beside the
+            hidden states, `layer_inputs` that of all layers, and `layer_input_vocabulary` is one row per token that has
+            some.
         space: the space whose units these are. A segment without a space is one unit, and is never cut.
     """
 
     name: str
-    unit: Unit | MixerUnit
+    unit: Unit | MixerUnit | WholeUnit
     space: Space | None = None
 
 
@@ -84,8 +88,9 @@ class Linear:
     Args:
         path: the module's path inside the layer.
         reads: which input it gets: the `layer`'s normed hidden states, what `attention` or another `mixer` of tokens
-            gives, the `mlp`'s normed hidden states, the MLP's `channels`, or those of the `shared` experts. Linears
-            that read the same see the same tensor.
+            gives, the `mlp`'s normed hidden states, the MLP's `channels`, those of the `shared` experts, the `hidden`
+            states themselves, or the `layer_input` that a layer gets beside them. Linears that read the same see the
+            same tensor.
         rows: the segments of its outputs: rows of the weight, bias and lora_B.
         columns: the segments of its inputs: columns of the weight and lora_A.
         kinds: the kinds of layers that have it; empty where every layer does.
@@ -146,6 +151,19 @@ class Parameter:
     axes: tuple[tuple[Segment, ...], ...]
     kinds: tuple[str, ...] = ()
     buffer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """What decoder layers get beside the hidden states, and what depends on the text.
+
+    Args:
+        name: the name of the layers' argument.
+        readers: the kinds of layers that read it.
+    """
+
+    name: str
+    readers: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,17 +270,25 @@ class Architecture:
         linears: the linears of a decoder layer, those of attention first, each of them before what it feeds.
         norms: the norms of a decoder layer.
         parameters: the other tensors of a decoder layer.
+        outside: the decoder's other tensors, which are in no layer; a model has those that any of its layers needs.
+        second_embedding: the name of the module among these whose rows are looked up by token, as the embedding's are.
+        layer_input: the argument with the values of its own that each token has in a layer beside its hidden states;
+            None where tokens have none.
+        shared_states: the argument with the keys and values that earlier layers share with later ones, by names that
+            the layers choose; None where the family's layers have no such argument.
         blocks: the modules of a decoder layer whose outputs are added to the hidden states; a layer has those of them
             that its kind has.
         kinds: the content of a text model's config.json -> the kind of every layer, where layers differ in what they
             have. A kind is one word, or several with spaces between them; a part is of a kind if it names one of these.
         sizes: the content of a text model's config.json -> fields of `Geometry` that are under other keys there, or
             that have a default.
+        unfit: the content of a text model's config.json -> why such a model is not supported, or None.
         experts: the experts of its layers, where it has some.
         recurrent: whether some layers pass a state, or what a convolution sees, from each token to the next, so that
             rows of text cannot be put together into one.
         unused: how the names of tensors begin that files may hold and the model has not, such as a layer that predicts
             the token after the next; {} stands for the number of layers.
+        unused_in: a kind of layers -> how the names of tensors inside such a layer begin that files may hold too.
         biases: a switch of config.json -> the paths of the modules that it gives a bias; `always` is no switch.
         on_by_default: the switches among them that are on where config.json leaves them out.
         kv_heads: transformers' default of num_key_value_heads where config.json leaves it out; None is
@@ -277,6 +303,9 @@ class Architecture:
         logit_scale: the factor on logits.
         norms_add_one: whether its norms multiply by 1 + weight.
         norms_center: whether its norms subtract the mean first.
+        norm_lengths: how many values beside their inputs its norms keep per vector for the backward pass.
+        norms_values: whether values are normed too, head by head, without a weight.
+        adds_only: whether all that a layer does is to add to the hidden states, so that layers may be dropped.
         normed_inputs: whether attention reads normed hidden states, and not the hidden states themselves.
         rotary_by_window: whether layers with and without a window have rotary tables of their own.
         rotary_by_layer: whether every layer makes rotary tables of its own from the model's.
@@ -299,12 +328,18 @@ class Architecture:
     norms: tuple[Norm, ...]
     blocks: tuple[str, ...]
     parameters: tuple[Parameter, ...] = ()
+    outside: tuple[Parameter, ...] = ()
+    second_embedding: str | None = None
+    layer_input: Argument | None = None
+    shared_states: Argument | None = None
     config_key: str | None = None
     kinds: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    unfit: Callable[[Mapping[str, Any]], str | None] | None = None
     experts: Experts | None = None
     recurrent: bool = False
     unused: tuple[str, ...] = ()
+    unused_in: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_by_default: tuple[str, ...] = ()
     kv_heads: int | None = None
@@ -317,6 +352,9 @@ class Architecture:
     logit_scale: Scale | None = None
     norms_add_one: bool = False
     norms_center: bool = False
+    norm_lengths: int = 1
+    norms_values: bool = False
+    adds_only: bool = True
     normed_inputs: bool = True
     rotary_by_window: bool = False
     rotary_by_layer: bool = False
@@ -341,9 +379,27 @@ class Architecture:
         return f"{self.decoder}.{self.embedding}.weight"
 
     @property
+    def embedding_weights(self) -> tuple[str, ...]:
+        """The names of the tensors whose rows are looked up by token: the embedding's, and a second one's."""
+        return tuple(f"{path}.weight" for path in self.embeddings)
+
+    @property
+    def weights_before_layers(self) -> tuple[str, ...]:
+        """The names of the tensors that make what the layers get: those of embeddings, and others outside layers."""
+        return tuple(
+            dict.fromkeys((*self.embedding_weights, *(f"{self.decoder}.{part.name}" for part in self.outside)))
+        )
+
+    @property
     def head_weight(self) -> str:
         """The name of the head's own tensor, which a model with tied embeddings may lack: `lm_head.weight`."""
         return f"{self.head}.weight"
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The paths of the modules whose rows are looked up by token: `model.embed_tokens`, and a second one."""
+        names = (self.embedding, *([self.second_embedding] if self.second_embedding else []))
+        return tuple(f"{self.decoder}.{name}" for name in names)
 
     def layer_path(self, layer: int) -> str:
         """Return the path of a decoder layer: `model.layers.3`."""
@@ -368,7 +424,13 @@ class Architecture:
     def leaves_unused(self, name: str, config: Mapping[str, Any]) -> bool:
         """Return whether the model has no tensor of this name, although files may hold it."""
         layers = self.text_config(config).get("num_hidden_layers")
-        return name.startswith(tuple(prefix.format(layers) for prefix in self.unused))
+        if name.startswith(tuple(prefix.format(layers) for prefix in self.unused)):
+            return True
+        place, kinds = self.split(name), self.layer_kinds(config) if self.unused_in else ()
+        if place is None or place[0] >= len(kinds):
+            return False
+        words = kinds[place[0]].split()
+        return place[1].startswith(tuple(prefix for word in words for prefix in self.unused_in.get(word, ())))
 
     @cached_property
     def linear_spaces(self) -> tuple[Space, ...]:
@@ -426,15 +488,29 @@ class Architecture:
         """Return the row without what this kind of layer lacks. None stands for layers that are all of one kind."""
         if kind is None:
             return self
-        words = frozenset(kind.split())
+        return self._with(kind.split())
+
+    def of_model(self, kinds: Iterable[str]) -> "Architecture":
+        """Return the row without what none of a model's layers has; `kinds` are theirs, as `layer_kinds` gives them."""
+        words = [word for kind in dict.fromkeys(kinds) for word in kind.split()]
+        return self._with(words) if words else self
+
+    def _with(self, words: Iterable[str]) -> "Architecture":
+        """Return the row with the parts that one of these words names, and those that every layer has."""
+        words = frozenset(words)
         parameters = tuple(part for part in self.parameters if not part.kinds or words & set(part.kinds))
         routed = self.experts is not None and any(part.name == self.experts.router for part in parameters)
+        outside = tuple(part for part in self.outside if not part.kinds or words & set(part.kinds))
         return replace(
             self,
             experts=self.experts if routed else None,
             linears=tuple(part for part in self.linears if not part.kinds or words & set(part.kinds)),
             norms=tuple(part for part in self.norms if not part.kinds or words & set(part.kinds)),
             parameters=parameters,
+            outside=outside,
+            second_embedding=self.second_embedding if outside else None,
+            layer_input=_read_in(words, self.layer_input),
+            shared_states=_read_in(words, self.shared_states),
         )
 
     @property
@@ -459,3 +535,8 @@ class Architecture:
     def layer_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kind of every layer from a config.json; empty if all layers have the same parts."""
         return () if self.kinds is None else self.kinds(self.text_config(config))
+
+
+def _read_in(words: frozenset[str], argument: Argument | None) -> Argument | None:
+    """Return an argument with those of its readers that some words name."""
+    return argument and replace(argument, readers=tuple(kind for kind in argument.readers if kind in words))

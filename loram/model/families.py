@@ -9,10 +9,11 @@ from loram.model.architecture import Architecture
 from loram.model.dense import DENSE, LLAMA
 from loram.model.experts import EXPERTS
 from loram.model.hybrids import HYBRIDS
+from loram.model.varied import VARIED
 
 PRUNED_PREFIX = "loram_"  # the model_type of a pruned llama is `loram_llama`
 
-_ROWS = (*DENSE, *EXPERTS, *HYBRIDS)
+_ROWS = (*DENSE, *EXPERTS, *HYBRIDS, *VARIED)
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.model_type: row for row in _ROWS})
 MODEL_CLASSES = tuple(row.model_class for row in _ROWS)
 # The modules that an adapter can target, over all families; which of them a model has, its own row says.

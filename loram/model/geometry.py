@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from loram.base.errors import UserError, first_problem
-from loram.model.architecture import Architecture, Linear, MixerUnit, Segment, Space, Unit
+from loram.model.architecture import Architecture, Linear, MixerUnit, Segment, Space, Unit, WholeUnit
 from loram.model.families import architecture_of
 
 Units = Mapping[str, int]  # space name -> how many units a layer has
@@ -31,9 +32,12 @@ class Geometry(BaseModel):
         linear_num_key_heads, linear_key_head_dim, linear_num_value_heads, linear_value_head_dim: the heads of layers
             that mix tokens by a state (linear attention).
         linear_conv_kernel_dim: how many tokens the convolution of such a layer sees.
+        hidden_size_per_layer_input: how many values a token has for each layer, beside its hidden states.
+        vocab_size_per_layer_input: how many tokens have such values.
+        sizes_by_kind: a word of `layer_kinds` -> the sizes of such layers that differ from the model's, by their names.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -54,14 +58,26 @@ class Geometry(BaseModel):
     linear_num_value_heads: NonNegativeInt = Field(default=0, exclude_if=_absent)
     linear_value_head_dim: NonNegativeInt = Field(default=0, exclude_if=_absent)
     linear_conv_kernel_dim: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    hidden_size_per_layer_input: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    vocab_size_per_layer_input: NonNegativeInt = Field(default=0, exclude_if=_absent)
+    sizes_by_kind: dict[str, dict[str, PositiveInt]] = Field(default_factory=dict, exclude_if=_absent)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "Geometry":
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
+        own = (sizes.get("num_key_value_heads") for sizes in self.sizes_by_kind.values())
+        for kv_heads in (self.num_key_value_heads, *own):
+            if kv_heads is not None and self.num_attention_heads % kv_heads:
+                raise ValueError(
+                    f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                    f"num_key_value_heads ({kv_heads})"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_exist(self) -> "Geometry":
+        for kind, own in self.sizes_by_kind.items():
+            if unknown := sorted(own.keys() - type(self).model_fields.keys()):
+                raise ValueError(f"sizes_by_kind: {kind} has an unknown size {unknown[0]!r}")
         return self
 
     @model_validator(mode="after")
@@ -85,8 +101,10 @@ class Geometry(BaseModel):
         """
         architecture = architecture_of(config, where)
         text = architecture.text_config(config)
-        kinds = architecture.layer_kinds(config) if isinstance(text.get("num_hidden_layers"), int) else ()
-        config = text
+        countable = isinstance(text.get("num_hidden_layers"), int)
+        if countable and architecture.unfit is not None and (reason := architecture.unfit(text)):
+            raise UserError(f"{where}: {reason}")
+        kinds, config = architecture.layer_kinds(config) if countable else (), text
         biases = [
             path
             for switch, paths in architecture.biases.items()
@@ -114,10 +132,27 @@ class Geometry(BaseModel):
             geometry = cls(**values)
         except ValidationError as error:
             raise UserError(f"{where}: {first_problem(error)}") from error
-        for space in architecture.spaces:
+        for space in geometry.of_model(architecture).spaces:
             if getattr(geometry, space.size) is None:
                 raise UserError(f"{where}: {space.size}: Field required")
         return geometry
+
+    def at(self, layer: int) -> "Geometry":
+        """Return the sizes as one layer has them; the same object where all layers have the same."""
+        return self._by_layer[layer] if self.sizes_by_kind else self
+
+    @cached_property
+    def _by_layer(self) -> tuple["Geometry", ...]:
+        by_kind = {
+            kind: self.model_copy(
+                update={
+                    "sizes_by_kind": {},
+                    **{name: size for word in kind.split() for name, size in self.sizes_by_kind.get(word, {}).items()},
+                }
+            )
+            for kind in dict.fromkeys(self.layer_kinds)
+        }
+        return tuple(by_kind[kind] for kind in self.layer_kinds)
 
     def units(self, space: Space) -> int:
         """Return how many units of a space one layer of the full model has, if it has any."""
@@ -127,7 +162,7 @@ class Geometry(BaseModel):
         """Return how many units of a space each unit of the space that it is within has; else the same as `units`."""
         return int(getattr(self, space.size))
 
-    def unit_size(self, unit: Unit | MixerUnit) -> int:
+    def unit_size(self, unit: Unit | MixerUnit | WholeUnit) -> int:
         """Return how many rows or columns one unit owns."""
         group = self.num_attention_heads // self.num_key_value_heads
         sizes = {
@@ -144,6 +179,11 @@ class Geometry(BaseModel):
             "mixer_heads": self.linear_num_value_heads,
             "mixer_head": self.linear_value_head_dim,
             "kernel": self.linear_conv_kernel_dim,
+            "queries": self.num_attention_heads * self.head_dim,
+            "keys": self.num_key_value_heads * self.head_dim,
+            "layer_input": self.hidden_size_per_layer_input,
+            "layer_inputs": self.num_hidden_layers * self.hidden_size_per_layer_input,
+            "layer_input_vocabulary": self.vocab_size_per_layer_input,
         }
         return sizes[unit]
 
@@ -168,6 +208,10 @@ class Geometry(BaseModel):
         """Return the family's row with only the parts that one layer has."""
         return architecture.of_kind(self.layer_kinds[layer] if self.layer_kinds else None)
 
+    def of_model(self, architecture: Architecture) -> Architecture:
+        """Return the family's row without what no layer of this model has."""
+        return architecture.of_model(self.layer_kinds)
+
     def linear_shape(self, linear: Linear, units: Units | None = None) -> tuple[int, int]:
         """Return (out_features, in_features) of a linear; `units` as for `size`."""
         return self.size(linear.rows, units), self.size(linear.columns, units)
@@ -182,7 +226,7 @@ class Geometry(BaseModel):
             units: a layer's index -> the units that it keeps of each space, or None where it is whole.
         """
         shapes = {
-            f"{architecture.layer_path(layer)}.{linear.path}": self.linear_shape(linear, units(layer))
+            f"{architecture.layer_path(layer)}.{linear.path}": self.at(layer).linear_shape(linear, units(layer))
             for layer in range(self.num_hidden_layers)
             for linear in self.layer(architecture, layer).linears
         }
@@ -198,24 +242,29 @@ class Geometry(BaseModel):
             for tensor in row.expert_matrices:
                 axes = (tensor.axes[0], *row.expert_sides(tensor))
                 name = f"{architecture.layer_path(layer)}.{tensor.name}"
-                shapes[name] = tuple(self.size(axis, units(layer)) for axis in axes)
+                shapes[name] = tuple(self.at(layer).size(axis, units(layer)) for axis in axes)
         return shapes
 
     def layer_shapes(
         self, architecture: Architecture, layer: int, units: Units | None = None
     ) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of a decoder layer, by its name inside the layer; `units` as for `size`."""
-        row, shapes = self.layer(architecture, layer), dict[str, tuple[int, ...]]()
+        row, own, shapes = self.layer(architecture, layer), self.at(layer), dict[str, tuple[int, ...]]()
         for linear in row.linears:
-            shapes[f"{linear.path}.weight"] = self.linear_shape(linear, units)
+            shapes[f"{linear.path}.weight"] = own.linear_shape(linear, units)
             if linear.path in self.biases:
-                shapes[f"{linear.path}.bias"] = (self.size(linear.rows, units),)
-        shapes |= {f"{norm.path}.weight": (self.size([norm.width], units),) for norm in row.norms}
+                shapes[f"{linear.path}.bias"] = (own.size(linear.rows, units),)
+        shapes |= {f"{norm.path}.weight": (own.size([norm.width], units),) for norm in row.norms}
         for part in row.parameters:
             module, _, leaf = part.name.rpartition(".")
             if leaf != "bias" or module in self.biases:
-                shapes[part.name] = tuple(self.size(axis, units) for axis in part.axes)
+                shapes[part.name] = tuple(own.size(axis, units) for axis in part.axes)
         return shapes
+
+    def outside_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor outside the layers but those of embedding, final norm and head, by name."""
+        parts = self.of_model(architecture).outside
+        return {f"{architecture.decoder}.{part.name}": tuple(map(self.size, part.axes)) for part in parts}
 
     def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of the full model, by name; a tied head has no tensor of its own."""
@@ -224,7 +273,7 @@ class Geometry(BaseModel):
         for layer in range(self.num_hidden_layers):
             prefix = architecture.layer_path(layer)
             shapes |= {f"{prefix}.{name}": shape for name, shape in self.layer_shapes(architecture, layer).items()}
-        shapes[f"{architecture.final_norm_path}.weight"] = (self.hidden_size,)
+        shapes |= {f"{architecture.final_norm_path}.weight": (self.hidden_size,), **self.outside_shapes(architecture)}
         return shapes if self.tie_word_embeddings else {**shapes, architecture.head_weight: table}
 
     def layer_parameters(self, architecture: Architecture, layer: int, units: Units | None = None) -> int:
@@ -233,7 +282,8 @@ class Geometry(BaseModel):
         shapes = self.layer_shapes(architecture, layer, units)
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in buffers)
 
-    def other_parameters(self) -> int:
-        """Return how many parameters are outside the decoder layers: embedding, final norm and an untied head."""
+    def other_parameters(self, architecture: Architecture) -> int:
+        """Return how many parameters are outside the decoder layers: embedding, final norm, untied head and others."""
         tables = 1 if self.tie_word_embeddings else 2
-        return tables * self.vocab_size * self.hidden_size + self.hidden_size
+        others = sum(map(math.prod, self.outside_shapes(architecture).values()))
+        return tables * self.vocab_size * self.hidden_size + self.hidden_size + others

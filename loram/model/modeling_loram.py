@@ -12,6 +12,8 @@ Norms over all heads, which few families have, get the widths in `config.narrow_
 {layer: {path: [width, width in the full model]}}. Modules with experts get the shapes and numbers in
 `config.narrow_parameters`: {layer: {path: {"shapes": {tensor: shape}, "numbers": {attribute: value}}}}.
 
+In a family whose layers differ in size themselves, `config.full_per_layer_config` has the full model's widths.
+
 Layers may also be gone as a whole. The other layers keep their numbers, and an `Identity` stands in the place of each
 layer in `config.dropped_layers`.
 
@@ -19,6 +21,7 @@ A sparse model has the shapes of the full one, but its linears hold only the wei
 place that says which these are (`SparseLinear`). `config.sparsity` says in which layers and how many.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -113,7 +116,7 @@ class LayerConfig:
         widths: the layer's own values, by their keys in the config.
     """
 
-    def __init__(self, config: "PreTrainedConfig", widths: Mapping[str, int]) -> None:
+    def __init__(self, config: "PreTrainedConfig", widths: Mapping[str, Any]) -> None:
         self.__dict__.update(widths)
         self.__dict__["_model_config"] = config
 
@@ -124,7 +127,7 @@ class LayerConfig:
         return getattr(self.__dict__["_model_config"], name)
 
 
-def show_widths_(part: nn.Module, config: "PreTrainedConfig", widths: Mapping[str, int]) -> None:
+def show_widths_(part: nn.Module, config: "PreTrainedConfig", widths: Mapping[str, Any]) -> None:
     """Make all modules in a part of a model see some widths, in place.
 
     Some families' modules read a width from the config in each forward pass, and some keep it as an attribute. Models
@@ -308,10 +311,11 @@ def _pruned_config_class(base: Any, name: str) -> Any:
 def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
     def __init__(self: Any, config: Any) -> None:
         # The family's own constructor reads the global widths, which a config with per-layer widths refuses to tell.
-        # So it first sees the config without them.
+        # So it first sees the config without them, or with those of the full model.
         full = config.to_dict()
         widths = full.pop("per_layer_config", {})
-        config.per_layer_config = None
+        config.per_layer_config = getattr(config, "full_per_layer_config", None)  # few families have the key
+        own_widths = copy.copy(config).per_layer_config
         try:
             base.__init__(self, config)
         finally:
@@ -326,7 +330,8 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         for index, modules in getattr(config, "narrow_parameters", {}).items():  # here too
             resize_parameters_(layers[int(index)], modules)
         if keys := config.per_layer_attributes:
-            show_widths_(self, config, {key: full[key] for key in keys})  # for what is in no layer: rotary tables
+            outside = {"per_layer_config": own_widths, **{key: full[key] for key in keys}}
+            show_widths_(self, config, outside)  # for what is in no layer: rotary tables
             for own, layer in zip(config.per_layer_config, layers, strict=True):
                 show_widths_(layer, config, {key: getattr(own, key) for key in keys})
         for index in range(*config.sparsity["layers"]) if config.sparsity else ():

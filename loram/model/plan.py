@@ -108,9 +108,9 @@ class PruningPlan(BaseModel):
             if not 0 <= layer < self.geometry.num_hidden_layers:
                 raise ValueError(f"layer {layer} is outside 0..{self.geometry.num_hidden_layers - 1}")
             for space in self.spaces(layer):
-                if getattr(self.geometry, space.size) is None:
+                if getattr(self.geometry.at(layer), space.size) is None:
                     raise ValueError(f"geometry: {space.size} is missing, though the family has {space.name}")
-            sizes = {space.name: self.geometry.units(space) for space in self.spaces(layer)}
+            sizes = {space.name: self.geometry.at(layer).units(space) for space in self.spaces(layer)}
             for name, kept in spaces.items():
                 if name not in sizes:
                     raise ValueError(f"layer {layer}: unknown space {name!r}")
@@ -126,8 +126,9 @@ class PruningPlan(BaseModel):
     def _check_within(self, layer: int, space: Space) -> None:
         """Refuse units of experts that are gone, and experts that keep unlike numbers of units."""
         assert space.within is not None
-        outer = self.layers[layer].get(space.within.name, range(self.geometry.units(space.within)))
-        size, kept = self.geometry.per_unit(space), self.layers[layer][space.name]
+        geometry = self.geometry.at(layer)
+        outer = self.layers[layer].get(space.within.name, range(geometry.units(space.within)))
+        size, kept = geometry.per_unit(space), self.layers[layer][space.name]
         counts = Counter(unit // size for unit in kept)
         if sorted(counts) != list(outer) or len(set(counts.values())) > 1:
             raise ValueError(f"layer {layer} {space.name}: every kept unit of {space.within.name} must keep as many")
@@ -197,7 +198,7 @@ class PruningPlan(BaseModel):
                 units[space.name] = len(narrowed[space.name])
             else:
                 outer = 1 if space.within is None else units[space.within.name]
-                units[space.name] = outer * self.geometry.per_unit(space)
+                units[space.name] = outer * self.geometry.at(layer).per_unit(space)
         return units
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -231,14 +232,14 @@ class PruningPlan(BaseModel):
         Example: with head_dim 2, key-value groups (0, 2) kept of 3 and one query head per group, a fused qkv_proj has
         6 rows per segment and keeps the rows 0, 1, 4, 5 (queries), 6, 7, 10, 11 (keys), 12, 13, 16, 17 (values).
         """
-        kept, parts, start = self.layers.get(layer, {}), [], 0
+        kept, geometry, parts, start = self.layers.get(layer, {}), self.geometry.at(layer), [], 0
         if not any(segment.space is not None and segment.space.name in kept for segment in segments):
             return None
         for segment in segments:
-            size = self.geometry.size([segment])
+            size = geometry.size([segment])
             elements = torch.arange(size)
             if segment.space is not None and segment.space.name in kept:
-                width = self.geometry.unit_size(segment.unit)
+                width = geometry.unit_size(segment.unit)
                 elements = elements.view(-1, width)[list(kept[segment.space.name])].flatten()
             parts.append(start + elements)
             start += size
@@ -253,11 +254,11 @@ class PruningPlan(BaseModel):
         Returns:
             Sorted indices, (kept experts, rows or columns that each keeps) int64, or None where experts keep all.
         """
-        kept, parts, start = self.layers.get(layer, {}), [], 0
+        kept, geometry, parts, start = self.layers.get(layer, {}), self.geometry.at(layer), [], 0
         for segment in segments:
             if (space := segment.space) is None or space.name not in kept:
                 return None
-            size, width = self.geometry.per_unit(space), self.geometry.unit_size(segment.unit)
+            size, width = geometry.per_unit(space), geometry.unit_size(segment.unit)
             assert space.within is not None
             channels = torch.tensor(kept[space.name]).view(self.units(layer)[space.within.name], -1, 1) % size
             parts.append(start + (channels * width + torch.arange(width)).flatten(1))  # (kept experts, elements)
@@ -280,10 +281,10 @@ class PruningPlan(BaseModel):
         """Return the narrowed layers' widths as transformers' `per_layer_config`."""
         widths: dict[str, dict[str, int]] = {}
         for layer in sorted(self.layers):
-            widths[str(layer)], units = {}, self.units(layer)
+            widths[str(layer)], units, full = {}, self.units(layer), self.geometry.at(layer)
             for space in self.spaces(layer):
-                share = Fraction(units[space.name], self.geometry.units(space))
-                widths[str(layer)] |= {key: int(share * getattr(self.geometry, key)) for key in space.config_keys}
+                share = Fraction(units[space.name], full.units(space))
+                widths[str(layer)] |= {key: int(share * getattr(full, key)) for key in space.config_keys}
         return widths
 
     def narrow_linears(self) -> dict[str, dict[str, tuple[int, int, bool]]]:
@@ -293,7 +294,10 @@ class PruningPlan(BaseModel):
         """
         return {
             str(layer): {
-                linear.path: (*self.geometry.linear_shape(linear, self.units(layer)), self._has_bias(layer, linear))
+                linear.path: (
+                    *self.geometry.at(layer).linear_shape(linear, self.units(layer)),
+                    self._has_bias(layer, linear),
+                )
                 for linear in self.geometry.layer(self.architecture, layer).linears
             }
             for layer in sorted(self.layers)
@@ -331,7 +335,7 @@ class PruningPlan(BaseModel):
                     continue
                 path, _, name = part.name.rpartition(".")
                 own = modules.setdefault(str(layer), {}).setdefault(path, {"shapes": {}, "numbers": {}})
-                own["shapes"][name] = tuple(self.geometry.size(axis, units) for axis in part.axes)
+                own["shapes"][name] = tuple(self.geometry.at(layer).size(axis, units) for axis in part.axes)
                 for space in spaces:
                     count = units[space.name] // (1 if space.within is None else units[space.within.name])
                     own["numbers"] |= dict.fromkeys(space.attributes, count)
@@ -354,7 +358,7 @@ class PruningPlan(BaseModel):
 
     def parameters(self) -> tuple[int, int]:
         """Return the parameters of the full and of the pruned model; sparse linears count what they keep."""
-        full = pruned = self.geometry.other_parameters()
+        full = pruned = self.geometry.other_parameters(self.architecture)
         for layer in range(self.geometry.num_hidden_layers):
             full += self.geometry.layer_parameters(self.architecture, layer)
             if layer not in self.dropped:

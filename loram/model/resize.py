@@ -73,7 +73,7 @@ def _unfolded(name: str, tensor: Tensor, plan: PruningPlan, *, pruned: bool) -> 
         return tensor
     layer, axes = factor
     inputs = name.endswith("lora_A.weight")
-    experts = plan.geometry.size(axes[0 if inputs else 2], plan.units(layer) if pruned else None)
+    experts = plan.geometry.at(layer).size(axes[0 if inputs else 2], plan.units(layer) if pruned else None)
     axis = 0 if inputs else 1
     if tensor.ndim != 2 or tensor.shape[axis] % experts:
         raise UserError(
@@ -123,11 +123,11 @@ def _cuts_of_axes(plan: PruningPlan, layer: int, axes: Mapping[int, Sequence[Seg
     whole = {axis: segments for axis, segments in axes.items() if _outer(segments) is None}
     for axis, segments in whole.items():
         if (kept := plan.kept_elements(layer, segments)) is not None:
-            yield _Cut(dimension=axis, kept=kept, size=plan.geometry.size(segments))
+            yield _Cut(dimension=axis, kept=kept, size=plan.geometry.at(layer).size(segments))
     for axis, segments in axes.items():
         if (outer := _outer(segments)) is not None and (kept := plan.kept_in_experts(layer, segments)) is not None:
             experts = next(axis for axis, (first, *_) in whole.items() if first.space == outer)
-            yield _Cut(dimension=axis, kept=kept, size=plan.geometry.size(segments), experts=experts)
+            yield _Cut(dimension=axis, kept=kept, size=plan.geometry.at(layer).size(segments), experts=experts)
 
 
 def _outer(segments: Sequence[Segment]) -> Space | None:

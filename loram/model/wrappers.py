@@ -52,6 +52,7 @@ def _sizes(vocabulary: int, hidden: int, intermediate: int | None, layers: int, 
 _DEFAULTS = MappingProxyType(
     {
         "gemma3_text": _sizes(262_208, 2304, 9216, 26, 8),
+        "gemma4_text": _sizes(262_144, 2304, 9216, 30, 8),
         "llama": _sizes(32_000, 4096, 11_008, 32, 32),
         "ministral3": _sizes(131_072, 4096, 14_336, 34, 32),
         "qwen3_5_text": _sizes(248_320, 4096, 12_288, 32, 16),
@@ -71,11 +72,13 @@ class Wrapper:
         families: the families that its text model may be of, transformers' default first. Nobody has looked at others:
             a wrapper may compute something else with them than the text model alone does.
         decoder: the path of the text model's decoder inside the wrapped model.
+        softcap: whether the wrapped model's head has the text model's softcap.
     """
 
     model_type: str
     families: tuple[str, ...]
     decoder: str = "model.language_model"
+    softcap: bool = False
 
     @property
     def spellings(self) -> Mapping[str, str]:
@@ -130,12 +133,12 @@ class Wrapper:
                 f"{where}: model_type {self.model_type!r} holds a text model of type {family!r}, which is not "
                 f"supported there; supported are {', '.join(known)}"
             )
-        softcap = ARCHITECTURES[family].logit_softcap
+        softcap = None if self.softcap else ARCHITECTURES[family].logit_softcap
         said = {key: config[key] for key in _OF_THE_TEXT if config.get(key) is not None}
         return {
             **_DEFAULTS.get(family, {}),
             **{_NOW.get(key, key): value for key, value in {**text, **said}.items()},
-            **({} if softcap is None else {softcap.key: None}),  # the wrapper's head has none
+            **({} if softcap is None else {softcap.key: None}),  # most wrappers' heads have none
             "model_type": family,
             "architectures": [ARCHITECTURES[family].model_class],
         }
@@ -148,6 +151,7 @@ class Wrapper:
 
 _ROWS = (
     Wrapper(model_type="gemma3", families=("gemma3_text",)),
+    Wrapper(model_type="gemma4", families=("gemma4_text",), softcap=True),
     Wrapper(model_type="mistral3", families=("mistral", "ministral3")),
     Wrapper(model_type="llava", families=("llama", "mistral", "qwen2")),
     Wrapper(model_type="llava_next", families=("llama", "mistral", "qwen2")),

@@ -65,7 +65,7 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
     row, in_norm = model.architecture, _in_norm(model)
     per_token = layer.norms * in_norm + layer.head_norms * _FLOAT32
     per_token += _by_adapters(model, layer, targets, settings, size)
-    per_token += mlp_values(model, layer) * size.value
+    per_token += (mlp_values(model, layer) + layer.layer_input) * size.value
     if row.dropout("residual_dropout", model.text_config):
         per_token += 2 * hidden * (1 if settings.device == "cuda" else size.value)  # the masks
     if first:
@@ -76,12 +76,12 @@ def saved_by_layer(model: Model, layer: Layer, settings: Settings, *, first: boo
 
 
 def _in_norm(model: Model) -> int:
-    """Return the bytes that a norm of the hidden size saves per token: its input and 1 / its length.
+    """Return the bytes that a norm of the hidden size saves per token: its input, and 1 / its length.
 
     A norm that subtracts the mean does so twice, and saves both results.
     """
     copies = 2 if model.architecture.norms_center else 1
-    return (copies * model.geometry.hidden_size + 1) * _FLOAT32
+    return (copies * model.geometry.hidden_size + model.architecture.norm_lengths) * _FLOAT32
 
 
 def mlp_values(model: Model, layer: Layer) -> int:
@@ -151,7 +151,7 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
     tokens, length = settings.tokens, settings.length
     row, tables = model.architecture, 0
     if row.rotary_by_layer:
-        tables += 2 * length * model.rotated * _rotary_bytes(model, size)
+        tables += 2 * length * model.rotated(layer.head_dim) * _rotary_bytes(model, size)
     if row.queries_scaled:
         tables += length * size.value
     if weight := kept_per_weight(model, settings):
@@ -159,7 +159,9 @@ def _attention(model: Model, layer: Layer, settings: Settings, size: Sizes) -> i
         return tokens * (3 * layer.queries * size.value + layer.heads * (length * weight + sinks)) + tables
     masked = layer.window is not None and length >= layer.window
     copied = masked and layer.heads != layer.kv_heads  # under a mask keys and values are copied for every query head
-    keys, values = (layer.queries, layer.queries) if copied else (layer.keys, layer.values_width)
+    keys, values = (layer.keys, layer.values_width) if layer.own_keys else (0, 0)
+    if copied:
+        keys = values = layer.queries
     mask = tokens * length * size.value if masked else 0
     # gates of heads lie between the queries, and what the heads give is kept before and after it is multiplied by them
     gated = 3 * layer.queries if layer.gated else 0
@@ -198,11 +200,13 @@ def saved_around_layers(model: Model, settings: Settings) -> int:
     """Return the bytes saved outside the decoder layers: rotary tables, the final norm, and the loss's inputs."""
     hidden, size = model.geometry.hidden_size, Sizes.of(settings)
     row = model.architecture
-    tables = len({layer.window is None for layer in model.layers}) if row.rotary_by_window else 1
-    rotary = 0 if row.rotary_by_layer else tables * 2 * settings.length * model.rotated * _rotary_bytes(model, size)
+    heads = {layer.window is None if row.rotary_by_window else True: layer.head_dim for layer in model.layers}
+    rotated = sum(map(model.rotated, heads.values()))
+    rotary = 0 if row.rotary_by_layer else 2 * settings.length * rotated * _rotary_bytes(model, size)
+    inputs = settings.tokens * sum(layer.layer_input for layer in model.layers) * size.value
     norm = settings.tokens * _in_norm(model) + (_FLOAT32 * hidden if row.norms_add_one else 0)
     places = settings.rows * (settings.length - 1)  # the first token is never predicted
-    return rotary + norm + places * hidden * size.value
+    return rotary + inputs + norm + places * hidden * size.value
 
 
 def layer_input(model: Model, settings: Settings) -> int:

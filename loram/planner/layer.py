@@ -53,13 +53,15 @@ class Layer:
         biases: how many values all its biases have together.
         heads, kv_heads, head_dim: the number of query heads and of key-value heads, and the width of each; no heads
             where something else mixes the tokens.
+        own_keys: whether its keys and values are its own, and not an earlier layer's.
         gated: whether what each head gives is multiplied by a gate.
         channels: the width of the MLP; 0 where it has none.
         shared: the width of the experts that every token passes; 0 where it has none.
         routed: its other experts, or None where it has none.
         tensors: the shapes of its tensors that are in no linear, norm or expert, such as a router.
         values_width: the width of the tensor that the values are in: all key-value heads, and with a fused linear its
-            queries and keys too.
+            queries and keys too; 0 where something else mixes the tokens.
+        layer_input: how many values a token has in this layer beside its hidden states.
         norms: how many norms of the hidden size it has.
         head_norms: how many values per token the norms of queries and keys read and keep: queries, keys, and one
             length for each of the heads that they are normalised by, or for all heads together.
@@ -75,12 +77,14 @@ class Layer:
     heads: int
     kv_heads: int
     head_dim: int
+    own_keys: bool
     gated: bool
     channels: int
     shared: int
     routed: Routed | None
     tensors: Mapping[str, tuple[int, ...]]
     values_width: int
+    layer_input: int
     norms: int
     head_norms: int
     norm_values: int

@@ -14,7 +14,7 @@ from loram.model.counts import kept_by_space
 from loram.model.families import architecture_of
 from loram.model.geometry import Geometry, Units
 from loram.model.packing import packing_of
-from loram.model.parts import KV_GROUPS, UP, VALUES
+from loram.model.parts import KV_GROUPS, UP, VALUES, WHOLE_VALUES
 from loram.model.sparsity import kept_values
 from loram.planner.layer import Layer, Routed
 from loram.pruning.options import ResolvedPruneOptions
@@ -55,7 +55,8 @@ class Model:
             UserError: the family or the format of the weights is not supported, or a setting is out of range.
         """
         packing_of(config, where)  # or it refuses the model
-        architecture, geometry = architecture_of(config, where), Geometry.from_config(config, where)
+        geometry = Geometry.from_config(config, where)
+        architecture = geometry.of_model(architecture_of(config, where))
         full = cls(architecture=architecture, geometry=geometry, config=config)
         if options is None:
             return full
@@ -70,7 +71,7 @@ class Model:
             return replace(full, sparse=kept, narrowed=narrowed)
         ratios, spaces = options.ratios(architecture), {n: geometry.layer(architecture, n).spaces for n in narrowed}
         units = {
-            layer: kept_by_space(geometry, own, ratios)
+            layer: kept_by_space(geometry.at(layer), own, ratios)
             for layer, own in spaces.items()
             if any(space.name in ratios for space in own)
         }
@@ -98,14 +99,15 @@ class Model:
         return bool(self.narrowed or self.dropped)
 
     def _layer(self, index: int) -> Layer:
-        geometry, row = self.geometry, self.geometry.layer(self.architecture, index)
+        geometry, row = self.geometry.at(index), self.geometry.layer(self.architecture, index)
         units = None if self.units is None else self.units.get(index)
-        tensors = geometry.layer_shapes(self.architecture, index, units)
+        tensors = self.geometry.layer_shapes(self.architecture, index, units)
         shapes = {linear.path: geometry.linear_shape(linear, units) for linear in row.linears}
         widths = {segment: shapes[linear.path][0] for linear in row.linears for segment in linear.rows}
-        groups = 0
-        if KV_GROUPS in row.spaces:
-            groups = geometry.units(KV_GROUPS) if units is None else units[KV_GROUPS.name]
+        groups, sharing = 0, row.shared_states
+        if any(linear.reads == "attention" for linear in row.linears):
+            groups = (units or {}).get(KV_GROUPS.name, geometry.units(KV_GROUPS))
+        own_keys = sharing is None or not sharing.readers
         heads = groups * geometry.num_attention_heads // geometry.num_key_value_heads
         own = {part.name: tensors[part.name] for part in row.parameters if part.name in tensors and not part.buffer}
         experts = {part.name: own.pop(part.name) for part in row.expert_tensors}
@@ -121,15 +123,17 @@ class Model:
             biases=sum(shape[0] for name, shape in tensors.items() if name.removesuffix(".bias") in shapes),
             heads=heads,
             kv_heads=groups,
+            own_keys=own_keys,
             head_dim=geometry.head_dim,
             gated=any(segment.unit == "gated_group" for segment in widths),
             channels=geometry.size([UP], units) if UP in widths else 0,
             shared=widths.get(SHARED, 0),
             routed=self._routed(row, experts, units) if experts else None,
             tensors=own,
-            values_width=widths.get(VALUES, 0),
+            values_width=widths.get(VALUES, groups * geometry.head_dim),
+            layer_input=geometry.hidden_size_per_layer_input,
             norms=sum(norm.width == HIDDEN for norm in row.norms),
-            head_norms=self._head_norms(row, heads, groups),
+            head_norms=self._head_norms(row, geometry.head_dim, heads, groups if own_keys else 0),
             norm_values=sum(geometry.size([norm.width], units) for norm in row.norms),
             window=None if windows is None else windows.of(index, self.text_config),
         )
@@ -147,11 +151,16 @@ class Model:
             biases=sum(shape[1] for shape in tensors.values() if len(shape) == 2),
         )
 
-    def _head_norms(self, row: Architecture, heads: int, groups: int) -> int:
-        """Return `Layer.head_norms` of a layer with some query heads and key-value groups."""
+    def _head_norms(self, row: Architecture, head_dim: int, heads: int, groups: int) -> int:
+        """Return `Layer.head_norms` of a layer with some query heads, and key-value groups of its own."""
         widths = [norm.width for norm in row.norms if norm.width != HIDDEN]
         lengths = heads + groups if ONE_HEAD in widths else len(widths)
-        return (heads + groups) * self.geometry.head_dim + lengths if widths else 0
+        values = 0
+        if row.norms_values:  # a layer without values of its own norms its keys twice
+            own = any({VALUES, WHOLE_VALUES} & set(linear.rows) for linear in row.linears)
+            values = groups * head_dim if own else 0
+            lengths += groups
+        return (heads + groups) * head_dim + values + lengths * row.norm_lengths if widths else 0
 
     @property
     def sinks(self) -> bool:
@@ -159,23 +168,35 @@ class Model:
         axes = [axis for part in self.architecture.parameters for axis in part.axes]
         return any(segment.unit == "query" for axis in axes for segment in axis)
 
-    @property
-    def rotated(self) -> int:
-        """Return how many values of a head the rotary tables have."""
+    def rotated(self, head_dim: int) -> int:
+        """Return how many values of a head, which has `head_dim`, the rotary tables have."""
         if self.architecture.partial_rotary is None:
-            return self.geometry.head_dim
+            return head_dim
         options = {**(self.text_config.get("rope_parameters") or {}), **self.text_config}
-        return int(self.geometry.head_dim * options.get("partial_rotary_factor", self.architecture.partial_rotary))
+        return int(head_dim * options.get("partial_rotary_factor", self.architecture.partial_rotary))
 
     @property
     def parameters(self) -> int:
         """Return how many parameters it has; a tied head counts once."""
-        return self.geometry.other_parameters() + sum(layer.parameters for layer in self.layers)
+        return self.geometry.other_parameters(self.architecture) + sum(layer.parameters for layer in self.layers)
 
     @property
     def active_parameters(self) -> int:
         """Return how many of its parameters a token meets: all but those of experts that it does not go to."""
-        return self.geometry.other_parameters() + sum(layer.active_parameters for layer in self.layers)
+        return self.geometry.other_parameters(self.architecture) + sum(layer.active_parameters for layer in self.layers)
+
+    @property
+    def matrices_outside(self) -> list[tuple[int, bool]]:
+        """Return (values, whether its rows are looked up by token) of matrices in no layer, embedding or head."""
+        shapes = self.geometry.outside_shapes(self.architecture)
+        looked_up = self.architecture.embedding_weights
+        return [(prod(shape), name in looked_up) for name, shape in shapes.items() if len(shape) > 1]
+
+    @property
+    def vectors_outside(self) -> int:
+        """Return how many values the vectors in no layer have, but for the final norm."""
+        shapes = self.geometry.outside_shapes(self.architecture)
+        return sum(prod(shape) for shape in shapes.values() if len(shape) == 1)
 
     @property
     def vocabulary(self) -> int:

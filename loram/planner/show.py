@@ -1,6 +1,6 @@
 """Print an estimate for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -79,12 +79,15 @@ def _heading(estimate: Estimate) -> str:
             f"{heading}\n{estimate.pruned_layers} layers are sparse, {estimate.pattern} at ratio {estimate.ratio:.4g}: "
             "they store the weights that stay, and one bit per weight"
         )
-    kept = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in estimate.units.items())
     dropped = f"{estimate.dropped_layers} layers are dropped"
     if not estimate.pruned_layers:
         return f"{heading}\n{dropped}"
-    narrowed = f"{estimate.pruned_layers} layers keep {kept} each"
+    narrowed = "; ".join(f"{alike.layers} layers keep {_named(alike.units)} each" for alike in estimate.narrowed)
     return f"{heading} at {_ratios(estimate)}\n{narrowed}" + (f", {dropped}" if estimate.dropped_layers else "")
+
+
+def _named(units: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in units.items())
 
 
 def _ratios(estimate: Estimate) -> str:

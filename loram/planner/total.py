@@ -35,6 +35,20 @@ class Arithmetic(BaseModel):
     times_fewer: float
 
 
+class Narrowed(BaseModel):
+    """Narrowed layers that keep the same numbers of units.
+
+    Args:
+        layers: how many layers these are.
+        units: how many units of each space each of them keeps; of a space that is not here, it has nothing to remove.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: int
+    units: dict[str, int]
+
+
 class Estimate(BaseModel):
     """The result of `estimate`: what pruning saves and what training needs.
 
@@ -50,7 +64,8 @@ class Estimate(BaseModel):
         pruned_layers: how many layers are narrowed, or sparse.
         dropped_layers: how many layers are dropped.
         units: how many units of each space (key-value groups, channels, experts, channels of each expert) such a layer
-            keeps, if it has that space.
+            keeps, if it has that space; of layers that differ in size, the last.
+        narrowed: the narrowed layers by the numbers of units that they keep.
         adapter_parameters: how many parameters are trained.
         settings: how the model is trained, with every default filled in.
         weight_bytes: bytes of the frozen model as it is trained, with the constants of 4-bit weights and with what
@@ -79,6 +94,7 @@ class Estimate(BaseModel):
     pruned_layers: int
     dropped_layers: int
     units: dict[str, int]
+    narrowed: tuple[Narrowed, ...]
     adapter_parameters: int
     settings: Settings
     weight_bytes: int
@@ -148,6 +164,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         pruned_layers=len(model.narrowed_layers),
         dropped_layers=len(model.dropped),
         units=_units(model),
+        narrowed=_narrowed(model),
         adapter_parameters=sum(trained(model, settings)),
         settings=settings,
         weight_bytes=weights,
@@ -170,6 +187,18 @@ def _units(model: Model) -> dict[str, int]:
         kept = model.units[layer] if model.units else kept_by_space(geometry, spaces, {})
         units |= {space.name: kept[space.name] // (kept[space.within.name] if space.within else 1) for space in spaces}
     return units
+
+
+def _narrowed(model: Model) -> tuple[Narrowed, ...]:
+    """Return the narrowed layers by the numbers of units that they keep, those of the first layer first."""
+    spaces = {space.name: space.within for space in model.architecture.spaces}
+    alike: dict[tuple[tuple[str, int], ...], int] = {}
+    for kept in (model.units or {}).values():
+        each = {
+            name: kept[name] // (kept[outer.name] if outer else 1) for name, outer in spaces.items() if name in kept
+        }
+        alike[tuple(each.items())] = alike.get(tuple(each.items()), 0) + 1
+    return tuple(Narrowed(layers=layers, units=dict(units)) for units, layers in alike.items())
 
 
 def _flops(model: Model, settings: Settings) -> int:

@@ -51,12 +51,18 @@ def frozen_bytes(model: Model, settings: Settings) -> WeightBytes:
     if not settings.quantised:
         return WeightBytes(weights=model.parameters * size + masks, constants=0, host=0)
     tables = 1 if settings.embedding_in_host or geometry.tie_word_embeddings else 2
-    quantised = [(model.vocabulary, tables), *(matrices for layer in model.layers for matrices in layer.quantisable)]
-    kept = sum(layer.kept_whole for layer in model.layers) + geometry.hidden_size
+    second = 0 if settings.embedding_in_host else 1
+    quantised = [
+        (model.vocabulary, tables),
+        *((size, second if looked_up else 1) for size, looked_up in model.matrices_outside),
+        *(matrices for layer in model.layers for matrices in layer.quantisable),
+    ]
+    kept = sum(layer.kept_whole for layer in model.layers) + geometry.hidden_size + model.vectors_outside
     packed = [
         (count * values, count * constants) for size, count in quantised for values, constants in [nf4_bytes(size)]
     ]
-    host = model.vocabulary * 2 if settings.embedding_in_host else 0  # as in the file, which is usually in 16 bits
+    looked_up = model.vocabulary + sum(size for size, looked_up in model.matrices_outside if looked_up)
+    host = looked_up * 2 if settings.embedding_in_host else 0  # as in the file, which is usually in 16 bits
     return WeightBytes(
         weights=sum(values for values, _ in packed) + kept * size + masks,
         constants=sum(constants for _, constants in packed),

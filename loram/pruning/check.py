@@ -4,7 +4,7 @@ import torch
 
 from loram.base.errors import UserError, in_one_line
 from loram.compute.loading import empty_model
-from loram.compute.streaming import without_layers
+from loram.compute.streaming import fill_before_layers_, without_layers
 from loram.disk.checkpoint import Checkpoint
 from loram.model.families import architecture_of
 from loram.model.plan import PruningPlan
@@ -53,11 +53,18 @@ def check_loads(checkpoint: Checkpoint, plan: PruningPlan) -> None:
                 f"{where}: a model with this config cannot be pruned: of {name}, the pruned folder would have {ours}, "
                 f"and transformers builds {theirs}"
             )
-    config = model.config.get_text_config()
-    positions = torch.tensor([[0, config.max_position_embeddings]])
+    positions, row = (
+        torch.tensor([[0, model.config.get_text_config().max_position_embeddings]]),
+        checkpoint.architecture,
+    )
+    zeros = {
+        name: torch.zeros(1 if name in row.embedding_weights else built[name][0], *built[name][1:])
+        for name in row.weights_before_layers
+    }
+    fill_before_layers_(model, zeros, torch.device("cpu"))
     try:
-        with torch.no_grad(), without_layers(model, plan.architecture, lambda index, hidden, **_: hidden) as decoder:
-            decoder(inputs_embeds=torch.zeros(1, 2, config.hidden_size), position_ids=positions, use_cache=False)
+        with torch.no_grad(), without_layers(model, row, lambda index, hidden, **_: hidden) as decoder:
+            decoder(input_ids=torch.zeros(1, 2, dtype=torch.long), position_ids=positions, use_cache=False)
     except Exception as error:  # whatever transformers' own code raises
         raise UserError(
             f"{where}: transformers cannot compute the rotary tables of this config ({in_one_line(error)})"

@@ -40,7 +40,7 @@ def choose(
     layers = {
         layer: kept
         for layer, scores_by_space in sorted(scores.items())
-        if (kept := _kept(scores_by_space, geometry.layer(row, layer).spaces, geometry, ratios))
+        if (kept := _kept(scores_by_space, geometry.layer(row, layer).spaces, geometry.at(layer), ratios))
     }
     return PruningPlan(
         model_type=model_type,

@@ -48,7 +48,9 @@ def blank_plan(
     if dropped is None:
         dropped = options.dropped_blindly(geometry, checkpoint.architecture, checkpoint.config)
     scores = {
-        layer: {space.name: torch.zeros(geometry.units(space)) for space in checkpoint.rows_by_layer[layer].spaces}
+        layer: {
+            space.name: torch.zeros(geometry.at(layer).units(space)) for space in checkpoint.rows_by_layer[layer].spaces
+        }
         for layer in options.layers(geometry)
         if options.narrows and layer not in dropped
     }

@@ -201,9 +201,14 @@ class ResolvedPruneOptions(PruneOptions):
         """Return the layers among which `drop_layers` are dropped; arguments as for `check_fits`.
 
         Raises:
-            UserError: there are not as many, or none would be left to narrow.
+            UserError: there are not as many, none would be left to narrow, or the family's layers do more than add.
         """
         layers = self.layers(geometry)
+        if self.drop_layers and not architecture.adds_only:
+            raise UserError(
+                f"drop_layers: a layer of {architecture.model_type} also multiplies the hidden states, so it cannot be "
+                "dropped; leave it out"
+            )
         if self.narrows and self.drop_layers == len(layers):
             raise UserError(f"drop_layers {self.drop_layers}: leaves no layer to narrow; leave the ratio out")
         return droppable_layers(geometry, architecture, config, layers, self.drop_layers)
@@ -262,13 +267,20 @@ class ResolvedPruneOptions(PruneOptions):
         """
         self.droppable(geometry, architecture, config)
         if not self.sparse:
-            kept_by_space(geometry, architecture.spaces, self.ratios(architecture))
+            for layer in self.layers(geometry):
+                spaces = geometry.layer(architecture, layer).spaces
+                kept_by_space(geometry.at(layer), spaces, self.ratios(architecture))
             self._check_groups_of_experts(architecture, config)
             if self.scored(architecture)[1].channels and CRITERIA[self.criterion].reads == "inputs":
                 raise UserError(f"criterion {self.criterion}: cannot score the channels of experts; take another one")
             return
         if architecture.experts is not None:
             raise UserError(f"pattern {self.pattern}: prunes linears, and the experts of this model are none")
+        if geometry.sizes_by_kind:
+            raise UserError(
+                f"pattern {self.pattern}: needs layers of one size, and some layers of this model have sizes of their "
+                f"own ({', '.join(geometry.sizes_by_kind)}); prune it structurally, with a ratio alone"
+            )
         for linear in architecture.linears:
             if linear.has_units:
                 kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)

@@ -162,7 +162,7 @@ class _Tally:
             return
         if name not in self.inputs:
             heads = any(segment.unit in ("head", "group") for segment in linear.columns)
-            width = self.geometry.head_dim if heads else 1
+            width = self.geometry.at(layer).head_dim if heads else 1
             self.inputs[name] = InputStatistics(inputs.shape[-1], width, inputs.device)
         self.inputs[name].add_(inputs, real)
 
@@ -221,17 +221,18 @@ class _Tally:
 
         Example: o_proj's 576 columns (9 heads of 64) in 3 groups -> the sums over the 192 columns of each group.
         """
-        sizes = [self.geometry.size([segment]) for segment in segments]
+        geometry = self.geometry.at(layer)
+        sizes = [geometry.size([segment]) for segment in segments]
         for segment, part in zip(segments, torch.split(lines, sizes), strict=True):
             if segment.space is not None:
-                added = part.view(-1, self.geometry.unit_size(segment.unit)).sum(1)  # (units,)
+                added = part.view(-1, geometry.unit_size(segment.unit)).sum(1)  # (units,)
                 key = (criterion, layer, segment.space.name)
                 self.sums[key] = added + self.sums[key] if key in self.sums else added
 
     def _place(self, name: str) -> tuple[int, Linear]:
         """Return the layer and the linear that a weight (`model.layers.3.mlp.up_proj.weight`) belongs to."""
         layer, rest = self._split(name)
-        return layer, self.architecture.linear(rest.removesuffix(".weight"))
+        return layer, self.rows_by_layer[layer].linear(rest.removesuffix(".weight"))
 
     def _split(self, name: str) -> tuple[int, str]:
         """Return the layer that a tensor is in, and its name inside that."""
@@ -242,7 +243,7 @@ class _Tally:
     def _random(self, layer: int, number: int, space: Space) -> Tensor:
         """Uniform scores that depend on seed, layer and space alone, not on which other layers are scored."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer * 101 + number)
-        return torch.rand(self.geometry.units(space), generator=generator, dtype=torch.float64)
+        return torch.rand(self.geometry.at(layer).units(space), generator=generator, dtype=torch.float64)
 
 
 def _importance_by_line(

@@ -195,6 +195,15 @@ def test_gradients_are_those_of_the_whole_model(
         assert relative(gradient, expected[name]) <= 1e-5, name
 
 
+def test_keys_get_the_gradients_of_all_layers_that_read_them(tokenizer: Any, tmp_path: Path) -> None:
+    kinds = [f"{kind}_attention" for kind in ("sliding", "full", "full", "full", "full")]
+    folder = make_model(tmp_path, "gemma4_text", tokenizer, layer_types=kinds, num_kv_shared_layers=2)
+    stream = stream_of(folder, hidden_bytes=1 << 20)
+    streamed, expected = streamed_gradients(stream, 0), whole_gradients(AutoModelForCausalLM.from_pretrained(folder))
+    assert all(relative(gradient, expected[name]) <= 1e-5 for name, gradient in streamed.items())
+    assert stream._scratch.free_bytes == 1 << 20
+
+
 @pytest.mark.parametrize("down_to", [1, 4])
 def test_only_layers_from_down_to_are_visited(down_to: int, tiny_llama: Path) -> None:
     stream = stream_of(tiny_llama)

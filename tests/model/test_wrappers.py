@@ -85,9 +85,9 @@ def test_the_first_family_is_the_default(model_type: str) -> None:
 def test_sizes_that_a_text_config_leaves_out_are_transformers_own(model_type: str, family: str) -> None:
     config = {"model_type": model_type, "text_config": {"model_type": family}}
     own = Geometry.from_config(WRAPPERS[model_type].text_config(config, "config.json"))
-    theirs = AutoConfig.for_model(family)
+    theirs = AutoConfig.for_model(family).to_dict()  # some refuse to tell what differs between layers
     for key in SIZES.keys() & Geometry.model_fields.keys():
-        if (expected := getattr(theirs, key, None)) is not None:
+        if (expected := theirs.get(key)) is not None:
             assert getattr(own, key) == expected, key
 
 
