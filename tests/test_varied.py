@@ -72,7 +72,7 @@ def test_experts_stand_beside_an_mlp(tokenizer: Any, tmp_path: Path) -> None:
         ({"use_bidirectional_attention": "all"}, {}, "only models that predict the next token"),
         ({"num_kv_shared_layers": 5}, {}, "leaves no layer with full_attention that has keys and values of its own"),
         ({"per_layer_config": {"1": {"head_dim": 16}}}, {}, "gives layer 2 sizes of its own"),
-        ({"per_layer_config": dict.fromkeys("124", {"intermediate_size": 8})}, {}, "only head_dim and"),
+        ({"per_layer_config": {key: {"intermediate_size": 8} for key in "124"}}, {}, "only head_dim and"),
         ({"num_global_key_value_heads": 3}, {}, r"is not a multiple of num_key_value_heads \(3\)"),
         ({}, {"drop_layers": 1}, "also multiplies the hidden states, so it cannot be dropped"),
         ({}, {"pattern": "4:8", "ratio": None}, "needs layers of one size"),
