@@ -31,8 +31,9 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-reference: .venv/runtime  # the page of all options, from their declarations
+reference: .venv/runtime  # the page of all options, from their declarations, and that of families, from their rows
 	$(BIN)/python -m loram.cli.reference > docs/reference/options.md
+	$(BIN)/python -m loram.cli.support > docs/reference/families.md
 
 .venv/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

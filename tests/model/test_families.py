@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ODDITIES, SIZES
+from conftest import EVERY_FAMILY, EXPERTS, HYBRID_EXPERTS, ODDITIES, SIZES
 
 from loram.base.errors import UserError
+from loram.cli import support
 from loram.model.architecture import HIDDEN, ONE_HEAD, Linear, Norm, Parameter
 from loram.model.dense import LLAMA
 from loram.model.families import ARCHITECTURES, architecture_of, family_of
@@ -35,6 +36,12 @@ def test_the_docs_list_every_family() -> None:
     families, _ = page.split("**Wrapped models**")
     listed = re.findall(r"^\| ([a-z0-9_]+) \|", families, re.MULTILINE)
     assert sorted(set(listed) - {"family"}) == sorted(ARCHITECTURES)
+
+
+def test_the_page_of_families_is_up_to_date_and_every_family_is_tested() -> None:
+    path = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
+    assert path.read_text(encoding="utf-8") == support.page(), "run `make reference`"
+    assert sorted((*EVERY_FAMILY, *EXPERTS, *HYBRID_EXPERTS)) == sorted(ARCHITECTURES)
 
 
 def test_adapters_target_the_last_parts_of_paths() -> None:
