@@ -31,7 +31,8 @@ from loram.compute.sharing import BatchStates, SharedStates
 from loram.data.batches import Batch
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import Architecture, Linear
+from loram.model.architecture import Architecture
+from loram.model.segments import Linear
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 ExpertsObserver = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor], None]

@@ -6,9 +6,10 @@ from fractions import Fraction
 from typing import Any
 
 from loram.base.errors import UserError
-from loram.model.architecture import Architecture, Space
+from loram.model.architecture import Architecture
 from loram.model.geometry import Geometry
 from loram.model.parts import KV_GROUPS
+from loram.model.segments import Space
 
 
 def prunable_layers(geometry: Geometry, keep_first: int, keep_last: int) -> range:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram.model.architecture import ONE_HEAD, Architecture, Norm, Scale, Softcap, Windows
+from loram.model.architecture import Architecture, Scale, Softcap, Windows
 from loram.model.parts import (
     FOUR_NORMS,
     FUSED_LINEARS,
@@ -17,6 +17,7 @@ from loram.model.parts import (
     QKVO,
     QUERIES,
 )
+from loram.model.segments import ONE_HEAD, Norm
 
 _POST_NORMS = (Norm(path="post_attention_layernorm"), Norm(path="post_feedforward_layernorm"))
 _THREE_OF_FOUR = Windows(slides=lambda layer, config: (layer + 1) % config.get("sliding_window_pattern", 4) != 0)

@@ -7,21 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram.model.architecture import (
-    HIDDEN,
-    ONE,
-    SHARED,
-    Experts,
-    Linear,
-    Norm,
-    Parameter,
-    Scale,
-    Segment,
-    Space,
-    Windows,
-)
+from loram.model.architecture import Scale, Windows
 from loram.model.dense import LLAMA, QWEN_WINDOWS
 from loram.model.parts import ATTENTION, HEAD_NORMS, KEYS, KV_GROUPS, MLP_LINEARS, NORMS, QKV, QKVO, QUERIES
+from loram.model.segments import HIDDEN, ONE, SHARED, Experts, Linear, Norm, Parameter, Segment, Space
 
 EXPERT_UNITS = Space(
     name="experts",

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from loram.base.errors import UserError, first_problem
-from loram.model.architecture import Architecture, Linear, MixerUnit, Segment, Space, Unit, WholeUnit
+from loram.model.architecture import Architecture
 from loram.model.families import architecture_of
+from loram.model.segments import Linear, MixerUnit, Segment, Space, Unit, WholeUnit
 
 Units = Mapping[str, int]  # space name -> how many units a layer has
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from loram.model.architecture import HIDDEN, ONE, ONE_HEAD, Linear, Norm, Parameter, Segment
 from loram.model.dense import LLAMA
 from loram.model.experts import QWEN2_MOE, SPARSE, expert_sizes, qwen_mlps
 from loram.model.parts import ATTENTION, GATE, HEAD_NORMS, KV_GROUPS, MLP_LINEARS, NORMS, QKVO, UP
+from loram.model.segments import HIDDEN, ONE, ONE_HEAD, Linear, Norm, Parameter, Segment
 
 Part = TypeVar("Part", Linear, Norm, Parameter)
 Sizes = Callable[[Mapping[str, Any]], dict[str, Any]]

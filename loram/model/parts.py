@@ -1,6 +1,6 @@
 """What the rows of families are put together from: spaces, segments, and the linears and norms that many share."""
 
-from loram.model.architecture import ONE_HEAD, Linear, Norm, Segment, Space
+from loram.model.segments import ONE_HEAD, Linear, Norm, Segment, Space
 
 KV_GROUPS = Space(
     name="kv_groups",

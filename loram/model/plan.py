@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from loram.base.errors import UserError, first_problem
-from loram.model.architecture import Architecture, Linear, Segment, Space
+from loram.model.architecture import Architecture
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
+from loram.model.segments import Linear, Segment, Space
 from loram.model.sparsity import STRUCTURED, kept_values, n_of_m
 from loram.model.wrappers import WRAPPERS
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from loram.base.errors import UserError
-from loram.model.architecture import Segment, Space
 from loram.model.plan import PruningPlan
+from loram.model.segments import Segment, Space
 
 # What follows a linear's path -> the tensor's dimension for (outputs, inputs); None where it has no such dimension.
 _PARTS: dict[str, tuple[int | None, int | None]] = {

@@ -9,22 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram.model.architecture import (
-    HIDDEN,
-    ONE,
-    ONE_HEAD,
-    Argument,
-    Experts,
-    Linear,
-    Norm,
-    Parameter,
-    Segment,
-    Softcap,
-    Windows,
-)
+from loram.model.architecture import Softcap, Windows
 from loram.model.dense import LLAMA
 from loram.model.experts import EXPERT, EXPERT_GATE, EXPERT_UP
 from loram.model.parts import ATTENTION, FOUR_NORMS, MLP_LINEARS, QKVO, WHOLE_KEYS, WHOLE_QUERIES, WHOLE_VALUES
+from loram.model.segments import HIDDEN, ONE, ONE_HEAD, Argument, Experts, Linear, Norm, Parameter, Segment
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Words in the kind of a layer of Gemma 4. Its keys and values are its own, or also those of later layers (`source`), or

@@ -7,7 +7,7 @@ have no padding. Experts are taken to be computed by transformers' `grouped_mm`,
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loram.model.architecture import Linear
+from loram.model.segments import Linear
 from loram.planner.layer import Layer, Routed
 from loram.planner.mixers import saved_by_mixer
 from loram.planner.settings import Settings

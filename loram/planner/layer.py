@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from loram.model.architecture import Linear
+from loram.model.segments import Linear
 
 
 @dataclass(frozen=True, kw_only=True)

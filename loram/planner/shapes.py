@@ -9,12 +9,13 @@ from typing import Any
 
 from loram.base.paths import local
 from loram.disk.files import read_json
-from loram.model.architecture import HIDDEN, ONE_HEAD, SHARED, Architecture
+from loram.model.architecture import Architecture
 from loram.model.counts import kept_by_space
 from loram.model.families import architecture_of
 from loram.model.geometry import Geometry, Units
 from loram.model.packing import packing_of
 from loram.model.parts import KV_GROUPS, UP, VALUES, WHOLE_VALUES
+from loram.model.segments import HIDDEN, ONE_HEAD, SHARED
 from loram.model.sparsity import kept_values
 from loram.planner.layer import Layer, Routed
 from loram.pruning.options import ResolvedPruneOptions

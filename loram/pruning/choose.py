@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from loram.disk.artifacts import library_versions
-from loram.model.architecture import Space
 from loram.model.counts import kept_by_space
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
+from loram.model.segments import Space
 from loram.pruning.options import ResolvedPruneOptions
 from loram.pruning.score import Scores
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from loram.base.errors import UserError
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import Architecture, Parameter, Space
+from loram.model.architecture import Architecture
 from loram.model.geometry import Geometry
+from loram.model.segments import Parameter, Space
 from loram.pruning.criteria import CRITERIA, EXPERT_CRITERIA, ExpertRules
 from loram.pruning.evidence import Evidence
 

@@ -14,7 +14,7 @@ from loram.base.progress import track
 from loram.compute.streaming import LayerObserver, Of, ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.checkpoint import Checkpoint
-from loram.model.architecture import Linear, Segment, Space
+from loram.model.segments import Linear, Segment, Space
 from loram.pruning.criteria import CRITERIA, READS_TEXT, Criterion, ExpertRules
 from loram.pruning.evidence import Evidence, InputStatistics
 from loram.pruning.experts import ExpertTally

@@ -18,9 +18,10 @@ from loram.disk.artifacts import file_sha256, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorFileWriter
 from loram.disk.writer import ShardedWriter
-from loram.model.architecture import Architecture, Linear
+from loram.model.architecture import Architecture
 from loram.model.modeling_loram import pack
 from loram.model.plan import MASKS_NAME, PruningPlan
+from loram.model.segments import Linear
 from loram.pruning.criteria import SPARSE
 from loram.pruning.evidence import Hessian, Inputs, InputStatistics
 from loram.pruning.layout import blank_plan, mask_of, pruned_specs

@@ -9,11 +9,11 @@ from conftest import EVERY_FAMILY, EXPERTS, HYBRID_EXPERTS, ODDITIES, SIZES
 
 from loram.base.errors import UserError
 from loram.cli import support
-from loram.model.architecture import HIDDEN, ONE_HEAD, Linear, Norm, Parameter
 from loram.model.dense import LLAMA
 from loram.model.families import ARCHITECTURES, architecture_of, family_of
 from loram.model.geometry import Geometry
 from loram.model.parts import GATE, KEYS, QUERIES, UP, VALUES
+from loram.model.segments import HIDDEN, ONE_HEAD, Linear, Norm, Parameter
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
