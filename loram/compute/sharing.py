@@ -47,7 +47,8 @@ class BatchStates:
 
     def __getitem__(self, name: str) -> tuple[Tensor, ...]:
         kept = self._states.values[self._number, name]
-        tensors = tuple(kept[place].to(self._states.device) for place in range(len(kept)))
+        # detached: each layer that reads them has leaves of its own, with gradients of their own
+        tensors = tuple(kept[place].to(self._states.device).detach() for place in range(len(kept)))
         if torch.is_grad_enabled():
             self._leaves[name] = tuple(tensor.requires_grad_() for tensor in tensors)
         return tensors

@@ -155,6 +155,11 @@ def _course(
     plan = find_plan(checkpoint.folder)
     if plan is None:
         raise UserError(f"{checkpoint.name}: a full model is on its own course; anchor_steps is for pruned ones")
+    row = checkpoint.architecture
+    if row.experts is not None and not row.experts.path.startswith(row.blocks):
+        raise UserError(
+            f"anchor_steps: {checkpoint.name} has experts beside an MLP, whose outputs cannot be anchored; leave it out"
+        )
     scratch.mkdir(parents=True, exist_ok=True)
     assert options.anchor_steps
     return Course(

@@ -200,7 +200,8 @@ def test_keys_get_the_gradients_of_all_layers_that_read_them(tokenizer: Any, tmp
     folder = make_model(tmp_path, "gemma4_text", tokenizer, layer_types=kinds, num_kv_shared_layers=2)
     stream = stream_of(folder, hidden_bytes=1 << 20)
     streamed, expected = streamed_gradients(stream, 0), whole_gradients(AutoModelForCausalLM.from_pretrained(folder))
-    assert all(relative(gradient, expected[name]) <= 1e-5 for name, gradient in streamed.items())
+    for name, gradient in streamed.items():
+        assert relative(gradient, expected[name]) <= 1e-4, name  # counting one reader twice would make it 0.5
     assert stream._scratch.free_bytes == 1 << 20
 
 

@@ -106,7 +106,7 @@ def check_anchored_gradients(folder: Path, tmp_path: Path, *, checkpointing: boo
 
 
 # EXAONE's attention reads the hidden states themselves; Cohere's attention and MLP read the same normed ones
-@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, "exaone4", "cohere2"])
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, "exaone4", "cohere2", "gemma4_text"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_anchored_gradients_are_the_full_models(
     checkpointing: bool, family: str, pruned_models: dict[str, Path], tmp_path: Path
