@@ -148,7 +148,7 @@ def test_quickstart_in_short_improves_the_full_model(
         f"output_dir={root / 'run'}",
         f"dataset={rows / 'train.jsonl'}",
         f"eval_dataset={rows / 'test.jsonl'}",
-        "evaluate.max_samples=16",
+        "evaluate.max_samples=8",
         "train.trainer.max_steps=6",
         "train.trainer.per_device_train_batch_size=4",
         "train.trainer.warmup_steps=1",
@@ -162,10 +162,10 @@ def test_quickstart_in_short_improves_the_full_model(
 
     shutil.rmtree(root / "merged", ignore_errors=True)
     loram.merge(base, root / "run" / "recovered", root / "merged")
-    merged = loram.evaluate(root / "merged", data=rows / "test.jsonl", max_samples=16)
+    merged = loram.evaluate(root / "merged", data=rows / "test.jsonl", max_samples=8)
     assert merged.perplexity == pytest.approx(perplexity["recovered"], rel=1e-4)
     streamed = loram.evaluate(
-        base, adapter=root / "run" / "recovered", data=rows / "test.jsonl", max_samples=16, stream=True
+        base, adapter=root / "run" / "recovered", data=rows / "test.jsonl", max_samples=8, stream=True
     )
     assert streamed.perplexity == pytest.approx(perplexity["recovered"], rel=1e-5)
 
