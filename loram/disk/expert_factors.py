@@ -56,7 +56,7 @@ def peft_name(name: str, targets: Sequence[str] | None) -> str:
 def _targeted_tensors(module: str, targets: Sequence[str] | None) -> list[str]:
     """Return the last names of the targeted tensors of a module, in the order in which PEFT wraps them."""
     names = [tensor.rpartition(".") for tensor in EXPERT_MATRICES]
-    own = [tensor for path, _, tensor in names if module.endswith(f".{path}")]
+    own = dict.fromkeys(tensor for path, _, tensor in names if module.endswith(f".{path}"))  # paths may end alike
     return [tensor for tensor in own if is_targeted(f"{module}.{tensor}", targets)]
 
 
