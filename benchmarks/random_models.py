@@ -91,7 +91,7 @@ def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = No
         specs.update(packed_specs(name, shape) if in_4bit and _is_linear(name, shape) else plain)
     print(f"{folder}: writing {sum(spec.nbytes for spec in specs.values()) / 1e9:.1f} GB", file=sys.stderr)
     with publish(folder, kind="base" if plan is None else "pruned", made_from={}) as staging:
-        _tokenizer().save_pretrained(staging)
+        make_tokenizer().save_pretrained(staging)
         (staging / "config.json").write_text(json.dumps(config, indent=2))
         if plan is not None:
             with tempfile.TemporaryDirectory() as base:
@@ -144,7 +144,7 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield start, min(_ROWS, shape[0] - start)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token per byte."""
     alphabet = {letter: number for number, letter in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
     inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
