@@ -101,10 +101,10 @@ def _stage(options: type[Options]) -> tuple[Flag, ...]:
 
 
 def prune(model: str, out: Path, **options: Any) -> None:
-    """Remove units or single weights of MODEL: a smaller model folder.
+    """Remove units, layers or single weights of MODEL: a smaller model folder.
 
-    Structured pruning removes whole key-value groups and MLP channels; sparse patterns remove single weights. The
-    folder has loram_plan.json, which says what was kept.
+    Structured pruning removes whole key-value groups, MLP channels and experts, and whole layers; sparse patterns
+    remove single weights. The folder has loram_plan.json, which says what was kept.
     """
     from loram.pruning.prune import prune as stage
 

@@ -32,7 +32,8 @@ class PruneOptions(Options):
 
     ratio: float | None = option(
         None,
-        "The share of key-value groups, MLP channels and experts (with a sparse pattern: of weights) to remove.",
+        "The share of key-value groups, MLP channels and experts (with a sparse pattern: of weights) to remove; n:m "
+        "implies it.",
         gt=0,
         lt=1,
         also="sparsity pruning_ratio prune_ratio",
@@ -56,7 +57,7 @@ class PruneOptions(Options):
     experts_criterion: str | None = option(
         None,
         f"What decides which experts stay: {', '.join(EXPERT_CRITERIA)} (default: {next(iter(EXPERT_CRITERIA))}; with "
-        "criterion random that).",
+        "criterion random: random).",
     )
     criterion: str | None = option(
         None,
