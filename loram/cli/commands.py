@@ -101,7 +101,7 @@ def _stage(options: type[Options]) -> tuple[Flag, ...]:
 
 
 def prune(model: str, out: Path, **options: Any) -> None:
-    """Remove units, layers or weights of MODEL: a smaller model folder.
+    """Remove units, layers or weights of MODEL: a smaller model.
 
     Structured pruning removes whole key-value groups, MLP channels and experts, and whole layers; sparse patterns
     remove single weights. The folder has loram_plan.json, which says what was kept.
