@@ -149,7 +149,7 @@ def test_quickstart_in_short_improves_the_full_model(
         f"dataset={rows / 'train.jsonl'}",
         f"eval_dataset={rows / 'test.jsonl'}",
         "evaluate.max_samples=8",
-        "train.trainer.max_steps=6",
+        "train.trainer.max_steps=4",
         "train.trainer.per_device_train_batch_size=4",
         "train.trainer.warmup_steps=1",
     ]

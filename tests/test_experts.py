@@ -1,5 +1,6 @@
 """Mixtures of experts: the laws, what decides which experts stay, and both forms of their checkpoints."""
 
+import filecmp
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,18 +159,26 @@ def whole_scores(base: Path, layer: int) -> Mapping[str, Tensor]:
 
 
 @on_every_mixture
-@pytest.mark.parametrize("criterion", [name for name in EXPERT_CRITERIA if name != "random"])
-def test_law_6_streamed_scores_of_experts_are_the_whole_models(
-    family: str, criterion: str, tiny_models: dict[str, Path]
+def test_law_6_streamed_scores_of_experts_are_the_whole_models(family: str, tiny_models: dict[str, Path]) -> None:
+    checkpoint, expected = Checkpoint(tiny_models[family]), whole_scores(tiny_models[family], 2)
+    for criterion in EXPERT_CRITERIA.keys() - {"random"}:
+        rules = ExpertRules(experts=criterion, channels="taylor" if criterion == "taylor" else None)
+        layers = score_layers(checkpoint, [], [2], calibration=SAMPLES, experts=rules)
+        scores = next(layer.expert_scores for layer in layers if layer.index == 2)
+        assert relative(scores["experts"].float(), expected[criterion].float()) < 1e-4
+        if criterion == "taylor":
+            assert relative(scores["expert_channels"].float(), expected["channels"]) < 1e-4
+
+
+@on_every_mixture
+def test_law_7_the_same_pruning_gives_the_same_bytes(
+    family: str, tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    checkpoint = Checkpoint(tiny_models[family])
-    rules = ExpertRules(experts=criterion, channels="taylor" if criterion == "taylor" else None)
-    layers = list(score_layers(checkpoint, [], [2], calibration=SAMPLES, experts=rules))
-    scores = next(layer.expert_scores for layer in layers if layer.index == 2)
-    expected = whole_scores(tiny_models[family], 2)
-    assert relative(scores["experts"].float(), expected[criterion].float()) < 1e-4
-    if criterion == "taylor":
-        assert relative(scores["expert_channels"].float(), expected["channels"]) < 1e-4
+    for name in ("a", "b"):
+        loram.prune(tiny_models[family], tmp_path / name, calibration=rows_file, calibration_samples=4, **CUT)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    same, *others = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)
+    assert (sorted(same), others) == (files, [[], []])
 
 
 @on_every_mixture
