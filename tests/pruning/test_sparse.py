@@ -263,7 +263,7 @@ print(json.dumps(result))
 
 
 def test_plain_transformers_and_peft_take_the_folder(sparse_models: dict[str, Path], tmp_path: Path) -> None:
-    folders = [sparse_models[family] for family in ("llama", "gemma3_text")]
+    folders = [sparse_models[family] for family in ("llama", "gemma2")]
     done = elsewhere(REMOTE, *map(str, folders), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for folder, found in json.loads(done.stdout).items():
