@@ -1,4 +1,4 @@
-"""The same adapter in other words: under the names of a wrapped model and back, or with all names in full."""
+"""An adapter under other names: those of a wrapped model, those of its text model, or all names in full."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -50,7 +50,7 @@ class _Format(BaseModel):
 
 
 class _Fp8(_Format):
-    """Of DeepSeek and Qwen: a scale per block, or per tensor."""
+    """The FP8 format of DeepSeek and Qwen, which has a scale per block or per tensor."""
 
     weight_block_size: Block | None = None
     expert_dtype: Literal["fp8"] = "fp8"
@@ -61,7 +61,7 @@ class _Fp8(_Format):
 
 
 class _FbgemmFp8(_Format):
-    """Of Llama 3.1 405B: a scale per row."""
+    """The FP8 format of Llama 3.1 405B, which has a scale per row."""
 
 
 class _Weights(BaseModel):
@@ -81,7 +81,7 @@ class _Group(BaseModel):
 
 
 class _CompressedTensors(_Format):
-    """Of llm-compressor, in FP8: a scale per tensor, row, block or group of columns."""
+    """The FP8 format of llm-compressor, which has a scale per tensor, row, block or group of columns."""
 
     format: Literal["float-quantized", "naive-quantized"]
     config_groups: dict[str, _Group] = Field(min_length=1)
@@ -103,7 +103,10 @@ class _CompressedTensors(_Format):
 
 
 class _Mxfp4(_Format):
-    """Of gpt-oss: experts in FP4, with a power of two per 32 values (OCP Microscaling Formats 1.0, section 5.2)."""
+    """The format of gpt-oss: its experts are in FP4, and every 32 values share a power of two.
+
+    The OCP Microscaling Formats, version 1.0, define it in section 5.2.
+    """
 
     @property
     def packing(self) -> Packing:
@@ -111,7 +114,7 @@ class _Mxfp4(_Format):
 
 
 class _Nf4(_Format):
-    """Of QLoRA, by bitsandbytes."""
+    """The NF4 format of QLoRA, which bitsandbytes writes."""
 
     load_in_8bit: Literal[False] = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"  # transformers' default

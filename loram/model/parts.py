@@ -13,7 +13,7 @@ CHANNELS = Space(name="channels", size="intermediate_size", config_keys=("interm
 QUERIES = Segment(name="queries", unit="group", space=KV_GROUPS)
 KEYS = Segment(name="keys", unit="head", space=KV_GROUPS)
 VALUES = Segment(name="values", unit="head", space=KV_GROUPS)
-# The same where no group ever goes.
+# These three are for layers that keep all their groups.
 WHOLE_QUERIES = Segment(name="queries of all heads", unit="queries")
 WHOLE_KEYS = Segment(name="keys of all heads", unit="keys")
 WHOLE_VALUES = Segment(name="values of all heads", unit="keys")

@@ -140,7 +140,7 @@ def test_narrow_undoes_widen_for_experts(plan: PruningPlan) -> None:
 
 
 def test_experts_keep_channels_of_their_own() -> None:
-    """Of 3 experts with 4 channels each, expert 0 keeps its channels 1 and 3, and expert 2 its channels 0 and 1."""
+    """There are 3 experts with 4 channels each; expert 0 keeps its channels 1 and 3, expert 2 its channels 0 and 1."""
     geometry = Geometry(**GEOMETRY, num_experts=3, moe_intermediate_size=4, num_experts_per_tok=1)
     plan = make({2: {"experts": (0, 2), "expert_channels": (1, 3, 8, 9)}}, geometry=geometry, model_type="mixtral")
     gate_up, down = torch.arange(3 * 8 * 12).view(3, 8, 12), torch.arange(3 * 12 * 4).view(3, 12, 4)
