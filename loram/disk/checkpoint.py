@@ -223,6 +223,8 @@ class Checkpoint:
     @property
     def whole(self) -> "Checkpoint":
         """A view of the same folder that has the tensors, names and config of the files: towers, single experts."""
+        if not self.beside and self._in_files == {name: name for name in self.index}:  # nothing is shown otherwise
+            return self
         return Checkpoint(self.folder, self.name, stored=self._stored, whole=True, chat_template=self.chat_template)
 
     @property
