@@ -16,6 +16,7 @@ and mixture.md (the tables) beside the script. It takes some hours on two busy C
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -27,13 +28,17 @@ import loram
 
 RESULTS = Path(__file__).with_suffix(".json")
 TASK, TEXT = "gsm8k", "wikitext2"
+TASK_ROWS = "gsm8k_train.jsonl"
 ADAPTER = "LoRA on "
 RATIOS = (0.5, 0.75, 0.25)
 SEED = 42
-# Name of a way to prune -> (options besides the ratio, the option that has the ratio, seeds)
+# Name of a way to prune -> (options besides the ratio, the option that has the ratio, seeds). `-task` reads rows of the
+# task, the others read the built-in passages.
 WAYS: dict[str, tuple[dict[str, Any], str, tuple[int, ...]]] = {
     "reap": ({"experts_criterion": "reap"}, "experts_ratio", (SEED,)),
     "frequency": ({"experts_criterion": "frequency"}, "experts_ratio", (SEED,)),
+    "reap-task": ({"experts_criterion": "reap", "calibration": TASK_ROWS}, "experts_ratio", (SEED,)),
+    "frequency-task": ({"experts_criterion": "frequency", "calibration": TASK_ROWS}, "experts_ratio", (SEED,)),
     "random": ({"experts_criterion": "random"}, "experts_ratio", (SEED, 43, 44)),
     "channels": ({}, "expert_channels_ratio", (SEED,)),
 }
@@ -70,8 +75,8 @@ class Bench:
         return {"path": str(self.args.data / name), **options}
 
     def row(self, name: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-        """Measure a row, unless there is one, and write it."""
-        if name in self.rows:
+        """Measure a row that is wanted, unless there is one, and write it."""
+        if name in self.rows or not re.search(self.args.rows, name):
             return
         row = measure(*arguments)
         print(f"{name}: {row}", flush=True)
@@ -95,6 +100,8 @@ class Bench:
         if not folder.exists():
             given, key, _ = WAYS[way]
             options: dict[str, Any] = {**given, key: ratio}
+            if "calibration" in options:
+                options["calibration"] = self.data(options["calibration"])
             loram.prune(self.mixture, folder, **options, seed=seed)
         return folder
 
@@ -108,10 +115,10 @@ class Bench:
         sizes = loram.PruningPlan.load(folder).parameters()
         return {"parameters": sizes[1], **self.judge(folder)}
 
-    def measure_adapter(self, model: Path) -> dict[str, Any]:
-        """Train an adapter on a pruned mixture, or on the whole one, and return what it is worth on the whole one."""
-        trained = self.out / f"{model.name}-adapter"
-        if not trained.exists():
+    def trained(self, model: Path) -> Path:
+        """Train an adapter on a pruned mixture, or on the whole one, and return its folder."""
+        folder = self.out / f"{model.name}-adapter"
+        if not folder.exists():
             trainer = {
                 "max_steps": self.args.steps,
                 "per_device_train_batch_size": self.args.batch,
@@ -119,13 +126,20 @@ class Bench:
                 "max_length": LENGTH,
                 "logging_steps": 5,
             }
-            data = self.data("gsm8k_train.jsonl", max_samples=self.args.train_samples)
-            loram.train(model, trained, data=data, lora={"lora_dropout": 0.0}, trainer=trainer, seed=SEED)
-        if model == self.mixture:
-            return {TASK: self.loss(self.mixture, trained)}
-        recovered = self.out / f"{model.name}-recovered"
+            data = self.data(TASK_ROWS, max_samples=self.args.train_samples)
+            loram.train(model, folder, data=data, lora={"lora_dropout": 0.0}, trainer=trainer, seed=SEED)
+        return folder
+
+    def measure_full(self) -> dict[str, Any]:
+        """Return what an adapter is worth that was trained on the whole mixture."""
+        return {TASK: self.loss(self.mixture, self.trained(self.mixture))}
+
+    def measure_recovered(self, way: str, ratio: float, seed: int) -> dict[str, Any]:
+        """Return what an adapter that was trained on a pruned mixture is worth on the whole one."""
+        pruned = self.pruned(way, ratio, seed)
+        recovered = self.out / f"{pruned.name}-recovered"
         if not recovered.exists():
-            loram.recover(trained, recovered)
+            loram.recover(self.trained(pruned), recovered)
         return {TASK: self.loss(self.mixture, recovered)}
 
 
@@ -163,24 +177,21 @@ def main() -> None:
     parser.add_argument("--train-samples", type=int, default=512, help="how many GSM8K training rows to use")
     parser.add_argument("--samples", type=int, default=24, help="how many GSM8K test answers to score")
     parser.add_argument("--pieces", type=int, default=8, help=f"how many WikiText-2 pieces of {LENGTH} tokens to score")
-    parser.add_argument("--only", choices=("models", "adapters"), help="measure one half; two processes share the work")
+    parser.add_argument("--rows", default="", help="measure only rows whose names match this expression")
     args = parser.parse_args()
 
     bench = Bench(args)
     if not bench.mixture.exists():
         options = args.split_pieces, args.distill_steps, args.distill_learning_rate
         make_mixture(args.model, args.data, bench.mixture, Shape(), *options)
-    if args.only != "adapters":
-        for name, model in (("dense", args.model), ("split", bench.split), ("mixture", bench.mixture)):
-            bench.row(name, bench.measure_model, model)
-        for ratio, (way, (_, _, seeds)) in product(RATIOS, WAYS.items()):
-            for seed in seeds:
-                bench.row(row_name(way, ratio, seed), bench.measure_pruned, way, ratio, seed)
-    if args.only != "models":
-        bench.row(f"{ADAPTER}mixture", bench.measure_adapter, bench.mixture)
-        for way, ratio, seed in TRAINED:
-            model = bench.pruned(way, ratio, seed)
-            bench.row(f"{ADAPTER}{row_name(way, ratio, seed)}", bench.measure_adapter, model)
+    for name, model in (("dense", args.model), ("split", bench.split), ("mixture", bench.mixture)):
+        bench.row(name, bench.measure_model, model)
+    for ratio, (way, (_, _, seeds)) in product(RATIOS, WAYS.items()):
+        for seed in seeds:
+            bench.row(row_name(way, ratio, seed), bench.measure_pruned, way, ratio, seed)
+    bench.row(f"{ADAPTER}mixture", bench.measure_full)
+    for way, ratio, seed in TRAINED:
+        bench.row(f"{ADAPTER}{row_name(way, ratio, seed)}", bench.measure_recovered, way, ratio, seed)
     table = markdown(bench.rows)
     RESULTS.with_suffix(".md").write_text(table)
     print(table)
