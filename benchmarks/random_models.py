@@ -54,10 +54,10 @@ def config_of(shape: str) -> dict[str, Any]:
     }
 
 
-def plan_of(config: dict[str, Any], ratio: float) -> PruningPlan:
+def plan_of(config: dict[str, Any], ratio: float, keep_first: int = 4, keep_last: int = 2) -> PruningPlan:
     """Return a plan that keeps as many units as `prune` would; which units it keeps makes no difference here."""
     geometry = Geometry.from_config(config)
-    options = PruneOptions(criterion="random", ratio=ratio, keep_first=4, keep_last=2).resolved()
+    options = PruneOptions(criterion="random", ratio=ratio, keep_first=keep_first, keep_last=keep_last).resolved()
     blank = {space.name: torch.zeros(geometry.units(space)) for space in LAYERS.spaces}
     return choose(
         dict.fromkeys(options.layers(geometry), blank),

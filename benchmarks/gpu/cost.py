@@ -13,7 +13,7 @@ def write_4bit(setting: Setting, shape: str, ratio: float) -> Pairs:
     """Write the pruned model of a shape with random weights in NF4."""
     import random_models
 
-    random_models.publish = unpublished  # type: ignore[assignment]
+    vars(random_models)["publish"] = unpublished
     folder = setting.work / f"{shape}-nf4"
     if not folder.exists():
         random_models.make_model(folder, random_models.config_of(shape), ratio=ratio, in_4bit=True)
@@ -42,7 +42,12 @@ def memory(
     if expandable:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     optimizer = OPTIMIZER if device == "cuda" else {}
-    settings = {"load_in_4bit": True, "max_length": tokens, "per_device_train_batch_size": 1, **optimizer}
+    settings: dict[str, Any] = {
+        "load_in_4bit": True,
+        "max_length": tokens,
+        "per_device_train_batch_size": 1,
+        **optimizer,
+    }
     predicted = estimate(config_of(shape), ratio=ratio, device=device, **settings).training
     yield "predicted", {"total": predicted.total / GIB, "moment": predicted.moment}
     options = {"load_in_4bit": True, "anchor_steps": 0, "trainer": optimizer}
@@ -140,7 +145,7 @@ def planner(setting: Setting, shape: str, ratios: tuple[float | None, ...]) -> P
             loram.train(model, folder / "adapter", data=data, device=device, anchor_steps=0, **stage_options(options))
         wait(device)
         memory = estimate(config, **options).training
-        row = {"predicted": memory.total - memory.context, "moment": memory.moment}
+        row: dict[str, Any] = {"predicted": memory.total - memory.context, "moment": memory.moment}
         if device == "cuda":
             row["measured"] = torch.cuda.max_memory_allocated() - before
             row["error_percent"] = round(100 * (row["predicted"] / row["measured"] - 1), 1)

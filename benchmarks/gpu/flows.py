@@ -78,7 +78,7 @@ class Flows:
             "streamed": {"device": self.device, "stream": True},
             "cpu": {"device": "cpu"},
         }
-        fixed = {"data": self.data, "max_samples": 6, "max_length": 64}
+        fixed: dict[str, Any] = {"data": self.data, "max_samples": 6, "max_length": 64}
         losses = {way: loram.evaluate(model, **fixed, **options, **own).loss for way, own in ways.items()}
         if max(losses.values()) - min(losses.values()) > TOLERANCE:
             raise AssertionError(f"the losses differ: {losses}")

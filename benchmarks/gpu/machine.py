@@ -130,7 +130,7 @@ def host_rates(setting: Setting) -> dict[str, float]:
     return_freed_memory_()
     file = TensorFile(path)
     rates["read into fresh memory"] = gigabytes / seconds_of(lambda: file.read("w"), "cpu", 3, 1)
-    used = memoryview(tensor.flatten().view(torch.uint8).numpy())
+    used: Any = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
     rates["read into memory used before"] = gigabytes / seconds_of(lambda: _read_into(path, used), "cpu", 3, 1)
     path.unlink()
     return rates

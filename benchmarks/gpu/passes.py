@@ -67,9 +67,12 @@ def _values(setting: Setting) -> int:
 
 def _seconds_to_compute(setting: Setting, weights: list[int], tokens: int) -> float:
     """Return the seconds that a layer's products take at the rate of one large product."""
+    from loram.compute.device import compute_dtype
+
     rows, columns = (256, 896) if setting.small else (8192, 8192)
-    weight = torch.randn(rows, columns, device=setting.device, dtype=torch.bfloat16)
-    x = torch.randn(tokens, columns, device=setting.device, dtype=torch.bfloat16)
+    dtype = compute_dtype(torch.device(setting.device))
+    weight = torch.randn(rows, columns, device=setting.device, dtype=dtype)
+    x = torch.randn(tokens, columns, device=setting.device, dtype=dtype)
     one = seconds_of(lambda: x @ weight.T, setting.device, 10)
     return one * sum(weights) / (rows * columns)
 
@@ -87,7 +90,7 @@ def anchored(setting: Setting, rows: int, tokens: int) -> Pairs:
     config = config_of_width(setting)
     base = Checkpoint(write_model(setting.work / "wide", config, None, _values(setting)))
     reference = BaseReference(name=base.name, fingerprint=base.fingerprint)
-    plan = dataclasses.replace(plan_of(config, 0.85), base=reference)
+    plan = dataclasses.replace(plan_of(config, 0.85, 1, 1), base=reference)
     narrow = write_model(setting.work / "narrow", config, plan, _values(setting))
     measurements: list[float] = []
     measure = anchors.Anchors.measure_
@@ -101,7 +104,7 @@ def anchored(setting: Setting, rows: int, tokens: int) -> Pairs:
         return result
 
     anchors.Anchors.measure_ = timed  # type: ignore[method-assign]
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "plain": {"anchor_steps": 0},
         "anchored": {"anchor_steps": 2},
         "anchored without gradients": {"anchor_steps": 2, "anchor_gradients": False},

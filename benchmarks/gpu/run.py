@@ -116,7 +116,7 @@ def show(results: dict[str, Any]) -> None:
             line = f"{row['measured']['total']:.2f} GiB, {row['predicted']['total']:.2f} predicted"
         elif line is None and "failed" in row:
             line = "all passed" if not row["failed"] else f"failed: {', '.join(row['failed'])}"
-        print(f"{name:32} {row.get('seconds', 0):6.1f} s  {line or ''}")
+        print(f"{name:32} {row.get('wall', 0):6.1f} s  {line or ''}")
     rates = {name: results.get(f"throughput {name}", {}).get("tokens_per_second") for name in METHODS}
     for full, pruned in (("LoRA", "LoRAM"), ("QLoRA", "QLoRAM"), ("LoRA, one row", "LoRAM, one row")):
         if rates[full] and rates[pruned]:

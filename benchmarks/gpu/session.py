@@ -91,14 +91,15 @@ class Session:
             say("a forked process cannot use the GPU here; each step imports its libraries from now on")
             self._how = "spawn"
             row = self._in_process(step, min(limit, self.left - 5), options)
-        self._keep(name, {"seconds": round(time.monotonic() - started, 1), **row})
+        self._keep(name, {**row, "wall": round(time.monotonic() - started, 1)})
         say(f"{name}: {row.get('error', 'done')}")
 
     def _in_process(self, step: Callable[..., Pairs], limit: float, options: dict[str, Any]) -> dict[str, Any]:
         answer = self.setting.work / "answer.json"
         answer.unlink(missing_ok=True)
         arguments = (step, self.setting, options, answer, self.out / "log.txt")
-        process: Any = multiprocessing.get_context(self._how).Process(target=_work, args=arguments)
+        context: Any = multiprocessing.get_context(self._how)
+        process = context.Process(target=_work, args=arguments)
         process.start()
         process.join(limit)
         problem = None
