@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loram.base.size import show_size
 from loram.model.sparsity import STRUCTURED
 from loram.planner.memory import TrainingMemory
-from loram.planner.size import show_size
 from loram.planner.total import Estimate
 
 _ITEMS = {

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram import cli
+from loram.base.size import parse_size, show_size
 from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
@@ -31,7 +32,6 @@ from loram.planner.fit import GRID, Fit, fit
 from loram.planner.memory import training_memory
 from loram.planner.settings import LINEARS, Settings, make_settings
 from loram.planner.shapes import Model
-from loram.planner.size import parse_size, show_size
 from loram.planner.weights import factors, frozen_bytes, optimizer_bytes
 from loram.planner.weights import trained as trained_parameters
 from loram.pruning.options import PruneOptions

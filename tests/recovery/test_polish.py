@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES, random_adapter
 from helpers import contents
+from loram.recovery.polish import LOG_NAME, polish
 from peft import PeftModel
 
 import loram
@@ -19,7 +20,6 @@ from loram.compute.loading import load_model
 from loram.compute.loss import use_chunked_loss_
 from loram.disk.opening import open_model
 from loram.recovery.options import PolishOptions
-from loram.recovery.polish import LOG_NAME, polish
 from loram.run.pipeline import run
 from loram.run.recipe import Recipe
 
