@@ -332,8 +332,10 @@ class Stream:
                 ids = torch.searchsorted(used, batch.ids).to(self.device)  # places in `used`, (rows, width)
                 hidden[number] = decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
                 self._arguments[tuple(ids.shape)] = dict(notes)
-        for name in weights:
-            self.model.get_submodule(name.rpartition(".")[0]).to_empty(device="meta")
+        for name in weights:  # the modules' buffers stay
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            setattr(module, leaf, nn.Parameter(module.get_parameter(leaf).to("meta"), requires_grad=False))
         return hidden
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
