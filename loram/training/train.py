@@ -16,9 +16,11 @@ from trl import SFTConfig
 from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.paths import local
+from loram.base.size import parse_size
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer, open_full
 from loram.compute.loss import use_chunked_loss_
+from loram.compute.nf4_streamed import Nf4Checkpoint
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
 from loram.disk.adapter import Adapter
@@ -141,6 +143,10 @@ def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
     """Refuse options that only sparse models can have, and those that sparse models cannot have."""
     if options.mask_update and not checkpoint.sparse:
         raise UserError(f"mask_update: {checkpoint.name} is not sparse: it has no weight that the mask would remove")
+    if checkpoint.sparse and options.engine == STREAMED and options.load_in_4bit:
+        raise UserError(
+            f"load_in_4bit: {checkpoint.name} is sparse, and engine streamed has it in 16 bits; leave it out"
+        )
     if checkpoint.sparse and METHODS[options.method].weights:
         raise UserError(
             f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
@@ -322,8 +328,15 @@ class _TrainJob(Job[Trained]):
     def _pass(self) -> StreamedPass:
         """Return where the model is streamed."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        kept = kept_in_ram(self.checkpoint, self.options.ram_budget)
-        return StreamedPass(kept, self.device, self.scratch)
+        return StreamedPass(self._streamed(), self.device, self.scratch)
+
+    def _streamed(self) -> Checkpoint:
+        """Return the model as it is read: in NF4 if the options say so, and kept in RAM as far as they allow."""
+        budget = self.options.ram_budget
+        if not self.options.load_in_4bit:
+            return kept_in_ram(self.checkpoint, budget)
+        room = 0 if budget is None else parse_size(budget, "ram_budget")
+        return Nf4Checkpoint(self.checkpoint, device=self.device, dtype=compute_dtype(self.device), budget=room)
 
     def _trainer_class(self) -> type[Trainer]:
         return AdapterTrainer if self.course is None else anchored(AdapterTrainer, self.course)
