@@ -12,6 +12,7 @@ from loram.planner.layer import Layer
 from loram.planner.memory import TrainingMemory, course_bytes
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
+from loram.planner.streamed import hidden_bytes, hidden_in_ram
 from loram.planner.weights import factors, file_bytes
 
 IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
@@ -133,6 +134,8 @@ def _teach(full: Model) -> Stage:
 def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
     state = training.adapter + training.optimizer
     disk = 3 * state + sum(course_bytes(model, settings))
+    if settings.streamed:
+        disk += hidden_bytes(model, settings) - hidden_in_ram(model, settings)
     if settings.device == "cuda":
         host = IMPORTS + training.host + training.pageable + 2 * model.vocabulary * 2
         if settings.anchored:

@@ -26,6 +26,7 @@ from loram.data.tokens import load_tokens
 from loram.disk.adapter import Adapter
 from loram.disk.artifacts import check_output, find_manifest
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.files import copy_side_files
 from loram.disk.kept import kept_in_ram
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
@@ -346,6 +347,8 @@ class _TrainJob(Job[Trained]):
         if self.kind == "model":
             write_trained(out, self.checkpoint, outcome.folder)
             return {}
+        if self.start is not None:
+            copy_side_files(self.start.folder, out)
         figures = write_adapter(out, outcome, self.checkpoint, self.plan, self.options, self.start)
         self.tokenizer.save_pretrained(out)
         return figures
