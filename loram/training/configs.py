@@ -23,9 +23,7 @@ def build_configs(
 
     What is best depends on the device: on a GPU activations are checkpointed, and with 4-bit weights, which are for
     where memory is short, checkpoints wait in host memory and AdamW keeps its state in pageable 8 bits.
-
-    A streamed model chooses its dtype itself, and gets all micro-batches of a step as one batch, which it takes apart
-    again, so that a step reads the model's files once.
+    A streamed model chooses its dtype itself, and keeps only the inputs of layers anyway.
 
     Raises:
         UserError: what PEFT or TRL say of the first bad value.
@@ -40,7 +38,6 @@ def build_configs(
         **checkpointing(
             {} if streamed else chosen.trainer, default=on_gpu and not streamed, known=option_names(SFTConfig)
         ),
-        **(_whole_step(chosen.trainer) if streamed else {}),
         "use_cpu": not on_gpu,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,  # it would drop the lengths of the rows that packing put together
@@ -60,13 +57,6 @@ def build_configs(
         raise as_user_error(error) from error
     try_out(arguments, "train")
     return adapter, arguments
-
-
-def _whole_step(trainer: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of a batch that has all micro-batches of an optimiser step."""
-    micro_batches = trainer.get("gradient_accumulation_steps") or 1
-    rows = trainer["per_device_train_batch_size"] * micro_batches
-    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
 
 
 def _from_data(lora: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ data parallelism are the Trainer's, and know nothing of layers.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from loram.data.batches import IGNORED, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 from loram.training.methods.adapters import adapted_linears
+from loram.training.trainer import AdapterTrainer
 
 Rows = tuple[list[list[int]], list[list[int]]]  # the token ids and the labels of each row
 
@@ -91,6 +92,8 @@ class StreamedPass:
 def stream_loss_(model: PeftModel, where: StreamedPass) -> None:
     """Let a shell with an adapter compute its loss by streaming, and drop the weights that it only pretends to have.
 
+    The loss of no rows is 0, and has no gradient.
+
     A call with labels returns the mean cross entropy in nats per token, as with `use_chunked_loss_`: the sum over the
     tokens in the loss, divided by `num_items_in_batch` or else by their number. Rows that were packed, or put end to
     end, are taken apart again.
@@ -109,6 +112,8 @@ def stream_loss_(model: PeftModel, where: StreamedPass) -> None:
     def forward(
         input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> CausalLMOutput:
+        if not len(input_ids):
+            return CausalLMOutput(loss=torch.zeros((), device=input_ids.device, requires_grad=True).clone())
         rows = _rows(input_ids, labels, inputs.get("attention_mask"), inputs.get("position_ids"))
         names, factors = zip(*_factors(model).items(), strict=True)
         if torch.is_grad_enabled():
@@ -119,6 +124,35 @@ def stream_loss_(model: PeftModel, where: StreamedPass) -> None:
         return CausalLMOutput(loss=total / (count if num_items_in_batch is None else num_items_in_batch))
 
     base.forward = forward
+
+
+class StreamedTrainer(AdapterTrainer):
+    """The Trainer of a shell: the last micro-batch of a step has the rows of all, so that a step is one pass."""
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+        """Take the micro-batches of a step, and move all rows into the last one."""
+        batches, count = super().get_batch_samples(*args)
+        if len(batches) > 1:
+            batches = [
+                *({name: values[:0] for name, values in batch.items()} for batch in batches[1:]),
+                _joined(batches),
+            ]
+        return batches, count
+
+
+def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return several batches as one, padded to the longest row; rows that stand end to end go on doing so."""
+    if "attention_mask" not in batches[0]:
+        return {
+            name: torch.cat([batch[name] for batch in batches], 1) for name in ("input_ids", "labels", "position_ids")
+        }
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
+
+    def padded(values: Tensor, value: int) -> Tensor:
+        return nn.functional.pad(values, (0, width - values.shape[1]), value=value)
+
+    return {name: torch.cat([padded(batch[name], fill[name]) for batch in batches]) for name in fill}
 
 
 def _factors(model: PeftModel) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ from loram.training.options import TrainOptions, resolve
 from loram.training.rounds import anchored
 from loram.training.rows import arrange, check_packed, first_batches, rows_digest
 from loram.training.start import load_start, options_of
-from loram.training.streamed import StreamedPass, stream_loss_
+from loram.training.streamed import StreamedPass, StreamedTrainer, stream_loss_
 from loram.training.trainer import AdapterTrainer
 from loram.training.write import Trained, write_adapter
 
@@ -340,6 +340,8 @@ class _TrainJob(Job[Trained]):
         return Nf4Checkpoint(self.checkpoint, device=self.device, dtype=compute_dtype(self.device), budget=room)
 
     def _trainer_class(self) -> type[Trainer]:
+        if self.options.engine == STREAMED:
+            return StreamedTrainer
         return AdapterTrainer if self.course is None else anchored(AdapterTrainer, self.course)
 
     def write(self, out: Path, outcome: Trained) -> Mapping[str, float]:

@@ -116,7 +116,7 @@ def test_resumed_is_the_same_as_undisturbed_and_only_factors_are_in_memory(
     expected = contents(train(tiny_llama, tmp_path / "a", rows_file, "streamed", callbacks=[watch], **options))
     assert watch.names
     assert all(".lora_" in name for name in watch.names)
-    stop(monkeypatch, 4, Stopped())  # one pass per step, though it has two micro-batches
+    stop(monkeypatch, 7, Stopped())  # in step 4: two micro-batches make a step
     with pytest.raises(Stopped):
         train(tiny_llama, tmp_path / "b", rows_file, "streamed", **options)
     assert (tmp_path / "b-checkpoints" / "checkpoint-2").is_dir()
