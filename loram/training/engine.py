@@ -17,6 +17,7 @@ _ABOUT_MODULES = {
     "torch_compile": "there is no model in memory to compile",
     "torch_compile_backend": "there is no model in memory to compile",
     "torch_compile_mode": "there is no model in memory to compile",
+    "router_aux_loss_coef": "it has one layer's router at a time",
     "neftune_noise_alpha": "it adds no noise to embeddings",
     "fp16": "it computes in bfloat16 where a GPU can, and otherwise in float32",
     "bf16": "it computes in bfloat16 where a GPU can, and otherwise in float32",

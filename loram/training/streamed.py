@@ -108,6 +108,7 @@ def stream_loss_(model: PeftModel, where: StreamedPass) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             if not any(weight.stride()):
                 module.register_parameter(name, None)
+    model.to(where.device)
 
     def forward(
         input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **inputs: Any
@@ -134,7 +135,7 @@ class StreamedTrainer(AdapterTrainer):
         batches, count = super().get_batch_samples(*args)
         if len(batches) > 1:
             batches = [
-                *({name: values[:0] for name, values in batch.items()} for batch in batches[1:]),
+                *({name: batch[name][:0] for name in ("input_ids", "labels")} for batch in batches[1:]),
                 _joined(batches),
             ]
         return batches, count

@@ -19,7 +19,7 @@ from loram.base.paths import local
 from loram.base.size import parse_size
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer, open_full
-from loram.compute.loss import use_chunked_loss_
+from loram.compute.loss import Balance, use_chunked_loss_
 from loram.compute.nf4_streamed import Nf4Checkpoint
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
@@ -309,7 +309,7 @@ class _TrainJob(Job[Trained]):
             assert isinstance(model, PeftModel)
             stream_loss_(model, self._pass())
         else:
-            _use_kernels_(model, arguments)
+            _use_kernels_(model, arguments, self._balance())
         trainer = fit_model_(
             self._trainer_class(),
             model,
@@ -339,6 +339,12 @@ class _TrainJob(Job[Trained]):
         room = 0 if budget is None else parse_size(budget, "ram_budget")
         return Nf4Checkpoint(self.checkpoint, device=self.device, dtype=compute_dtype(self.device), budget=room)
 
+    def _balance(self) -> Balance | None:
+        coefficient = self.options.trainer["router_aux_loss_coef"]
+        geometry = (self.checkpoint if self.plan is None else self.plan).geometry
+        chosen = geometry.num_experts_per_tok if coefficient else None
+        return None if chosen is None else Balance(coefficient=coefficient, chosen=chosen)
+
     def _trainer_class(self) -> type[Trainer]:
         if self.options.engine == STREAMED:
             return StreamedTrainer
@@ -356,11 +362,11 @@ class _TrainJob(Job[Trained]):
         return figures
 
 
-def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig) -> None:
+def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig, balance: Balance | None) -> None:
     """Put our loss into a model, and Liger's kernels where the arguments ask for them."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
-    use_chunked_loss_(base)
+    use_chunked_loss_(base, balance=balance)
     if arguments.use_liger_kernel:
         use_liger_(base, arguments.liger_kernel_config)
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours
