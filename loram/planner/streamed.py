@@ -26,7 +26,7 @@ def layer_moment(model: Model, settings: Settings) -> dict[str, int]:
         "weights": weights + (kept_bytes(model, settings) if at_hand else 0),
         "activations": saved + (hidden_in_ram(model, settings) if at_hand else 0),
         "recomputation": 8 * layer_input(model, during),
-        "scratch": layer.parameters * file_bytes(model) if at_hand else 0,
+        "scratch": read_ahead(model) if at_hand else 0,
     }
 
 
@@ -44,10 +44,26 @@ def head_moment(model: Model, settings: Settings) -> dict[str, int]:
 
 
 def host_bytes(model: Model, settings: Settings) -> int:
-    """Return the bytes of RAM beside a GPU: two layers on their way to it, hidden states, and what is kept."""
+    """Return the bytes of RAM beside a GPU: a layer on its way to it and the next one, hidden states, and what is kept."""
     layer = max(layer.parameters for layer in model.layers)
     head = model.vocabulary * file_bytes(model)
-    return 2 * layer * file_bytes(model) + head + hidden_in_ram(model, settings) + kept_bytes(model, settings)
+    return (
+        layer * file_bytes(model)
+        + read_ahead(model)
+        + head
+        + hidden_in_ram(model, settings)
+        + kept_bytes(model, settings)
+    )
+
+
+def read_ahead(full: Model) -> int:
+    """Return the bytes of what is as in the files while a layer computes.
+
+    That is the next layer, or what it has beside its experts, of which one tensor is read at a time.
+    """
+    beside = max(layer.parameters - (0 if layer.routed is None else layer.routed.parameters) for layer in full.layers)
+    experts = max((layer.largest for layer in full.layers if layer.routed is not None), default=0)
+    return file_bytes(full) * (beside + experts)
 
 
 def hidden_bytes(model: Model, settings: Settings) -> int:
