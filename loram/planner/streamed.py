@@ -44,7 +44,7 @@ def head_moment(model: Model, settings: Settings) -> dict[str, int]:
 
 
 def host_bytes(model: Model, settings: Settings) -> int:
-    """Return the bytes of RAM beside a GPU: a layer on its way to it and the next one, hidden states, and what is kept."""
+    """Return the bytes of RAM beside a GPU: a layer on its way, the next one, hidden states, and what is kept."""
     layer = max(layer.parameters for layer in model.layers)
     head = model.vocabulary * file_bytes(model)
     return (
