@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from loram.base.size import parse_size
 from loram.disk.checkpoint import Checkpoint
 
 
@@ -33,6 +32,6 @@ class KeptCheckpoint(Checkpoint):
         return tensor
 
 
-def kept_in_ram(checkpoint: Checkpoint, budget: str | None) -> Checkpoint:
-    """Return a checkpoint that keeps what it reads within a budget such as `12GiB`; the same one without a budget."""
-    return checkpoint if budget is None else KeptCheckpoint(checkpoint, parse_size(budget, "ram_budget"))
+def kept_in_ram(checkpoint: Checkpoint, budget: int) -> Checkpoint:
+    """Return a checkpoint that keeps what it reads within a budget in bytes; the same one without a budget."""
+    return KeptCheckpoint(checkpoint, budget) if budget else checkpoint

@@ -25,7 +25,7 @@ _ABOUT_MODULES = {
 
 
 def check_engine(options: "TrainOptions", lora: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    """Refuse what the streamed engine cannot train, and options about streaming where nothing is streamed.
+    """Refuse what the streamed engine cannot train.
 
     Args:
         options: the options as the user gave them.
@@ -36,8 +36,6 @@ def check_engine(options: "TrainOptions", lora: Mapping[str, Any], trainer: Mapp
         UserError: names the option and what to do.
     """
     if options.engine != STREAMED:
-        if options.ram_budget is not None and not options.anchor_steps:
-            raise UserError("ram_budget: is for what is streamed; add engine streamed or anchor_steps, or leave it out")
         return
     remedy = "take engine resident"
     if not method_of(options.method).streamed:
@@ -45,8 +43,6 @@ def check_engine(options: "TrainOptions", lora: Mapping[str, Any], trainer: Mapp
         raise UserError(f"engine streamed: cannot train by method {options.method}; take {names}, or engine resident")
     if options.mask_update:
         raise UserError(f"engine streamed: has no gradients of a masked update; {remedy}, or leave mask_update out")
-    if options.offload_embedding:
-        raise UserError("offload_embedding: with engine streamed no embedding is on the device; leave it out")
     if lora.get("target_parameters"):
         raise UserError(f"engine streamed: has no gradients of adapters on experts; {remedy}, or leave them out")
     if lora["lora_dropout"]:

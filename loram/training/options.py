@@ -113,6 +113,11 @@ class StreamOptions(Options):
         planned=True,
     )
 
+    @property
+    def ram_bytes(self) -> int:
+        """Return how many bytes of the streamed model may stay in RAM."""
+        return 0 if self.ram_budget is None else parse_size(self.ram_budget, "ram_budget")
+
     @field_validator("ram_budget")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
@@ -237,6 +242,10 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     method = method_of(options.method)
     if options.offload_embedding and not options.load_in_4bit:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
+    if options.offload_embedding and options.engine == STREAMED:
+        raise UserError("offload_embedding: with engine streamed it has no use; leave it out")
+    if options.ram_budget is not None and options.engine != STREAMED and not options.anchor_steps:
+        raise UserError("ram_budget: is for what is streamed; add engine streamed or anchor_steps, or leave it out")
     without = options.mask_update or options.lora.get("target_parameters") or options.engine == STREAMED
     undropped = {"lora_dropout": 0.0} if without else {}
     lora = {**lora_defaults(architecture), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}

@@ -10,7 +10,7 @@ from typing import Any
 
 from loram.data.spec import DataSpec
 from loram.training.engine import STREAMED
-from loram.training.options import PolishOptions, TrainOptions
+from loram.training.options import PolishOptions, StreamOptions, TrainOptions
 from loram.training.train import train
 
 _EVERY_STEP: Mapping[str, Any] = {"logging_steps": 1, "save_steps": 1, "save_total_limit": 1}
@@ -50,13 +50,14 @@ def polish(
         UserError, FloatingPointError, MissingGradientError: as for `train`.
     """
     chosen = PolishOptions.of(options, **fields)
-    trainer = {**chosen.model_dump(exclude={"ram_budget"}), **_EVERY_STEP}
+    trainer = {**chosen.model_dump(exclude={*StreamOptions.model_fields}), **_EVERY_STEP}
+    streaming = chosen.model_dump(include={*StreamOptions.model_fields})
     return train(
         base,
         out,
         adapter=adapter,
         data=data,
-        options=TrainOptions(engine=STREAMED, ram_budget=chosen.ram_budget, trainer=trainer),
+        options=TrainOptions(engine=STREAMED, trainer=trainer, **streaming),
         seed=seed,
         device=device,
         fresh=fresh,

@@ -16,7 +16,6 @@ from trl import SFTConfig
 from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.paths import local
-from loram.base.size import parse_size
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer, open_full
 from loram.compute.loss import Balance, use_chunked_loss_
@@ -184,7 +183,7 @@ def _course(
     scratch.mkdir(parents=True, exist_ok=True)
     assert options.anchor_steps
     return Course(
-        base=kept_in_ram(open_full(plan, base), options.ram_budget),
+        base=kept_in_ram(open_full(plan, base), options.ram_bytes),
         plan=plan,
         steps=options.anchor_steps,
         gradients=options.anchor_gradients,
@@ -333,10 +332,9 @@ class _TrainJob(Job[Trained]):
 
     def _streamed(self) -> Checkpoint:
         """Return the model as it is read: in NF4 if the options say so, and kept in RAM as far as they allow."""
-        budget = self.options.ram_budget
+        room = self.options.ram_bytes
         if not self.options.load_in_4bit:
-            return kept_in_ram(self.checkpoint, budget)
-        room = 0 if budget is None else parse_size(budget, "ram_budget")
+            return kept_in_ram(self.checkpoint, room)
         return Nf4Checkpoint(self.checkpoint, device=self.device, dtype=compute_dtype(self.device), budget=room)
 
     def _balance(self) -> Balance | None:
