@@ -244,7 +244,14 @@ def _trained(
         pruned = dataclasses.replace(sizes, sparse=plan.kept_values(), narrowed=plan.sparse_layers)
     else:
         units = {layer: plan.units(layer) for layer in plan.layers}
-        pruned = dataclasses.replace(sizes, units=units, narrowed=tuple(units), dropped=plan.dropped)
+        pruned = dataclasses.replace(
+            sizes,
+            units=units,
+            narrowed=tuple(units),
+            dropped=plan.dropped,
+            refit=plan.refit,
+            bypass_rank=plan.bypass_rank,
+        )
     yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
     if FULL_LORA.count(recipe):
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)

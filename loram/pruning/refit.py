@@ -1,0 +1,278 @@
+"""Refit at pruning: output projections fitted anew to what the full model's gave, and a bypass for what they cannot.
+
+All is linear least squares on the full model's own activations. So it needs their products alone, which are gathered
+while the calibration text passes a layer, and solved in float64 while the layer is in memory.
+
+Shapes: an output projection (o_proj, down_proj) has the weight W, (hidden, features), and reads h, (tokens, features);
+its block (attention, MLP) reads x, (tokens, hidden).
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from loram.base.constants import HELD_TOKENS
+from loram.data.batches import Batch
+from loram.model.architecture import Architecture
+from loram.model.plan import BYPASS_IN, BYPASS_OUT, PruningPlan
+from loram.model.segments import Linear
+
+logger = logging.getLogger(__name__)
+
+DAMPINGS = (0.001, 0.01, 0.05, 0.2)  # those that are tried on the held-out tokens
+DAMPING = 0.05  # where there are none
+HELD_OUT = 4  # every fourth row is held out, and fewer of them where that is more than HELD_TOKENS
+
+
+class Products:
+    """Sums of products of what an output projection and its block read, in float32, and a few held-out rows of both.
+
+    Args:
+        features: the in_features of the output projection.
+        hidden: the hidden size where there will be a bypass, else 0.
+        held_every: one row of so many is held out; 0 holds none out.
+        device: where the sums are.
+    """
+
+    def __init__(self, features: int, hidden: int, held_every: int, device: torch.device) -> None:
+        zeros = partial(torch.zeros, device=device)
+        self.inputs: Tensor = zeros(features, features)  # hᵀh
+        self.across: Tensor = zeros(hidden, features)  # xᵀh
+        self.block: Tensor = zeros(hidden, hidden)  # xᵀx
+        self.held: list[tuple[Tensor, Tensor]] = []  # (h, x) of held-out rows
+        self._every, self._rows = held_every, 0
+
+    @torch.no_grad()
+    def add_(self, h: Tensor, x: Tensor, real: Tensor) -> None:
+        """Add one micro-batch.
+
+        Args:
+            h: (rows, width, features).
+            x: (rows, width, hidden); (rows, width, 0) where there will be no bypass.
+            real: (rows, width) bool, False where padded.
+        """
+        for row, (own_h, own_x, own_real) in enumerate(zip(h, x, real, strict=True), start=self._rows):
+            pair = own_h[own_real], own_x[own_real]  # (tokens, features), (tokens, hidden)
+            if self._every and row % self._every == self._every - 1:
+                self.held.append(pair)
+            else:
+                self._sum_up_(*pair)
+        self._rows += len(real)
+
+    def add_held_(self) -> None:
+        """Add the held-out rows to the sums, when they have decided."""
+        for pair in self.held:
+            self._sum_up_(*pair)
+        self.held.clear()
+
+    def _sum_up_(self, h: Tensor, x: Tensor) -> None:
+        self.inputs.addmm_(h.T, h)
+        self.across.addmm_(x.T, h)
+        self.block.addmm_(x.T, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """A block after the refit.
+
+    Args:
+        weight: the output projection's new weight, (hidden, kept features) float64.
+        bypass: (bypass_in, bypass_out), (rank, hidden) and (hidden, rank) float64, or None.
+        errors: the share of the output's squared norm that is missing on the held-out tokens: with the old weights,
+            with the new ones, and with the bypass; empty where no tokens were held out.
+    """
+
+    weight: Tensor
+    bypass: tuple[Tensor, Tensor] | None
+    errors: tuple[float, ...]
+
+
+def refit(products: Products, weight: Tensor, kept: Tensor, rank: int) -> Refit:
+    """Fit an output projection anew on the inputs that it keeps, and a bypass to what is left.
+
+    The dampings are those of `DAMPINGS` that do best on the held-out tokens; the fit is then made on all tokens.
+
+    Args:
+        products: what was gathered on the calibration text; its held-out rows are used up.
+        weight: the full weight W.
+        kept: the columns that stay, sorted.
+        rank: the rank of the bypass; 0 is none.
+    """
+    w, errors = weight.double(), []
+    damping = bypass_damping = DAMPING
+    if products.held:
+        h = torch.cat([h for h, _ in products.held])
+        y, h_kept = h.double() @ w.T, h[:, kept].double()
+        before = y - h_kept @ w[:, kept].T
+        fits = {damping: solve(products.inputs, w, kept, damping) for damping in DAMPINGS}
+        rests = {damping: y - h_kept @ fit.T for damping, fit in fits.items()}
+        damping = min(rests, key=lambda damping: float(rests[damping].norm()))
+        ends = [before, rests[damping]]
+        if rank:
+            x = torch.cat([x for _, x in products.held]).double()
+            rest = rest_products(products.across, w, kept, fits[damping])
+            bypasses = {tried: reduced_rank(products.block, rest, rank, tried) for tried in DAMPINGS}
+            left = {tried: rests[damping] - x @ a.T @ b.T for tried, (a, b) in bypasses.items()}
+            bypass_damping = min(left, key=lambda tried: float(left[tried].norm()))
+            ends.append(left[bypass_damping])
+        errors = [float(end.square().sum() / y.square().sum()) for end in ends]
+        products.add_held_()
+    fitted = solve(products.inputs, w, kept, damping)
+    bypass = None
+    if rank:
+        rest = rest_products(products.across, w, kept, fitted)
+        bypass = reduced_rank(products.block, rest, rank, bypass_damping)
+    return Refit(weight=fitted, bypass=bypass, errors=tuple(errors))
+
+
+def solve(inputs: Tensor, weight: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """Return the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features) float64.
+
+    Its normal equations are W' (G_KK + λ I) = W G_:K + λ W_K, where G is hᵀh.
+
+    Args:
+        inputs: G, (features, features).
+        weight: W, (hidden, features) float64.
+        kept: the columns K that stay.
+        damping: λ as a share of the mean of the diagonal of G_KK.
+    """
+    columns = inputs[:, kept].double()  # (features, kept)
+    gram = columns[kept]
+    ridge = damping * gram.diagonal().mean()
+    return _solved(gram, ridge, columns.T @ weight.T + ridge * weight[:, kept].T).T
+
+
+def rest_products(across: Tensor, weight: Tensor, kept: Tensor, fitted: Tensor) -> Tensor:
+    """Return xᵀR, (hidden, hidden) float64, where the rest R = h Wᵀ - h_K W'ᵀ is what the new weights W' do not give.
+
+    Args:
+        across: xᵀh, (hidden, features).
+        weight, kept: as for `solve`.
+        fitted: W'.
+    """
+    across = across.double()
+    return across @ weight.T - across[:, kept] @ fitted.T
+
+
+def reduced_rank(block: Tensor, rest: Tensor, rank: int, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the factors A (rank, hidden) and B (hidden, rank) that minimise |R - x Aᵀ Bᵀ|² + λ |B A|², in float64.
+
+    This is reduced-rank regression (Izenman 1975). With the Cholesky factor L of xᵀx + λ I, L⁻¹ xᵀR is cut after its
+    `rank` largest singular values, and L⁻ᵀ makes coefficients of what is left.
+
+    Args:
+        block: xᵀx, (hidden, hidden).
+        rest: xᵀR, (hidden, hidden).
+        rank: the rank.
+        damping: λ as a share of the mean of the diagonal of xᵀx.
+    """
+    lower = _cholesky(block.double(), damping * block.diagonal().double().mean())
+    half = torch.linalg.solve_triangular(lower, rest, upper=False)
+    values, vectors = torch.linalg.eigh(half.T @ half)  # squared singular values, upwards
+    outputs = vectors[:, -rank:].flip(1)  # (hidden, rank)
+    scale = values[-rank:].flip(0).clamp(min=0).sqrt().sqrt()  # shared by both factors, (rank,)
+    inputs = torch.linalg.solve_triangular(lower.T, half @ outputs, upper=True)
+    safe = scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    return (inputs / safe).T.contiguous(), outputs * scale
+
+
+def _solved(gram: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
+    """Return (gram + ridge I)⁻¹ right."""
+    return torch.cholesky_solve(right, _cholesky(gram, ridge))
+
+
+def _cholesky(gram: Tensor, ridge: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of a matrix with a ridge on its diagonal."""
+    lower: Tensor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    return lower
+
+
+def held_every(batches: Sequence[Batch]) -> int:
+    """Return which rows of a calibration text are held out: one of so many; 0 where there are too few."""
+    rows, tokens = sum(len(batch.rows) for batch in batches), sum(int(batch.real.sum()) for batch in batches)
+    every = max(HELD_OUT, -(-tokens // HELD_TOKENS))
+    return every if rows >= every else 0
+
+
+class Gatherer:
+    """Gathers the products of each narrowed layer, while the calibration text passes it.
+
+    Args:
+        architecture: the family's row.
+        plan: a plan that narrows the layers as the final one will; which units it keeps makes no difference.
+        batches: the text.
+    """
+
+    def __init__(self, architecture: Architecture, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+        self._architecture, self._held_every, self._bypass = architecture, held_every(batches), bool(plan.bypass_rank)
+        self._products: dict[str, Products] = {}  # by the name of the output projection's weight
+        self._block_inputs: dict[str, Tensor] = {}  # by the same; (rows, width, hidden) of the micro-batch that passes
+        self._outputs: set[str] = set()
+        self._readers: dict[str, str] = {}  # weight of the first linear of a block -> that of its output projection
+        for layer in plan.layers:
+            linears = plan.geometry.layer(architecture, layer).linears
+            for output in plan.refitted(layer):
+                first = next(linear for linear in linears if linear.block == output.block)
+                self._readers[self._name(layer, first)] = name = self._name(layer, output)
+                self._outputs.add(name)
+
+    def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+        """Take in what one linear reads of a micro-batch; arguments as for `Stream.forward`."""
+        if name in self._readers:
+            self._block_inputs[self._readers[name]] = inputs if self._bypass else inputs[..., :0]
+        if name in self._outputs:
+            x = self._block_inputs.pop(name)
+            if name not in self._products:
+                self._products[name] = Products(inputs.shape[-1], x.shape[-1], self._held_every, inputs.device)
+            self._products[name].add_(inputs, x, real)
+
+    def taken(self, layer: int) -> dict[str, Products]:
+        """Return what was gathered of a layer, by the names of weights, and forget it."""
+        prefix = f"{self._architecture.layer_path(layer)}."
+        return {name: self._products.pop(name) for name in list(self._products) if name.startswith(prefix)}
+
+    def _name(self, layer: int, linear: Linear) -> str:
+        return f"{self._architecture.layer_path(layer)}.{linear.path}.weight"
+
+
+class Refitter:
+    """Fits layer after layer anew, and remembers how well that went."""
+
+    def __init__(self) -> None:
+        self._errors: list[tuple[float, ...]] = []
+
+    def tensors(
+        self, layer: int, tensors: Mapping[str, Tensor], products: Mapping[str, Products], plan: PruningPlan
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the new weights of a layer, in the pruned model's shapes, and the factors of its bypasses.
+
+        Args:
+            layer: the layer's index.
+            tensors: its weights in the full model, by their full names.
+            products: what was gathered, by the names of output projections' weights.
+            plan: what the layer keeps.
+        """
+        for linear in plan.refitted(layer):
+            path = plan.architecture.layer_path(layer)
+            name = f"{path}.{linear.path}.weight"
+            kept = plan.kept_elements(layer, linear.columns)
+            assert kept is not None
+            fit = refit(products[name], tensors[name], kept.to(tensors[name].device), plan.bypass_rank)
+            self._errors.append(fit.errors)
+            yield name, fit.weight
+            if fit.bypass is not None:
+                yield f"{path}.{linear.block}.{BYPASS_IN}", fit.bypass[0]
+                yield f"{path}.{linear.block}.{BYPASS_OUT}", fit.bypass[1]
+
+    def report(self) -> None:
+        """Log how much of the blocks' outputs is missing on the held-out tokens, if there were any."""
+        if not self._errors or not all(self._errors):
+            return
+        stages = ("pruned", "refitted", "with the bypass")
+        shares = [f"{100 * median(errors):.0f}% {stage}" for errors, stage in zip(zip(*self._errors), stages)]  # noqa: B905
+        logger.info("missing of what a block gives, median on held-out text: %s", ", ".join(shares))
