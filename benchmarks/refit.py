@@ -8,7 +8,7 @@ LoRA on the full model reaches, and the model without training, is in quality.js
     python benchmarks/refit.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/refit
 
 DIR is as for quality.py. Refits read the first rows of one of three texts: the ten built-in passages; `general`, which
-is WikiText-2 validation text; or `mixed`, which is 32 pieces of that and 48 GSM8K training rows that no adapter is
+is WikiText-2 validation text; or `mixed`, which is 20 pieces of that and 30 GSM8K training rows that no adapter is
 trained on. The script writes refit.json beside itself after each row. A second call only does what is missing.
 """
 
@@ -32,7 +32,7 @@ from loram.compute.loading import load_tokenizer
 from loram.disk.checkpoint import Checkpoint
 
 HERE = Path(__file__).parent
-PIECES, ROWS, FIRST_ROW, LENGTH = 32, 48, 4000, 256
+PIECES, ROWS, FIRST_ROW, LENGTH = 20, 30, 4000, 256
 REFIT: dict[str, Any] = {"refit": True}
 BYPASS: dict[str, Any] = {"refit": True, "bypass_rank": 32}
 # ratio, text, options

@@ -261,6 +261,9 @@ def _trained(
 def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
     if section is None or not section.resolved().reads_text(checkpoint.architecture):
         return None
+    if section.refit:  # which reads more rows than scoring does
+        count = max(section.refit_samples, section.calibration_samples)
+        section = PruneOptions.of(section, calibration_samples=count)
     return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)
 
 
