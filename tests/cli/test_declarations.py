@@ -155,7 +155,7 @@ def test_the_reference_page_is_up_to_date() -> None:
 # Names that stand in more than four files for a reason that has nothing to do with where options are declared.
 ELSEWHERE = {
     "a word of plain English or of Python, or the name of a stage, library or method": (
-        "prune teach align train recover polish evaluate compare lora trainer lisa calibration criterion "
+        "prune teach align train recover polish evaluate compare correct lora trainer lisa calibration criterion "
         "dataset device method packing pattern probe r ratio refit seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
