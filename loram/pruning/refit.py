@@ -246,14 +246,15 @@ class Refitter:
         self._errors: list[tuple[float, float]] = []
 
     def tensors(
-        self, layer: int, tensors: Mapping[str, Tensor], products: Mapping[str, Products], plan: PruningPlan
+        self, layer: int, tensors: Mapping[str, Tensor], products: dict[str, Products], plan: PruningPlan
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the new weights of a layer, in the pruned model's shapes, and the factors of its bypasses.
 
         Args:
             layer: the layer's index.
             tensors: its weights in the full model, by their full names.
-            products: what was gathered, by the names of output projections' weights.
+            products: what was gathered, by the names of output projections' weights; emptied, so that whoever still
+                holds the layer does not hold them.
             plan: what the layer keeps.
         """
         for linear in plan.refitted(layer):
@@ -261,7 +262,7 @@ class Refitter:
             name = f"{path}.{linear.path}.weight"
             kept = plan.kept_elements(layer, linear.columns)
             assert kept is not None
-            fit = refit(products[name], tensors[name], kept.to(tensors[name].device), plan.bypass_rank)
+            fit = refit(products.pop(name), tensors[name], kept.to(tensors[name].device), plan.bypass_rank)
             if fit.errors is not None:
                 self._errors.append(fit.errors)
             yield name, fit.weight

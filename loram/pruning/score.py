@@ -43,7 +43,7 @@ class ScoredLayer:
     expert_scores: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     inputs: Mapping[str, InputStatistics]
-    products: Mapping[str, Products]
+    products: dict[str, Products]
 
 
 def score_layers(
