@@ -57,13 +57,13 @@ class Products:
             x: (rows, width, hidden); (rows, width, 0) where there will be no bypass.
             real: (rows, width) bool, False where padded.
         """
-        for row, (own_h, own_x, own_real) in enumerate(zip(h, x, real, strict=True), start=self._rows):
-            pair = own_h[own_real], own_x[own_real]  # (tokens, features), (tokens, hidden)
-            if self._every and row % self._every == self._every - 1:
-                self.held.append(pair)
-            else:
-                self._sum_up_(*pair)
+        rows = torch.arange(self._rows, self._rows + len(real), device=real.device)
+        held = rows % self._every == self._every - 1 if self._every else torch.zeros_like(rows, dtype=torch.bool)
         self._rows += len(real)
+        fitted, kept_back = real & ~held[:, None], real & held[:, None]
+        self._sum_up_(h[fitted], x[fitted])
+        if kept_back.any():
+            self.held.append((h[kept_back], x[kept_back]))
 
     def add_held_(self) -> None:
         """Add the held-out rows to the sums, when they have decided."""
@@ -109,7 +109,7 @@ def refit(products: Products, weight: Tensor, kept: Tensor, rank: int) -> Refit:
     if products.held:
         damping, errors = _best_damping(products, w, kept)
         products.add_held_()
-    fitted = solve(products.inputs, w, kept, damping)
+    (fitted,) = solve(products.inputs, w, kept, damping)
     if rank:
         bypass = reduced_rank(products.block, rest_products(products.across, w, kept, fitted), rank, damping)
     return Refit(weight=fitted, bypass=bypass, errors=errors)
@@ -124,13 +124,16 @@ def _best_damping(products: Products, weight: Tensor, kept: Tensor) -> tuple[flo
     def missing(fitted: Tensor) -> float:
         return float((wanted - read @ fitted.T).square().sum() / wanted.square().sum())
 
-    tried = {damping: missing(solve(products.inputs, sample, kept, damping)) for damping in DAMPINGS}
+    tried = {
+        damping: missing(fitted)
+        for damping, fitted in zip(DAMPINGS, solve(products.inputs, sample, kept, *DAMPINGS), strict=True)
+    }
     best = min(tried, key=tried.__getitem__)
     return best, (missing(sample[:, kept]), tried[best])
 
 
-def solve(inputs: Tensor, weight: Tensor, kept: Tensor, damping: float) -> Tensor:
-    """Return the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features) float64.
+def solve(inputs: Tensor, weight: Tensor, kept: Tensor, *dampings: float) -> Iterator[Tensor]:
+    """Yield the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features) float64, for each damping.
 
     Its normal equations are W' (G_KK + λ I) = W G_:K + λ W_K, where G is hᵀh.
 
@@ -138,12 +141,13 @@ def solve(inputs: Tensor, weight: Tensor, kept: Tensor, damping: float) -> Tenso
         inputs: G, (features, features).
         weight: W, (hidden, features) float64.
         kept: the columns K that stay.
-        damping: λ as a share of the mean of the diagonal of G_KK.
+        dampings: λ as a share of the mean of the diagonal of G_KK.
     """
     columns = inputs[:, kept].double()  # (features, kept)
-    gram = columns[kept]
-    ridge = damping * gram.diagonal().mean()
-    return _solved(gram, ridge, columns.T @ weight.T + ridge * weight[:, kept].T).T
+    gram, right, old = columns[kept], columns.T @ weight.T, weight[:, kept].T
+    for damping in dampings:
+        ridge = damping * gram.diagonal().mean()
+        yield torch.cholesky_solve(right + ridge * old, _cholesky(gram, ridge)).T
 
 
 def rest_products(across: Tensor, weight: Tensor, kept: Tensor, fitted: Tensor) -> Tensor:
@@ -178,11 +182,6 @@ def reduced_rank(block: Tensor, rest: Tensor, rank: int, damping: float) -> tupl
     inputs = torch.linalg.solve_triangular(lower.T, half @ outputs, upper=True)
     safe = scale.clamp(min=torch.finfo(scale.dtype).tiny)
     return (inputs / safe).T.contiguous(), outputs * scale
-
-
-def _solved(gram: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
-    """Return (gram + ridge I)⁻¹ right."""
-    return torch.cholesky_solve(right, _cholesky(gram, ridge))
 
 
 def _cholesky(gram: Tensor, ridge: Tensor) -> Tensor:

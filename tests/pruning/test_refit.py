@@ -79,7 +79,8 @@ def test_a_refit_is_least_squares(damping: float) -> None:
     left = torch.cat([h[:, kept], ridge * torch.eye(5, dtype=h.dtype)])  # the ridge as five further tokens
     right = torch.cat([h @ weight.T, ridge * weight[:, kept].T])
     expected = torch.linalg.lstsq(left, right).solution.T
-    assert relative(solve(gram, weight, kept, damping), expected) <= 1e-9
+    (found,) = solve(gram, weight, kept, damping)
+    assert relative(found, expected) <= 1e-9
     assert relative(expected, weight[:, kept]) > 0.1
 
 
@@ -124,7 +125,7 @@ def test_held_out_rows_choose_the_damping() -> None:
     weight, kept = torch.randn(6, 30), torch.arange(20)
     fit = refit(products, weight, kept, 2)
     assert relative(products.inputs, h.flatten(0, 1).T @ h.flatten(0, 1)) <= 1e-5
-    candidates = [solve(products.inputs, weight.double(), kept, damping) for damping in DAMPINGS]
+    candidates = solve(products.inputs, weight.double(), kept, *DAMPINGS)
     assert min(relative(fit.weight, each) for each in candidates) == 0
     assert fit.errors is not None
     without = Products(30, 0, 0, torch.device("cpu"))
@@ -141,7 +142,7 @@ def test_little_text_and_noise_ask_for_more_damping(noise: float, expected: floa
     products = Products(30, 0, 4, torch.device("cpu"))
     products.add_(h, h[..., :0], torch.ones(8, 4, dtype=torch.bool))
     fit = refit(products, weight, kept, 0)
-    assert torch.equal(fit.weight, solve(products.inputs, weight.double(), kept, expected))
+    assert torch.equal(fit.weight, *solve(products.inputs, weight.double(), kept, expected))
 
 
 def text_of(base: Path, rows: Path) -> list[list[int]]:
@@ -269,6 +270,9 @@ def test_recovery_ignores_the_bypass(folders: Any, tmp_path: Path) -> None:
     for name, own in (("with", plan), ("without", plan.model_copy(update={"refit": False, "bypass_rank": 0}))):
         own.save(adapter)
         loram.recover(adapter, tmp_path / name)
+    plan.save(adapter)
+    with pytest.raises(loram.UserError, match="correct takes out changes"):
+        loram.recover(adapter, tmp_path / "corrected", correct=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert filecmp.cmp(tmp_path / "with" / name, tmp_path / "without" / name, shallow=False)
 
@@ -376,9 +380,12 @@ def test_what_cannot_be_refitted_is_refused(tiny_models: dict[str, Path], tmp_pa
         loram.prune(tiny_models["qwen3_moe"], tmp_path / "out", experts_ratio=0.3, refit=True, **MIDDLE)
 
 
-def test_the_log_says_how_well_it_went(
+def test_the_log_says_how_well_it_went_and_a_second_time_gives_the_same_bytes(
     tiny_llama: Path, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         refitted(tiny_llama, tmp_path / "out", rows_file)
     assert any("is missing after pruning" in message for message in caplog.messages)
+    refitted(tiny_llama, tmp_path / "again", rows_file)
+    for name in ("model.safetensors", "loram_plan.json", "config.json"):
+        assert filecmp.cmp(tmp_path / "out" / name, tmp_path / "again" / name, shallow=False)
