@@ -116,9 +116,12 @@ def refit(products: Products, weight: Tensor, kept: Tensor, rank: int) -> Refit:
 
 
 def _best_damping(products: Products, weight: Tensor, kept: Tensor) -> tuple[float, tuple[float, float]]:
-    """Return the damping that does best on the held-out tokens, and `Refit.errors`, both by a sample of the outputs."""
-    sample = weight[:: max(1, len(weight) // _SAMPLED_OUTPUTS)]
-    h = torch.cat([h for h, _ in products.held]).double()
+    """Return the damping that does best on the held-out tokens, and `Refit.errors`.
+
+    A sample of the outputs and float32 are enough to compare.
+    """
+    sample = weight[:: max(1, len(weight) // _SAMPLED_OUTPUTS)].float()
+    h = torch.cat([h for h, _ in products.held])
     wanted, read = h @ sample.T, h[:, kept]
 
     def missing(fitted: Tensor) -> float:
@@ -133,17 +136,17 @@ def _best_damping(products: Products, weight: Tensor, kept: Tensor) -> tuple[flo
 
 
 def solve(inputs: Tensor, weight: Tensor, kept: Tensor, *dampings: float) -> Iterator[Tensor]:
-    """Yield the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features) float64, for each damping.
+    """Yield the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features), for each damping.
 
     Its normal equations are W' (G_KK + λ I) = W G_:K + λ W_K, where G is hᵀh.
 
     Args:
         inputs: G, (features, features).
-        weight: W, (hidden, features) float64.
+        weight: W, (hidden, features), in the dtype to solve in.
         kept: the columns K that stay.
         dampings: λ as a share of the mean of the diagonal of G_KK.
     """
-    columns = inputs[:, kept].double()  # (features, kept)
+    columns = inputs[:, kept].to(weight.dtype)  # (features, kept)
     gram, right, old = columns[kept], columns.T @ weight.T, weight[:, kept].T
     for damping in dampings:
         ridge = damping * gram.diagonal().mean()
