@@ -28,6 +28,7 @@ DAMPINGS = (0.02, 0.1, 0.5)  # those that are tried on the held-out tokens; what
 DAMPING = 0.1  # where there are none
 HELD_OUT = 4  # every fourth row is held out, and fewer of them where that is more than HELD_TOKENS
 _SAMPLED_OUTPUTS = 128  # about so many outputs decide
+_LEAST_RIDGE = 1e-30  # so that a block which reads nothing but zeros keeps its weights
 
 
 class Products:
@@ -116,12 +117,9 @@ def refit(products: Products, weight: Tensor, kept: Tensor, rank: int) -> Refit:
 
 
 def _best_damping(products: Products, weight: Tensor, kept: Tensor) -> tuple[float, tuple[float, float]]:
-    """Return the damping that does best on the held-out tokens, and `Refit.errors`.
-
-    A sample of the outputs and float32 are enough to compare.
-    """
-    sample = weight[:: max(1, len(weight) // _SAMPLED_OUTPUTS)].float()
-    h = torch.cat([h for h, _ in products.held])
+    """Return the damping that does best on the held-out tokens, and `Refit.errors`, both by a sample of the outputs."""
+    sample = weight[:: max(1, len(weight) // _SAMPLED_OUTPUTS)]
+    h = torch.cat([h for h, _ in products.held]).double()
     wanted, read = h @ sample.T, h[:, kept]
 
     def missing(fitted: Tensor) -> float:
@@ -136,21 +134,21 @@ def _best_damping(products: Products, weight: Tensor, kept: Tensor) -> tuple[flo
 
 
 def solve(inputs: Tensor, weight: Tensor, kept: Tensor, *dampings: float) -> Iterator[Tensor]:
-    """Yield the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features), for each damping.
+    """Yield the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features) float64, for each damping.
 
     Its normal equations are W' (G_KK + λ I) = W G_:K + λ W_K, where G is hᵀh.
 
     Args:
         inputs: G, (features, features).
-        weight: W, (hidden, features), in the dtype to solve in.
+        weight: W, (hidden, features) float64.
         kept: the columns K that stay.
         dampings: λ as a share of the mean of the diagonal of G_KK.
     """
-    columns = inputs[:, kept].to(weight.dtype)  # (features, kept)
+    columns = inputs[:, kept].double()  # (features, kept)
     gram, right, old = columns[kept], columns.T @ weight.T, weight[:, kept].T
     for damping in dampings:
-        ridge = damping * gram.diagonal().mean()
-        yield torch.cholesky_solve(right + ridge * old, _cholesky(gram, ridge)).T
+        lower, ridge = _cholesky(gram, damping)
+        yield torch.cholesky_solve(right + ridge * old, lower).T
 
 
 def rest_products(across: Tensor, weight: Tensor, kept: Tensor, fitted: Tensor) -> Tensor:
@@ -177,7 +175,7 @@ def reduced_rank(block: Tensor, rest: Tensor, rank: int, damping: float) -> tupl
         rank: the rank.
         damping: λ as a share of the mean of the diagonal of xᵀx.
     """
-    lower = _cholesky(block.double(), damping * block.diagonal().double().mean())
+    lower, _ = _cholesky(block.double(), damping)
     half = torch.linalg.solve_triangular(lower, rest, upper=False)
     values, vectors = torch.linalg.eigh(half.T @ half)  # squared singular values, upwards
     outputs = vectors[:, -rank:].flip(1)  # (hidden, rank)
@@ -187,10 +185,11 @@ def reduced_rank(block: Tensor, rest: Tensor, rank: int, damping: float) -> tupl
     return (inputs / safe).T.contiguous(), outputs * scale
 
 
-def _cholesky(gram: Tensor, ridge: Tensor) -> Tensor:
-    """Return the lower Cholesky factor of a matrix with a ridge on its diagonal."""
+def _cholesky(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the lower Cholesky factor of a matrix with a ridge on its diagonal, and the ridge; it is never quite 0."""
+    ridge = (damping * gram.diagonal().mean()).clamp(min=_LEAST_RIDGE)
     lower: Tensor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    return lower
+    return lower, ridge
 
 
 def held_every(batches: Sequence[Batch]) -> int:

@@ -107,6 +107,15 @@ def test_a_bypass_of_nothing_is_zero() -> None:
     assert not (b @ a).any()
 
 
+def test_a_block_that_reads_zeros_keeps_its_weights() -> None:
+    products, weight, kept = Products(12, 5, 4, torch.device("cpu")), normal(5, 12).float(), torch.tensor([0, 3, 4])
+    products.add_(torch.zeros(4, 6, 12), torch.zeros(4, 6, 5), torch.ones(4, 6, dtype=torch.bool))
+    fit = refit(products, weight, kept, 2)
+    assert relative(fit.weight, weight[:, kept].double()) <= 1e-9
+    assert fit.bypass is not None
+    assert not (fit.bypass[1] @ fit.bypass[0]).any()
+
+
 def test_what_the_rest_is() -> None:
     h, x, weight, kept = normal(60, 12), normal(60, 5, seed=4), normal(5, 12, seed=1), torch.tensor([0, 3, 4])
     fitted = normal(5, 3, seed=2)
