@@ -1,6 +1,5 @@
 """Passes over a full model that is read layer by layer: how near they come to the longer of reading and computing."""
 
-import dataclasses
 import time
 from collections import deque
 from math import prod
@@ -90,7 +89,7 @@ def anchored(setting: Setting, rows: int, tokens: int) -> Pairs:
     config = config_of_width(setting)
     base = Checkpoint(write_model(setting.work / "wide", config, None, _values(setting)))
     reference = BaseReference(name=base.name, fingerprint=base.fingerprint)
-    plan = dataclasses.replace(plan_of(config, 0.85, 1, 1), base=reference)
+    plan = plan_of(config, 0.85, 1, 1).model_copy(update={"base": reference})
     narrow = write_model(setting.work / "narrow", config, plan, _values(setting))
     measurements: list[float] = []
     measure = anchors.Anchors.measure_
