@@ -12,6 +12,9 @@ Norms over all heads, which few families have, get the widths in `config.narrow_
 {layer: {path: [width, width in the full model]}}. Modules with experts get the shapes and numbers in
 `config.narrow_parameters`: {layer: {path: {"shapes": {tensor: shape}, "numbers": {attribute: value}}}}.
 
+A block (attention or MLP) of a narrowed layer may have a bypass beside it: two factors that add bypass_out bypass_in x
+to what the block makes of its input x. `config.bypasses` has their ranks: {layer: {path of the block: rank}}.
+
 In a family whose layers differ in size themselves, `config.full_per_layer_config` has the full model's widths.
 
 Layers may also be gone as a whole. The other layers keep their numbers, and an `Identity` stands in the place of each
@@ -99,6 +102,32 @@ def resize_parameters_(layer: nn.Module, modules: NarrowParameters) -> None:
             setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         for name in own["numbers"].keys() & vars(module).keys():
             setattr(module, name, own["numbers"][name])
+
+
+def add_bypasses_(layer: nn.Module, ranks: Mapping[str, int], hidden: int) -> None:
+    """Put a linear bypass beside blocks of a decoder layer, in place.
+
+    Its factors, `bypass_in` (rank, hidden) and `bypass_out` (hidden, rank), are parameters of the block, not linears.
+    So nothing that looks for linears finds them: no adapter is put on them, and they stay in 16 bits. They begin as
+    zeros.
+
+    Args:
+        layer: a decoder layer.
+        ranks: the rank of the bypass beside each block, by the block's path inside the layer.
+        hidden: the hidden size.
+    """
+    for path, rank in ranks.items():
+        block: Any = layer.get_submodule(path)  # Any: nn.Module declares every attribute to be a tensor or module
+        like = next(block.parameters())
+        for name, shape in (("bypass_in", (rank, hidden)), ("bypass_out", (hidden, rank))):
+            setattr(block, name, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
+        block.register_forward_hook(_add_bypass, with_kwargs=True)
+
+
+def _add_bypass(block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    states = args[0] if args else kwargs["hidden_states"]  # (rows, width, hidden), as what is added
+    added = functional.linear(functional.linear(states, block.bypass_in), block.bypass_out)
+    return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
 
 
 def _times(factor: float, _: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -329,6 +358,8 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
             resize_norms_(layers[int(index)], norms)
         for index, modules in getattr(config, "narrow_parameters", {}).items():  # here too
             resize_parameters_(layers[int(index)], modules)
+        for index, ranks in getattr(config, "bypasses", {}).items():  # only some folders have the key
+            add_bypasses_(layers[int(index)], ranks, config.hidden_size)
         if keys := config.per_layer_attributes:
             outside = {"per_layer_config": own_widths, **{key: full[key] for key in keys}}
             show_widths_(self, config, outside)  # for what is in no layer: rotary tables

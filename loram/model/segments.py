@@ -108,6 +108,11 @@ class Linear:
         return self.path.rpartition(".")[2]
 
     @property
+    def block(self) -> str:
+        """The path of the module that it is in: `self_attn`, `mlp`."""
+        return self.path.rpartition(".")[0]
+
+    @property
     def sides(self) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
         """The segments by axis of the weight: rows at 0, columns at 1."""
         return self.rows, self.columns

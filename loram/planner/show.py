@@ -85,7 +85,8 @@ def _heading(estimate: Estimate) -> str:
     if not estimate.pruned_layers:
         return f"{heading}\n{dropped}"
     narrowed = "; ".join(f"{alike.layers} layers keep {_named(alike.units)} each" for alike in estimate.narrowed)
-    return f"{heading} at {_ratios(estimate)}\n{narrowed}" + (f", {dropped}" if estimate.dropped_layers else "")
+    bypass = f", with bypasses of rank {estimate.bypass_rank}" if estimate.bypass_rank else ""
+    return f"{heading} at {_ratios(estimate)}\n{narrowed}{bypass}" + (f", {dropped}" if estimate.dropped_layers else "")
 
 
 def _named(units: Mapping[str, int]) -> str:

@@ -6,7 +6,7 @@ every layer counts as much as the largest. `benchmarks/streaming.json` has measu
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.base.constants import BATCH_TOKENS, BLOCK_BYTES, HIDDEN_BYTES
+from loram.base.constants import BATCH_TOKENS, BLOCK_BYTES, HELD_TOKENS, HIDDEN_BYTES
 from loram.planner.activations import mlp_values
 from loram.planner.layer import Layer
 from loram.planner.memory import TrainingMemory, course_bytes
@@ -70,14 +70,16 @@ def _prune(full: Model, model: Model) -> list[Stage]:
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
     with_text = f"{_streamed_layers(full)}, and activations"
+    if model.refit:
+        stream, with_text = stream + _refit(full, model), f"{with_text}, and the products that the refit solves"
     if model.units is None:
         return [Stage(name="prune (block_influence)", disk=disk, memory=stream, holds=with_text)]
     return [
         Stage(
             name="prune (magnitude, random)",
             disk=disk,
-            memory=stream if model.dropped else IMPORTS + 3 * stored,
-            holds=with_text if model.dropped else "two decoder layers and the tensors to write",
+            memory=stream if model.dropped or model.refit else IMPORTS + 3 * stored,
+            holds=with_text if model.dropped or model.refit else "two decoder layers and the tensors to write",
         ),
         Stage(
             name="prune (wanda, flap, activation)",
@@ -92,6 +94,19 @@ def _prune(full: Model, model: Model) -> list[Stage]:
             holds="the same, and the gradient of one weight",
         ),
     ]
+
+
+def _refit(full: Model, model: Model) -> int:
+    """Return the bytes that refitting a layer takes: its products in float32, and one block's solution in float64."""
+    hidden, most, narrowed = full.geometry.hidden_size, 0, {layer.index: layer for layer in model.narrowed_layers}
+    beside = hidden if model.bypass_rank else 0
+    for layer in full.layers:
+        paths = [linear.path for linear in model.refitted(layer.index)]
+        widths = [(layer.shapes[path][1], narrowed[layer.index].shapes[path][1]) for path in paths]
+        gathered = sum((wide + beside) ** 2 + HELD_TOKENS * (wide + beside) for wide, _ in widths)
+        solved = [wide * kept + 3 * kept**2 + hidden * (wide + 6 * kept) + 6 * beside**2 for wide, kept in widths]
+        most = max(most, _FLOAT32 * gathered + 2 * _FLOAT32 * max(solved, default=0))
+    return most
 
 
 def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stage]:

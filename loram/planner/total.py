@@ -64,6 +64,7 @@ class Estimate(BaseModel):
             that it does not go to.
         pruned_layers: how many layers are narrowed, or sparse.
         dropped_layers: how many layers are dropped.
+        bypass_rank: the rank of the bypass beside each block whose output projection has lost inputs; 0 is none.
         units: how many units of each space (key-value groups, channels, experts, channels of each expert) such a layer
             keeps, if it has that space; of layers that differ in size, the last.
         narrowed: the narrowed layers by the numbers of units that they keep.
@@ -95,6 +96,7 @@ class Estimate(BaseModel):
     pruned_active_parameters: int
     pruned_layers: int
     dropped_layers: int
+    bypass_rank: int
     units: dict[str, int]
     narrowed: tuple[Narrowed, ...]
     adapter_parameters: int
@@ -166,6 +168,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         pruned_active_parameters=model.active_parameters,
         pruned_layers=len(model.narrowed_layers),
         dropped_layers=len(model.dropped),
+        bypass_rank=model.bypass_rank,
         units=_units(model),
         narrowed=_narrowed(model),
         adapter_parameters=sum(trained(model, settings)),

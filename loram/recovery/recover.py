@@ -70,7 +70,8 @@ def recover(
 
     Raises:
         UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, the plan is not that of
-            the model it was trained on, `base` or `pruned` are other models, or `out` exists.
+            the model it was trained on, a refit is to be corrected, `base` or `pruned` are other models, or `out`
+            exists.
     """
     chosen = RecoverOptions.of(options, **fields)
     source = local(adapter)
@@ -93,6 +94,11 @@ def recover(
         raise UserError(
             f"{source}: was trained with mask_update, and a masked update is not of rank r, so no adapter of that rank "
             "equals it; `loram merge BASE ADAPTER OUT` adds it to the full model exactly"
+        )
+    if plan.refit and chosen.correct:
+        raise UserError(
+            f"{source}: correct takes out changes of the weights that were kept, but those of a refitted model make up "
+            "for what was removed, which the full model has; leave it out"
         )
     _check_origin(source, trained, plan, manifest)
     full = None if base is None else open_full(plan, base, chat_template=chat_template)

@@ -289,6 +289,24 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     assert sum(expected) < sum(saved_by_layers(whole, settings))
 
 
+def test_a_bypass_saves_no_activations(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Its factors are frozen, so their inputs are of no use to the backward pass. It is counted in all else."""
+    options = {"ratio": 0.5, "criterion": "random", "keep_first": 1, "keep_last": 1, "refit": True}
+    found = []
+    for rank in (0, 4):
+        loram.prune(tiny_models["llama"], tmp_path / str(rank), **options, refit_samples=1, bypass_rank=rank)
+        found.append(saved_bytes(adapted(loram.load_pruned(tmp_path / str(rank))), 2, 12))
+    assert found[0] == found[1]
+    without, with_bypass = (loram.estimate(LLAMA_70B, ratio=0.85, refit=True, bypass_rank=rank) for rank in (0, 32))
+    plain, layers = loram.estimate(LLAMA_70B, ratio=0.85), without.pruned_layers
+    assert with_bypass.pruned_parameters - without.pruned_parameters == layers * 4 * 32 * 8192
+    operations = [each.arithmetic.flops_per_token for each in (without, with_bypass)]
+    assert operations[1] - operations[0] == 6 * layers * 4 * 32 * 8192
+    needed = [[s.memory for s in each.stages if s.name == "prune (taylor)"] for each in (plain, without, with_bypass)]
+    assert needed[0] < needed[1] < needed[2]
+    assert "bypass_rank: 32" in fit(LLAMA_70B, 30 << 30, refit=True, bypass_rank=32).recipe
+
+
 def test_the_loss_saves_what_it_reads_only() -> None:
     head, hidden = nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(2, 700, 8, requires_grad=True)
     labels = torch.randint(0, 50, (2, 700))
