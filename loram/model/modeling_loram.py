@@ -337,15 +337,37 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         for index in range(*config.sparsity["layers"]) if config.sparsity else ():
             sparsify_layer_(layers[index], config.sparsity["values"])
 
+    def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
+        teach_peft(base.config_class.model_type)
+        return base.from_pretrained.__func__(cls, *arguments, **options)
+
     body = {
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{base.__name__} whose layers may differ in width, be sparse, or be gone, as `config` says.",
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
         "config_class": config_class,
         "__annotations__": {"config": config_class},
     }
     return type(base)(name, (base,), body)
+
+
+def teach_peft(family: str) -> None:
+    """Let PEFT, where it is installed, choose the same default targets in pruned models as in full ones.
+
+    PEFT looks them up by `model_type`, one table per kind of adapter, when the user names no `target_modules`.
+
+    Args:
+        family: the `model_type` of the full models.
+    """
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return
+    for targets in vars(constants).values():
+        if isinstance(targets, dict) and family in targets:
+            targets[f"loram_{family}"] = targets[family]
 
 
 def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":

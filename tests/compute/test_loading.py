@@ -25,6 +25,11 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.inference_mode():
         result[folder] = model(torch.arange(3, 15)[None]).logits.sum().item()
+    if model.config.model_type == "loram_llama":
+        from peft import IA3Config, LoraConfig, get_peft_model  # after the model, and without target modules
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+        assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+        get_peft_model(adapted.unload(), IA3Config(task_type="CAUSAL_LM"))
 assert not any(name.split(".")[0] == "loram" for name in sys.modules)
 print(json.dumps(result))
 """

@@ -216,8 +216,7 @@ arguments = SFTConfig(
     out, max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False, report_to="none", trust_remote_code=True,
     save_strategy="no",
 )
-trainer = SFTTrainer(model, arguments, train_dataset=rows, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM",
-    target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]))
+trainer = SFTTrainer(model, arguments, train_dataset=rows, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"))
 trainer.train()
 trainer.save_model(out)
 assert not any(name.split(".")[0] == "loram" for name in sys.modules)
