@@ -1,6 +1,7 @@
 """Training with transformers' Trainer, as train and align set it up."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from loram.base import processes
 from loram.base.progress import training_progress
 from loram.base.stopping import Stop
 from loram.compute.device import allocate_
 from loram.trainer.arguments import checkpoints_activations
 from loram.trainer.checkpoints import Checkpoints, reproducible_entries
 from loram.trainer.guard import guard_trainer
+from loram.trainer.trackers import place_trackers_
 
 
 def fit_model_(
@@ -64,8 +67,11 @@ def fit_model_(
         trainer.remove_callback(printing)
     for callback in (training_progress(), *callbacks):
         trainer.add_callback(callback)
+    if processes.first():
+        place_trackers_(trainer, checkpoints.events)
     saves = arguments.save_strategy != SaveStrategy.NO
-    with stop.listen() if saves else contextlib.nullcontext():
+    # trackers print to stdout
+    with stop.listen() if saves else contextlib.nullcontext(), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     return trainer
 
