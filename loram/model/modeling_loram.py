@@ -370,6 +370,23 @@ def teach_peft(family: str) -> None:
             targets[f"loram_{family}"] = targets[family]
 
 
+def older_rope_keys(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what transformers 4 reads rotary embeddings from, where transformers 5 has `rope_parameters` alone.
+
+    transformers 4 passes over that key, in silence, and takes its default angles. transformers 5 reads these keys too.
+
+    Args:
+        rope_parameters: the value of that key: parameters, or parameters by the kind of attention.
+    """
+    shared = rope_parameters.get("full_attention", rope_parameters)
+    keys = {key: shared[key] for key in ("rope_theta", "partial_rotary_factor") if key in shared}
+    if shared.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {key: value for key, value in shared.items() if key not in keys}
+    if "rope_theta" in (local := rope_parameters.get("sliding_attention") or {}):
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    return keys
+
+
 def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":
     """Return the (config class, model class) of the pruned models of a family; the same two at every call.
 

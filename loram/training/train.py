@@ -293,7 +293,7 @@ class _TrainJob(Job[Trained]):
             write_trained(out, self.checkpoint, outcome.folder)
             return {}
         figures = write_adapter(out, outcome, self.checkpoint, self.plan, self.options)
-        self.tokenizer.save_pretrained(out)
+        self.checkpoint.copy_tokenizer(out)
         return figures
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, elsewhere, make_model
-from transformers import AutoModelForCausalLM
+from conftest import FAMILIES, HYBRIDS, NEAR_LLAMA, ODDITIES, SIZES, elsewhere, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram.compute.loading import load_model
 from loram.disk.checkpoint import Checkpoint
+from loram.model.modeling_loram import older_rope_keys
 
 TOKENS = torch.arange(3, 15)[None]
 
@@ -176,6 +177,16 @@ def test_rotary_tables_that_grow_with_the_text_have_the_full_models_sizes(
             tables = [model.model.rotary_emb(states, places) for model in (small, full)]
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(*tables, strict=True))
             assert torch.isfinite(small(places).logits).all()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *NEAR_LLAMA, *HYBRIDS])
+def test_keys_for_transformers_4_say_of_rotary_embeddings_what_transformers_5_reads(family: str) -> None:
+    config = AutoConfig.for_model(family, **{**SIZES, **ODDITIES[family]})
+    keys = older_rope_keys(config.rope_parameters)
+    assert keys["rope_theta"] == (config.rope_parameters.get("full_attention") or config.rope_parameters)["rope_theta"]
+    again = {**config.to_dict(), "rope_parameters": None, **keys}
+    for both in (again, {**again, "rope_parameters": config.rope_parameters}):
+        assert type(config)(**copy.deepcopy(both)).rope_parameters == config.rope_parameters
 
 
 def test_load_pruned_needs_a_plan(tiny_llama: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import loram
+from loram.disk.files import TOKENIZER_FILES, side_files
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
 
@@ -49,6 +50,8 @@ def test_the_folder_has_plan_tokenizer_and_stock_peft(
     assert config["base_model_name_or_path"] == str(pruned_models["llama"])
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
     assert not list(tmp_path.glob("*-checkpoints"))
+    for path in side_files(pruned_models["llama"], TOKENIZER_FILES):  # other versions of transformers read them too
+        assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_token_for_padding_beyond_the_embedding_does_no_harm(
