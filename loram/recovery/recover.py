@@ -18,7 +18,7 @@ from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
 from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
-from loram.disk.opening import open_model
+from loram.disk.opening import open_model, plan_of
 from loram.disk.renamed import in_full, in_wrapper
 from loram.disk.tensorfile import TensorFile
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
@@ -53,8 +53,8 @@ def recover(
     again as one of that, once every tensor is found to lie within NF4's error of the original's.
 
     Args:
-        adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
-            `loram_plan.json` copied beside it will do.
+        adapter: folder that `train` made on a pruned model, or any trainer's PEFT adapter. Its plan is the
+            `loram_plan.json` beside it, or else that of its `base_model_name_or_path`.
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
         options: what to do beyond widening; single options may be given by name instead: `correct=True` takes out what
             alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
@@ -76,7 +76,7 @@ def recover(
     source = local(adapter)
     out = check_output(out, source)
     trained = Adapter.load(source)
-    plan = find_plan(source)
+    plan = find_plan(source) or plan_of(trained.config.get("base_model_name_or_path"))
     manifest = find_manifest(source)
     if plan is None and base is not None:
         if chosen.correct or chosen.dev_dataset is not None:
@@ -84,8 +84,9 @@ def recover(
         return _rebase(trained, open_model(base), pruned, out)
     if plan is None:
         raise UserError(
-            f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model? If it was on a full "
-            "model in 4 bits, name its original with --base"
+            f"{source}: no loram_plan.json beside the adapter, nor in its base_model_name_or_path; if it was trained "
+            "on a pruned model, copy that folder's loram_plan.json here; if on a full model in 4 bits, name its "
+            "original with --base"
         )
     if manifest is not None and manifest.kind == "recovered":
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
@@ -126,6 +127,7 @@ def recover(
     with publish(out, kind="recovered", made_from=made_from, settings=settings) as staging:
         save_adapter(staging, recovered.config, recovered.tensors)
         copy_side_files(source, staging)
+        plan.save(staging)
     return out
 
 
