@@ -35,6 +35,15 @@ def open_model(model: str | Path, *, chat_template: str | Path | None = None) ->
     return checkpoint
 
 
+def is_cached(model: str) -> bool:
+    """Return whether a model of the hub, all its weights included, is in the hub's cache."""
+    try:
+        checkpoint = Checkpoint(Path(snapshot_download(model, local_files_only=True)))
+        return all((checkpoint.folder / file).is_file() for file in checkpoint.index.values())
+    except (OSError, ValueError, UserError):  # the hub's own errors derive from the first two
+        return False
+
+
 def plan_of(model: Any) -> PruningPlan | None:
     """Return the plan of a pruned model by its name; None if there is no such model, or it has no plan.
 
