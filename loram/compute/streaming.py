@@ -361,13 +361,18 @@ class Stream:
         return output
 
     def _resident(self, indices: Sequence[int], description: str) -> Iterator[ResidentLayer]:
-        """Layers with their weights and adapter in place, one at a time, while the next one is being read."""
-        loads = prefetched(indices, self._read)
+        """Layers with their weights and adapter in place, one at a time, while the next one is being read.
+
+        A layer's experts are nearly all of it, and are read when the layer before is gone.
+        """
+        loads = prefetched(indices, self._read_ahead)
         with contextlib.closing(loads):
             for index in track(indices, description):
                 layer, weights = self._layers[index], next(loads)
                 _fill_(layer, weights, self.device)
                 prefix = self.architecture.layer_path(index)
+                for name in self._experts(index):
+                    _fill_(layer, {name.removeprefix(f"{prefix}."): self.checkpoint.tensor(name)}, self.device)
                 tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
                 handles = self._adapt_(index)
                 yield ResidentLayer(index=index, tensors=tensors)
@@ -376,9 +381,12 @@ class Stream:
                     handle.remove()
                 layer.to_empty(device="meta")
 
-    def _read(self, index: int) -> dict[str, Tensor]:
+    def _read_ahead(self, index: int) -> dict[str, Tensor]:
+        """Read the tensors of a layer by their names in it, all but its experts."""
         prefix = self.architecture.layer_path(index)
-        return {name: self.checkpoint.tensor(f"{prefix}.{name}") for name in self._layers[index].state_dict()}
+        names = {name: f"{prefix}.{name}" for name in self._layers[index].state_dict()}
+        experts = self._experts(index)
+        return {name: self.checkpoint.tensor(full) for name, full in names.items() if full not in experts}
 
     def _linears(self, index: int) -> Iterator[tuple[str, nn.Linear]]:
         """Yield (full path, module) of every linear of a layer."""

@@ -180,6 +180,8 @@ class Experts:
             as many experts; 1 where config.json leaves it out.
         kept_values: how many values per channel an expert keeps for its backward pass: gate, act(gate), up; more where
             these are clamped and scaled.
+        balanced_by_loss: whether transformers trains the router with a loss of its own for even use of the experts.
+            Where it does not, a bias is set that steers the choice.
     """
 
     path: str
@@ -189,3 +191,4 @@ class Experts:
     transposed: bool = False
     groups: str | None = None
     kept_values: int = 3
+    balanced_by_loss: bool = True

@@ -21,7 +21,7 @@ from loram.planner.activations import (
 from loram.planner.layer import Layer, Routed
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
-from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
+from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, pageable_bytes, trained
 
 CONTEXT = 1 << 29  # bytes of CUDA and its libraries; they depend on driver and card and cannot be counted
 _FLOAT32 = 4
@@ -99,7 +99,7 @@ def training_memory(model: Model, settings: Settings, full: Model | None = None)
         moment=most.name,
         **held,
         **most.model_dump(exclude={"name"}),
-        pageable=held["optimizer"] if settings.optimizer[1] else 0,
+        pageable=pageable_bytes(model, settings),
         host=frozen.host + offloaded,
         total=sum(held.values()) + most.total,
     )

@@ -15,6 +15,7 @@ from loram.planner.shapes import Model
 from loram.planner.weights import factors, file_bytes
 
 IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
+_TRAINER = 1 << 27  # TRL, bitsandbytes, the data set and the Trainer, beside the imports
 _LOGITS = 1 << 28  # bytes of the logits of a batch that is evaluated in memory
 _TOP_K_BYTES = 64 * 6 + 2
 _FLOAT32 = 4
@@ -64,10 +65,10 @@ def _prune(full: Model, model: Model) -> list[Stage]:
     stored, disk = _layer(full, file_bytes(full)), model.parameters * file_bytes(full)
     disk += sum(layer.mask_bytes for layer in model.layers)
     layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(layer.largest for layer in full.layers)
-    stream = IMPORTS + HIDDEN_BYTES + layer + stored + _working(full)
+    stream = IMPORTS + HIDDEN_BYTES + layer + _read_ahead(full) + _working(full)
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
-    with_text = "two decoder layers, one of them in float32, and activations"
+    with_text = f"{_streamed_layers(full)}, and activations"
     if model.units is None:
         return [Stage(name="prune (block_influence)", disk=disk, memory=stream, holds=with_text)]
     return [
@@ -126,7 +127,7 @@ def _teach(full: Model) -> Stage:
         name="teach",
         disk=10**6 * _TOP_K_BYTES,
         memory=_streamed(full),
-        holds="two decoder layers, hidden states and lm_head; the disk is for a million tokens",
+        holds=f"{_streamed_layers(full)}, hidden states and lm_head; the disk is for a million tokens",
     )
 
 
@@ -134,13 +135,14 @@ def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
     state = training.adapter + training.optimizer
     disk = 3 * state + sum(course_bytes(model, settings))
     if settings.device == "cuda":
-        host = IMPORTS + training.host + training.pageable + 2 * model.vocabulary * 2
+        host = IMPORTS + _TRAINER + training.host + training.pageable + 2 * model.vocabulary * 2
         if settings.anchored:
             host += 2 * HIDDEN_BYTES + 2 * _layer(model, 2)
         return Stage(
             name="train", disk=disk, memory=host, holds="offloaded tensors, and weights on their way to the GPU"
         )
-    return Stage(name="train", disk=disk, memory=IMPORTS + training.total, holds="everything in the table above")
+    memory = IMPORTS + _TRAINER + training.total
+    return Stage(name="train", disk=disk, memory=memory, holds="everything in the table above")
 
 
 def _evaluate(full: Model, adapter: int) -> list[Stage]:
@@ -154,8 +156,8 @@ def _evaluate(full: Model, adapter: int) -> list[Stage]:
 
 
 def _streamed(full: Model) -> int:
-    layer, stored = _layer(full, _FLOAT32), _layer(full, file_bytes(full))
-    return max(IMPORTS + HIDDEN_BYTES + layer + stored + _working(full), _head(full))
+    streaming = HIDDEN_BYTES + _layer(full, _FLOAT32) + _read_ahead(full) + _working(full)
+    return max(IMPORTS + streaming, _head(full))
 
 
 def _head(full: Model) -> int:
@@ -165,6 +167,21 @@ def _head(full: Model) -> int:
 
 def _layer(model: Model, size: int) -> int:
     return size * max(layer.parameters for layer in model.layers)
+
+
+def _streamed_layers(full: Model) -> str:
+    mixture = any(layer.routed is not None for layer in full.layers)
+    return "a decoder layer in float32" if mixture else "two decoder layers, one of them in float32"
+
+
+def _read_ahead(full: Model) -> int:
+    """Return the bytes of what is as in the files while a layer computes.
+
+    That is the next layer, or what it has beside its experts, of which one tensor is read at a time.
+    """
+    beside = max(layer.parameters - (0 if layer.routed is None else layer.routed.parameters) for layer in full.layers)
+    experts = max((layer.largest for layer in full.layers if layer.routed is not None), default=0)
+    return file_bytes(full) * (beside + experts)
 
 
 def _working(full: Model) -> int:

@@ -2,10 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -58,6 +59,7 @@ def fit_model_(
         MissingGradientError: a parameter that should train gets no gradient; names it.
         KeyboardInterrupt, SystemExit: the training was stopped by Ctrl-C or by SIGTERM.
     """
+    use_one_gpu_(arguments, {weight.device for weight in model.parameters()})
     allocate_(arguments.device, lean=lean or checkpoints_activations(arguments))
     stop = Stop()
     trainer: Trainer = guard_trainer(kind, checkpoints, stop)(
@@ -74,6 +76,25 @@ def fit_model_(
     with stop.listen() if saves else contextlib.nullcontext(), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     return trainer
+
+
+def use_one_gpu_(arguments: TrainingArguments, devices: Iterable[torch.device]) -> None:
+    """Have the Trainer of a single process use the GPU that the model is on, and no other.
+
+    By itself it takes all GPUs that it sees, the first one in front, multiplies the batch by their number, and gives
+    each a part of it (DataParallel).
+
+    Args:
+        arguments: the Trainer's arguments.
+        devices: where the model's weights are.
+    """
+    device = next((device for device in devices if device.type == "cuda"), None)
+    if device is None or processes.count() > 1:
+        return
+    _ = arguments.device  # which sets what is set anew here
+    arguments._n_gpu = 1
+    vars(arguments)["_setup_devices"] = device  # the cached property behind `device`
+    torch.cuda.set_device(device)
 
 
 def read_state(checkpoint: Path) -> TrainerState:

@@ -42,7 +42,7 @@ _OURS = {
 _ELSEWHERE = {
     "chat_template_path": "it is a key of the recipe, beside `train`; on the command line it is --chat-template"
 }
-_OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
+_OTHER_LOSSES = ("loss_type", "label_smoothing_factor")
 
 
 class LoraFlags(Options):
@@ -87,6 +87,11 @@ class SftFlags(TrainerFlags):
 
     learning_rate: float = option(2e-4, "The learning rate after warm-up.", also="lr", common=True, gt=0)
     save_total_limit: int | None = option(2, "The number of checkpoints to keep.", flag="")
+    router_aux_loss_coef: float = option(
+        0.0,
+        "In mixtures of experts: add this many times the loss by which routers learn to use all experts alike.",
+        ge=0,
+    )
     packing: bool | None = option(None, "Put short rows together into one.", flag="", also="sample_packing")
     activation_offloading: bool | None = option(
         None,
@@ -232,7 +237,15 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> None:
-    """Refuse rows of text that are put together into one where layers would carry one row's text into the next."""
+    """Refuse what a family cannot do.
+
+    That is a loss of routers that it does not have, and rows of text that are put together into one where layers would
+    carry one row's text into the next.
+    """
+    experts = architecture.experts
+    if trainer["router_aux_loss_coef"] and not (experts is not None and experts.balanced_by_loss):
+        why = "has no experts" if experts is None else "steers its router by a bias, and not by a loss"
+        raise UserError(f"trainer: router_aux_loss_coef: {architecture.model_type} {why}; leave it out")
     for key in ("packing", "padding_free"):
         if architecture.recurrent and trainer.get(key):
             raise UserError(

@@ -17,7 +17,7 @@ from loram.base import processes
 from loram.base.errors import UserError
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer, open_full
-from loram.compute.loss import use_chunked_loss_
+from loram.compute.loss import Balance, use_chunked_loss_
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
 from loram.disk.artifacts import check_output
@@ -267,7 +267,7 @@ class _TrainJob(Job[Trained]):
         added_files = self.method.added_files(model)
         if over is not None:
             return Trained(folder=over.folder, log=over.log, added_files=added_files)
-        _use_kernels_(model, arguments)
+        _use_kernels_(model, arguments, self._balance())
         trainer = fit_model_(
             self._trainer_class(),
             model,
@@ -284,6 +284,12 @@ class _TrainJob(Job[Trained]):
         trainer.save_model(str(folder))
         return Trained(folder=folder, log=losses(trainer.state, "loss"), added_files=added_files)
 
+    def _balance(self) -> Balance | None:
+        coefficient = self.options.trainer["router_aux_loss_coef"]
+        geometry = (self.checkpoint if self.plan is None else self.plan).geometry
+        chosen = geometry.num_experts_per_tok if coefficient else None
+        return None if chosen is None else Balance(coefficient=coefficient, chosen=chosen)
+
     def _trainer_class(self) -> type[Trainer]:
         return AdapterTrainer if self.course is None else anchored(AdapterTrainer, self.course)
 
@@ -297,11 +303,11 @@ class _TrainJob(Job[Trained]):
         return figures
 
 
-def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig) -> None:
+def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig, balance: Balance | None) -> None:
     """Put our loss into a model, and Liger's kernels where the arguments ask for them."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
-    use_chunked_loss_(base)
+    use_chunked_loss_(base, balance=balance)
     if arguments.use_liger_kernel:
         use_liger_(base, arguments.liger_kernel_config)
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours

@@ -408,6 +408,17 @@ def test_items_add_up_to_the_total() -> None:
     assert memory.total == sum(value for name, value in memory.model_dump().items() if name not in beside)
 
 
+def test_small_tensors_of_the_optimiser_are_not_paged() -> None:
+    options: dict[str, Any] = {"ratio": 0.85, "load_in_4bit": True, "device": "cuda"}
+    small, large = (loram.estimate(LLAMA_70B, lora_r=rank, **options).training for rank in (8, 64))
+    # at r 8 the tensors of 100,000 values and more are gate_proj's and up_proj's lora_B and down_proj's lora_A, of the
+    # six layers that are whole: 8 * 28,672 values each, with two moments of one byte per value
+    assert small.pageable == 6 * 3 * 2 * 8 * 28_672
+    assert 0 < small.optimizer - small.pageable
+    assert large.pageable > 8 * small.pageable
+    assert loram.estimate(LLAMA_70B, optim="adamw_8bit", **options).training.pageable == 0
+
+
 def test_gradients_are_counted_where_they_are() -> None:
     options: dict[str, Any] = {"gradient_checkpointing": False}  # the peak is then near the top
     once = loram.estimate(LLAMA_70B, gradient_accumulation_steps=1, **options).training
