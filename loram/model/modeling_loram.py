@@ -34,6 +34,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_OLDEST_TRANSFORMERS = (5, 14)  # the first version that knows `per_layer_config`
 NarrowLinears = Mapping[str, tuple[int, int, bool]]  # path -> (out_features, in_features, whether it has a bias)
 NarrowNorms = Mapping[str, tuple[int, int]]  # path -> (width, width in the full model)
 NarrowParameters = Mapping[str, Mapping[str, Mapping[str, Any]]]  # path -> "shapes" or "numbers" -> name -> value
@@ -392,9 +393,15 @@ def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreT
 
     Args:
         model_class: the name of transformers' class of full models: `LlamaForCausalLM`.
+
+    Raises:
+        ImportError: transformers is too old for a config with widths of its own per layer.
     """
     import transformers
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
+        raise ImportError(f"pruned models need transformers >= {oldest}, and {transformers.__version__} is installed")
     config_name, model_name = f"Loram{model_class.partition('For')[0]}Config", f"Loram{model_class}"
     if model_name not in _classes:
         base = getattr(transformers, model_class)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import loram
 from loram.compute.loading import load_model
 from loram.disk.checkpoint import Checkpoint
-from loram.model.modeling_loram import older_rope_keys
+from loram.model.modeling_loram import older_rope_keys, pruned_classes
 
 TOKENS = torch.arange(3, 15)[None]
 
@@ -187,6 +187,13 @@ def test_keys_for_transformers_4_say_of_rotary_embeddings_what_transformers_5_re
     again = {**config.to_dict(), "rope_parameters": None, **keys}
     for both in (again, {**again, "rope_parameters": config.rope_parameters}):
         assert type(config)(**copy.deepcopy(both)).rope_parameters == config.rope_parameters
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.6.2"])
+def test_an_older_transformers_is_named_with_what_is_needed(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(ImportError, match=f"need transformers >= 5.14, and {version} is installed"):
+        pruned_classes("LlamaForCausalLM")
 
 
 def test_load_pruned_needs_a_plan(tiny_llama: Path) -> None:
