@@ -37,6 +37,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_OLDEST_TRANSFORMERS = (5, 14)  # the first version that knows `per_layer_config`
 NarrowLinears = Mapping[str, tuple[int, int, bool]]  # path -> (out_features, in_features, whether it has a bias)
 NarrowNorms = Mapping[str, tuple[int, int]]  # path -> (width, width in the full model)
 NarrowParameters = Mapping[str, Mapping[str, Mapping[str, Any]]]  # path -> "shapes" or "numbers" -> name -> value
@@ -368,15 +369,54 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         for index in range(*config.sparsity["layers"]) if config.sparsity else ():
             sparsify_layer_(layers[index], config.sparsity["values"])
 
+    def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
+        teach_peft(base.config_class.model_type)
+        return base.from_pretrained.__func__(cls, *arguments, **options)
+
     body = {
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{base.__name__} whose layers may differ in width, be sparse, or be gone, as `config` says.",
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
         "config_class": config_class,
         "__annotations__": {"config": config_class},
     }
     return type(base)(name, (base,), body)
+
+
+def teach_peft(family: str) -> None:
+    """Let PEFT, where it is installed, choose the same default targets in pruned models as in full ones.
+
+    PEFT looks them up by `model_type`, one table per kind of adapter, when the user names no `target_modules`.
+
+    Args:
+        family: the `model_type` of the full models.
+    """
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return
+    for targets in vars(constants).values():
+        if isinstance(targets, dict) and family in targets:
+            targets[f"loram_{family}"] = targets[family]
+
+
+def older_rope_keys(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what transformers 4 reads rotary embeddings from, where transformers 5 has `rope_parameters` alone.
+
+    transformers 4 passes over that key, in silence, and takes its default angles. transformers 5 reads these keys too.
+
+    Args:
+        rope_parameters: the value of that key: parameters, or parameters by the kind of attention.
+    """
+    shared = rope_parameters.get("full_attention", rope_parameters)
+    keys = {key: shared[key] for key in ("rope_theta", "partial_rotary_factor") if key in shared}
+    if shared.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {key: value for key, value in shared.items() if key not in keys}
+    if "rope_theta" in (local := rope_parameters.get("sliding_attention") or {}):
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    return keys
 
 
 def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":
@@ -384,9 +424,15 @@ def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreT
 
     Args:
         model_class: the name of transformers' class of full models: `LlamaForCausalLM`.
+
+    Raises:
+        ImportError: transformers is too old for a config with widths of its own per layer.
     """
     import transformers
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
+        raise ImportError(f"pruned models need transformers >= {oldest}, and {transformers.__version__} is installed")
     config_name, model_name = f"Loram{model_class.partition('For')[0]}Config", f"Loram{model_class}"
     if model_name not in _classes:
         base = getattr(transformers, model_class)

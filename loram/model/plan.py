@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from loram.base.errors import UserError, first_problem
+from loram.base.paths import local
 from loram.model.architecture import Architecture
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
@@ -100,6 +101,14 @@ class PruningPlan(BaseModel):
     dropped: tuple[int, ...] = Field(default=(), exclude_if=lambda value: not value)
     versions: dict[str, str]
     layers: dict[int, dict[str, tuple[int, ...]]]
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield what `repr` shows: all but the many indices and sizes. Called by pydantic."""
+        for name, value in super().__repr_args__():
+            if name == "layers":
+                yield name, f"{len(self.layers)} of {self.geometry.num_hidden_layers} narrowed"
+            elif name not in ("geometry", "versions"):
+                yield name, value
 
     @field_validator("model_type")
     @classmethod
@@ -430,13 +439,13 @@ class PruningPlan(BaseModel):
         (folder / PLAN_NAME).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "PruningPlan":
+    def load(cls, folder: str | Path) -> "PruningPlan":
         """Read a folder's plan; the inverse of `save`.
 
         Raises:
             UserError: there is no plan, or it is not a valid one; the message names the file and the place in it.
         """
-        path = folder / PLAN_NAME
+        path = local(folder) / PLAN_NAME
         if not path.is_file():
             raise UserError(
                 f"{folder}: no {PLAN_NAME} here, so this is not a folder that `loram prune` or `train` made"

@@ -70,6 +70,11 @@ def checkpoints_of(out: Path) -> Path:
     return out.with_name(f"{out.name}-checkpoints")
 
 
+def events_of(out: Path, started: datetime) -> Path:
+    """Return the folder for a tracker's events: the same after an interruption, another for another training."""
+    return out.with_name(f"{out.name}-events") / started.strftime("%Y-%m-%d_%H-%M-%S")
+
+
 def first_start(out: Path, *, fresh: bool) -> datetime:
     """Return when the training of an output began: the time in its checkpoints, or now where it begins anew.
 

@@ -313,6 +313,7 @@ class _TrainJob(Job[Trained]):
             self._trainer_class(),
             model,
             arguments,
+            device=self.device,
             rows=rows,
             collator=collator,
             checkpoints=checkpoints,
@@ -356,7 +357,7 @@ class _TrainJob(Job[Trained]):
         if self.start is not None:
             copy_side_files(self.start.folder, out)
         figures = write_adapter(out, outcome, self.checkpoint, self.plan, self.options, self.start)
-        self.tokenizer.save_pretrained(out)
+        self.checkpoint.copy_tokenizer(out)
         return figures
 
 

@@ -22,12 +22,12 @@ def arguments(tmp_path: Path) -> TrainingArguments:
 def test_other_gpus_are_left_alone(arguments: TrainingArguments, monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    use_one_gpu_(arguments, [torch.device("cpu"), torch.device("cuda:1")])
+    use_one_gpu_(arguments, torch.device("cuda:1"))
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
     assert arguments.device == torch.device("cuda:1")
     assert current == [torch.device("cuda:1")]
 
 
 def test_a_cpu_stays_as_it_is(arguments: TrainingArguments) -> None:
-    use_one_gpu_(arguments, [torch.device("cpu")])
+    use_one_gpu_(arguments, torch.device("cpu"))
     assert arguments.device == torch.device("cpu")
