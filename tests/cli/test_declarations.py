@@ -159,8 +159,8 @@ ELSEWHERE = {
         "dataset device engine method packing pattern probe r ratio refit seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
-        "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim output_dir "
-        "per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
+        "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim "
+        "output_dir per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
     "`trainer/resume.py` lists it among what may change before a training goes on": "probe_dataset",
