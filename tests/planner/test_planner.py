@@ -432,7 +432,7 @@ def test_small_tensors_of_the_optimiser_are_not_paged() -> None:
     # at r 8 the tensors of 100,000 values and more are gate_proj's and up_proj's lora_B and down_proj's lora_A, of the
     # six layers that are whole: 8 * 28,672 values each, with two moments of one byte per value
     assert small.pageable == 6 * 3 * 2 * 8 * 28_672
-    assert 0 < small.optimizer - small.pageable
+    assert small.optimizer - small.pageable > 0
     assert large.pageable > 8 * small.pageable
     assert loram.estimate(LLAMA_70B, optim="adamw_8bit", **options).training.pageable == 0
 
