@@ -263,6 +263,7 @@ SLOW = (
     "test_sparse",
     "test_sparse_train",
     "test_stopping",
+    "test_streamed",
     "test_teach",
     "test_template",
     "test_train",

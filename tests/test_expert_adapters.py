@@ -283,7 +283,7 @@ def test_adapters_that_do_not_fit_are_refused(pruned: Any, rows_file: Path, tmp_
     with pytest.raises(loram.UserError, match="says rank 7"):
         loram.recover(adapter, tmp_path / "out")
     full = adapter_on(base, tmp_path / "full", "mixtral")
-    with pytest.raises(loram.UserError, match="adapts experts, and only adapters on linears can be polished"):
+    with pytest.raises(loram.UserError, match="adapts experts, and only adapters on linears can be trained further"):
         loram.polish(base, full, tmp_path / "out", data=rows_file)
 
 

@@ -13,10 +13,8 @@ from tools import OPTIMIZER, scratch
 
 TOLERANCE = 0.05  # nats per token: bf16 on the device against float32 on the CPU
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 48, "learning_rate": 1e-3, "save_steps": 2}
-ROWS = [
-    {"question": f"What is {a} plus {b}?", "answer": f"It is {a + b}, since {b} more than {a} is {a + b}."}
-    for a in range(6)
-    for b in (2, 4)
+ROWS = [  # short, since the tokenizer has one token per byte
+    {"question": f"{a} + {b}?", "answer": f"It is {a + b}, that is {b} + {a}."} for a in range(6) for b in (2, 4)
 ]
 SIZES = {
     "hidden_size": 64,

@@ -19,12 +19,13 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from loram.base.constants import HIDDEN_BYTES
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
-from loram.compute.head import Head, TopK
+from loram.compute.head import Head, OnGradient, TopK
 from loram.compute.loading import empty_model
 from loram.compute.scratch import Activations, Scratch
 from loram.compute.sharing import BatchStates, SharedStates
@@ -39,7 +40,6 @@ ExpertsObserver = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor], Non
 LayerObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
 Of = Literal["weights", "weights and experts", "factors"]
-OnGradient = Callable[[str, Tensor, Tensor], None]
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
@@ -149,6 +149,7 @@ class Stream:
         adapter: a LoRA adapter that fits the model; it is added layer by layer.
         hidden_bytes: how many bytes of hidden states are kept in memory; what goes beyond is in a scratch file.
         scratch: the folder of the scratch file (default: the system's temporary folder).
+        model: the `model` of a stream of the same checkpoint that is over, which saves building it again.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Stream:
         adapter: Adapter | None = None,
         hidden_bytes: int = HIDDEN_BYTES,
         scratch: Path | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         if checkpoint.quantized:
             raise UserError(
@@ -169,10 +171,7 @@ class Stream:
         self.checkpoint, self.batches, self.adapter = checkpoint, batches, adapter
         self.device, self.dtype, self.architecture = device, dtype, checkpoint.architecture
         return_freed_memory_()
-        self.model = empty_model(checkpoint, dtype, dense=True)
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # a tied one once
-        if checkpoint.sparse:
-            self.parameters = checkpoint.parameters  # the weights that are kept
+        self.model = empty_model(checkpoint, dtype, dense=True) if model is None else model
         self._layers = cast(nn.ModuleList, self.model.get_submodule(self.architecture.layers_path))
         self._scratch = Scratch(hidden_bytes, scratch)
         # shape of a micro-batch -> layer -> what the model's own code passes to that layer beside the hidden states
@@ -262,8 +261,8 @@ class Stream:
         """Walk down from the loss, the mean over all wanted tokens, and yield each layer when its gradients are done.
 
         The gradients are those of the whole model (reverse mode; each layer is computed again from its kept inputs),
-        by the weights of the decoder layers' linears and experts or by the adapter's factors. Sets `loss`, in nats per
-        token.
+        by the weights of the decoder layers' linears and experts or by the adapter's factors, those on the head too.
+        Sets `loss`, in nats per token.
 
         Args:
             down_to: the last layer to visit; `forward` must have kept the inputs from this layer on.
@@ -276,7 +275,7 @@ class Stream:
         assert self._final is not None, "forward has not come to its end"
         head, gradients, observers = self._head(), self._room(), _Observers(gather=gather)
         differentiated = [number for number, batch in enumerate(self.batches) if not observers.beside(batch)]
-        self.loss = head.gradient(gradients)
+        self.loss = head.gradient(gradients, on_gradient if of == "factors" else None)
         self._final.close()
         for layer in self._resident(range(len(self._layers) - 1, down_to - 1, -1), "Layers, backward"):
             inputs = self._inputs.pop(layer.index)
@@ -368,8 +367,10 @@ class Stream:
                 ids = torch.searchsorted(used, batch.ids).to(self.device)  # places in `used`, (rows, width)
                 hidden[number] = decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
                 self._arguments[tuple(ids.shape)] = dict(notes)
-        for name in weights:
-            self.model.get_submodule(name.rpartition(".")[0]).to_empty(device="meta")
+        for name in weights:  # the modules' buffers stay
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            setattr(module, leaf, nn.Parameter(module.get_parameter(leaf).to("meta"), requires_grad=False))
         return hidden
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:

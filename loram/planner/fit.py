@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.errors import UserError
+from loram.base.size import show_size
 from loram.model.sparsity import STRUCTURED
 from loram.planner.settings import TRAINING, PlannerOptions, make_settings
 from loram.planner.shapes import read_config
-from loram.planner.size import show_size
 from loram.planner.total import Estimate, estimate_with
 from loram.pruning.options import PruneOptions
 

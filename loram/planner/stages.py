@@ -12,6 +12,7 @@ from loram.planner.layer import Layer
 from loram.planner.memory import TrainingMemory, course_bytes
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
+from loram.planner.streamed import hidden_bytes, hidden_in_ram, read_ahead
 from loram.planner.weights import factors, file_bytes
 
 IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
@@ -65,7 +66,7 @@ def _prune(full: Model, model: Model) -> list[Stage]:
     stored, disk = _layer(full, file_bytes(full)), model.parameters * file_bytes(full)
     disk += sum(layer.mask_bytes for layer in model.layers)
     layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(layer.largest for layer in full.layers)
-    stream = IMPORTS + HIDDEN_BYTES + layer + _read_ahead(full) + _working(full)
+    stream = IMPORTS + HIDDEN_BYTES + layer + read_ahead(full) + _working(full)
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
     with_text = f"{_streamed_layers(full)}, and activations"
@@ -149,6 +150,8 @@ def _teach(full: Model) -> Stage:
 def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
     state = training.adapter + training.optimizer
     disk = 3 * state + sum(course_bytes(model, settings))
+    if settings.streamed:
+        disk += hidden_bytes(model, settings) - hidden_in_ram(model, settings)
     if settings.device == "cuda":
         host = IMPORTS + _TRAINER + training.host + training.pageable + 2 * model.vocabulary * 2
         if settings.anchored:
@@ -171,7 +174,7 @@ def _evaluate(full: Model, adapter: int) -> list[Stage]:
 
 
 def _streamed(full: Model) -> int:
-    streaming = HIDDEN_BYTES + _layer(full, _FLOAT32) + _read_ahead(full) + _working(full)
+    streaming = HIDDEN_BYTES + _layer(full, _FLOAT32) + read_ahead(full) + _working(full)
     return max(IMPORTS + streaming, _head(full))
 
 
@@ -187,16 +190,6 @@ def _layer(model: Model, size: int) -> int:
 def _streamed_layers(full: Model) -> str:
     mixture = any(layer.routed is not None for layer in full.layers)
     return "a decoder layer in float32" if mixture else "two decoder layers, one of them in float32"
-
-
-def _read_ahead(full: Model) -> int:
-    """Return the bytes of what is as in the files while a layer computes.
-
-    That is the next layer, or what it has beside its experts, of which one tensor is read at a time.
-    """
-    beside = max(layer.parameters - (0 if layer.routed is None else layer.routed.parameters) for layer in full.layers)
-    experts = max((layer.largest for layer in full.layers if layer.routed is not None), default=0)
-    return file_bytes(full) * (beside + experts)
 
 
 def _working(full: Model) -> int:

@@ -12,6 +12,7 @@ from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import PlannerOptions, Settings, make_settings
 from loram.planner.shapes import Model, read_config
 from loram.planner.stages import Stage, stages
+from loram.planner.streamed import read_per_step
 from loram.planner.weights import adapted, frozen_bytes, trained
 from loram.pruning.options import PruneOptions
 
@@ -74,6 +75,7 @@ class Estimate(BaseModel):
         counted_reduction: the reduction as the paper counts it: parameters x 16 bits before, x 4 (or 16) bits after.
         real_reduction: the 16-bit full model's bytes over `weight_bytes`.
         training: bytes at the peak of training.
+        read_per_step: how many bytes of a streamed model an optimiser step reads; 0 where the model is in memory.
         arithmetic: floating point operations of training.
         stages: disk and RAM of every stage.
     """
@@ -103,6 +105,7 @@ class Estimate(BaseModel):
     counted_reduction: float
     real_reduction: float
     training: TrainingMemory
+    read_per_step: int
     arithmetic: Arithmetic
     stages: tuple[Stage, ...]
 
@@ -174,6 +177,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         counted_reduction=full.parameters * 16 / (model.parameters * (4 if settings.quantised else 16)),
         real_reduction=full.parameters * 2 / weights,
         training=memory,
+        read_per_step=read_per_step(model, settings) if settings.streamed else 0,
         arithmetic=arithmetic,
         stages=stages(full, model, settings, memory),
     )

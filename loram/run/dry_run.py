@@ -14,6 +14,7 @@ from loram.alignment.inputs import divide
 from loram.alignment.mixture import Rows, draw
 from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.base.errors import UserError
+from loram.base.size import show_size
 from loram.compute.device import compute_dtype, pick_device
 from loram.compute.likelihood import load_scored
 from loram.compute.loading import empty_model, load_tokenizer, open_full
@@ -26,7 +27,6 @@ from loram.model.plan import PruningPlan
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import TRAINING, Settings, make_settings
 from loram.planner.shapes import Model
-from loram.planner.size import show_size
 from loram.pruning.layout import blank_plan
 from loram.pruning.options import PruneOptions
 from loram.pruning.prune import load_calibration

@@ -1,4 +1,4 @@
-"""The frame around everything that trains and can be interrupted: train, align and polish are jobs in it.
+"""The frame around everything that trains and can be interrupted: train and align are jobs in it.
 
 A job says what it is made from, how it trains and what it writes. The frame publishes the output, keeps the
 checkpoints, goes on from the newest one, writes the log, and removes the checkpoints at the end.

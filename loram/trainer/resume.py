@@ -12,7 +12,7 @@ STARTED = "started"  # the setting of a checkpoint that has the time of the trai
 
 # Options that do not change what is trained: what is kept, logged and shown, and how rows are fetched. All other
 # options count, those of later versions too.
-_KEPT = ("save_steps", "save_strategy", "save_total_limit", "save_on_each_node")
+_KEPT = ("save_steps", "save_strategy", "save_total_limit", "save_on_each_node", "ram_budget")
 _SHOWN = (
     *("logging_steps", "logging_strategy", "logging_first_step", "logging_dir"),
     *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "skip_memory_metrics"),

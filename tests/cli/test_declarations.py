@@ -156,10 +156,10 @@ def test_the_reference_page_is_up_to_date() -> None:
 ELSEWHERE = {
     "a word of plain English or of Python, or the name of a stage, library or method": (
         "prune teach align train recover polish evaluate compare correct lora trainer lisa calibration criterion "
-        "dataset device method packing pattern probe r ratio refit seed share stream teacher"
+        "dataset device engine method packing pattern probe r ratio refit seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
-        "learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim output_dir "
+        "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim output_dir "
         "per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
     ),
     "two or more stages have an option of this name": "max_samples",

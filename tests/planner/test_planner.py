@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram import cli
+from loram.base.size import parse_size, show_size
 from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
@@ -31,7 +32,6 @@ from loram.planner.fit import GRID, Fit, fit
 from loram.planner.memory import training_memory
 from loram.planner.settings import LINEARS, Settings, make_settings
 from loram.planner.shapes import Model
-from loram.planner.size import parse_size, show_size
 from loram.planner.weights import factors, frozen_bytes, optimizer_bytes
 from loram.planner.weights import trained as trained_parameters
 from loram.pruning.options import PruneOptions
@@ -496,6 +496,21 @@ def test_operations_that_measure_the_full_model() -> None:
     assert anchored.times_fewer < 1
 
 
+def test_a_streamed_model_is_a_layer_in_memory_and_is_read_in_every_step() -> None:
+    options = {"engine": "streamed", "per_device_train_batch_size": 16}
+    streamed = loram.estimate(LLAMA_31_70B, **options)
+    table = LLAMA_31_70B["vocab_size"] * LLAMA_31_70B["hidden_size"]
+    in_layers = streamed.parameters - 2 * table - LLAMA_31_70B["hidden_size"]
+    assert streamed.read_per_step == 2 * 2 * in_layers + 2 * table
+    assert streamed.training.total < loram.estimate(LLAMA_31_70B, load_in_4bit=True).training.total / 3
+    kept = loram.estimate(LLAMA_31_70B, ram_budget="200GB", device="cpu", **options)
+    assert kept.read_per_step == 0
+    assert kept.training.weights >= 2 * (in_layers + table)
+    packed = loram.estimate(LLAMA_31_70B, load_in_4bit=True, **options)
+    assert 0.25 < packed.read_per_step / streamed.read_per_step < 0.27
+    assert loram.estimate(LLAMA_31_70B).read_per_step == 0
+
+
 @pytest.mark.parametrize("memory", ["12GiB", "24GiB", "40GiB", "300GiB"])
 def test_the_least_ratio_that_fits(memory: str) -> None:
     limit = parse_size(memory)
@@ -595,6 +610,10 @@ def test_sizes() -> None:
         ({"device": "cpu", "activation_offloading": True}, "activation_offloading"),
         ({"device": "cpu", "optim": "paged_adamw_8bit"}, "adamw_8bit"),
         ({"offload_embedding": True}, "add load_in_4bit"),
+        ({"engine": "streamed", "anchor_steps": 2}, "engine streamed takes no anchor_steps"),
+        ({"engine": "streamed", "lora_dropout": 0.1}, "engine streamed takes no"),
+        ({"ram_budget": "1GB"}, "ram_budget is for what is streamed"),
+        ({"ram_budget": "many"}, "a number with a unit"),
         ({"method": "lora-f"}, "known are lora, rslora"),
         ({"method": "lisa"}, "'lisa' cannot be estimated; that of lora, rslora, lora-fa, lora-sp can"),
         ({"method": "lora-sp", "lora_r": 5}, "the nearest is 0.6"),
