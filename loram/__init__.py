@@ -88,8 +88,9 @@ def _teach_auto_classes(transformers: Any) -> None:
     """Called with transformers when it is imported, or at once where it is imported already."""
     from loram.model.families import MODEL_CLASSES
     from loram.model.modeling_loram import register
+    from loram.model.wrappers import WRAPPED_CLASSES
 
-    register(MODEL_CLASSES)
+    register(MODEL_CLASSES, WRAPPED_CLASSES)
 
 
 register_post_import_hook(_teach_auto_classes, "transformers")

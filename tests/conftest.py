@@ -339,7 +339,9 @@ _TOWERS: dict[str, Any] = {
     "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "head_dim": 8,
+    "out_hidden_size": 32,
     "image_size": 28,
     "patch_size": 14,
 }

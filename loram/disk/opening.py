@@ -49,12 +49,12 @@ def plan_of(model: Any) -> PruningPlan | None:
 
     Of a model on the hub, only that file is fetched.
     """
-    if not isinstance(model, str) or not model:
+    if not isinstance(model, str | Path) or not str(model):
         return None
     if (folder := local(model)).exists():
         return find_plan(folder)
     try:
-        return find_plan(Path(hf_hub_download(model, PLAN_NAME)).parent) if is_hub_id(model) else None
+        return find_plan(Path(hf_hub_download(str(model), PLAN_NAME)).parent) if is_hub_id(str(model)) else None
     except (OSError, ValueError):  # the hub's own errors derive from these
         return None
 

@@ -20,6 +20,9 @@ In a family whose layers differ in size themselves, `config.full_per_layer_confi
 Layers may also be gone as a whole. The other layers keep their numbers, and an `Identity` stands in the place of each
 layer in `config.dropped_layers`.
 
+A wrapped model may also have its towers beside its pruned text model. Then `text_config` is the config of the pruned
+text model, and transformers' own class of the wrapped model builds that from it (`wrapped_classes`).
+
 A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and one bit per
 place that says which these are (`SparseLinear`). `config.sparsity` says in which layers and how many.
 """
@@ -441,13 +444,72 @@ def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreT
     return _classes[config_name], _classes[model_name]
 
 
-def register(model_classes: Iterable[str]) -> None:
+def wrapped_classes(wrapped_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":
+    """Return the (config class, model class) of wrapped models with a pruned text model; the same two at every call.
+
+    Args:
+        wrapped_class: the name of transformers' class of full wrapped models: `Gemma3ForConditionalGeneration`.
+    """
+    import transformers
+
+    model_name = f"Loram{wrapped_class}"
+    config_name = f"{model_name}Config"
+    if model_name not in _classes:
+        base = getattr(transformers, wrapped_class)
+        _classes[config_name] = _wrapped_config_class(base.config_class, config_name)
+        body = {
+            "__module__": __name__,
+            "__qualname__": model_name,
+            "__doc__": f"{base.__name__} around a pruned text model.",
+            "config_class": _classes[config_name],
+            "__annotations__": {"config": _classes[config_name]},
+        }
+        _classes[model_name] = type(base)(model_name, (base,), body)
+    return _classes[config_name], _classes[model_name]
+
+
+def _wrapped_config_class(base: Any, name: str) -> Any:
+    def __post_init__(self: Any, **values: Any) -> None:
+        if isinstance(self.text_config, dict):
+            self.text_config = _text_config_class(self.text_config["architectures"][0])(**self.text_config)
+        base.__post_init__(self, **values)
+
+    body = {
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} whose `text_config` is that of a pruned model.",
+        "__annotations__": {},
+        "__post_init__": __post_init__,
+        "model_type": f"loram_{base.model_type}",
+    }
+    return strict(type(base)(name, (base,), body))
+
+
+def _text_config_class(architecture: str) -> Any:
+    """Return the config class of a pruned text model, of which AutoModel then knows the decoder.
+
+    Args:
+        architecture: the name of the class of the pruned text model: `LoramLlamaForCausalLM`.
+    """
+    from transformers import MODEL_MAPPING, AutoModel
+
+    config_class, _ = pruned_classes(architecture.removeprefix("Loram"))
+    name = f"{architecture.partition('For')[0]}Decoder"
+    if name not in _classes:
+        full: Any = config_class.__base__
+        decoder: Any = MODEL_MAPPING[full]
+        _classes[name] = _pruned_model_class(decoder, config_class, name)
+        AutoModel.register(config_class, _classes[name])
+    return config_class
+
+
+def register(model_classes: Iterable[str], wrapped: Iterable[str] = ()) -> None:
     """Make transformers' Auto classes know the pruned models of some families, so that they need no remote code.
 
     Args:
         model_classes: the names of transformers' classes of full models: `LlamaForCausalLM`, ...
+        wrapped: those of its classes of full wrapped models: `Gemma3ForConditionalGeneration`, ...
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     for name in model_classes:
         config_class, model_class = pruned_classes(name)
@@ -456,6 +518,12 @@ def register(model_classes: Iterable[str]) -> None:
         # so that `save_pretrained` of a loaded model writes this code beside the weights again
         config_class.register_for_auto_class()
         model_class.register_for_auto_class("AutoModelForCausalLM")
+    for name in wrapped:
+        config_class, model_class = wrapped_classes(name)
+        AutoConfig.register(config_class.model_type, config_class)
+        AutoModelForImageTextToText.register(config_class, model_class)
+        config_class.register_for_auto_class()
+        model_class.register_for_auto_class("AutoModelForImageTextToText")
 
 
 _classes: dict[str, Any] = {}
@@ -463,6 +531,9 @@ _classes: dict[str, Any] = {}
 
 def __getattr__(name: str) -> type:
     """Make a family's classes on first use (PEP 562): `LoramLlamaConfig`, `LoramLlamaForCausalLM`, ..."""
+    wrapped = name.removeprefix("Loram").removesuffix("Config")
+    if name != wrapped and wrapped.endswith("ForConditionalGeneration"):
+        return {cls.__name__: cls for cls in wrapped_classes(wrapped)}[name]
     family = name.removeprefix("Loram").removesuffix("Config").removesuffix("ForCausalLM")
     if name in (f"Loram{family}Config", f"Loram{family}ForCausalLM"):
         return {cls.__name__: cls for cls in pruned_classes(f"{family}ForCausalLM")}[name]

@@ -82,6 +82,11 @@ class PruneOptions(Options):
     keep_last: int | None = option(
         None, f"The last layers to leave whole (default: {KEEP_LAST}; with a sparse pattern 0).", planned=True
     )
+    keep_towers: bool = option(
+        False,
+        "Write a wrapped model's towers and projectors too, unchanged, around the pruned text model (default: the text "
+        "model alone).",
+    )
     bias_compensation: bool = option(
         False, "Give narrowed layers biases that add what the removed inputs add on average (FLAP)."
     )
@@ -177,6 +182,10 @@ class PruneOptions(Options):
             raise UserError(f"drop_layers: is for structured pruning; pattern {self.pattern} keeps every layer")
         if sparse and self.bias_compensation:
             raise UserError(f"bias_compensation: is for structured pruning; pattern {self.pattern} removes no inputs")
+        if sparse and self.keep_towers:
+            raise UserError(
+                f"keep_towers: is for structured pruning; pattern {self.pattern} writes the text model alone"
+            )
         if layers_alone and self.bias_compensation:
             raise UserError("bias_compensation: is for narrowed layers; add a ratio, or leave it out")
         self._check_refit(sparse=sparse, layers_alone=layers_alone)

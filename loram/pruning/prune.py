@@ -16,7 +16,7 @@ from torch import Tensor
 from loram.base.constants import SHARD_BYTES
 from loram.base.progress import track
 from loram.compute.device import pick_device
-from loram.compute.loading import config_of, load_tokenizer, write_config
+from loram.compute.loading import load_tokenizer, tower_names, write_config
 from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
@@ -133,8 +133,16 @@ def _prune_structured(
         # Which units stay is open, but how many is not, so the files can be laid out before any unit's score is known.
         specs, _ = pruned_specs(checkpoint, blank_plan(checkpoint, settings, dropped=dropped))
         scores: dict[int, Mapping[str, Tensor]] = {}
-        left, refitter = dict.fromkeys(specs), Refitter()
-        with ShardedWriter(staging, specs, shard_bytes) as writer:
+        wrapper, shown = checkpoint.wrapper if settings.keep_towers else None, checkpoint
+        outside = {name: name if wrapper is None else wrapper.outside(name) for name in specs}
+        left = {outside[name]: (checkpoint, name) for name in specs}  # what is copied, and from where
+        written = {outside[name]: spec for name, spec in specs.items()}
+        if wrapper is not None:
+            shown, towers = checkpoint.whole, tower_names(checkpoint)
+            left |= {name: (shown, stored) for name, stored in towers.items()}
+            written |= {name: shown.spec(stored) for name, stored in towers.items()}
+        refitter = Refitter()
+        with ShardedWriter(staging, written, shard_bytes) as writer:
             for layer in scored:
                 if layer.index in dropped:
                     continue
@@ -142,15 +150,15 @@ def _prune_structured(
                 layer_scores = {layer.index: own} if layer.index in layers else {}
                 scores.update(layer_scores)
                 for name, tensor in _narrowed(layer, decide(layer_scores), refitter):
-                    writer.write(name, tensor.to(specs[name].dtype))
-                    del left[name]
-            for name in track(list(left), "Other weights"):
-                writer.copy(name, checkpoint)
+                    writer.write(outside[name], tensor.to(specs[name].dtype))
+                    del left[outside[name]]
+            for name, (source, stored) in track(list(left.items()), "Other weights"):
+                writer.copy(name, source, stored)
         refitter.report()
         plan = decide(scores)
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        checkpoint.copy_side_files(staging)
-        write_config(config_of(checkpoint), plan, staging)
+        shown.copy_side_files(staging)
+        write_config(checkpoint, plan, staging, towers=wrapper is not None)
         plan.save(staging)
     return plan
 

@@ -20,7 +20,7 @@ from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import is_cached, open_model, plan_of
-from loram.disk.renamed import in_full, in_wrapper
+from loram.disk.renamed import in_full, in_text, in_wrapper
 from loram.disk.tensorfile import TensorFile
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 from loram.model.resize import widen
@@ -47,17 +47,18 @@ def recover(
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     This is the recovery function R of arXiv 2502.13533, section 3.2. It is exact and does without the full model: the
-    plan beside the adapter has its geometry. Layers that were dropped get no factors. An adapter of a sparse model is
-    copied, because the shapes are those of the full model. Where the full model is wrapped, the recovered adapter has
-    the wrapped model's names. Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`)
-    and for DoRA: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
+    plan beside the adapter, or in the folder that it was trained on, has its geometry. Layers that were dropped get no
+    factors. An adapter of a sparse model is copied, because the shapes are those of the full model. Where the full
+    model is wrapped, the recovered adapter has the wrapped model's names, whether the pruned one has towers or not.
+    Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`) and for DoRA: its magnitudes
+    are lengths of rows, and a full row is longer than a pruned one.
 
     An adapter that was trained on a full model in NF4 has no plan. With `base`, the model's original, it is written
     again as one of that, once every tensor is found to lie within NF4's error of the original's.
 
     Args:
         adapter: folder that `train` made on a pruned model, or any trainer's PEFT adapter. Its plan is the
-            `loram_plan.json` beside it, or else that of its `base_model_name_or_path`.
+            `loram_plan.json` beside it, or else that of `pruned` or of its `base_model_name_or_path`.
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
         options: what to do beyond widening; single options may be given by name instead: `correct=True` takes out what
             alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
@@ -81,7 +82,7 @@ def recover(
     source = local(adapter)
     out = check_output(out, source)
     trained = Adapter.load(source)
-    plan = find_plan(source) or plan_of(trained.config.get("base_model_name_or_path"))
+    plan = find_plan(source) or plan_of(pruned or trained.config.get("base_model_name_or_path"))
     manifest = find_manifest(source)
     if plan is None and base is not None:
         if chosen.correct or chosen.dev_dataset is not None:
@@ -108,7 +109,7 @@ def recover(
     _check_origin(source, trained, plan, manifest)
     reads_full = chosen.correct or chosen.dev_dataset is not None or trained.dora
     full = _full_model(plan, base, read=reads_full, chat_template=chat_template)
-    trained.check_fits(plan.adaptable_shapes(), f"the model of {source / PLAN_NAME}")
+    trained = _in_text(trained, plan)
     if trained.dora and (chosen.correct or chosen.dev_dataset is not None):
         raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
     settings: dict[str, Any] = {"correct": chosen.correct}
@@ -139,6 +140,20 @@ def recover(
         copy_side_files(source, staging)
         plan.save(staging)
     return out
+
+
+def _in_text(adapter: Adapter, plan: PruningPlan) -> Adapter:
+    """Return an adapter under the names of the text model, if the pruned model that it was trained on has towers.
+
+    Raises:
+        UserError: it does not fit the plan, or has a module outside the text model.
+    """
+    shapes, wrapper = plan.adaptable_shapes(), WRAPPERS.get(plan.base.wrapper or "")
+    model = f"the model of {adapter.folder / PLAN_NAME}"
+    if wrapper is not None and any(module.startswith(f"{wrapper.decoder}.") for module in adapter.modules):
+        return in_text(adapter, wrapper, shapes, model, full=False)
+    adapter.check_fits(shapes, model)
+    return adapter
 
 
 def _rebase(adapter: Adapter, full: Checkpoint, trained_on: str | Path | None, out: Path) -> Path:

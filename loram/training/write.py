@@ -55,15 +55,15 @@ def write_adapter(
     figures = {}
     if METHODS[options.method].weights:
         config, tensors, figures["kept_share"] = extract(Checkpoint(trained.folder), checkpoint, options.lora["r"])
+        adapter = Adapter(folder=out, config=config, tensors=tensors)
     else:
         adapter = Adapter.load(trained.folder)
         if start is not None:
             tensors = {name: tensor.to(start.tensors[name].dtype) for name, tensor in adapter.tensors.items()}
             adapter = replace(start, tensors=tensors)
-        if checkpoint.wrapper is not None:
-            adapter = in_wrapper(adapter, checkpoint.wrapper)
-        config, tensors = adapter.config, adapter.tensors
-    save_adapter(out, {**config, "base_model_name_or_path": checkpoint.name}, tensors)
+    if checkpoint.wrapper is not None:
+        adapter = in_wrapper(adapter, checkpoint.wrapper)
+    save_adapter(out, {**adapter.config, "base_model_name_or_path": checkpoint.name}, adapter.tensors)
     if plan is None:
         return figures
     plan.save(out)
