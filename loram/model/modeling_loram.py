@@ -492,7 +492,7 @@ def _text_config_class(architecture: str) -> Any:
     """
     from transformers import MODEL_MAPPING, AutoModel
 
-    config_class, _ = pruned_classes(architecture.removeprefix("Loram"))
+    config_class: Any = pruned_classes(architecture.removeprefix("Loram"))[0]
     name = f"{architecture.partition('For')[0]}Decoder"
     if name not in _classes:
         full: Any = config_class.__base__

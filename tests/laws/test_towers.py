@@ -23,7 +23,7 @@ TOKENS = torch.tensor([[5, 17, 40, 8, 77, 30, 12, 9, 61, 3, 22, 50]])
 IMAGE, SIDE = 300, 28  # the token that stands for a piece of an image, and the size of images
 LAWFUL = ("gemma3", "mistral3", "qwen3_5")
 SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
-OPTIONS = {"criterion": "random", "keep_first": 1, "keep_last": 1}
+OPTIONS: dict[str, Any] = {"criterion": "random", "keep_first": 1, "keep_last": 1}
 TILES = {"image_grid_pinpoints": [[SIDE, SIDE]]}
 CHANGES: dict[str, dict[str, Any]] = {"llava_next": TILES, "llava_onevision": TILES}
 # Zeroing shows what pruned channels do, but a router would still send tokens to zeroed experts.
@@ -183,7 +183,7 @@ def test_an_adapter_that_peft_trained_on_images_is_recovered(model_type: str, to
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
     wide = loram.recover(tmp_path / "adapter", tmp_path / "recovered")  # the plan is in the folder that it names
@@ -254,7 +254,7 @@ def test_what_cannot_keep_towers_is_refused(towers: Any, tiny_llama: Path, tmp_p
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"vision_tower.*pruned folder would have no such tensor"):
         loram.prune(tmp_path / "broken", tmp_path / "out", ratio=0.5, keep_towers=True, **OPTIONS)
-    get_peft_model(whole(folder), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    get_peft_model(whole(folder), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match=r"vision_tower.*let target_modules be a pattern"):
         loram.recover(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
