@@ -73,7 +73,15 @@ def write_16bit(setting: Setting, shape: str, ratio: float) -> Pairs:
 
 
 def throughput(
-    setting: Setting, shape: str, ratio: float, rows: int, tokens: int, pruned: bool, in_4bit: bool, **options: Any
+    setting: Setting,
+    shape: str,
+    ratio: float,
+    rows: int,
+    tokens: int,
+    pruned: bool,
+    in_4bit: bool,
+    steps: int = 7,
+    **options: Any,
 ) -> Pairs:
     """Measure the tokens per second of one method.
 
@@ -82,6 +90,7 @@ def throughput(
         shape, ratio: the models that `write_16bit` has written.
         rows, tokens: the number of rows per step, and of tokens per row.
         pruned, in_4bit: what is trained on.
+        steps: the number of steps; the first two do not count.
         options: further options of `loram.train`.
     """
     from measured_training import Meter
@@ -90,7 +99,7 @@ def throughput(
     import loram
     from loram.planner import estimate
 
-    meter, steps = Meter(), 7
+    meter = Meter()
     trainer = {"per_device_train_batch_size": rows, "max_length": tokens, "max_steps": steps, "save_strategy": "no"}
     plan = estimate(
         config_of(shape), ratio=ratio if pruned else None, load_in_4bit=in_4bit, device=setting.device

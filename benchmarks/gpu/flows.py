@@ -112,6 +112,11 @@ class Flows:
         self.train(model, out, **options)
         return self.recover(out)
 
+    def trained_full(self, out: str, **options: Any) -> dict[str, float]:
+        """Train on the base by the streamed engine, and judge the adapter there."""
+        self.train("base", out, engine="streamed", **options)
+        return self.losses(self.base, adapter=self.root / out)
+
     def polish(self) -> dict[str, float]:
         """Polish the first recovered adapter, and judge it on the base."""
         import loram
@@ -186,6 +191,12 @@ def main_flows(flows: Flows) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "train, 4 bits", lambda: flows.trained("pruned", "lora4", load_in_4bit=True)
     yield "train, anchored", lambda: flows.trained("pruned", "anchored", anchor_steps=2)
     yield "train, anchored, 4 bits", lambda: flows.trained("pruned", "anchored4", anchor_steps=2, load_in_4bit=True)
+    yield "train, streamed", lambda: flows.trained("pruned", "streamed", engine="streamed")
+    yield "train the base, streamed", lambda: flows.trained_full("streamed-full")
+    yield "train the base, streamed, 4 bits", lambda: flows.trained_full("streamed-full4", load_in_4bit=True)
+    yield "prune taylor, refitted", lambda: flows.prune("refitted", refit=True, bypass_rank=4, **flows.text)
+    yield "train on the refitted", lambda: flows.trained("refitted", "on-refitted")
+    yield "train on the refitted, 4 bits", lambda: flows.trained("refitted", "on-refitted4", load_in_4bit=True)
     yield "polish", flows.polish
     yield "merge", flows.merge
     yield "teach and align", flows.align_cached

@@ -59,7 +59,7 @@ def measure_memory(session: Session, small: bool) -> None:
 
 def measure_throughput(session: Session, small: bool) -> None:
     """Compare the methods on one shape."""
-    names = [f"throughput {name}" for name in METHODS]
+    names = [f"throughput {name}" for name in (*METHODS, "streamed")]
     if all(map(session.done, names)):
         return
     shape, ratio, tokens = ("nano", 0.5, 64) if small else ("7b", 0.65, 512)
@@ -76,6 +76,19 @@ def measure_throughput(session: Session, small: bool) -> None:
             pruned=pruned,
             in_4bit=in_4bit,
         )
+    session.run(
+        "throughput streamed",
+        throughput,
+        limit=150,
+        shape=shape,
+        ratio=ratio,
+        rows=2 if small else 16,
+        tokens=tokens,
+        pruned=False,
+        in_4bit=False,
+        steps=3,
+        engine="streamed",
+    )
     session.run("delete 16 bits", clear, limit=30, folders=(f"{shape}-full", f"{shape}-pruned"))
     session.results.pop("write 16 bits", None)  # the files are gone
 

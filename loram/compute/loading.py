@@ -20,8 +20,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from loram.base.errors import UserError, in_one_line
@@ -279,6 +277,9 @@ def tower_names(checkpoint: Checkpoint) -> dict[str, str]:
     Raises:
         UserError: transformers would put such a tensor together from several, or cut it.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     model, wrapper = empty_wrapped(checkpoint), checkpoint.wrapper
     assert wrapper is not None
     changes, built = get_model_conversion_mapping(model), model.state_dict()
