@@ -33,6 +33,7 @@ SHAPES = {
     "7b": (4096, 11008, 32, 32, 32, 32000),
     "1b": (2048, 5632, 22, 32, 4, 32000),
     "160m": (768, 2048, 16, 12, 4, 32000),
+    "nano": (128, 384, 8, 4, 2, 500),
     "tiny": (512, 1536, 12, 8, 4, 8000),
 }
 LAYERS = ARCHITECTURES["llama"]
@@ -53,10 +54,10 @@ def config_of(shape: str) -> dict[str, Any]:
     }
 
 
-def plan_of(config: dict[str, Any], ratio: float) -> PruningPlan:
+def plan_of(config: dict[str, Any], ratio: float, keep_first: int = 4, keep_last: int = 2) -> PruningPlan:
     """Return a plan that keeps as many units as `prune` would; which units it keeps makes no difference here."""
     geometry = Geometry.from_config(config)
-    options = PruneOptions(criterion="random", ratio=ratio, keep_first=4, keep_last=2).resolved()
+    options = PruneOptions(criterion="random", ratio=ratio, keep_first=keep_first, keep_last=keep_last).resolved()
     blank = {space.name: torch.zeros(geometry.units(space)) for space in LAYERS.spaces}
     return choose(
         dict.fromkeys(options.layers(geometry), blank),
@@ -108,7 +109,7 @@ def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = No
             for name, shape in track(list(shapes.items()), "Writing the model"):
                 if in_4bit and _is_linear(name, shape):
                     for part, spec in packed_specs(name, shape).items():
-                        writer.write(part, _tiled(pieces[part.removeprefix(name)], spec, shape))
+                        writer.write(part, _tiled(part, pieces[part.removeprefix(name)], spec, shape))
                     continue
                 for start, rows in _blocks(shape):
                     block = torch.ones(rows, *shape[1:])
@@ -128,9 +129,9 @@ def _pieces() -> dict[str, torch.Tensor]:
     return {name.removeprefix("weight"): tensor for name, tensor in packed_tensors("weight", block.bfloat16()).items()}
 
 
-def _tiled(piece: torch.Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
+def _tiled(part: str, piece: torch.Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
     """Fill a tensor of a quantised weight by repeating the block's; the state, which is JSON, gets the real shape."""
-    if len(piece) == spec.shape[0] and piece.dtype == torch.uint8 and bytes(piece[:1].tolist()) == b"{":
+    if ".quant_state." in part:
         state = {**json.loads(bytes(piece.tolist())), "shape": list(shape)}
         return torch.frombuffer(bytearray(json.dumps(state).encode().ljust(len(piece))), dtype=torch.uint8)
     flat = piece.flatten()

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from loram.model.resize import narrow, widen
     from loram.planner import Estimate, estimate
     from loram.pruning.prune import prune
-    from loram.recovery.options import PolishOptions
-    from loram.recovery.polish import polish
     from loram.recovery.recover import recover
+    from loram.training.options import PolishOptions
+    from loram.training.polish import polish
     from loram.training.train import train
 
 _PLACES = {
     "Estimate": "planner",
-    "PolishOptions": "recovery.options",
+    "PolishOptions": "training.options",
     "PruningPlan": "model.plan",
     "Report": "evaluation.evaluate",
     "UserError": "base.errors",
@@ -39,7 +39,7 @@ _PLACES = {
     "load_pruned": "compute.loading",
     "merge": "export.merge",
     "narrow": "model.resize",
-    "polish": "recovery.polish",
+    "polish": "training.polish",
     "prune": "pruning.prune",
     "quantize": "export.quantize",
     "recover": "recovery.recover",
@@ -88,8 +88,9 @@ def _teach_auto_classes(transformers: Any) -> None:
     """Called with transformers when it is imported, or at once where it is imported already."""
     from loram.model.families import MODEL_CLASSES
     from loram.model.modeling_loram import register
+    from loram.model.wrappers import WRAPPED_CLASSES
 
-    register(MODEL_CLASSES)
+    register(MODEL_CLASSES, WRAPPED_CLASSES)
 
 
 register_post_import_hook(_teach_auto_classes, "transformers")

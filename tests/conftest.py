@@ -263,6 +263,7 @@ SLOW = (
     "test_sparse",
     "test_sparse_train",
     "test_stopping",
+    "test_streamed",
     "test_teach",
     "test_template",
     "test_train",
@@ -338,7 +339,9 @@ _TOWERS: dict[str, Any] = {
     "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "head_dim": 8,
+    "out_hidden_size": 32,
     "image_size": 28,
     "patch_size": 14,
 }

@@ -139,6 +139,9 @@ def test_a_gguf_base_is_used_as_it_is(base: Path, rows: Path, monkeypatch: pytes
     from_gguf = loram.evaluate(GGUF, data=rows / "test.jsonl", max_samples=2)
     assert from_gguf.loss == loram.evaluate(base, data=rows / "test.jsonl", max_samples=2).loss
     assert from_gguf.model == str(GGUF)
+    config, tokenizer = (json.loads((base / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # for transformers 4
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_quickstart_in_short_improves_the_full_model(

@@ -283,8 +283,19 @@ def test_adapters_that_do_not_fit_are_refused(pruned: Any, rows_file: Path, tmp_
     with pytest.raises(loram.UserError, match="says rank 7"):
         loram.recover(adapter, tmp_path / "out")
     full = adapter_on(base, tmp_path / "full", "mixtral")
-    with pytest.raises(loram.UserError, match="adapts experts, and only adapters on linears can be polished"):
+    with pytest.raises(loram.UserError, match="adapts experts, and only adapters on linears can be trained further"):
         loram.polish(base, full, tmp_path / "out", data=rows_file)
+
+
+def test_the_loss_of_routers_is_added(pruned: Any, rows_file: Path, tmp_path: Path) -> None:
+    _, folder, _ = pruned("mixtral")  # its layers have unlike numbers of experts
+    losses = []
+    for coefficient in (0.0, 0.5):
+        out = tmp_path / str(coefficient)
+        trainer = {"max_steps": 1, "router_aux_loss_coef": coefficient}
+        loram.train(folder, out, data=rows_file, trainer={**TRAINER, **trainer}, anchor_steps=0)
+        losses.append(json.loads((out / "training_log.jsonl").read_text().splitlines()[0])["loss"])
+    assert 0.5 * 1.9 <= losses[1] - losses[0] <= 0.5 * 6  # of 6 experts, even use gives 2; more is at most 6
 
 
 MOE, DENSE = ARCHITECTURES["qwen3_moe"], ARCHITECTURES["llama"]
@@ -305,6 +316,8 @@ def test_targets_and_their_defaults() -> None:
         ({"lora": {"target_parameters": ["mlp.experts.w1"]}}, MOE, "'mlp.experts.w1'; known are experts, mlp.experts"),
         ({"lora": {"target_parameters": 3}}, MOE, "target_parameters is 3"),
         ({"lora": TARGETS}, DENSE, "llama has none"),
+        ({"trainer": {"router_aux_loss_coef": 0.1}}, DENSE, "router_aux_loss_coef: llama has no experts"),
+        ({"trainer": {"router_aux_loss_coef": 0.1}}, ARCHITECTURES["glm4_moe"], "steers its router by a bias"),
         ({"lora": {**TARGETS, "lora_dropout": 0.1}}, MOE, "needs lora_dropout 0"),
         ({"lora": {**TARGETS, "init_lora_weights": "eva"}}, MOE, "'eva' is for linears"),
         ({"lora": {**TARGETS, "rank_pattern": {"down_proj": 4}}}, MOE, "rank_pattern has 'down_proj'"),

@@ -181,6 +181,34 @@ def test_law_7_the_same_pruning_gives_the_same_bytes(
     assert (sorted(same), others) == (files, [[], []])
 
 
+def test_a_stream_reads_experts_when_those_of_the_layer_before_are_gone(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tiny_models["qwen3_moe"])
+    stream = Stream(
+        checkpoint, make_batches([[1, 5, 6, 7]], max_tokens=16), device=torch.device("cpu"), dtype=torch.float32
+    )
+    read, read_tensor = list[tuple[str, set[int]]](), checkpoint.tensor
+
+    def note(name: str, *rows: int) -> Tensor:
+        held = {
+            index
+            for index, layer in enumerate(stream.model.model.layers)
+            if any(".experts." in part and not tensor.is_meta for part, tensor in layer.named_parameters())
+        }
+        if ".experts." in name:
+            read.append((name, held))
+        return read_tensor(name, *rows)
+
+    monkeypatch.setattr(Checkpoint, "tensor", lambda _, name, *rows: note(name, *rows))
+    for _ in stream.forward(keep_from=0):
+        pass
+    for _ in stream.backward(0, lambda *_: None):
+        pass
+    assert {name for name, _ in read} == {name for name in checkpoint.names() if ".experts." in name}
+    assert all(held <= {int(name.split(".")[2])} for name, held in read)
+
+
 @on_every_mixture
 def test_law_6_a_streamed_mixture_has_the_whole_models_log_probabilities(family: str, pruned: Any) -> None:
     base, folder, _ = pruned(family)

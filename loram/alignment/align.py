@@ -163,6 +163,7 @@ class _AlignJob(Job[Aligned]):
             AlignTrainer,
             self._student(),
             build_arguments(self.options, self.device, checkpoints.staging),
+            device=self.device,
             rows=self.inputs.rows,
             collator=collate,
             checkpoints=checkpoints,

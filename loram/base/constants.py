@@ -9,6 +9,9 @@ BATCH_TOKENS = 2048
 # Tokens, padding included. A micro-batch that is measured for anchors has at most this many (`loram.training.anchors`).
 MEASURED_TOKENS = 512
 
+# Tokens. A refit holds out about this many calibration tokens at most, to choose its damping (`loram.pruning.refit`).
+HELD_TOKENS = 1024
+
 # Bytes. Streaming keeps this much of the hidden states in memory and the rest in a scratch file.
 HIDDEN_BYTES = 1 << 28
 

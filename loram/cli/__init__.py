@@ -17,6 +17,9 @@ from loram.cli.commands import COMMANDS
 from loram.cli.parser import make_app
 from loram.run.recipe import Recipe
 
+# What people look for, and what does it.
+_UPLOAD, _TALK = "upload a finished folder with `hf upload NAME FOLDER`", "load the recovered adapter in PEFT"
+_WITHOUT = {"push": _UPLOAD, "upload": _UPLOAD, "publish": _UPLOAD, "chat": _TALK, "generate": _TALK}
 _CTRL_C, _SIGTERM = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells give them
 
 
@@ -71,6 +74,8 @@ def _misused(error: typer.TyperException, arguments: list[str]) -> int:
     command = _subcommand(arguments)
     hint = f"loram {command} -h" if command in COMMANDS else "loram -h"
     message = error.format_message().replace("Value error, ", "").rstrip(".")
+    if command in _WITHOUT:
+        return _fail(f"there is no command {command!r}: {_WITHOUT[command]}", 2)
     return _fail(f"{message}; see `{hint}`", 2)
 
 

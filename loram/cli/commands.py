@@ -18,9 +18,9 @@ from loram.evaluation.options import EvaluateOptions
 from loram.export.table import Export, exports
 from loram.planner.settings import PlannerOptions
 from loram.pruning.options import PruneOptions
-from loram.recovery.options import PolishOptions, RecoverOptions
+from loram.recovery.options import RecoverOptions
 from loram.run.recipe import Recipe, load_recipe
-from loram.training.options import TrainOptions
+from loram.training.options import PolishOptions, TrainOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +78,10 @@ class _Adapter(Options):
     adapter: Path | None = option(None, "An adapter folder that fits MODEL.", common=True)
 
 
+class _Start(Options):
+    adapter: Path | None = option(None, "Go on training this adapter, which fits MODEL (default: a new one).")
+
+
 class _Pruned(Options):
     pruned: str | None = option(
         None, "The folder that was trained on, for --correct or 4 bits, if it is not where the adapter says."
@@ -93,6 +97,7 @@ BASE = (*flags_of(Recipe, RUN, only=("base_model_name_or_path",)),)
 SEED, DEVICE, TEMPLATE = (
     tuple(flags_of(Recipe, RUN, only=(name,))) for name in ("seed", "device", "chat_template_path")
 )
+STARTED = (*flags_of(_Start, RUN),)
 FRESH, JSON = (tuple(flags_of(options, RUN)) for options in (_Fresh, _Json))
 
 
@@ -163,10 +168,11 @@ def polish(model: str, adapter: Path, out: Path, **options: Any) -> None:
 
     MODEL is read from disk layer by layer.
     """
-    from loram.recovery.polish import polish as stage
+    from loram.training.polish import polish as stage
 
     stage(model, adapter, out, **options)
-    typer.echo(f"{out}: polished adapter written")
+    if processes.first():
+        typer.echo(f"{out}: polished adapter written")
 
 
 def evaluate(model: str, *, json: bool = False, **options: Any) -> None:
@@ -244,9 +250,9 @@ def estimate(model: str, *, memory: str | None = None, json: bool = False, **opt
     It reads only config.json. With --memory, it finds the smallest ratio that fits. Training options that are left
     out take the defaults of `loram train`.
     """
+    from loram.base.size import parse_size
     from loram.planner.fit import fit
     from loram.planner.show import show
-    from loram.planner.size import parse_size
     from loram.planner.total import estimate as compute
 
     chosen = PlannerOptions.of(**options)
@@ -327,7 +333,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
     "train": Command(
         call=train,
         arguments=(MODEL, OUT),
-        flags=(*DATA, *_stage(TrainOptions), *BASE, *TEMPLATE, *SEED, *DEVICE, *FRESH),
+        flags=(*DATA, *_stage(TrainOptions), *STARTED, *BASE, *TEMPLATE, *SEED, *DEVICE, *FRESH),
         together=True,
     ),
     "recover": Command(
@@ -346,6 +352,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
         call=polish,
         arguments=(MODEL, ADAPTER, OUT),
         flags=(*DATA, *_stage(PolishOptions), *TEMPLATE, *SEED, *DEVICE, *FRESH),
+        together=True,
     ),
     "eval": Command(
         call=evaluate,

@@ -43,7 +43,6 @@ def make_app() -> typer.Typer:
     """Return the command line."""
     app = typer.Typer(
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},

@@ -33,7 +33,7 @@ def load_for(checkpoint: Checkpoint, folder: Path, *, trained_on: str | Path | N
     _check_origin(checkpoint, adapter, trained_on)
     shapes = _adaptable_shapes(checkpoint)
     if checkpoint.wrapper is not None and not adapter.masks:  # a masked one has the pruned model's names
-        adapter = in_text(adapter, checkpoint.wrapper, shapes, checkpoint.name)
+        adapter = in_text(adapter, checkpoint.wrapper, shapes, checkpoint.name, full=not checkpoint.pruned)
     else:
         adapter.check_fits(shapes, checkpoint.name, full=not checkpoint.pruned)
     if checkpoint.quantized and adapter.of_experts:

@@ -8,7 +8,7 @@ Shapes: `wanted` is the number of places of one micro-batch whose prediction is 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from loram.disk.checkpoint import Checkpoint
 _SLICE_BYTES = 1 << 26
 
 Visit = Callable[[int, int, Tensor, Tensor], None]
+OnGradient = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,38 @@ class TopK:
     ids: Tensor
     log_probs: Tensor
     log_rest: Tensor
+
+
+class _Factors:
+    """The factors of an adapter on the head, and their gradients, which grow slice by slice.
+
+    Args:
+        module: the head's path.
+        a, b: lora_A, (r, hidden), and lora_B, (vocabulary, r).
+        scaling: what their product is multiplied by.
+    """
+
+    def __init__(self, module: str, a: Tensor, b: Tensor, scaling: float) -> None:
+        self.module, self.a, self.b, self.scaling = module, a, b, scaling
+        self.by_a, self.by_b = torch.zeros_like(a), torch.zeros_like(b)
+
+    def add_(self, inputs: Tensor, by_logits: Tensor, start: int) -> None:
+        """Add the gradients of some places and tokens.
+
+        Args:
+            inputs: what the head reads, (wanted, hidden).
+            by_logits: the gradient by what it gives, (wanted, slice).
+            start: the first token of the slice.
+        """
+        rows = slice(start, start + by_logits.shape[1])
+        by_logits = by_logits * self.scaling
+        self.by_b[rows] += by_logits.T @ (inputs @ self.a.T)
+        self.by_a += (by_logits @ self.b[rows]).T @ inputs
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (name in files, factor, its gradient)."""
+        for part, factor, gradient in (("A", self.a, self.by_a), ("B", self.b, self.by_b)):
+            yield f"base_model.model.{self.module}.lora_{part}.weight", factor, gradient
 
 
 class Head:
@@ -110,11 +143,13 @@ class Head:
             results.append(TopK(ids=ids, log_probs=log_probs, log_rest=torch.log1p(-mass).float()))
         return results
 
-    def gradient(self, gradients: Activations) -> float:
+    def gradient(self, gradients: Activations, on_gradient: OnGradient | None = None) -> float:
         """Work out the gradient of the mean loss over all wanted tokens by the last layer's outputs.
 
         Args:
             gradients: gets the gradient, (rows, width, hidden) for each micro-batch.
+            on_gradient: called for each of the adapter's factors on the head, if it has some, with its name in files,
+                the factor and its gradient.
 
         Returns:
             The loss, in nats per token.
@@ -124,6 +159,7 @@ class Head:
         losses = (float((total - target).double().sum()) for total, target in zip(totals, targets, strict=True))
         loss = sum(losses) / predicted
         sums = [torch.zeros(shape) for shape in self._inputs.shapes]  # the gradient by the head's inputs, float32
+        factors = self._factors() if on_gradient is not None else None
 
         def visit(number: int, start: int, logits: Tensor, weight: Tensor) -> None:
             error = (logits - totals[number].to(logits.device)[:, None]).exp()  # softmax, (wanted, slice)
@@ -131,9 +167,14 @@ class Head:
             error[inside, here] -= 1  # softmax minus the one-hot target: the gradient by the logits
             self._rule.pull_back_(error, logits)
             sums[number] += (error.to(weight.dtype) @ weight).float().cpu() / predicted  # (wanted, hidden)
+            if factors is not None:
+                factors.add_(self._inputs[number].to(error), error / predicted, start)
 
         self._visit_logits(visit)
         self._inputs.close()
+        if factors is not None and on_gradient is not None:
+            for name, factor, gradient in factors.gradients():
+                on_gradient(name, factor, gradient)
         for number, batch in enumerate(self.batches):
             x = self.final[number].to(self.device).detach().requires_grad_()  # (rows, width, hidden)
             with torch.enable_grad():
@@ -142,6 +183,14 @@ class Head:
             assert x.grad is not None
             gradients[number] = x.grad
         return loss
+
+    def _factors(self) -> "_Factors | None":
+        """Return the adapter's factors on the head; None where it has none, or a masked update."""
+        adapter, module = self.adapter, self._module
+        if adapter is None or module not in adapter.modules or module in adapter.masks:
+            return None
+        a, b = (adapter.modules[module][part].detach().to(self.device, torch.float32) for part in "AB")
+        return _Factors(module, a, b, adapter.scaling(module))
 
     def _normalisers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return log-sum-exp over the vocabulary and the target's logit, both (wanted,) float32 per micro-batch."""

@@ -153,4 +153,4 @@ def streamed_loss(
         pass
     total = -sum(float(log_probs.double().sum()) for log_probs in stream.log_probs())
     added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
-    return total, stream.predicted, stream.parameters + added
+    return total, stream.predicted, checkpoint.parameters + added

@@ -15,6 +15,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,17 +35,20 @@ _CODE = "modeling_loram"
 _SLOW_BYTES = 4 << 30
 # What somebody once wanted of a forward pass. A pruned folder leaves it out: it says nothing about the model.
 _OF_A_RUN = ("return_dict", "output_attentions", "output_hidden_states", "quantization_config")
+_OF_THE_FULL = ("model_type", "architectures", "transformers_version", "auto_map", *_OF_A_RUN)
 
 
-def write_config(full: PreTrainedConfig, plan: PruningPlan, out: Path) -> None:
+def write_config(checkpoint: Checkpoint, plan: PruningPlan, out: Path, *, towers: bool = False) -> None:
     """Write a pruned model's config.json, and the code that builds the model, into a folder.
 
     Args:
-        full: the config of the full model.
+        checkpoint: the full model.
         plan: the pruning plan.
         out: the folder to write into.
+        towers: write the config of the wrapped model around the pruned text model.
     """
-    _pruned_config(full, plan).save_pretrained(out)
+    config = _wrapped_config(checkpoint, plan) if towers else _pruned_config(config_of(checkpoint), plan)
+    config.save_pretrained(out)
     shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
 
 
@@ -59,7 +63,7 @@ def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
 def _pruned_config(full: PreTrainedConfig, plan: PruningPlan) -> PreTrainedConfig:
     config_class, model_class = modeling_loram.pruned_classes(plan.architecture.model_class)
     values = full.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map", *_OF_A_RUN):
+    for key in _OF_THE_FULL:
         values.pop(key, None)
     keys, own = plan.config_keys(), {int(layer): widths for layer, widths in values.get("per_layer_config", {}).items()}
     if own:  # the family's layers differ in size themselves
@@ -79,8 +83,31 @@ def _pruned_config(full: PreTrainedConfig, plan: PruningPlan) -> PreTrainedConfi
         },
         **keys,
     }
-    made = config_class(**values)
-    return config_class.from_dict(json.loads(made.to_json_string()))  # as it is read back from the folder
+    return _as_read(config_class(**values))
+
+
+def _wrapped_config(checkpoint: Checkpoint, plan: PruningPlan) -> PreTrainedConfig:
+    """Return the config of a wrapped model around its pruned text model."""
+    assert checkpoint.wrapper is not None
+    config_class, model_class = modeling_loram.wrapped_classes(checkpoint.wrapper.model_class)
+    values, text = config_of(checkpoint.whole).to_dict(), _pruned_config(config_of(checkpoint), plan).to_dict()
+    for key in _OF_THE_FULL:
+        values.pop(key, None)
+    del text["auto_map"]  # the wrapped model's says where the code is
+    values |= {
+        "text_config": text,
+        "architectures": [model_class.__name__],
+        "auto_map": {
+            "AutoConfig": f"{_CODE}.{config_class.__name__}",
+            "AutoModelForImageTextToText": f"{_CODE}.{model_class.__name__}",
+        },
+    }
+    return _as_read(config_class(**values))
+
+
+def _as_read(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config as it is read back from a folder."""
+    return type(config).from_dict(json.loads(config.to_json_string()))
 
 
 def load_pruned(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -219,6 +246,58 @@ def empty_model(
     model.tie_weights()  # each parameter was moved to the meta device by itself
     model.train(False)
     return model
+
+
+def empty_wrapped(checkpoint: Checkpoint, plan: PruningPlan | None = None) -> PreTrainedModel:
+    """Build a wrapped model with its towers, without weights.
+
+    Args:
+        checkpoint: the full wrapped model.
+        plan: put what this plan makes of the text model in its place.
+
+    Raises:
+        UserError: transformers refuses the config.
+    """
+    try:
+        config = config_of(checkpoint.whole) if plan is None else _wrapped_config(checkpoint, plan)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    except Exception as error:  # as for `empty_model`
+        where = checkpoint.folder / "config.json"
+        raise UserError(f"{where}: transformers cannot build the wrapped model ({in_one_line(error)})") from error
+    model.tie_weights()
+    return model
+
+
+def tower_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what files call the tensors that a wrapped model has beside its text model, by transformers' own names.
+
+    Tensors that transformers leaves unused are not among them.
+
+    Raises:
+        UserError: transformers would put such a tensor together from several, or cut it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model, wrapper = empty_wrapped(checkpoint), checkpoint.wrapper
+    assert wrapper is not None
+    changes, built = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    names: dict[str, str] = {}
+    for stored in checkpoint.whole.names():
+        if wrapper.unwrapped(stored) is not None:
+            continue
+        name, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, built)
+        if converted is not None:
+            raise UserError(
+                f"{checkpoint.name}: transformers builds {name} from {stored} and other tensors, so it cannot be "
+                "copied; leave keep_towers out"
+            )
+        if name in built:
+            names[name] = stored
+    return names
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -5,7 +5,8 @@ module, so an adapter takes part and gets its exact gradient.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,31 @@ from loram.data.batches import IGNORED
 from loram.model.families import family_of
 
 PLAIN = LogitRule()  # logits are what the head gives
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """A loss that grows where routers send many tokens to few experts (arXiv 2101.03961, equations 4 to 6).
+
+    Args:
+        coefficient: what it is multiplied by before it is added to the cross entropy.
+        chosen: the number of experts that a token goes to.
+    """
+
+    coefficient: float
+    chosen: int
+
+    def of(self, logits: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """Return the loss, the mean over the layers with experts, times its coefficient: a float32 scalar.
+
+        Args:
+            logits: what the router of each of these layers gives, (tokens, experts); layers may have unlike numbers.
+            mask: which tokens are text, (rows, width); None if all are.
+        """
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        losses = (load_balancing_loss_func((layer,), layer.shape[-1], self.chosen, mask) for layer in logits)
+        return self.coefficient * cast(Tensor, sum(losses)) / len(logits)
 
 
 def chunked_cross_entropy(
@@ -92,6 +118,7 @@ def causal_loss(
     labels: Tensor,
     count: Tensor | int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    balance: Balance | None = None,
     **inputs: Any,
 ) -> Tensor:
     """Compute the mean cross entropy of a causal language model in nats per token, by `chunked_cross_entropy`.
@@ -102,6 +129,7 @@ def causal_loss(
         count: the number that the sum is divided by (default: the number of tokens in the loss). If a step has several
             micro-batches, this is the number of tokens in the loss of all of them.
         chunk_tokens: for how many tokens the logits are held at a time.
+        balance: what a mixture of experts adds to the loss. With `count`, each micro-batch adds its share.
         args: further positional arguments of the model's forward pass.
         inputs: further keyword arguments of the model's forward pass.
 
@@ -109,9 +137,14 @@ def causal_loss(
         A float32 scalar.
     """
     decoder, head, rule = parts_of(model)
-    hidden = decoder(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (rows, width, hidden size)
+    routed = {} if balance is None else {"output_router_logits": True}
+    outputs = decoder(*args, **{**inputs, **routed, "use_cache": False})
+    hidden = outputs.last_hidden_state  # (rows, width, hidden size)
     total = chunked_cross_entropy(hidden, labels, head, rule=rule, chunk_tokens=chunk_tokens)
-    return total / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
+    predicted = (labels[:, 1:] != IGNORED).sum()
+    if balance is not None:
+        total = total + predicted * balance.of(outputs.router_logits, inputs.get("attention_mask"))
+    return total / (predicted if count is None else count)
 
 
 def parts_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, LogitRule]:
@@ -124,7 +157,7 @@ def parts_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, LogitRule]:
     return model.get_submodule(row.decoder), model.get_submodule(row.head), LogitRule.of(row, vars(model.config))
 
 
-def use_chunked_loss_(model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS) -> None:
+def use_chunked_loss_(model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS, balance: Balance | None = None) -> None:
     """Make a causal language model return `causal_loss`, and no logits, whenever it is called with labels.
 
     Calls without labels do not change. The loss is computed inside the model's own forward pass, so it also works in a
@@ -133,6 +166,7 @@ def use_chunked_loss_(model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS) 
     Args:
         model: a causal language model of transformers.
         chunk_tokens: for how many tokens the logits are held at a time.
+        balance: what a mixture of experts adds to the loss.
     """
     plain_forward = model.forward
 
@@ -141,7 +175,15 @@ def use_chunked_loss_(model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS) 
     ) -> Any:
         if labels is None:
             return plain_forward(*args, **inputs)
-        loss = causal_loss(model, *args, labels=labels, count=num_items_in_batch, chunk_tokens=chunk_tokens, **inputs)
+        loss = causal_loss(
+            model,
+            *args,
+            labels=labels,
+            count=num_items_in_batch,
+            chunk_tokens=chunk_tokens,
+            balance=balance,
+            **inputs,
+        )
         return CausalLMOutput(loss=loss)
 
     model.forward = forward

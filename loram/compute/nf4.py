@@ -250,15 +250,26 @@ def _shapes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, tuple[int, ..
 
 
 def _replace_linears_(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Give a model empty linears for weights in NF4; those that only route tokens to experts stay what they are."""
-    architecture = checkpoint.architecture
-    whole = {parameter.name for parameter in architecture.parameters}
+    """Give a model empty linears for weights in NF4."""
+    linears = linear_shapes(checkpoint, model)
     for name, module in list(model.named_modules()):
-        place = architecture.split(f"{name}.weight")
-        if type(module) is nn.Linear and (place is None or place[1] not in whole):
+        if f"{name}.weight" in linears:
             model.set_submodule(name, _empty_linear(module, dtype))
         elif isinstance(module, SparseLinear):
             model.set_submodule(name, SparseLinear4bit(module, len(module.weight)))
+
+
+def linear_shapes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a model's linears that are in NF4, by name; those of routers stay whole."""
+    architecture = checkpoint.architecture
+    whole = {parameter.name for parameter in architecture.parameters}
+    shapes = {f"{name}.weight": module for name, module in model.named_modules() if type(module) is nn.Linear}
+    places = {name: architecture.split(name) for name in shapes}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in shapes.items()
+        if (place := places[name]) is None or place[1] not in whole
+    }
 
 
 def _put_(
@@ -268,11 +279,11 @@ def _put_(
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, Linear4bit) and own == "weight":
-        _put_weight_(module, _read_4bit(checkpoint, name, shape, device, dtype))
+        _put_weight_(module, read_4bit(checkpoint, name, shape, device, dtype))
     elif isinstance(module, SparseLinear) and own == "weight":
-        module.weight = _read_4bit(checkpoint, name, shape, device, dtype)
-    elif _holds_experts(checkpoint, name):
-        put_experts_(module, own, (_packed(matrix, device, dtype) for matrix in _experts(checkpoint, name)))
+        module.weight = read_4bit(checkpoint, name, shape, device, dtype)
+    elif holds_experts(checkpoint, name):
+        put_experts_(module, own, (pack(matrix, device, dtype) for matrix in expert_matrices(checkpoint, name)))
     else:
         packed = checkpoint.constants(name)  # transformers quantises linears that stay whole here
         tensor = (dequantized(checkpoint, name)[0] if packed else checkpoint.tensor(name)).to(device)
@@ -309,7 +320,7 @@ def _put_embedding_(
     """Give a model an embedding, and its head where that is tied to it."""
     path = name.rpartition(".")[0]
     embedding = model.get_submodule(path)
-    weight = None if offload and not tied else _read_4bit(checkpoint, name, shape, device, dtype)
+    weight = None if offload and not tied else read_4bit(checkpoint, name, shape, device, dtype)
     if offload:
         model.set_submodule(path, HostEmbedding(embedding, checkpoint.tensor(name), dtype))
     else:
@@ -318,12 +329,12 @@ def _put_embedding_(
         _put_weight_(model.get_output_embeddings(), weight)
 
 
-def _read_4bit(
+def read_4bit(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Params4bit:
     """Return a weight in NF4 on the device; it is quantised now, unless it is in NF4 in the folder already."""
     if not (stats := checkpoint.constants(name)):
-        return _packed(checkpoint.tensor(name), device, dtype)
+        return pack(checkpoint.tensor(name), device, dtype)
     tensors: dict[str, Any] = {key: checkpoint.tensor(key) for key in stats}
     weight = Params4bit.from_prequantized(checkpoint.tensor(name), tensors, device=device)
     _check_shape(checkpoint, name, tuple(weight.quant_state.shape), shape)
@@ -331,20 +342,20 @@ def _read_4bit(
     return weight
 
 
-def _packed(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Params4bit:
+def pack(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Params4bit:
     """Return a weight quantised to NF4 on a device, for a model that computes in `dtype`."""
     packed, state = quantize(weight.to(device))
     state.dtype = dtype  # backward dequantises to this, forward to the dtype of its input
     return Params4bit(packed, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", bnb_quantized=True)
 
 
-def _holds_experts(checkpoint: Checkpoint, name: str) -> bool:
+def holds_experts(checkpoint: Checkpoint, name: str) -> bool:
     """Return whether a tensor has one matrix per expert."""
     place = checkpoint.architecture.split(name)
     return place is not None and any(place[1] == tensor.name for tensor in checkpoint.architecture.expert_matrices)
 
 
-def _experts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+def expert_matrices(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
     """Yield the matrix of each expert in a 3-D tensor, (out_features, in_features), of which one is in memory."""
     for expert in range(checkpoint.shape(name)[0]):
         (matrix,) = checkpoint.tensor(name, expert, expert + 1)

@@ -19,12 +19,13 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from loram.base.constants import HIDDEN_BYTES
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
-from loram.compute.head import Head, TopK
+from loram.compute.head import Head, OnGradient, TopK
 from loram.compute.loading import empty_model
 from loram.compute.scratch import Activations, Scratch
 from loram.compute.sharing import BatchStates, SharedStates
@@ -36,11 +37,9 @@ from loram.model.segments import Linear
 
 Observer = Callable[[str, Tensor, Tensor, Tensor], None]
 ExpertsObserver = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor], None]
-Observers = tuple[Observer | None, ExpertsObserver | None]
 LayerObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 Editor = Callable[["ResidentLayer"], None]
 Of = Literal["weights", "weights and experts", "factors"]
-OnGradient = Callable[[str, Tensor, Tensor], None]
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
@@ -70,6 +69,29 @@ class ResidentLayer:
 
     index: int
     tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observers:
+    """Who sees what passes a layer; the arguments are as for `Stream.forward`."""
+
+    linears: Observer | None = None
+    experts: ExpertsObserver | None = None
+    layer: LayerObserver | None = None
+    gather: Observer | None = None
+
+    def of(self, batch: Batch) -> "_Observers":
+        """Return those who see a micro-batch."""
+        return _Observers(gather=self.gather) if self.beside(batch) else self
+
+    def beside(self, batch: Batch) -> bool:
+        """Return whether a micro-batch passes only so that `gather` sees it."""
+        return self.gather is not None and not batch.counts
+
+    @property
+    def of_linears(self) -> list[Observer]:
+        """Return those who see its linears."""
+        return [observer for observer in (self.linears, self.gather) if observer is not None]
 
 
 @contextlib.contextmanager
@@ -127,6 +149,7 @@ class Stream:
         adapter: a LoRA adapter that fits the model; it is added layer by layer.
         hidden_bytes: how many bytes of hidden states are kept in memory; what goes beyond is in a scratch file.
         scratch: the folder of the scratch file (default: the system's temporary folder).
+        model: the `model` of a stream of the same checkpoint that is over, which saves building it again.
     """
 
     def __init__(
@@ -139,6 +162,7 @@ class Stream:
         adapter: Adapter | None = None,
         hidden_bytes: int = HIDDEN_BYTES,
         scratch: Path | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         if checkpoint.quantized:
             raise UserError(
@@ -147,10 +171,7 @@ class Stream:
         self.checkpoint, self.batches, self.adapter = checkpoint, batches, adapter
         self.device, self.dtype, self.architecture = device, dtype, checkpoint.architecture
         return_freed_memory_()
-        self.model = empty_model(checkpoint, dtype, dense=True)
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # a tied one once
-        if checkpoint.sparse:
-            self.parameters = checkpoint.parameters  # the weights that are kept
+        self.model = empty_model(checkpoint, dtype, dense=True) if model is None else model
         self._layers = cast(nn.ModuleList, self.model.get_submodule(self.architecture.layers_path))
         self._scratch = Scratch(hidden_bytes, scratch)
         # shape of a micro-batch -> layer -> what the model's own code passes to that layer beside the hidden states
@@ -176,8 +197,11 @@ class Stream:
         edit: Editor | None = None,
         observe_experts: ExpertsObserver | None = None,
         observe_layer: LayerObserver | None = None,
+        gather: Observer | None = None,
     ) -> Generator[ResidentLayer, None, None]:
         """Send all micro-batches through layer after layer, and yield each layer when they have passed it.
+
+        Where there is a `gather`, micro-batches without a token in the loss pass for it alone.
 
         Args:
             observe: called for every linear of a decoder layer and every micro-batch, with the weight's full name, the
@@ -191,8 +215,9 @@ class Stream:
                 numbers and the weights of each token's experts, (tokens, k) both, and where tokens are text, bool.
             observe_layer: called for every decoder layer and every micro-batch, with the layer's index, its inputs and
                 outputs, (rows, width, hidden) each, and where these are text, as `observe`.
+            gather: called as `observe`, and nothing else sees micro-batches without a token in the loss then.
         """
-        observers = (observe, observe_experts)
+        observers = _Observers(linears=observe, experts=observe_experts, layer=observe_layer, gather=gather)
         current = self._embed()
         for layer in self._resident(range(len(self._layers)), "Layers, forward"):
             keep = keep_from is not None and layer.index >= keep_from
@@ -200,7 +225,7 @@ class Stream:
             if edit is not None:
                 self._pass(layer.index, current, None, observers)
                 edit(layer)
-            self._pass(layer.index, current, outputs, (None, None) if edit else observers, observe_layer)
+            self._pass(layer.index, current, outputs, _Observers(layer=observe_layer) if edit else observers)
             if keep:
                 self._inputs[layer.index], current = current, outputs
             elif layer.index in self._layer_inputs:
@@ -215,45 +240,54 @@ class Stream:
         index: int,
         inputs: Activations,
         outputs: Activations | None,
-        observers: Observers,
-        observe_layer: LayerObserver | None = None,
+        observers: _Observers,
+        leaving: Sequence[int] = (),
     ) -> None:
-        """Send all micro-batches through one layer."""
+        """Send all micro-batches through one layer, but for those whose numbers are `leaving`."""
         for number, batch in enumerate(self.batches):
-            before = inputs[number].to(self.device)  # (rows, width, hidden)
-            with torch.no_grad(), self._observed(index, batch, *observers):
+            if number in leaving:
+                continue
+            before, own = inputs[number].to(self.device), observers.of(batch)  # (rows, width, hidden)
+            with torch.no_grad(), self._observed(index, batch, own):
                 after = self._call(index, number, before, self._shared.of(number))
-            if observe_layer is not None:
-                observe_layer(index, before, after, batch.real.to(self.device))
+            if own.layer is not None:
+                own.layer(index, before, after, batch.real.to(self.device))
             if outputs is not None:
                 outputs[number] = after
 
-    def backward(self, down_to: int, on_gradient: OnGradient | None, *, of: Of = "weights") -> Iterator[ResidentLayer]:
+    def backward(
+        self, down_to: int, on_gradient: OnGradient | None, *, of: Of = "weights", gather: Observer | None = None
+    ) -> Iterator[ResidentLayer]:
         """Walk down from the loss, the mean over all wanted tokens, and yield each layer when its gradients are done.
 
         The gradients are those of the whole model (reverse mode; each layer is computed again from its kept inputs),
-        by the weights of the decoder layers' linears and experts or by the adapter's factors. Sets `loss`, in nats per
-        token.
+        by the weights of the decoder layers' linears and experts or by the adapter's factors, those on the head too.
+        Sets `loss`, in nats per token.
 
         Args:
             down_to: the last layer to visit; `forward` must have kept the inputs from this layer on.
             on_gradient: called once for every weight with its full name, the weight and its gradient, which have one
                 shape; the gradient's memory is freed after the call. None: only pass gradients from layer to layer.
             of: what to differentiate by; factors go by PEFT's names. `weights` are those of linears.
+            gather: called as in `forward`, while a layer is computed again; micro-batches without a token in the loss
+                are then computed again for it alone, without gradients.
         """
         assert self._final is not None, "forward has not come to its end"
-        head, gradients = self._head(), self._room()
-        self.loss = head.gradient(gradients)
+        head, gradients, observers = self._head(), self._room(), _Observers(gather=gather)
+        differentiated = [number for number, batch in enumerate(self.batches) if not observers.beside(batch)]
+        self.loss = head.gradient(gradients, on_gradient if of == "factors" else None)
         self._final.close()
         for layer in self._resident(range(len(self._layers) - 1, down_to - 1, -1), "Layers, backward"):
             inputs = self._inputs.pop(layer.index)
             with self._differentiated(layer, on_gradient, of) as state:
-                for number in range(len(self.batches)):
-                    state["last"] = number == len(self.batches) - 1
+                if len(differentiated) < len(self.batches):
+                    self._pass(layer.index, inputs, None, observers, leaving=differentiated)
+                for number in differentiated:
+                    state["last"] = number == differentiated[-1]
                     x = inputs[number].to(self.device).detach()  # (rows, width, hidden), as y and both gradients
                     x.requires_grad_(layer.index > down_to or on_gradient is None)
                     shared = self._shared.of(number)
-                    with torch.enable_grad():
+                    with torch.enable_grad(), self._observed(layer.index, self.batches[number], observers):
                         y = self._call(layer.index, number, x, shared)
                     roots = [(y, gradients[number].to(self.device)), *shared.roots()]
                     torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
@@ -333,8 +367,10 @@ class Stream:
                 ids = torch.searchsorted(used, batch.ids).to(self.device)  # places in `used`, (rows, width)
                 hidden[number] = decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
                 self._arguments[tuple(ids.shape)] = dict(notes)
-        for name in weights:
-            self.model.get_submodule(name.rpartition(".")[0]).to_empty(device="meta")
+        for name in weights:  # the modules' buffers stay
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            setattr(module, leaf, nn.Parameter(module.get_parameter(leaf).to("meta"), requires_grad=False))
         return hidden
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
@@ -361,13 +397,18 @@ class Stream:
         return output
 
     def _resident(self, indices: Sequence[int], description: str) -> Iterator[ResidentLayer]:
-        """Layers with their weights and adapter in place, one at a time, while the next one is being read."""
-        loads = prefetched(indices, self._read)
+        """Layers with their weights and adapter in place, one at a time, while the next one is being read.
+
+        A layer's experts are nearly all of it, and are read when the layer before is gone.
+        """
+        loads = prefetched(indices, self._read_ahead)
         with contextlib.closing(loads):
             for index in track(indices, description):
                 layer, weights = self._layers[index], next(loads)
                 _fill_(layer, weights, self.device)
                 prefix = self.architecture.layer_path(index)
+                for name in self._experts(index):
+                    _fill_(layer, {name.removeprefix(f"{prefix}."): self.checkpoint.tensor(name)}, self.device)
                 tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
                 handles = self._adapt_(index)
                 yield ResidentLayer(index=index, tensors=tensors)
@@ -376,9 +417,12 @@ class Stream:
                     handle.remove()
                 layer.to_empty(device="meta")
 
-    def _read(self, index: int) -> dict[str, Tensor]:
+    def _read_ahead(self, index: int) -> dict[str, Tensor]:
+        """Read the tensors of a layer by their names in it, all but its experts."""
         prefix = self.architecture.layer_path(index)
-        return {name: self.checkpoint.tensor(f"{prefix}.{name}") for name in self._layers[index].state_dict()}
+        names = {name: f"{prefix}.{name}" for name in self._layers[index].state_dict()}
+        experts = self._experts(index)
+        return {name: self.checkpoint.tensor(full) for name, full in names.items() if full not in experts}
 
     def _linears(self, index: int) -> Iterator[tuple[str, nn.Linear]]:
         """Yield (full path, module) of every linear of a layer."""
@@ -426,26 +470,24 @@ class Stream:
                 weight.copy_(self.adapter.updated(name, weight, expert, transposed=transposed))
 
     @contextlib.contextmanager
-    def _observed(
-        self, index: int, batch: Batch, observe: Observer | None, observe_experts: ExpertsObserver | None
-    ) -> Iterator[None]:
+    def _observed(self, index: int, batch: Batch, observers: _Observers) -> Iterator[None]:
         """Call the observers for each linear of a layer, and for its experts, while a micro-batch passes."""
         real, handles = batch.real.to(self.device), []
 
         def see_linear(_: nn.Module, args: Any, output: Tensor, name: str) -> None:
-            assert observe is not None
             inputs, outputs = (tensor.reshape(*real.shape, -1) for tensor in (args[0], output))  # experts flatten them
-            observe(name, inputs, outputs, real)
+            for observe in observers.of_linears:
+                observe(name, inputs, outputs, real)
 
         def see_experts(module: nn.Module, args: Any) -> None:
-            assert observe_experts is not None
+            assert observers.experts is not None
             hidden, numbers, weights = (tensor.reshape(real.numel(), -1) for tensor in args)
-            observe_experts(index, module, hidden, numbers, weights, real.flatten())
+            observers.experts(index, module, hidden, numbers, weights, real.flatten())
 
-        if observe is not None:
+        if observers.of_linears:
             for path, linear in self._linears(index):
                 handles.append(linear.register_forward_hook(functools.partial(see_linear, name=f"{path}.weight")))
-        if observe_experts is not None and (experts := self.checkpoint.rows_by_layer[index].experts) is not None:
+        if observers.experts is not None and (experts := self.checkpoint.rows_by_layer[index].experts) is not None:
             module = self._layers[index].get_submodule(experts.path)
             handles.append(module.register_forward_pre_hook(see_experts))
         yield

@@ -27,6 +27,11 @@ class Batch:
     wanted: Tensor
     targets: Tensor
 
+    @property
+    def counts(self) -> bool:
+        """Return whether any of its tokens is in the loss."""
+        return len(self.targets) > 0
+
 
 def make_batches(
     input_ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None, *, max_tokens: int

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from loram.base.errors import UserError, first_problem
 from loram.disk.expert_factors import by_expert, is_of_experts, is_targeted, own_name, peft_name
 from loram.disk.files import read_json
-from loram.disk.lora_keys import ALL_LINEAR, READ, changes_the_base, refused_key
+from loram.disk.lora_keys import ALL_LINEAR, INSTEAD, READ, changes_the_base, refused_key
 from loram.disk.tensorfile import TensorFile
 from loram.model.modeling_loram import unpack
 from loram.model.plan import MASKS_NAME
@@ -114,10 +114,11 @@ class Adapter:
         if self._options.fan_in_fan_out:
             raise UserError(f"{self.folder}: fan_in_fan_out adapters are for Conv1D models, which we do not support")
         if (key := refused_key(self.config, READ)) is not None:
-            raise UserError(
-                f"{where}: {key} is {shown(self.config[key])}, and LoRAM does not know an adapter with it; train one "
-                "without it, or remove the key if it says nothing about the weights"
+            unknown = (
+                "LoRAM does not know an adapter with it; train one without it, or remove the key if it says nothing "
+                "about the weights"
             )
+            raise UserError(f"{where}: {key} is {shown(self.config[key])}, and {INSTEAD.get(key, unknown)}")
         if changes_the_base(initial := self.config.get("init_lora_weights", True)):
             raise UserError(
                 f"{where}: init_lora_weights is {initial!r}, which takes a part out of the base's weights, so this "
@@ -128,6 +129,8 @@ class Adapter:
     def _check_tensors(self) -> None:
         where = self.folder / WEIGHTS_NAME
         for name, tensor in self.tensors.items():
+            if ".lora_embedding_" in name:
+                raise UserError(f"{where}: {name} {INSTEAD['lora_embedding']}")
             if _FACTOR.match(name) is None and not (self.dora and _MAGNITUDE.match(name)):
                 raise UserError(
                     f"{where}: {name} is not a LoRA factor (base_model.model.MODULE.lora_A.weight or lora_B)"

@@ -14,7 +14,15 @@ from torch import Tensor
 from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.artifacts import find_manifest
-from loram.disk.files import CHAT_TEMPLATE, copy_side_files, read_json, refuse_pointer, side_files
+from loram.disk.files import (
+    CHAT_TEMPLATE,
+    TOKENIZER_FILES,
+    copy_files,
+    copy_side_files,
+    read_json,
+    refuse_pointer,
+    side_files,
+)
 from loram.disk.packed import PackedTensor, dense_dtype, unpacked
 from loram.disk.stacked import Stack, StackedTensor, names_in_model
 from loram.disk.tensorfile import StoredTensor, TensorFile, TensorSpec
@@ -258,6 +266,17 @@ class Checkpoint:
         """
         wrapped = wrapper_of(self._whole_config) is not None
         copy_side_files(self.folder, out, processors=self._whole and wrapped)
+        self._write_template(out)
+
+    def copy_tokenizer(self, out: Path) -> None:
+        """Copy the tokenizer's files to another folder, with the chat template that was chosen.
+
+        Saved by transformers, they would name a class that only its own version has.
+        """
+        copy_files(self.folder, out, TOKENIZER_FILES)
+        self._write_template(out)
+
+    def _write_template(self, out: Path) -> None:
         if self.chat_template is not None:
             (out / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 

@@ -10,8 +10,9 @@ from loram.base.errors import UserError
 
 _LFS = b"version https://git-lfs"
 
-# Everything in a model folder beside its weights and its config. These files are copied byte for byte.
-SIDE_FILES = (
+# The tokenizer's files in a model folder, and all files beside its weights and its config. They are copied byte for
+# byte.
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -19,6 +20,9 @@ SIDE_FILES = (
     "merges.txt",
     "*.model",
     "chat_template*",
+)
+SIDE_FILES = (
+    *TOKENIZER_FILES,
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -70,7 +74,12 @@ def copy_side_files(source: Path, out: Path, *, processors: bool = False) -> Non
         source, out: the two folders.
         processors: copy what a wrapped model has for images or sound too.
     """
-    for path in side_files(source, SIDE_FILES + _PROCESSORS if processors else SIDE_FILES):
+    copy_files(source, out, SIDE_FILES + _PROCESSORS if processors else SIDE_FILES)
+
+
+def copy_files(source: Path, out: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of a model folder that match the patterns to another folder, byte for byte."""
+    for path in side_files(source, patterns):
         shutil.copyfile(path, out / path.name)
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from loram.base.errors import UserError
 from loram.base.paths import local
 from loram.disk.artifacts import check_output, find_manifest, publish
-from loram.disk.files import refuse_pointer
+from loram.disk.files import read_json, refuse_pointer, write_json
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
+from loram.model.modeling_loram import older_rope_keys
 
 
 def cache_folder() -> Path:
@@ -60,6 +61,7 @@ def convert_gguf(path: str | Path, out: str | Path) -> Path:
         config.save_pretrained(staging)
         model.generation_config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        _let_transformers_4_read_(staging)
         head: nn.Module = model.get_output_embeddings()
         shared = [f"{path}.weight" for path, module in model.named_modules() if module is head]
         left_out = shared if config.tie_word_embeddings else []
@@ -68,6 +70,15 @@ def convert_gguf(path: str | Path, out: str | Path) -> Path:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)
     return out
+
+
+def _let_transformers_4_read_(folder: Path) -> None:
+    """Add to config.json what transformers 4 reads, and name the tokenizer's class as both versions know it."""
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | older_rope_keys(config.get("rope_parameters") or {}))
+    tokenizer = read_json(folder / "tokenizer_config.json")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        write_json(folder / "tokenizer_config.json", tokenizer | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _file_fingerprint(path: Path) -> str:

@@ -35,6 +35,16 @@ HARMLESS: Mapping[str, str] = MappingProxyType(
         "qalora_group_size": "is for use_qalora, which is refused itself",
     }
 )
+# What to train instead of what an adapter of another trainer may have.
+_NO_EMBEDDING = "LoRAM's adapters leave the embedding as it is"
+INSTEAD: Mapping[str, str] = MappingProxyType(
+    {
+        "modules_to_save": "it trains whole weights; target lm_head with LoRA instead (target_modules), and leave the "
+        f"embedding out, since {_NO_EMBEDDING}",
+        "trainable_token_indices": f"it trains rows of the embedding; leave it out, since {_NO_EMBEDDING}",
+        "lora_embedding": f"adapts the embedding; leave it out of target_modules, since {_NO_EMBEDDING}",
+    }
+)
 READ = frozenset([*_UNDERSTOOD, *HARMLESS])
 TRAINED = frozenset(_UNDERSTOOD) - {"peft_type", "fan_in_fan_out"} | {"lora_dropout", "eva_config"}
 # The first values of the factors that leave the model's own weights as they are: those that we train with, and those

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from loram.base.errors import UserError
-from loram.base.paths import is_hub_id, named
+from loram.base.paths import is_hub_id, local, named
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import SIDE_FILES, read_json
 from loram.disk.gguf import cached_conversion
 from loram.disk.template import read_template
 from loram.model.packing import packing_of
+from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 
 
 def open_model(model: str | Path, *, chat_template: str | Path | None = None) -> Checkpoint:
@@ -31,6 +33,30 @@ def open_model(model: str | Path, *, chat_template: str | Path | None = None) ->
     if chat_template is not None:
         checkpoint.chat_template = read_template(chat_template)
     return checkpoint
+
+
+def is_cached(model: str) -> bool:
+    """Return whether a model of the hub, all its weights included, is in the hub's cache."""
+    try:
+        checkpoint = Checkpoint(Path(snapshot_download(model, local_files_only=True)))
+        return all((checkpoint.folder / file).is_file() for file in checkpoint.index.values())
+    except (OSError, ValueError, UserError):  # the hub's own errors derive from the first two
+        return False
+
+
+def plan_of(model: Any) -> PruningPlan | None:
+    """Return the plan of a pruned model by its name; None if there is no such model, or it has no plan.
+
+    Of a model on the hub, only that file is fetched.
+    """
+    if not isinstance(model, str | Path) or not str(model):
+        return None
+    if (folder := local(model)).exists():
+        return find_plan(folder)
+    try:
+        return find_plan(Path(hf_hub_download(str(model), PLAN_NAME)).parent) if is_hub_id(str(model)) else None
+    except (OSError, ValueError):  # the hub's own errors derive from these
+        return None
 
 
 def _open(name: str) -> Checkpoint:

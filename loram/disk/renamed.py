@@ -23,7 +23,9 @@ def in_full(adapter: Adapter) -> Adapter:
     return _renamed(adapter, lambda name: name)
 
 
-def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, ...]], model: str) -> Adapter:
+def in_text(
+    adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, ...]], model: str, *, full: bool = True
+) -> Adapter:
     """Return an adapter of a wrapped model as one of its text model; the inverse of `in_wrapper`.
 
     Args:
@@ -31,6 +33,7 @@ def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, 
         wrapper: the row of the wrapper.
         shapes: (out_features, in_features) of each linear of the text model, by its name there.
         model: what error messages call the wrapped model.
+        full: whether that is a full model, and not one around a pruned text model.
 
     Raises:
         UserError: the adapter has a module outside the text model, or it does not fit that.
@@ -38,12 +41,14 @@ def in_text(adapter: Adapter, wrapper: Wrapper, shapes: Mapping[str, tuple[int, 
     names = {wrapper.outside(module): module for module in shapes}
     for module in adapter.modules:
         if wrapper.inside(module) is None:
+            pruned = "if it was trained on a pruned model, run `loram recover` on it first"
+            pattern = f"let target_modules be a pattern that names it: '{wrapper.decoder}.*(q_proj|up_proj)'"
+            remedy = pruned if full else pattern
             raise UserError(
                 f"{adapter.folder / WEIGHTS_NAME}: {_PREFIX}{module}.lora_A.weight is not of {wrapper.decoder}, the "
-                f"text model in {model}, and LoRAM knows only adapters of that; if it was trained on a pruned model, "
-                "run `loram recover` on it first"
+                f"text model in {model}, and LoRAM knows only adapters of that; {remedy}"
             )
-    adapter.check_fits({name: shapes[module] for name, module in names.items()}, model, full=True)
+    adapter.check_fits({name: shapes[module] for name, module in names.items()}, model, full=full)
     return _renamed(adapter, lambda name: wrapper.inside(name) or name)
 
 

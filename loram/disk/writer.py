@@ -61,9 +61,9 @@ class ShardedWriter:
         """Write one tensor, or some of its rows, of which the first is `row`."""
         self._files[name].write(name, tensor, row)
 
-    def copy(self, name: str, checkpoint: Checkpoint) -> None:
-        """Copy a tensor from a checkpoint, some rows at a time."""
-        for row, block in checkpoint.blocks(name):
+    def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:
+        """Copy a tensor from a checkpoint, some rows at a time; `source` is its name there, where that is another."""
+        for row, block in checkpoint.blocks(source or name):
             self.write(name, block, row)
 
     def __enter__(self) -> Self:

@@ -56,7 +56,8 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
             "quantises them when it loads the folder"
         )
     whole = {*architecture.embedding_weights, *([architecture.head_weight] if checkpoint.tied else [])}
-    linears = [name for name in checkpoint.names() if name not in whole and len(checkpoint.shape(name)) == 2]
+    weights = [name for name in checkpoint.names() if name.endswith(".weight") and name not in whole]
+    linears = [name for name in weights if len(checkpoint.shape(name)) == 2]
     specs = {}
     for name in checkpoint.names():
         spec = checkpoint.spec(name)

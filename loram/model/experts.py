@@ -223,7 +223,7 @@ EXPERTS = (
         sizes=expert_sizes(
             *(128, 8, 1408, "moe_intermediate_size"), lambda config, width: width * config.get("n_shared_experts", 1)
         ),
-        experts=replace(_EXPERTS, groups="n_group"),
+        experts=replace(_EXPERTS, groups="n_group", balanced_by_loss=False),
         biases={"attention_bias": QKV},
         kv_heads=8,
         partial_rotary=0.5,

@@ -213,6 +213,15 @@ class Geometry(BaseModel):
         """Return the family's row without what no layer of this model has."""
         return architecture.of_model(self.layer_kinds)
 
+    def linears_short_of_inputs(self, architecture: Architecture, layer: int, units: Units) -> list[Linear]:
+        """Return the linears of a layer that read fewer inputs than in the full model; `units` as for `size`."""
+        own = self.at(layer)
+        return [
+            linear
+            for linear in self.layer(architecture, layer).linears
+            if own.size(linear.columns, units) < own.size(linear.columns)
+        ]
+
     def linear_shape(self, linear: Linear, units: Units | None = None) -> tuple[int, int]:
         """Return (out_features, in_features) of a linear; `units` as for `size`."""
         return self.size(linear.rows, units), self.size(linear.columns, units)

@@ -12,10 +12,16 @@ Norms over all heads, which few families have, get the widths in `config.narrow_
 {layer: {path: [width, width in the full model]}}. Modules with experts get the shapes and numbers in
 `config.narrow_parameters`: {layer: {path: {"shapes": {tensor: shape}, "numbers": {attribute: value}}}}.
 
+A block (attention or MLP) of a narrowed layer may have a bypass beside it: two factors that add bypass_out bypass_in x
+to what the block makes of its input x. `config.bypasses` has their ranks: {layer: {path of the block: rank}}.
+
 In a family whose layers differ in size themselves, `config.full_per_layer_config` has the full model's widths.
 
 Layers may also be gone as a whole. The other layers keep their numbers, and an `Identity` stands in the place of each
 layer in `config.dropped_layers`.
+
+A wrapped model may also have its towers beside its pruned text model. Then `text_config` is the config of the pruned
+text model, and transformers' own class of the wrapped model builds that from it (`wrapped_classes`).
 
 A sparse model has the shapes of the full one, but its linears hold only the weights that are not zero, and one bit per
 place that says which these are (`SparseLinear`). `config.sparsity` says in which layers and how many.
@@ -34,6 +40,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_OLDEST_TRANSFORMERS = (5, 14)  # the first version that knows `per_layer_config`
 NarrowLinears = Mapping[str, tuple[int, int, bool]]  # path -> (out_features, in_features, whether it has a bias)
 NarrowNorms = Mapping[str, tuple[int, int]]  # path -> (width, width in the full model)
 NarrowParameters = Mapping[str, Mapping[str, Mapping[str, Any]]]  # path -> "shapes" or "numbers" -> name -> value
@@ -99,6 +106,32 @@ def resize_parameters_(layer: nn.Module, modules: NarrowParameters) -> None:
             setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         for name in own["numbers"].keys() & vars(module).keys():
             setattr(module, name, own["numbers"][name])
+
+
+def add_bypasses_(layer: nn.Module, ranks: Mapping[str, int], hidden: int) -> None:
+    """Put a linear bypass beside blocks of a decoder layer, in place.
+
+    Its factors, `bypass_in` (rank, hidden) and `bypass_out` (hidden, rank), are parameters of the block, not linears.
+    So nothing that looks for linears finds them: no adapter is put on them, and they stay in 16 bits. They begin as
+    zeros.
+
+    Args:
+        layer: a decoder layer.
+        ranks: the rank of the bypass beside each block, by the block's path inside the layer.
+        hidden: the hidden size.
+    """
+    for path, rank in ranks.items():
+        block: Any = layer.get_submodule(path)  # Any: nn.Module declares every attribute to be a tensor or module
+        like = next(block.parameters())
+        for name, shape in (("bypass_in", (rank, hidden)), ("bypass_out", (hidden, rank))):
+            setattr(block, name, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
+        block.register_forward_hook(_add_bypass, with_kwargs=True)
+
+
+def _add_bypass(block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    states = args[0] if args else kwargs["hidden_states"]  # (rows, width, hidden), as what is added
+    added = functional.linear(functional.linear(states, block.bypass_in), block.bypass_out)
+    return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
 
 
 def _times(factor: float, _: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -329,6 +362,8 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
             resize_norms_(layers[int(index)], norms)
         for index, modules in getattr(config, "narrow_parameters", {}).items():  # here too
             resize_parameters_(layers[int(index)], modules)
+        for index, ranks in getattr(config, "bypasses", {}).items():  # only some folders have the key
+            add_bypasses_(layers[int(index)], ranks, config.hidden_size)
         if keys := config.per_layer_attributes:
             outside = {"per_layer_config": own_widths, **{key: full[key] for key in keys}}
             show_widths_(self, config, outside)  # for what is in no layer: rotary tables
@@ -337,15 +372,54 @@ def _pruned_model_class(base: Any, config_class: Any, name: str) -> Any:
         for index in range(*config.sparsity["layers"]) if config.sparsity else ():
             sparsify_layer_(layers[index], config.sparsity["values"])
 
+    def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
+        teach_peft(base.config_class.model_type)
+        return base.from_pretrained.__func__(cls, *arguments, **options)
+
     body = {
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{base.__name__} whose layers may differ in width, be sparse, or be gone, as `config` says.",
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
         "config_class": config_class,
         "__annotations__": {"config": config_class},
     }
     return type(base)(name, (base,), body)
+
+
+def teach_peft(family: str) -> None:
+    """Let PEFT, where it is installed, choose the same default targets in pruned models as in full ones.
+
+    PEFT looks them up by `model_type`, one table per kind of adapter, when the user names no `target_modules`.
+
+    Args:
+        family: the `model_type` of the full models.
+    """
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return
+    for targets in vars(constants).values():
+        if isinstance(targets, dict) and family in targets:
+            targets[f"loram_{family}"] = targets[family]
+
+
+def older_rope_keys(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what transformers 4 reads rotary embeddings from, where transformers 5 has `rope_parameters` alone.
+
+    transformers 4 passes over that key, in silence, and takes its default angles. transformers 5 reads these keys too.
+
+    Args:
+        rope_parameters: the value of that key: parameters, or parameters by the kind of attention.
+    """
+    shared = rope_parameters.get("full_attention", rope_parameters)
+    keys = {key: shared[key] for key in ("rope_theta", "partial_rotary_factor") if key in shared}
+    if shared.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {key: value for key, value in shared.items() if key not in keys}
+    if "rope_theta" in (local := rope_parameters.get("sliding_attention") or {}):
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    return keys
 
 
 def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":
@@ -353,9 +427,15 @@ def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreT
 
     Args:
         model_class: the name of transformers' class of full models: `LlamaForCausalLM`.
+
+    Raises:
+        ImportError: transformers is too old for a config with widths of its own per layer.
     """
     import transformers
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
+        raise ImportError(f"pruned models need transformers >= {oldest}, and {transformers.__version__} is installed")
     config_name, model_name = f"Loram{model_class.partition('For')[0]}Config", f"Loram{model_class}"
     if model_name not in _classes:
         base = getattr(transformers, model_class)
@@ -364,13 +444,72 @@ def pruned_classes(model_class: str) -> "tuple[type[PreTrainedConfig], type[PreT
     return _classes[config_name], _classes[model_name]
 
 
-def register(model_classes: Iterable[str]) -> None:
+def wrapped_classes(wrapped_class: str) -> "tuple[type[PreTrainedConfig], type[PreTrainedModel]]":
+    """Return the (config class, model class) of wrapped models with a pruned text model; the same two at every call.
+
+    Args:
+        wrapped_class: the name of transformers' class of full wrapped models: `Gemma3ForConditionalGeneration`.
+    """
+    import transformers
+
+    model_name = f"Loram{wrapped_class}"
+    config_name = f"{model_name}Config"
+    if model_name not in _classes:
+        base = getattr(transformers, wrapped_class)
+        _classes[config_name] = _wrapped_config_class(base.config_class, config_name)
+        body = {
+            "__module__": __name__,
+            "__qualname__": model_name,
+            "__doc__": f"{base.__name__} around a pruned text model.",
+            "config_class": _classes[config_name],
+            "__annotations__": {"config": _classes[config_name]},
+        }
+        _classes[model_name] = type(base)(model_name, (base,), body)
+    return _classes[config_name], _classes[model_name]
+
+
+def _wrapped_config_class(base: Any, name: str) -> Any:
+    def __post_init__(self: Any, **values: Any) -> None:
+        if isinstance(self.text_config, dict):
+            self.text_config = _text_config_class(self.text_config["architectures"][0])(**self.text_config)
+        base.__post_init__(self, **values)
+
+    body = {
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} whose `text_config` is that of a pruned model.",
+        "__annotations__": {},
+        "__post_init__": __post_init__,
+        "model_type": f"loram_{base.model_type}",
+    }
+    return strict(type(base)(name, (base,), body))
+
+
+def _text_config_class(architecture: str) -> Any:
+    """Return the config class of a pruned text model, of which AutoModel then knows the decoder.
+
+    Args:
+        architecture: the name of the class of the pruned text model: `LoramLlamaForCausalLM`.
+    """
+    from transformers import MODEL_MAPPING, AutoModel
+
+    config_class: Any = pruned_classes(architecture.removeprefix("Loram"))[0]
+    name = f"{architecture.partition('For')[0]}Decoder"
+    if name not in _classes:
+        full: Any = config_class.__base__
+        decoder: Any = MODEL_MAPPING[full]
+        _classes[name] = _pruned_model_class(decoder, config_class, name)
+        AutoModel.register(config_class, _classes[name])
+    return config_class
+
+
+def register(model_classes: Iterable[str], wrapped: Iterable[str] = ()) -> None:
     """Make transformers' Auto classes know the pruned models of some families, so that they need no remote code.
 
     Args:
         model_classes: the names of transformers' classes of full models: `LlamaForCausalLM`, ...
+        wrapped: those of its classes of full wrapped models: `Gemma3ForConditionalGeneration`, ...
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     for name in model_classes:
         config_class, model_class = pruned_classes(name)
@@ -379,6 +518,12 @@ def register(model_classes: Iterable[str]) -> None:
         # so that `save_pretrained` of a loaded model writes this code beside the weights again
         config_class.register_for_auto_class()
         model_class.register_for_auto_class("AutoModelForCausalLM")
+    for name in wrapped:
+        config_class, model_class = wrapped_classes(name)
+        AutoConfig.register(config_class.model_type, config_class)
+        AutoModelForImageTextToText.register(config_class, model_class)
+        config_class.register_for_auto_class()
+        model_class.register_for_auto_class("AutoModelForImageTextToText")
 
 
 _classes: dict[str, Any] = {}
@@ -386,6 +531,9 @@ _classes: dict[str, Any] = {}
 
 def __getattr__(name: str) -> type:
     """Make a family's classes on first use (PEP 562): `LoramLlamaConfig`, `LoramLlamaForCausalLM`, ..."""
+    wrapped = name.removeprefix("Loram").removesuffix("Config")
+    if name != wrapped and wrapped.endswith("ForConditionalGeneration"):
+        return {cls.__name__: cls for cls in wrapped_classes(wrapped)}[name]
     family = name.removeprefix("Loram").removesuffix("Config").removesuffix("ForCausalLM")
     if name in (f"Loram{family}Config", f"Loram{family}ForCausalLM"):
         return {cls.__name__: cls for cls in pruned_classes(f"{family}ForCausalLM")}[name]

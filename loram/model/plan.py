@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from loram.base.errors import UserError, first_problem
+from loram.base.paths import local
 from loram.model.architecture import Architecture
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
@@ -24,6 +25,7 @@ from loram.model.sparsity import STRUCTURED, kept_values, n_of_m
 from loram.model.wrappers import WRAPPERS
 
 PLAN_NAME, MASKS_NAME = "loram_plan.json", "loram_masks.safetensors"
+BYPASS_IN, BYPASS_OUT = "bypass_in", "bypass_out"  # the factors of a bypass, as `modeling_loram` calls them
 
 
 class BaseReference(BaseModel):
@@ -72,6 +74,8 @@ class PruningPlan(BaseModel):
         masks: the SHA-256 of a sparse plan's `loram_masks.safetensors`, where `model.layers.3.mlp.up_proj.mask` is
             (out_features, in_features / 8) uint8: bit j of byte i is 1 if the weight in column 8 * i + j stays.
         bias_compensation: whether the linears that lost inputs have a bias that makes up for them.
+        refit: whether the weights of the linears that lost inputs were fitted anew to the full model's outputs.
+        bypass_rank: the rank of the bypass that is beside every block with such a linear; 0 is no bypass.
         versions: the versions of the libraries that made the plan.
 
     Example: `{4: {"kv_groups": (0, 2), "channels": (1, 5, 7)}}` keeps two groups and three channels of layer 4.
@@ -87,6 +91,8 @@ class PruningPlan(BaseModel):
     ratio: float | None = Field(gt=0, lt=1)
     ratios: dict[str, float] = Field(default_factory=dict, exclude_if=lambda value: not value)
     bias_compensation: bool = False
+    refit: bool = Field(default=False, exclude_if=lambda value: not value)
+    bypass_rank: int = Field(default=0, ge=0, exclude_if=lambda value: not value)
     seed: int
     keep_first: int = Field(ge=0)
     keep_last: int = Field(ge=0)
@@ -95,6 +101,14 @@ class PruningPlan(BaseModel):
     dropped: tuple[int, ...] = Field(default=(), exclude_if=lambda value: not value)
     versions: dict[str, str]
     layers: dict[int, dict[str, tuple[int, ...]]]
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield what `repr` shows: all but the many indices and sizes. Called by pydantic."""
+        for name, value in super().__repr_args__():
+            if name == "layers":
+                yield name, f"{len(self.layers)} of {self.geometry.num_hidden_layers} narrowed"
+            elif name not in ("geometry", "versions"):
+                yield name, value
 
     @field_validator("model_type")
     @classmethod
@@ -139,6 +153,10 @@ class PruningPlan(BaseModel):
         n_of_m(self.pattern)
         if self.sparse != (self.masks is not None) or (self.sparse and (self.layers or self.bias_compensation)):
             raise ValueError(f"pattern {self.pattern}: sparse plans have masks and nothing narrowed, others no masks")
+        if self.refit and (self.sparse or self.bias_compensation):
+            raise ValueError("refit: is for structured plans without bias_compensation")
+        if self.bypass_rank > (self.geometry.hidden_size if self.refit else 0):
+            raise ValueError("bypass_rank: a plan with a bypass is refitted, and no rank is above hidden_size")
         return self
 
     @model_validator(mode="after")
@@ -276,6 +294,7 @@ class PruningPlan(BaseModel):
             **({"dropped_layers": list(self.dropped)} if self.dropped else {}),
             **({"narrow_norms": norms} if (norms := self.narrow_norms()) else {}),
             **({"narrow_parameters": parts} if (parts := self.narrow_parameters()) else {}),
+            **({"bypasses": bypasses} if (bypasses := self.bypasses()) else {}),
         }
 
     def per_layer_config(self) -> dict[str, dict[str, int]]:
@@ -342,6 +361,25 @@ class PruningPlan(BaseModel):
                     own["numbers"] |= dict.fromkeys(space.attributes, count)
         return modules
 
+    def refitted(self, layer: int) -> list[Linear]:
+        """Return the linears of a layer whose weights were fitted anew, which are those that lost inputs."""
+        if not self.refit or layer not in self.layers:
+            return []
+        return self.geometry.linears_short_of_inputs(self.architecture, layer, self.units(layer))
+
+    def bypasses(self) -> dict[str, dict[str, int]]:
+        """Return config.json's key `bypasses`: layer -> path of a block -> the rank of the bypass beside it."""
+        layers = [layer for layer in sorted(self.layers) if self.bypass_shapes(layer)]
+        return {str(layer): {linear.block: self.bypass_rank for linear in self.refitted(layer)} for layer in layers}
+
+    def bypass_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Return the shapes of both factors of each bypass in a layer, by the tensors' full names."""
+        hidden, rank, shapes = self.geometry.hidden_size, self.bypass_rank, dict[str, tuple[int, int]]()
+        for linear in self.refitted(layer) if rank else ():
+            path = f"{self.architecture.layer_path(layer)}.{linear.block}"
+            shapes |= {f"{path}.{BYPASS_IN}": (rank, hidden), f"{path}.{BYPASS_OUT}": (hidden, rank)}
+        return shapes
+
     def compensated(self, layer: int) -> Iterator[tuple[str, Linear]]:
         """Yield (full path, linear) of the linears of a layer whose bias makes up for the inputs that they lost."""
         for linear in self.geometry.layer(self.architecture, layer).linears:
@@ -367,6 +405,7 @@ class PruningPlan(BaseModel):
         for layer in self.layers:
             linears = [linear for _, linear in self.compensated(layer) if linear.path not in self.geometry.biases]
             pruned += sum(self.geometry.size(linear.rows) for linear in linears)
+            pruned += sum(map(math.prod, self.bypass_shapes(layer).values()))
         kept = self.kept_values() if self.sparse else {}
         for layer in self.sparse_layers:
             for linear in self.geometry.layer(self.architecture, layer).linears:
@@ -400,13 +439,13 @@ class PruningPlan(BaseModel):
         (folder / PLAN_NAME).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "PruningPlan":
+    def load(cls, folder: str | Path) -> "PruningPlan":
         """Read a folder's plan; the inverse of `save`.
 
         Raises:
             UserError: there is no plan, or it is not a valid one; the message names the file and the place in it.
         """
-        path = folder / PLAN_NAME
+        path = local(folder) / PLAN_NAME
         if not path.is_file():
             raise UserError(
                 f"{folder}: no {PLAN_NAME} here, so this is not a folder that `loram prune` or `train` made"

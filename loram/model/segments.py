@@ -108,6 +108,11 @@ class Linear:
         return self.path.rpartition(".")[2]
 
     @property
+    def block(self) -> str:
+        """The path of the module that it is in: `self_attn`, `mlp`."""
+        return self.path.rpartition(".")[0]
+
+    @property
     def sides(self) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
         """The segments by axis of the weight: rows at 0, columns at 1."""
         return self.rows, self.columns
@@ -180,6 +185,8 @@ class Experts:
             as many experts; 1 where config.json leaves it out.
         kept_values: how many values per channel an expert keeps for its backward pass: gate, act(gate), up; more where
             these are clamped and scaled.
+        balanced_by_loss: whether transformers trains the router with a loss of its own for even use of the experts.
+            Where it does not, a bias is set that steers the choice.
     """
 
     path: str
@@ -189,3 +196,4 @@ class Experts:
     transposed: bool = False
     groups: str | None = None
     kept_values: int = 3
+    balanced_by_loss: bool = True

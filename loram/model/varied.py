@@ -163,7 +163,7 @@ _GEMMA4 = replace(
     kinds=_kinds,
     sizes=_sizes,
     unfit=_unfit,
-    experts=Experts(path="experts", router="router.proj.weight", in_files={}),
+    experts=Experts(path="experts", router="router.proj.weight", in_files={}, balanced_by_loss=False),
     unused_in={_SHARED: tuple(f"self_attn.{name}." for name in ("k_proj", "v_proj", "k_norm", "v_norm"))},
     biases={"attention_bias": QKVO},
     kv_heads=4,

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from loram.base.errors import UserError
-from loram.model.families import ARCHITECTURES
+from loram.model.families import ARCHITECTURES, PRUNED_PREFIX, is_pruned
 
 _DECODER, _HEAD = "model", "lm_head"  # of the text model alone
 
@@ -68,7 +68,8 @@ class Wrapper:
     """One kind of wrapped model.
 
     Args:
-        model_type: transformers' name of it.
+        model_type: transformers' name of it. Around a pruned text model it is `loram_gemma3` in place of `gemma3`.
+        model_class: transformers' class of it.
         families: the families that its text model may be of, transformers' default first. Nobody has looked at others:
             a wrapper may compute something else with them than the text model alone does.
         decoder: the path of the text model's decoder inside the wrapped model.
@@ -76,6 +77,7 @@ class Wrapper:
     """
 
     model_type: str
+    model_class: str
     families: tuple[str, ...]
     decoder: str = "model.language_model"
     softcap: bool = False
@@ -126,7 +128,7 @@ class Wrapper:
         text = config.get("text_config")
         if not isinstance(text, Mapping):
             raise UserError(f"{where}: model_type {self.model_type!r} needs a text_config, and there is none")
-        family = str(text.get("model_type") or self.families[0])
+        family = str(text.get("model_type") or self.families[0]).removeprefix(PRUNED_PREFIX)
         known = [name for name in self.families if name in ARCHITECTURES]
         if family not in known:
             raise UserError(
@@ -139,8 +141,8 @@ class Wrapper:
             **_DEFAULTS.get(family, {}),
             **{_NOW.get(key, key): value for key, value in {**text, **said}.items()},
             **({} if softcap is None else {softcap.key: None}),  # most wrappers' heads have none
-            "model_type": family,
-            "architectures": [ARCHITECTURES[family].model_class],
+            "model_type": text["model_type"] if is_pruned(text) else family,
+            "architectures": text["architectures"] if is_pruned(text) else [ARCHITECTURES[family].model_class],
         }
 
     def untied(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,19 +152,24 @@ class Wrapper:
 
 
 _ROWS = (
-    Wrapper(model_type="gemma3", families=("gemma3_text",)),
-    Wrapper(model_type="gemma4", families=("gemma4_text",), softcap=True),
-    Wrapper(model_type="mistral3", families=("mistral", "ministral3")),
-    Wrapper(model_type="llava", families=("llama", "mistral", "qwen2")),
-    Wrapper(model_type="llava_next", families=("llama", "mistral", "qwen2")),
-    Wrapper(model_type="llava_onevision", families=("qwen2",)),
-    Wrapper(model_type="internvl", families=("qwen2", "qwen3", "llama")),
-    Wrapper(model_type="qwen3_5", families=("qwen3_5_text",)),
-    Wrapper(model_type="qwen3_5_moe", families=("qwen3_5_moe_text",)),
+    Wrapper(model_type="gemma3", model_class="Gemma3ForConditionalGeneration", families=("gemma3_text",)),
+    Wrapper(model_type="gemma4", model_class="Gemma4ForConditionalGeneration", families=("gemma4_text",), softcap=True),
+    Wrapper(model_type="mistral3", model_class="Mistral3ForConditionalGeneration", families=("mistral", "ministral3")),
+    Wrapper(model_type="llava", model_class="LlavaForConditionalGeneration", families=("llama", "mistral", "qwen2")),
+    Wrapper(
+        model_type="llava_next", model_class="LlavaNextForConditionalGeneration", families=("llama", "mistral", "qwen2")
+    ),
+    Wrapper(model_type="llava_onevision", model_class="LlavaOnevisionForConditionalGeneration", families=("qwen2",)),
+    Wrapper(
+        model_type="internvl", model_class="InternVLForConditionalGeneration", families=("qwen2", "qwen3", "llama")
+    ),
+    Wrapper(model_type="qwen3_5", model_class="Qwen3_5ForConditionalGeneration", families=("qwen3_5_text",)),
+    Wrapper(model_type="qwen3_5_moe", model_class="Qwen3_5MoeForConditionalGeneration", families=("qwen3_5_moe_text",)),
 )
 WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({row.model_type: row for row in _ROWS})
+WRAPPED_CLASSES = tuple(row.model_class for row in _ROWS)
 
 
 def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
-    """Return the row of the wrapper that a config.json is of, or None where it is of no wrapper."""
-    return WRAPPERS.get(str(config.get("model_type")))
+    """Return the row of the wrapper that a config.json is of, pruned or not, or None where it is of no wrapper."""
+    return WRAPPERS.get(str(config.get("model_type")).removeprefix(PRUNED_PREFIX))

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.errors import UserError
+from loram.base.size import show_size
 from loram.model.sparsity import STRUCTURED
 from loram.planner.settings import TRAINING, PlannerOptions, make_settings
 from loram.planner.shapes import read_config
-from loram.planner.size import show_size
 from loram.planner.total import Estimate, estimate_with
 from loram.pruning.options import PruneOptions
 
@@ -61,7 +61,7 @@ def fit(
         estimate = estimate_with(values, where, make_settings(**training), candidate)
         if estimate.training.total <= memory:
             written = chosen.training(pruned=candidate.prunes, in_4bit=in_4bit or None)
-            return Fit(memory=memory, estimate=estimate, recipe=recipe_lines(estimate, written))
+            return Fit(memory=memory, estimate=estimate, recipe=recipe_lines(estimate, written, refit=pruning.refit))
         if nearest is None or estimate.training.total < nearest.training.total:
             nearest = estimate
     assert nearest is not None
@@ -83,13 +83,14 @@ def _too_little(memory: int, nearest: Estimate) -> str:
     )
 
 
-def recipe_lines(estimate: Estimate, written: Collection[str]) -> str:
+def recipe_lines(estimate: Estimate, written: Collection[str], *, refit: bool = False) -> str:
     """Return the `prune` and `train` sections of a recipe that trains like this, as YAML.
 
     Args:
         estimate: what to train.
         written: the options of training to write, by their names for the planner; those that take most memory are
             always written, and others are left to the defaults of `loram train`.
+        refit: whether output projections are refitted.
     """
     if not estimate.pruned_layers:
         lines = ["# no pruning: train the full model with `loram train`"]
@@ -97,7 +98,8 @@ def recipe_lines(estimate: Estimate, written: Collection[str]) -> str:
         ratios = {} if estimate.ratio is None else {"ratio": estimate.ratio}
         ratios |= {f"{name}_ratio": ratio for name, ratio in estimate.ratios.items()}
         layers = {"keep_first": estimate.keep_first, "keep_last": estimate.keep_last}
-        lines = ["prune:", *(f"  {name}: {value}" for name, value in {**ratios, **layers}.items())]
+        fitted = {"refit": "true", "bypass_rank": estimate.bypass_rank} if refit else {}
+        lines = ["prune:", *(f"  {name}: {value}" for name, value in {**ratios, **layers, **fitted}.items())]
     sections: dict[str, list[str]] = {}
     for name, option in TRAINING.items():
         if name in {*written, *_ALWAYS}:

@@ -59,6 +59,7 @@ class Layer:
         shared: the width of the experts that every token passes; 0 where it has none.
         routed: its other experts, or None where it has none.
         tensors: the shapes of its tensors that are in no linear, norm or expert, such as a router.
+        bypasses: how many values the factors of all bypasses beside its blocks have together.
         values_width: the width of the tensor that the values are in: all key-value heads, and with a fused linear its
             queries and keys too; 0 where something else mixes the tokens.
         layer_input: how many values a token has in this layer beside its hidden states.
@@ -83,6 +84,7 @@ class Layer:
     shared: int
     routed: Routed | None
     tensors: Mapping[str, tuple[int, ...]]
+    bypasses: int
     values_width: int
     layer_input: int
     norms: int
@@ -94,10 +96,16 @@ class Layer:
     def weights(self) -> int:
         """Return how many values a token is multiplied by; the zeros of sparse linears count too.
 
-        They are those of the linears, of the experts that the token goes to, and of the tensors that are no vectors.
+        They are those of the linears, of bypasses, of the experts that the token goes to, and of the tensors that are
+        no vectors.
         """
         routed = 0 if self.routed is None else self.routed.chosen * self.routed.weights
-        return self._in_linears + routed + sum(prod(shape) for shape in self.tensors.values() if len(shape) > 1)
+        return (
+            self._in_linears
+            + self.bypasses
+            + routed
+            + sum(prod(shape) for shape in self.tensors.values() if len(shape) > 1)
+        )
 
     @property
     def _in_linears(self) -> int:
@@ -116,9 +124,9 @@ class Layer:
 
     @property
     def kept_whole(self) -> int:
-        """Return how many values are never in 4 bits: those of biases, norms, and what else is in no matrix."""
+        """Return how many values are never in 4 bits: those of biases, norms, bypasses, and what is in no matrix."""
         experts = 0 if self.routed is None else self.routed.experts * self.routed.biases
-        return self.biases + self.norm_values + sum(map(prod, self.tensors.values())) + experts
+        return self.biases + self.norm_values + self.bypasses + sum(map(prod, self.tensors.values())) + experts
 
     @property
     def quantisable(self) -> list[tuple[int, int]]:

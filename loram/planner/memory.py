@@ -21,7 +21,16 @@ from loram.planner.activations import (
 from loram.planner.layer import Layer, Routed
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
-from loram.planner.weights import factors, file_bytes, frozen_bytes, optimizer_bytes, trained
+from loram.planner.streamed import head_moment, host_bytes, layer_moment, micro_batch_rows
+from loram.planner.weights import (
+    WeightBytes,
+    factors,
+    file_bytes,
+    frozen_bytes,
+    optimizer_bytes,
+    pageable_bytes,
+    trained,
+)
 
 CONTEXT = 1 << 29  # bytes of CUDA and its libraries; they depend on driver and card and cannot be counted
 _FLOAT32 = 4
@@ -32,7 +41,7 @@ class TrainingMemory(BaseModel):
 
     Args:
         moment: which moment that is.
-        weights: the frozen model's weights.
+        weights: the frozen model's weights; of a streamed one, a layer, and what stays in memory.
         constants: what NF4 weights need beside their 4 bits.
         adapter: the whole adapter.
         gradients: the gradients that exist at that moment.
@@ -43,7 +52,8 @@ class TrainingMemory(BaseModel):
         scratch: the largest 4-bit or sparse weight in use, in full; and while anchors are measured a full layer.
         context: CUDA's context, by a rule of thumb.
         pageable: the part of `optimizer` that may go to host memory when the GPU is short.
-        host: the bytes in host memory: an offloaded embedding and offloaded activations.
+        host: the bytes in host memory: an offloaded embedding and offloaded activations; of a streamed model layers on
+            their way to the GPU, hidden states, and what is kept.
         total: the sum, without `pageable` and `host`.
     """
 
@@ -69,6 +79,7 @@ class _Moment(BaseModel):
     """The bytes that one moment needs on top of what is held throughout."""
 
     name: str
+    weights: int = 0
     gradients: int = 0
     activations: int = 0
     recomputation: int = 0
@@ -77,31 +88,35 @@ class _Moment(BaseModel):
 
     @property
     def total(self) -> int:
-        return self.gradients + self.activations + self.recomputation + self.logits + self.scratch
+        return self.weights + self.gradients + self.activations + self.recomputation + self.logits + self.scratch
 
 
 def training_memory(model: Model, settings: Settings, full: Model | None = None) -> TrainingMemory:
     """Return the peak memory of training an adapter on a model, anchored on the `full` one if the settings say so."""
-    frozen = frozen_bytes(model, settings)
+    frozen = WeightBytes(weights=0, constants=0, host=0) if settings.streamed else frozen_bytes(model, settings)
     held = {
-        "weights": frozen.weights,
         "constants": frozen.constants,
         "adapter": sum(factors(model, settings)) * settings.lora_bytes,
         "optimizer": optimizer_bytes(model, settings),
         "context": CONTEXT if settings.device == "cuda" else 0,
     }
-    moments = list(_moments(model, settings))
+    moments = list(_streamed(model, settings) if settings.streamed else _moments(model, settings))
     if settings.anchored and full is not None:
         moments.append(_measuring(full, model, settings))
+    kept = min(settings.ram_bytes, full.parameters * file_bytes(full)) if settings.anchored and full is not None else 0
+    weights = frozen.weights + (kept if settings.device == "cpu" else 0)
     most = max(moments, key=lambda moment: moment.total)
     offloaded = layer_input(model, settings) * len(model.layers) if settings.offloaded else 0
+    if settings.streamed and settings.device == "cuda":
+        offloaded = host_bytes(model, settings)
     return TrainingMemory(
         moment=most.name,
+        weights=weights + most.weights,
         **held,
-        **most.model_dump(exclude={"name"}),
-        pageable=held["optimizer"] if settings.optimizer[1] else 0,
-        host=frozen.host + offloaded,
-        total=sum(held.values()) + most.total,
+        **most.model_dump(exclude={"name", "weights"}),
+        pageable=pageable_bytes(model, settings),
+        host=frozen.host + offloaded + (kept if settings.device == "cuda" else 0),
+        total=weights + sum(held.values()) + most.total,
     )
 
 
@@ -122,6 +137,16 @@ def _moments(model: Model, settings: Settings) -> Iterator[_Moment]:
             scratch=_unpacked(layer, settings),
         )
     yield _Moment(name="the optimiser's step", gradients=gradients[0])
+
+
+def _streamed(model: Model, settings: Settings) -> Iterator[_Moment]:
+    """Yield the moments of a step of the streamed engine, which keeps all gradients until the optimiser's step."""
+    gradients = settings.lora_bytes * sum(trained(model, settings))
+    parts = layer_moment(model, settings)
+    during = settings.measuring(rows=micro_batch_rows(settings))
+    parts["recomputation"] += max(_inside(model, layer, during) for layer in model.layers)
+    yield _Moment(name="backward through a streamed layer", gradients=gradients, **parts)
+    yield _Moment(name="logits of a streamed model", gradients=gradients, **head_moment(model, settings))
 
 
 def _measuring(full: Model, model: Model, settings: Settings) -> _Moment:

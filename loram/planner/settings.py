@@ -14,10 +14,12 @@ from pydantic.fields import FieldInfo
 
 from loram.base.errors import UserError
 from loram.base.options import Options, explain, extra_of, fields_below, flag_of, help_of, option, without_none
+from loram.base.size import parse_size
 from loram.disk.lora_keys import ALL_LINEAR, is_all_linear
 from loram.model.architecture import Architecture
 from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.pruning.options import PruneOptions
+from loram.training.engine import STREAMED
 from loram.training.methods.method import Method
 from loram.training.methods.table import ANCHOR_STEPS, METHODS, method_of
 from loram.training.options import TrainOptions
@@ -30,7 +32,12 @@ OPTIMIZERS: dict[str, tuple[int, bool]] = {
     "paged_adamw_8bit": (2, True),
 }
 # what an option is where it is left out and its declaration has no default
-_LEFT_OUT: Mapping[str, Any] = {"lora_target_modules": LINEARS, "gradient_accumulation_steps": 1, "anchor_steps": 0}
+_LEFT_OUT: Mapping[str, Any] = {
+    "lora_target_modules": LINEARS,
+    "gradient_accumulation_steps": 1,
+    "anchor_steps": 0,
+    "ram_budget": "",
+}
 PLANNED = tuple(method.name for method in METHODS.values() if method.planned)
 Device = Literal["cuda", "cpu"]
 
@@ -149,6 +156,13 @@ class _Settings(BaseModel):
             raise ValueError(f"the memory of {value!r} cannot be estimated; that of {', '.join(PLANNED)} can")
         return value
 
+    @field_validator("ram_budget", check_fields=False)
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        if value:
+            parse_size(value, "ram_budget")
+        return value
+
     @field_validator("optim", check_fields=False)
     @classmethod
     def _known_optimizer(cls, value: str) -> str:
@@ -186,12 +200,22 @@ class _Settings(BaseModel):
     @property
     def checkpointed(self) -> bool:
         """Return whether only the input of each layer is kept for the backward pass."""
-        return bool(self.gradient_checkpointing)
+        return bool(self.gradient_checkpointing) or self.streamed
+
+    @property
+    def streamed(self) -> bool:
+        """Return whether the model goes forward and backward layer by layer, and is never in memory."""
+        return bool(self.engine == STREAMED)
+
+    @property
+    def ram_bytes(self) -> int:
+        """Return how many bytes of a streamed model may stay in RAM."""
+        return parse_size(self.ram_budget, "ram_budget") if self.ram_budget else 0
 
     @property
     def offloaded(self) -> bool:
         """Return whether the activations for the backward pass wait in host memory."""
-        return bool(self.activation_offloading)
+        return bool(self.activation_offloading) and not self.streamed
 
     @property
     def anchored(self) -> bool:
@@ -283,7 +307,8 @@ class _Settings(BaseModel):
             f"{self.rows} x {self.length} tokens",
             str(self.optim),
         ]
-        parts += ["activation checkpointing"] if self.checkpointed else []
+        parts += ["streamed layer by layer"] if self.streamed else []
+        parts += ["activation checkpointing"] if self.checkpointed and not self.streamed else []
         parts += [f"anchored every {self.anchor_steps} steps"] if self.anchored else []
         parts += ["offloaded"] if self.offloaded else []
         return ", ".join(parts)
@@ -331,7 +356,10 @@ def make_settings(**given: Any) -> Settings:
     on_gpu = chosen.get("device", "cuda") == "cuda"
     method = method_of(chosen.get("method", "lora"))
     try:
-        settings = Settings(**{**_defaults(method, on_gpu, bool(chosen.get("load_in_4bit"))), **chosen})
+        defaults = _defaults(method, on_gpu, bool(chosen.get("load_in_4bit")))
+        if chosen.get("engine") == STREAMED:
+            defaults["lora_dropout"] = 0.0
+        settings = Settings(**{**defaults, **chosen})
     except ValidationError as error:
         raise UserError(explain(error, Settings)) from error
     if settings.offloaded and not on_gpu:
@@ -344,8 +372,21 @@ def make_settings(**given: Any) -> Settings:
         own = (name for name in chosen if name in TRAINING and TRAINING[name].section == other.section)
         if other.section != method.section and (name := next(own, None)) is not None:
             raise UserError(f"{name} is an option of method {other.name}, and the method is {method.name}")
+    _check_streamed(settings, method)
     _ = settings.trained_ranks  # raises where the share cannot be had exactly
     return settings
+
+
+def _check_streamed(settings: Settings, method: Method) -> None:
+    """Refuse what the streamed engine cannot train, as training does."""
+    if not settings.streamed:
+        if settings.ram_budget and not settings.anchored:
+            raise UserError("ram_budget is for what is streamed; add engine streamed or anchor_steps")
+        return
+    if not method.streamed:
+        raise UserError(f"engine streamed cannot train by method {method.name}")
+    if settings.anchored or settings.dropout or settings.embedding_in_host:
+        raise UserError("engine streamed takes no anchor_steps, lora_dropout or offload_embedding; leave it out")
 
 
 def _defaults(method: Method, on_gpu: bool, quantised: bool) -> dict[str, Any]:

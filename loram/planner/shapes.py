@@ -15,7 +15,7 @@ from loram.model.families import architecture_of
 from loram.model.geometry import Geometry, Units
 from loram.model.packing import packing_of
 from loram.model.parts import KV_GROUPS, UP, VALUES, WHOLE_VALUES
-from loram.model.segments import HIDDEN, ONE_HEAD, SHARED
+from loram.model.segments import HIDDEN, ONE_HEAD, SHARED, Linear
 from loram.model.sparsity import kept_values
 from loram.planner.layer import Layer, Routed
 from loram.pruning.options import ResolvedPruneOptions
@@ -32,6 +32,8 @@ class Model:
         sparse: how many values a sparse layer keeps of each linear, by its path; None where no layer is sparse.
         narrowed: the layers that are narrowed, or sparse, unless they are dropped.
         dropped: the layers that are dropped.
+        refit: whether output projections are refitted.
+        bypass_rank: the rank of the bypass beside each block whose output projection has lost inputs; 0 is none.
     """
 
     architecture: Architecture
@@ -41,6 +43,8 @@ class Model:
     sparse: Mapping[str, int] | None = None
     narrowed: Sequence[int] = ()
     dropped: tuple[int, ...] = ()
+    refit: bool = False
+    bypass_rank: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str, options: ResolvedPruneOptions | None = None) -> "Model":
@@ -76,6 +80,7 @@ class Model:
             for layer, own in spaces.items()
             if any(space.name in ratios for space in own)
         }
+        full = replace(full, refit=options.refit, bypass_rank=options.bypass_rank)
         return replace(full, units=units, narrowed=tuple(units))
 
     @property
@@ -93,6 +98,12 @@ class Model:
     def narrowed_layers(self) -> list[Layer]:
         """Its layers that are narrowed, or sparse."""
         return [layer for layer in self.layers if layer.index in self.narrowed]
+
+    def refitted(self, index: int) -> list[Linear]:
+        """Return the output projections of a layer that are refitted."""
+        if not self.refit or self.units is None or index not in self.units:
+            return []
+        return self.geometry.linears_short_of_inputs(self.architecture, index, self.units[index])
 
     @property
     def pruned(self) -> bool:
@@ -131,6 +142,7 @@ class Model:
             shared=widths.get(SHARED, 0),
             routed=self._routed(row, experts, units) if experts else None,
             tensors=own,
+            bypasses=2 * self.bypass_rank * geometry.hidden_size * len(self.refitted(index)) if self.bypass_rank else 0,
             values_width=widths.get(VALUES, groups * geometry.head_dim),
             layer_input=geometry.hidden_size_per_layer_input,
             norms=sum(norm.width == HIDDEN for norm in row.norms),

@@ -6,21 +6,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loram.base.size import show_size
 from loram.model.sparsity import STRUCTURED
 from loram.planner.memory import TrainingMemory
-from loram.planner.size import show_size
 from loram.planner.total import Estimate
 
 _ITEMS = {
-    "weights": "frozen model",
+    "weights": "frozen model, or what is held of a streamed one",
     "constants": "what NF4 needs besides its 4 bits",
     "adapter": "LoRA factors",
     "gradients": "gradients of the adapter at that moment",
     "optimizer": "AdamW's two moments",
     "activations": "kept from forward for backward",
     "recomputation": "inside the layer that the backward pass is in",
-    "logits": "logits of 512 tokens at a time, with softmax and gradient",
-    "scratch": "the largest 4-bit weight, dequantised; while measuring, a layer of the full model",
+    "logits": "logits that exist at a time, with softmax and gradient",
+    "scratch": "the largest 4-bit weight, dequantised; a layer that is being read",
     "context": "CUDA and its libraries: a rule of thumb",
 }
 
@@ -60,6 +60,8 @@ def _parts(estimate: Estimate) -> Iterator[Table | Text]:
     times = work.times_fewer
     compared = f"{times:.2f}x fewer" if times >= 1 else f"{1 / times:.2f}x more"
     total = work.flops_per_token / 1e9
+    if estimate.read_per_step:
+        yield Text(f"\nEach optimiser step reads {show_size(estimate.read_per_step)} of the model, whatever its rows")
     yield Text(f"\nTraining takes {total:,.2f} GFLOP per token{among}, {compared} than LoRA on the full model\n")
     yield _stages(estimate)
 
@@ -83,7 +85,8 @@ def _heading(estimate: Estimate) -> str:
     if not estimate.pruned_layers:
         return f"{heading}\n{dropped}"
     narrowed = "; ".join(f"{alike.layers} layers keep {_named(alike.units)} each" for alike in estimate.narrowed)
-    return f"{heading} at {_ratios(estimate)}\n{narrowed}" + (f", {dropped}" if estimate.dropped_layers else "")
+    bypass = f", with bypasses of rank {estimate.bypass_rank}" if estimate.bypass_rank else ""
+    return f"{heading} at {_ratios(estimate)}\n{narrowed}{bypass}" + (f", {dropped}" if estimate.dropped_layers else "")
 
 
 def _named(units: Mapping[str, int]) -> str:

@@ -6,15 +6,17 @@ every layer counts as much as the largest. `benchmarks/streaming.json` has measu
 
 from pydantic import BaseModel, ConfigDict
 
-from loram.base.constants import BATCH_TOKENS, BLOCK_BYTES, HIDDEN_BYTES
+from loram.base.constants import BATCH_TOKENS, BLOCK_BYTES, HELD_TOKENS, HIDDEN_BYTES
 from loram.planner.activations import mlp_values
 from loram.planner.layer import Layer
 from loram.planner.memory import TrainingMemory, course_bytes
 from loram.planner.settings import Settings
 from loram.planner.shapes import Model
+from loram.planner.streamed import hidden_bytes, hidden_in_ram, read_ahead
 from loram.planner.weights import factors, file_bytes
 
 IMPORTS = 1 << 29  # torch, transformers and PEFT, imported
+_TRAINER = 1 << 27  # TRL, bitsandbytes, the data set and the Trainer, beside the imports
 _LOGITS = 1 << 28  # bytes of the logits of a batch that is evaluated in memory
 _TOP_K_BYTES = 64 * 6 + 2
 _FLOAT32 = 4
@@ -64,18 +66,20 @@ def _prune(full: Model, model: Model) -> list[Stage]:
     stored, disk = _layer(full, file_bytes(full)), model.parameters * file_bytes(full)
     disk += sum(layer.mask_bytes for layer in model.layers)
     layer, largest = _layer(full, _FLOAT32), _FLOAT32 * max(layer.largest for layer in full.layers)
-    stream = IMPORTS + HIDDEN_BYTES + layer + stored + _working(full)
+    stream = IMPORTS + HIDDEN_BYTES + layer + read_ahead(full) + _working(full)
     if model.sparse is not None:
         return _prune_sparse(full, disk, stored, stream)
-    with_text = "two decoder layers, one of them in float32, and activations"
+    with_text = f"{_streamed_layers(full)}, and activations"
+    if model.refit:
+        stream, with_text = stream + _refit(full, model), f"{with_text}, and the products that the refit solves"
     if model.units is None:
         return [Stage(name="prune (block_influence)", disk=disk, memory=stream, holds=with_text)]
     return [
         Stage(
             name="prune (magnitude, random)",
             disk=disk,
-            memory=stream if model.dropped else IMPORTS + 3 * stored,
-            holds=with_text if model.dropped else "two decoder layers and the tensors to write",
+            memory=stream if model.dropped or model.refit else IMPORTS + 3 * stored,
+            holds=with_text if model.dropped or model.refit else "two decoder layers and the tensors to write",
         ),
         Stage(
             name="prune (wanda, flap, activation)",
@@ -90,6 +94,19 @@ def _prune(full: Model, model: Model) -> list[Stage]:
             holds="the same, and the gradient of one weight",
         ),
     ]
+
+
+def _refit(full: Model, model: Model) -> int:
+    """Return the bytes that refitting a layer takes: its products in float32, and one block's solution in float64."""
+    hidden, most, narrowed = full.geometry.hidden_size, 0, {layer.index: layer for layer in model.narrowed_layers}
+    beside = hidden if model.bypass_rank else 0
+    for layer in full.layers:
+        paths = [linear.path for linear in model.refitted(layer.index)]
+        widths = [(layer.shapes[path][1], narrowed[layer.index].shapes[path][1]) for path in paths]
+        gathered = sum((wide + beside) ** 2 + HELD_TOKENS * (wide + beside) for wide, _ in widths)
+        solved = [wide * kept + 3 * kept**2 + hidden * (wide + 6 * kept) + 6 * beside**2 for wide, kept in widths]
+        most = max(most, _FLOAT32 * gathered + 2 * _FLOAT32 * max(solved, default=0))
+    return most
 
 
 def _prune_sparse(full: Model, disk: int, stored: int, stream: int) -> list[Stage]:
@@ -126,21 +143,24 @@ def _teach(full: Model) -> Stage:
         name="teach",
         disk=10**6 * _TOP_K_BYTES,
         memory=_streamed(full),
-        holds="two decoder layers, hidden states and lm_head; the disk is for a million tokens",
+        holds=f"{_streamed_layers(full)}, hidden states and lm_head; the disk is for a million tokens",
     )
 
 
 def _train(model: Model, settings: Settings, training: TrainingMemory) -> Stage:
     state = training.adapter + training.optimizer
     disk = 3 * state + sum(course_bytes(model, settings))
+    if settings.streamed:
+        disk += hidden_bytes(model, settings) - hidden_in_ram(model, settings)
     if settings.device == "cuda":
-        host = IMPORTS + training.host + training.pageable + 2 * model.vocabulary * 2
+        host = IMPORTS + _TRAINER + training.host + training.pageable + 2 * model.vocabulary * 2
         if settings.anchored:
             host += 2 * HIDDEN_BYTES + 2 * _layer(model, 2)
         return Stage(
             name="train", disk=disk, memory=host, holds="offloaded tensors, and weights on their way to the GPU"
         )
-    return Stage(name="train", disk=disk, memory=IMPORTS + training.total, holds="everything in the table above")
+    memory = IMPORTS + _TRAINER + training.total
+    return Stage(name="train", disk=disk, memory=memory, holds="everything in the table above")
 
 
 def _evaluate(full: Model, adapter: int) -> list[Stage]:
@@ -154,8 +174,8 @@ def _evaluate(full: Model, adapter: int) -> list[Stage]:
 
 
 def _streamed(full: Model) -> int:
-    layer, stored = _layer(full, _FLOAT32), _layer(full, file_bytes(full))
-    return max(IMPORTS + HIDDEN_BYTES + layer + stored + _working(full), _head(full))
+    streaming = HIDDEN_BYTES + _layer(full, _FLOAT32) + read_ahead(full) + _working(full)
+    return max(IMPORTS + streaming, _head(full))
 
 
 def _head(full: Model) -> int:
@@ -165,6 +185,11 @@ def _head(full: Model) -> int:
 
 def _layer(model: Model, size: int) -> int:
     return size * max(layer.parameters for layer in model.layers)
+
+
+def _streamed_layers(full: Model) -> str:
+    mixture = any(layer.routed is not None for layer in full.layers)
+    return "a decoder layer in float32" if mixture else "two decoder layers, one of them in float32"
 
 
 def _working(full: Model) -> int:

@@ -12,6 +12,7 @@ from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import PlannerOptions, Settings, make_settings
 from loram.planner.shapes import Model, read_config
 from loram.planner.stages import Stage, stages
+from loram.planner.streamed import read_per_step
 from loram.planner.weights import adapted, frozen_bytes, trained
 from loram.pruning.options import PruneOptions
 
@@ -63,6 +64,7 @@ class Estimate(BaseModel):
             that it does not go to.
         pruned_layers: how many layers are narrowed, or sparse.
         dropped_layers: how many layers are dropped.
+        bypass_rank: the rank of the bypass beside each block whose output projection has lost inputs; 0 is none.
         units: how many units of each space (key-value groups, channels, experts, channels of each expert) such a layer
             keeps, if it has that space; of layers that differ in size, the last.
         narrowed: the narrowed layers by the numbers of units that they keep.
@@ -73,6 +75,7 @@ class Estimate(BaseModel):
         counted_reduction: the reduction as the paper counts it: parameters x 16 bits before, x 4 (or 16) bits after.
         real_reduction: the 16-bit full model's bytes over `weight_bytes`.
         training: bytes at the peak of training.
+        read_per_step: how many bytes of a streamed model an optimiser step reads; 0 where the model is in memory.
         arithmetic: floating point operations of training.
         stages: disk and RAM of every stage.
     """
@@ -93,6 +96,7 @@ class Estimate(BaseModel):
     pruned_active_parameters: int
     pruned_layers: int
     dropped_layers: int
+    bypass_rank: int
     units: dict[str, int]
     narrowed: tuple[Narrowed, ...]
     adapter_parameters: int
@@ -101,6 +105,7 @@ class Estimate(BaseModel):
     counted_reduction: float
     real_reduction: float
     training: TrainingMemory
+    read_per_step: int
     arithmetic: Arithmetic
     stages: tuple[Stage, ...]
 
@@ -163,6 +168,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         pruned_active_parameters=model.active_parameters,
         pruned_layers=len(model.narrowed_layers),
         dropped_layers=len(model.dropped),
+        bypass_rank=model.bypass_rank,
         units=_units(model),
         narrowed=_narrowed(model),
         adapter_parameters=sum(trained(model, settings)),
@@ -171,6 +177,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         counted_reduction=full.parameters * 16 / (model.parameters * (4 if settings.quantised else 16)),
         real_reduction=full.parameters * 2 / weights,
         training=memory,
+        read_per_step=read_per_step(model, settings) if settings.streamed else 0,
         arithmetic=arithmetic,
         stages=stages(full, model, settings, memory),
     )

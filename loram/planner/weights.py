@@ -11,6 +11,7 @@ from loram.planner.shapes import Model
 # Every weight in NF4 has these tables, in float32: 16 values, 256 values of the constants' own code, and a mean.
 _TABLES = 4 * (16 + 256 + 1)
 _SMALLEST_8BIT, _OPTIMIZER_BLOCK = 4096, 256
+_SMALLEST_PAGED = 100_000  # values
 _CODES = 2 * 4 * 256  # the codes of both moments, once per optimiser
 
 
@@ -106,6 +107,15 @@ def optimizer_bytes(model: Model, settings: Settings) -> int:
             total += 2 * (parameters + 4 * ceil(parameters / _OPTIMIZER_BLOCK))
             any_8bit = True
     return total + (_CODES if any_8bit else 0)
+
+
+def pageable_bytes(model: Model, settings: Settings) -> int:
+    """Return the bytes of the two moments that may go to host memory; bitsandbytes leaves small tensors on the GPU."""
+    in_8bit, paged = settings.optimizer
+    if not paged:
+        return 0
+    value = 1 if in_8bit else settings.lora_bytes
+    return 2 * value * sum(count for count in trained(model, settings) if count >= _SMALLEST_PAGED)
 
 
 def file_bytes(model: Model) -> int:

@@ -1,9 +1,12 @@
 """What is checked before a model is pruned: its tensors, and that what will be written can be loaded."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from loram.base.errors import UserError, in_one_line
-from loram.compute.loading import empty_model
+from loram.compute.loading import empty_model, empty_wrapped, tower_names
 from loram.compute.streaming import fill_before_layers_, without_layers
 from loram.disk.checkpoint import Checkpoint
 from loram.model.families import architecture_of
@@ -24,7 +27,10 @@ def check_prunable(checkpoint: Checkpoint, options: ResolvedPruneOptions) -> Non
     options.check_fits(checkpoint.geometry, architecture, checkpoint.config)
     check_weights(checkpoint)
     empty_model(checkpoint, torch.float32)  # or transformers refuses the full model, which pruning and recovery need
-    check_loads(checkpoint, blank_plan(checkpoint, options))
+    plan = blank_plan(checkpoint, options)
+    check_loads(checkpoint, plan)
+    if options.keep_towers:
+        _check_towers(checkpoint, plan)
 
 
 def check_loads(checkpoint: Checkpoint, plan: PruningPlan) -> None:
@@ -41,18 +47,9 @@ def check_loads(checkpoint: Checkpoint, plan: PruningPlan) -> None:
         UserError: transformers cannot build the model, or the model has other tensors.
     """
     model = empty_model(checkpoint, torch.float32, plan)
-    tied = model.all_tied_weights_keys.keys()
-    built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     weights, masks = pruned_specs(checkpoint, plan)
-    written = {name: spec.shape for name, spec in {**weights, **masks}.items() if name not in tied}
+    built = _compared(checkpoint, {name: spec.shape for name, spec in {**weights, **masks}.items()}, model)
     where = checkpoint.folder / "config.json"
-    for name in sorted(built.keys() | written.keys()):
-        ours, theirs = (shapes.get(name, "no such tensor") for shapes in (written, built))
-        if ours != theirs:
-            raise UserError(
-                f"{where}: a model with this config cannot be pruned: of {name}, the pruned folder would have {ours}, "
-                f"and transformers builds {theirs}"
-            )
     positions, row = (
         torch.tensor([[0, model.config.get_text_config().max_position_embeddings]]),
         checkpoint.architecture,
@@ -69,6 +66,43 @@ def check_loads(checkpoint: Checkpoint, plan: PruningPlan) -> None:
         raise UserError(
             f"{where}: transformers cannot compute the rotary tables of this config ({in_one_line(error)})"
         ) from error
+
+
+def _check_towers(checkpoint: Checkpoint, plan: PruningPlan) -> None:
+    """Build the wrapped model around the pruned text model, and compare it as `check_loads` does.
+
+    Raises:
+        UserError: the model is not wrapped, or as `check_loads`.
+    """
+    if (wrapper := checkpoint.wrapper) is None:
+        raise UserError(f"keep_towers: {checkpoint.name} has no towers, it is a text model alone; leave it out")
+    weights, _ = pruned_specs(checkpoint, plan)
+    written = {wrapper.outside(name): spec.shape for name, spec in weights.items()}
+    written |= {name: checkpoint.whole.shape(stored) for name, stored in tower_names(checkpoint).items()}
+    _compared(checkpoint, written, empty_wrapped(checkpoint, plan))
+
+
+def _compared(checkpoint: Checkpoint, written: Mapping[str, tuple[int, ...]], model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a built model's tensors, without tied ones, if they are those that will be written.
+
+    Args:
+        checkpoint: the full model.
+        written: the shapes that will be written, by name.
+        model: the pruned model, without weights.
+
+    Raises:
+        UserError: a shape differs, or a tensor is missing on one side.
+    """
+    tied = model.all_tied_weights_keys.keys()
+    built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    for name in sorted(built.keys() | written.keys() - tied):
+        ours, theirs = (shapes.get(name, "no such tensor") for shapes in (written, built))
+        if ours != theirs:
+            raise UserError(
+                f"{checkpoint.folder / 'config.json'}: a model with this config cannot be pruned: of {name}, the "
+                f"pruned folder would have {ours}, and transformers builds {theirs}"
+            )
+    return built
 
 
 def check_weights(checkpoint: Checkpoint) -> None:

@@ -86,6 +86,12 @@ def pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, T
             if f"{path}.bias" not in specs:
                 weight = specs[f"{path}.weight"]
                 specs[f"{path}.bias"] = TensorSpec(dtype=weight.dtype, shape=weight.shape[:1])
+    for layer in plan.layers:
+        dtypes = [
+            specs[f"{plan.architecture.layer_path(layer)}.{linear.path}.weight"].dtype
+            for linear in plan.refitted(layer)
+        ]
+        specs |= {name: TensorSpec(dtype=dtypes[0], shape=shape) for name, shape in plan.bypass_shapes(layer).items()}
     return specs, {}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option
@@ -82,8 +82,32 @@ class PruneOptions(Options):
     keep_last: int | None = option(
         None, f"The last layers to leave whole (default: {KEEP_LAST}; with a sparse pattern 0).", planned=True
     )
+    keep_towers: bool = option(
+        False,
+        "Write a wrapped model's towers and projectors too, unchanged, around the pruned text model (default: the text "
+        "model alone).",
+    )
     bias_compensation: bool = option(
         False, "Give narrowed layers biases that add what the removed inputs add on average (FLAP)."
+    )
+    refit: bool = option(
+        False,
+        "Fit the output projections of narrowed layers (o_proj, down_proj) anew to the full model's outputs on the "
+        "calibration text.",
+        common=True,
+        planned=True,
+    )
+    refit_samples: PositiveInt = option(
+        128,
+        "With refit: the number of rows of the calibration data that the refit reads, which should be many; scoring "
+        "reads the first of them.",
+    )
+    bypass_rank: NonNegativeInt = option(
+        0,
+        "With refit: the rank of a linear bypass beside attention and MLP of narrowed layers, which is fitted to what "
+        "the output projections cannot give.",
+        common=True,
+        planned=True,
     )
 
     @field_validator("pattern", mode="before")
@@ -135,7 +159,7 @@ class PruneOptions(Options):
         Raises:
             UserError: the pattern or criterion is not known, the criterion does not go with the pattern, the ratio is
                 missing or contradicts the pattern, layers are to be dropped with a sparse pattern, or biases are to be
-                compensated where nothing is removed.
+                compensated or linears fitted anew where nothing is removed.
         """
         sparse = n_of_m(self.pattern) is not None or self.pattern != STRUCTURED
         layers_alone = self.prunes and not self.narrows
@@ -158,8 +182,13 @@ class PruneOptions(Options):
             raise UserError(f"drop_layers: is for structured pruning; pattern {self.pattern} keeps every layer")
         if sparse and self.bias_compensation:
             raise UserError(f"bias_compensation: is for structured pruning; pattern {self.pattern} removes no inputs")
+        if sparse and self.keep_towers:
+            raise UserError(
+                f"keep_towers: is for structured pruning; pattern {self.pattern} writes the text model alone"
+            )
         if layers_alone and self.bias_compensation:
             raise UserError("bias_compensation: is for narrowed layers; add a ratio, or leave it out")
+        self._check_refit(sparse=sparse, layers_alone=layers_alone)
         filled = {
             "ratio": ratio,
             "criterion": self.criterion or known[0],
@@ -169,6 +198,17 @@ class PruneOptions(Options):
             "keep_last": (0 if sparse else KEEP_LAST) if self.keep_last is None else self.keep_last,
         }
         return ResolvedPruneOptions.model_validate({**dict(self), **filled})
+
+    def _check_refit(self, *, sparse: bool, layers_alone: bool) -> None:
+        """Refuse to refit where no linear loses inputs, or beside what else makes up for them."""
+        if self.bypass_rank and not self.refit:
+            raise UserError("bypass_rank: the bypass is fitted to what a refit leaves; add refit")
+        if self.refit and sparse:
+            raise UserError(f"refit: is for structured pruning; pattern {self.pattern} removes no inputs")
+        if self.refit and layers_alone:
+            raise UserError("refit: is for narrowed layers; add a ratio, or leave it out")
+        if self.refit and self.bias_compensation:
+            raise UserError("bias_compensation: refit makes up for the same inputs; give one of the two")
 
 
 class ResolvedPruneOptions(PruneOptions):
@@ -253,7 +293,7 @@ class ResolvedPruneOptions(PruneOptions):
             return SPARSE[self.criterion].reads != "nothing"
         criteria, rules = self.scored(architecture)
         reads = {*rules.reads, *(CRITERIA[criterion].reads for criterion in criteria)}
-        return self.bias_compensation or self.measures_influence or bool(reads & READS_TEXT)
+        return self.bias_compensation or self.refit or self.measures_influence or bool(reads & READS_TEXT)
 
     def check_fits(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse options that leave nothing of a model of these sizes, or whose pattern does not divide its linears.
@@ -264,7 +304,8 @@ class ResolvedPruneOptions(PruneOptions):
 
         Raises:
             UserError: no layer or unit would be left, so many layers cannot be dropped, experts are in groups of one
-                size, or the pattern does not divide the inputs of a linear.
+                size, there is nothing to refit, the bypass is too wide, or the pattern does not divide the inputs of a
+                linear.
         """
         self.droppable(geometry, architecture, config)
         if not self.sparse:
@@ -272,6 +313,7 @@ class ResolvedPruneOptions(PruneOptions):
                 spaces = geometry.layer(architecture, layer).spaces
                 kept_by_space(geometry.at(layer), spaces, self.ratios(architecture))
             self._check_groups_of_experts(architecture, config)
+            self._check_anything_refitted(geometry, architecture)
             if self.scored(architecture)[1].channels and CRITERIA[self.criterion].reads == "inputs":
                 raise UserError(f"criterion {self.criterion}: cannot score the channels of experts; take another one")
             return
@@ -285,6 +327,20 @@ class ResolvedPruneOptions(PruneOptions):
         for linear in architecture.linears:
             if linear.has_units:
                 kept_values(*geometry.linear_shape(linear), self.pattern, self.removed_share)
+
+    def _check_anything_refitted(self, geometry: Geometry, architecture: Architecture) -> None:
+        """Refuse a refit where no linear loses inputs, and a bypass of a higher rank than any matrix there has."""
+        if self.bypass_rank > geometry.hidden_size:
+            raise UserError(f"bypass_rank {self.bypass_rank}: is above the hidden size, {geometry.hidden_size}")
+        ratios = self.ratios(architecture)
+        kept = {
+            layer: kept_by_space(geometry.at(layer), geometry.layer(architecture, layer).spaces, ratios)
+            for layer in self.layers(geometry)
+        }
+        if self.refit and not any(
+            geometry.linears_short_of_inputs(architecture, layer, units) for layer, units in kept.items()
+        ):
+            raise UserError("refit: no linear loses inputs at these ratios (experts are not refitted); leave it out")
 
     def _check_groups_of_experts(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse to remove experts where a router first chooses among groups, which have to be of one size."""

@@ -5,8 +5,8 @@ This file removes whole units; `sparse.py` removes single weights.
 
 import dataclasses
 import functools
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from loram.base.constants import SHARD_BYTES
 from loram.base.progress import track
 from loram.compute.device import pick_device
-from loram.compute.loading import config_of, load_tokenizer, write_config
+from loram.compute.loading import load_tokenizer, tower_names, write_config
 from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
@@ -31,6 +31,7 @@ from loram.pruning.criteria import CRITERIA
 from loram.pruning.depth import Influence, random_layers
 from loram.pruning.layout import base_of, blank_plan, pruned_specs
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
+from loram.pruning.refit import Refitter
 from loram.pruning.score import ScoredLayer, calibration_stream, score_layers
 from loram.pruning.sparse import prune_sparse
 
@@ -81,13 +82,25 @@ def prune(
     check_prunable(checkpoint, settings)
 
     samples: list[list[int]] = []
+    further: list[list[int]] = []
     if settings.reads_text(checkpoint.architecture):
         tokenizer = load_tokenizer(checkpoint)
-        tokens = load_calibration(checkpoint, tokenizer, settings)
-        samples = [list(ids) for ids in tokens.rows["input_ids"]]
-    write = prune_sparse if settings.sparse else _prune_structured
-    return write(
-        checkpoint, out, settings, samples=samples, seed=seed, device=pick_device(device), shard_bytes=shard_bytes
+        samples = _ids(load_calibration(checkpoint, tokenizer, settings))
+        if settings.refit:
+            further = further_text(checkpoint, tokenizer, settings, samples)
+    if settings.sparse:
+        return prune_sparse(
+            checkpoint, out, settings, samples=samples, seed=seed, device=pick_device(device), shard_bytes=shard_bytes
+        )
+    return _prune_structured(
+        checkpoint,
+        out,
+        settings,
+        samples=samples,
+        further=further,
+        seed=seed,
+        device=pick_device(device),
+        shard_bytes=shard_bytes,
     )
 
 
@@ -97,6 +110,7 @@ def _prune_structured(
     settings: ResolvedPruneOptions,
     *,
     samples: list[list[int]],
+    further: list[list[int]],
     seed: int,
     device: torch.device,
     shard_bytes: int,
@@ -105,7 +119,7 @@ def _prune_structured(
     layers, made_from = settings.layers(checkpoint.geometry), {"base": checkpoint.fingerprint}
     with publish(out, kind="pruned", made_from=made_from) as staging:
         dropped, scored = _drop_and_score(
-            checkpoint, settings, samples=samples, seed=seed, device=device, scratch=staging
+            checkpoint, settings, samples=samples, further=further, seed=seed, device=device, scratch=staging
         )
         decide = functools.partial(
             choose,
@@ -119,23 +133,32 @@ def _prune_structured(
         # Which units stay is open, but how many is not, so the files can be laid out before any unit's score is known.
         specs, _ = pruned_specs(checkpoint, blank_plan(checkpoint, settings, dropped=dropped))
         scores: dict[int, Mapping[str, Tensor]] = {}
-        left = dict.fromkeys(specs)
-        with ShardedWriter(staging, specs, shard_bytes) as writer:
+        wrapper, shown = checkpoint.wrapper if settings.keep_towers else None, checkpoint
+        outside = {name: name if wrapper is None else wrapper.outside(name) for name in specs}
+        left = {outside[name]: (checkpoint, name) for name in specs}  # what is copied, and from where
+        written = {outside[name]: spec for name, spec in specs.items()}
+        if wrapper is not None:
+            shown, towers = checkpoint.whole, tower_names(checkpoint)
+            left |= {name: (shown, stored) for name, stored in towers.items()}
+            written |= {name: shown.spec(stored) for name, stored in towers.items()}
+        refitter = Refitter()
+        with ShardedWriter(staging, written, shard_bytes) as writer:
             for layer in scored:
                 if layer.index in dropped:
                     continue
                 own = {**layer.scores.get(settings.criterion, {}), **layer.expert_scores}
                 layer_scores = {layer.index: own} if layer.index in layers else {}
                 scores.update(layer_scores)
-                for name, tensor in _narrowed(layer, decide(layer_scores)):
-                    writer.write(name, tensor.to(specs[name].dtype))
-                    del left[name]
-            for name in track(list(left), "Other weights"):
-                writer.copy(name, checkpoint)
+                for name, tensor in _narrowed(layer, decide(layer_scores), refitter):
+                    writer.write(outside[name], tensor.to(specs[name].dtype))
+                    del left[outside[name]]
+            for name, (source, stored) in track(list(left.items()), "Other weights"):
+                writer.copy(name, source, stored)
+        refitter.report()
         plan = decide(scores)
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        checkpoint.copy_side_files(staging)
-        write_config(config_of(checkpoint), plan, staging)
+        shown.copy_side_files(staging)
+        write_config(checkpoint, plan, staging, towers=wrapper is not None)
         plan.save(staging)
     return plan
 
@@ -145,6 +168,7 @@ def _drop_and_score(
     settings: ResolvedPruneOptions,
     *,
     samples: list[list[int]],
+    further: list[list[int]],
     seed: int,
     device: torch.device,
     scratch: Path,
@@ -165,6 +189,8 @@ def _drop_and_score(
         criteria,
         calibration=samples,
         gather_inputs=settings.bias_compensation,
+        refit=blank_plan(checkpoint, settings, dropped=()) if settings.refit else None,
+        refit_text=further,
         experts=experts,
         seed=seed,
         device=device,
@@ -184,7 +210,7 @@ def _drop_and_score(
     return dropped, begin([layer for layer in layers if settings.narrows and layer not in dropped])
 
 
-def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
+def _narrowed(layer: ScoredLayer, plan: PruningPlan, refitter: Refitter) -> Iterator[tuple[str, Tensor]]:
     """Yield a layer's tensors as the pruned model has them."""
     biases = {}
     for path, linear in plan.compensated(layer.index):
@@ -194,8 +220,11 @@ def _narrowed(layer: ScoredLayer, plan: PruningPlan) -> Iterator[tuple[str, Tens
         assert kept is not None
         removed[kept.to(removed.device)] = 0  # inputs that are still there need no making up for
         biases[f"{path}.bias"] = weight @ removed + layer.tensors.get(f"{path}.bias", 0)
+    fitted = dict(refitter.tensors(layer.index, layer.tensors, layer.products, plan))
     for name, tensor in {**layer.tensors, **biases}.items():
-        yield name, narrow(name, tensor, plan)
+        if name not in fitted:
+            yield name, narrow(name, tensor, plan)
+    yield from fitted.items()
 
 
 def load_calibration(checkpoint: Checkpoint, tokenizer: Any, options: PruneOptions) -> Tokens:
@@ -212,3 +241,23 @@ def load_calibration(checkpoint: Checkpoint, tokenizer: Any, options: PruneOptio
     # stable: whole pieces of a text before its short ends
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:count]
     return dataclasses.replace(tokens, rows=tokens.rows.select(longest))
+
+
+def further_text(
+    checkpoint: Checkpoint, tokenizer: Any, options: PruneOptions, samples: Sequence[list[int]]
+) -> list[list[int]]:
+    """Return the longest rows or pieces that the refit reads beside those that are scored on.
+
+    Args:
+        checkpoint, tokenizer: the model.
+        options: how to prune.
+        samples: the token ids that are scored on.
+    """
+    count = max(options.refit_samples, options.calibration_samples)
+    rows = _ids(load_calibration(checkpoint, tokenizer, PruneOptions.of(options, calibration_samples=count)))
+    left = Counter(map(tuple, rows)) - Counter(map(tuple, samples))
+    return [list(ids) for ids in left.elements()]
+
+
+def _ids(tokens: Tokens) -> list[list[int]]:
+    return [list(ids) for ids in tokens.rows["input_ids"]]

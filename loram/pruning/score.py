@@ -12,12 +12,14 @@ from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.streaming import LayerObserver, Of, ResidentLayer, Stream, prefetched
-from loram.data.batches import make_batches
+from loram.data.batches import IGNORED, make_batches
 from loram.disk.checkpoint import Checkpoint
+from loram.model.plan import PruningPlan
 from loram.model.segments import Linear, Segment, Space
 from loram.pruning.criteria import CRITERIA, READS_TEXT, Criterion, ExpertRules
 from loram.pruning.evidence import Evidence, InputStatistics
 from loram.pruning.experts import ExpertTally
+from loram.pruning.refit import Gatherer, Products
 
 Scores = Mapping[int, Mapping[str, Tensor]]  # layer -> space name -> score of each unit, float64
 _BLOCK_ELEMENTS = 1 << 23
@@ -33,6 +35,7 @@ class ScoredLayer:
         expert_scores: the same for experts and their channels, whatever the criterion.
         tensors: full name -> weight; the mapping is emptied as soon as the next layer is asked for.
         inputs: full weight name -> statistics of the linear's inputs, where a criterion reads them.
+        products: full weight name -> what refitting an output projection needs, where it will be refitted.
     """
 
     index: int
@@ -40,6 +43,7 @@ class ScoredLayer:
     expert_scores: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     inputs: Mapping[str, InputStatistics]
+    products: dict[str, Products]
 
 
 def score_layers(
@@ -49,6 +53,8 @@ def score_layers(
     *,
     calibration: Sequence[list[int]] = (),
     gather_inputs: bool = False,
+    refit: PruningPlan | None = None,
+    refit_text: Sequence[list[int]] = (),
     experts: ExpertRules | None = None,
     seed: int = 42,
     device: torch.device | None = None,
@@ -68,6 +74,9 @@ def score_layers(
         layers: the decoder layers to score.
         calibration: token ids of the calibration samples, for criteria that read text.
         gather_inputs: give the statistics of inputs also where no criterion reads them.
+        refit: a plan whose output projections will be refitted, so that what they need is gathered too; which units it
+            keeps makes no difference.
+        refit_text: token ids of further samples, which only the refit reads.
         experts: how experts and their channels are scored, which stand beside the scores by any criterion; None where
             they are not.
         seed: the seed of the random criterion.
@@ -82,19 +91,24 @@ def score_layers(
     tally = _Tally(checkpoint, criteria, layers, rules, seed)
     reads = {CRITERIA[criterion].reads for criterion in criteria} | ({"inputs"} if gather_inputs else set())
     reads |= rules.reads
-    if not reads & READS_TEXT:
+    if refit is None and not reads & READS_TEXT:
         return _from_weights(checkpoint, layers, tally)
-    stream = calibration_stream(checkpoint, calibration, device=device, scratch=scratch)
+    stream = calibration_stream(checkpoint, calibration, beside=refit_text, device=device, scratch=scratch)
+    gather = None
+    if refit is not None:
+        tally.gatherer = Gatherer(checkpoint.architecture, refit, stream.batches)
+        gather = tally.gatherer.observe
     passing: Iterator[ResidentLayer] = stream.forward(
         tally.observe if "inputs" in reads else None,
         keep_from=min(layers) if "gradient" in reads else None,
         observe_experts=tally.experts.observe if "outputs" in reads else None,
         observe_layer=observe_layer,
+        gather=None if "gradient" in reads else gather,
     )
     if "gradient" in reads:
         deque(passing, maxlen=0)
         wanted: Of = "weights and experts" if "gradient" in rules.reads else "weights"
-        passing = stream.backward(min(layers), tally.on_gradient, of=wanted)
+        passing = stream.backward(min(layers), tally.on_gradient, of=wanted, gather=gather)
     return (tally.finished(resident.index, resident.tensors) for resident in passing)
 
 
@@ -111,19 +125,23 @@ def calibration_stream(
     checkpoint: Checkpoint,
     calibration: Sequence[list[int]],
     *,
+    beside: Sequence[list[int]] = (),
     device: torch.device | None = None,
     scratch: Path | None = None,
 ) -> Stream:
     """Return the stream of a model on calibration text, in float32; arguments as for `score_layers`.
+
+    Text that is `beside` it passes too, and has no token in the loss.
 
     Raises:
         UserError: there is no text of at least two tokens.
     """
     if not any(len(sample) > 1 for sample in calibration):
         raise UserError("calibration: no text of at least two tokens to compute importance from")
+    further = make_batches(beside, [[IGNORED] * len(row) for row in beside], max_tokens=BATCH_TOKENS)
     return Stream(
         checkpoint,
-        make_batches(calibration, max_tokens=BATCH_TOKENS),
+        [*further, *make_batches(calibration, max_tokens=BATCH_TOKENS)],
         device=device or torch.device("cpu"),
         dtype=torch.float32,
         scratch=scratch,
@@ -153,6 +171,7 @@ class _Tally:
         self.rows = {criterion: CRITERIA[criterion] for criterion in criteria}
         self.layers, self.seed = frozenset(layers), seed
         self.inputs: dict[str, InputStatistics] = {}
+        self.gatherer: Gatherer | None = None
         self.sums: dict[tuple[str, int, str], Tensor] = {}  # (criterion, layer, space)
 
     def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
@@ -178,7 +197,7 @@ class _Tally:
     def finished(self, layer: int, tensors: Mapping[str, Tensor]) -> ScoredLayer:
         """Return a layer whose evidence is complete."""
         if layer not in self.layers:
-            return ScoredLayer(index=layer, scores={}, expert_scores={}, tensors=tensors, inputs={})
+            return ScoredLayer(index=layer, scores={}, expert_scores={}, tensors=tensors, inputs={}, products={})
         for linear in self.rows_by_layer[layer].linears:
             name = f"{self.architecture.layer_path(layer)}.{linear.path}.weight"
             self._add(name, tensors[name], None)
@@ -195,7 +214,14 @@ class _Tally:
         }
         inputs = {name: self.inputs.pop(name) for name in tensors if name in self.inputs}
         expert_scores = self.experts.scores(layer, own)
-        return ScoredLayer(index=layer, scores=scores, expert_scores=expert_scores, tensors=tensors, inputs=inputs)
+        return ScoredLayer(
+            index=layer,
+            scores=scores,
+            expert_scores=expert_scores,
+            tensors=tensors,
+            inputs=inputs,
+            products={} if self.gatherer is None else self.gatherer.taken(layer),
+        )
 
     def _add(self, name: str, weight: Tensor, gradient: Tensor | None) -> None:
         """Add a weight's importance, (out_features, in_features), to its units' scores.

@@ -1,1 +1,1 @@
-"""Recover an adapter for the full model, correct it, and polish it there."""
+"""Recover an adapter for the full model, and correct it there."""

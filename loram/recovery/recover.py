@@ -1,6 +1,7 @@
 """The recover stage: an adapter trained on a pruned model -> a stock PEFT adapter for the full one."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loram.base.errors import UserError
-from loram.base.paths import local
+from loram.base.paths import is_hub_id, local, named
 from loram.compute.belonging import check_base_weights, load_for
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored
@@ -18,14 +19,16 @@ from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
 from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
-from loram.disk.opening import open_model
-from loram.disk.renamed import in_full, in_wrapper
+from loram.disk.opening import is_cached, open_model, plan_of
+from loram.disk.renamed import in_full, in_text, in_wrapper
 from loram.disk.tensorfile import TensorFile
 from loram.model.plan import PLAN_NAME, PruningPlan, find_plan
 from loram.model.resize import widen
 from loram.model.wrappers import WRAPPERS
 from loram.recovery.correct import best_multiplier, correct_adapter
 from loram.recovery.options import RecoverOptions
+
+logger = logging.getLogger(__name__)
 
 _DEV_LENGTH = 1024
 
@@ -44,21 +47,23 @@ def recover(
     """Widen a LoRA adapter to the full model's shapes: zeros where rows or columns were pruned, all else copied.
 
     This is the recovery function R of arXiv 2502.13533, section 3.2. It is exact and does without the full model: the
-    plan beside the adapter has its geometry. Layers that were dropped get no factors. An adapter of a sparse model is
-    copied, because the shapes are those of the full model. Where the full model is wrapped, the recovered adapter has
-    the wrapped model's names. Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`)
-    and for DoRA: its magnitudes are lengths of rows, and a full row is longer than a pruned one.
+    plan beside the adapter, or in the folder that it was trained on, has its geometry. Layers that were dropped get no
+    factors. An adapter of a sparse model is copied, because the shapes are those of the full model. Where the full
+    model is wrapped, the recovered adapter has the wrapped model's names, whether the pruned one has towers or not.
+    Weights are read, tensor by tensor, only for the options (see `loram.recovery.correct`) and for DoRA: its magnitudes
+    are lengths of rows, and a full row is longer than a pruned one.
 
     An adapter that was trained on a full model in NF4 has no plan. With `base`, the model's original, it is written
     again as one of that, once every tensor is found to lie within NF4's error of the original's.
 
     Args:
-        adapter: folder that `train` made on a pruned model; any trainer's PEFT adapter with that model's
-            `loram_plan.json` copied beside it will do.
+        adapter: folder that `train` made on a pruned model, or any trainer's PEFT adapter. Its plan is the
+            `loram_plan.json` beside it, or else that of `pruned` or of its `base_model_name_or_path`.
         out: the recovered adapter folder to make: stock PEFT for `base_model_name_or_path` = the full model.
         options: what to do beyond widening; single options may be given by name instead: `correct=True` takes out what
             alignment and 4 bits changed in the pruned model's weights (EMLoC, arXiv 2506.12015).
         base: the full model, where it is not at the name that the plan has. The recovered adapter then names this one.
+            It may be a hub id, which is compared with the plan where the model is in the hub's cache.
         pruned: the folder the adapter was trained on, for `correct` or a model in NF4, where it is not at the name the
             adapter has.
         device: for `dev_dataset`: `cpu`, `cuda`, ...; the first GPU where there is one.
@@ -70,13 +75,14 @@ def recover(
 
     Raises:
         UserError: the folder is no adapter of a pruned model, its tensors do not fit the plan, the plan is not that of
-            the model it was trained on, `base` or `pruned` are other models, or `out` exists.
+            the model it was trained on, a refit is to be corrected, `base` or `pruned` are other models, or `out`
+            exists.
     """
     chosen = RecoverOptions.of(options, **fields)
     source = local(adapter)
     out = check_output(out, source)
     trained = Adapter.load(source)
-    plan = find_plan(source)
+    plan = find_plan(source) or plan_of(pruned or trained.config.get("base_model_name_or_path"))
     manifest = find_manifest(source)
     if plan is None and base is not None:
         if chosen.correct or chosen.dev_dataset is not None:
@@ -84,8 +90,9 @@ def recover(
         return _rebase(trained, open_model(base), pruned, out)
     if plan is None:
         raise UserError(
-            f"{source}: no loram_plan.json beside the adapter; was it trained on a pruned model? If it was on a full "
-            "model in 4 bits, name its original with --base"
+            f"{source}: no loram_plan.json beside the adapter, nor in its base_model_name_or_path; if it was trained "
+            "on a pruned model, copy that folder's loram_plan.json here; if on a full model in 4 bits, name its "
+            "original with --base"
         )
     if manifest is not None and manifest.kind == "recovered":
         raise UserError(f"{source}: this adapter is recovered already; use it on the full model")
@@ -94,14 +101,18 @@ def recover(
             f"{source}: was trained with mask_update, and a masked update is not of rank r, so no adapter of that rank "
             "equals it; `loram merge BASE ADAPTER OUT` adds it to the full model exactly"
         )
+    if plan.refit and chosen.correct:
+        raise UserError(
+            f"{source}: correct takes out changes of the weights that were kept, but those of a refitted model make up "
+            "for what was removed, which the full model has; leave it out"
+        )
     _check_origin(source, trained, plan, manifest)
-    full = None if base is None else open_full(plan, base, chat_template=chat_template)
-    trained.check_fits(plan.adaptable_shapes(), f"the model of {source / PLAN_NAME}")
+    reads_full = chosen.correct or chosen.dev_dataset is not None or trained.dora
+    full = _full_model(plan, base, read=reads_full, chat_template=chat_template)
+    trained = _in_text(trained, plan)
     if trained.dora and (chosen.correct or chosen.dev_dataset is not None):
         raise UserError(f"{source}: a DoRA adapter; correction and multiplier are for plain LoRA, so leave them out")
     settings: dict[str, Any] = {"correct": chosen.correct}
-    reads_full = chosen.correct or chosen.dev_dataset is not None or trained.dora
-    full = open_full(plan, chat_template=chat_template) if full is None and reads_full else full
     _check_base_weights(trained, plan, full, pruned)
     if chosen.correct and full is not None:
         in_4bit = manifest is not None and bool(manifest.settings.get("load_in_4bit"))
@@ -109,7 +120,7 @@ def recover(
     tensors = {name: widen(name, tensor, plan) for name, tensor in trained.tensors.items()}
     if trained.dora and full is not None:
         tensors |= _magnitudes(trained, plan, full)
-    name = plan.base.name if base is None or full is None else full.name
+    name = plan.base.name if base is None else named(base)
     config = {**trained.config, "base_model_name_or_path": name, "task_type": "CAUSAL_LM"}
     recovered = dataclasses.replace(trained, config=config, tensors=tensors)
     if plan.dropped:
@@ -122,11 +133,27 @@ def recover(
     wrapper = WRAPPERS.get(plan.base.wrapper or "") if full is None else full.wrapper
     if wrapper is not None:
         recovered = in_wrapper(recovered, wrapper)
+    _warn_of_tied_head(trained, plan, name)
     made_from = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "adapter": trained.fingerprint}
     with publish(out, kind="recovered", made_from=made_from, settings=settings) as staging:
         save_adapter(staging, recovered.config, recovered.tensors)
         copy_side_files(source, staging)
+        plan.save(staging)
     return out
+
+
+def _in_text(adapter: Adapter, plan: PruningPlan) -> Adapter:
+    """Return an adapter under the names of the text model, if the pruned model that it was trained on has towers.
+
+    Raises:
+        UserError: it does not fit the plan, or has a module outside the text model.
+    """
+    shapes, wrapper = plan.adaptable_shapes(), WRAPPERS.get(plan.base.wrapper or "")
+    model = f"the model of {adapter.folder / PLAN_NAME}"
+    if wrapper is not None and any(module.startswith(f"{wrapper.decoder}.") for module in adapter.modules):
+        return in_text(adapter, wrapper, shapes, model, full=False)
+    adapter.check_fits(shapes, model)
+    return adapter
 
 
 def _rebase(adapter: Adapter, full: Checkpoint, trained_on: str | Path | None, out: Path) -> Path:
@@ -147,6 +174,40 @@ def _rebase(adapter: Adapter, full: Checkpoint, trained_on: str | Path | None, o
         save_adapter(staging, {**adapter.config, "base_model_name_or_path": full.name}, adapter.tensors)
         copy_side_files(adapter.folder, staging)
     return out
+
+
+def _full_model(
+    plan: PruningPlan, base: str | Path | None, *, read: bool, chat_template: str | Path | None
+) -> Checkpoint | None:
+    """Return the full model, or None where recovery does without it; a model that is named is compared with the plan.
+
+    Args:
+        plan: the plan.
+        base: what the user names; a model on the hub is not fetched for the comparison alone.
+        read: whether recovery reads its weights.
+        chat_template: as `open_full`.
+
+    Raises:
+        UserError: it is not there, or it is another model.
+    """
+    if base is None and not read:
+        return None
+    name = plan.base.name if base is None else named(base)
+    if not read and is_hub_id(name) and not local(name).exists() and not is_cached(name):
+        logger.warning("%s: not on this disk, so it is not checked that this is the full model of the plan", name)
+        return None
+    return open_full(plan, base, chat_template=chat_template)
+
+
+def _warn_of_tied_head(adapter: Adapter, plan: PruningPlan, name: str) -> None:
+    """Say what other tools do wrong with an adapter on a head that is tied to the embedding."""
+    if plan.geometry.tie_word_embeddings and plan.architecture.head in adapter.modules:
+        logger.warning(
+            "%s is tied to the embedding, and the adapter is on it: PEFT's own merge changes the embedding too, and "
+            "llama.cpp cannot load such an adapter; merge it with `loram merge %s ADAPTER OUT`",
+            plan.architecture.head,
+            name,
+        )
 
 
 def _check_base_weights(

@@ -14,6 +14,7 @@ from loram.alignment.inputs import divide
 from loram.alignment.mixture import Rows, draw
 from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.base.errors import UserError
+from loram.base.size import show_size
 from loram.compute.device import compute_dtype, pick_device
 from loram.compute.likelihood import load_scored
 from loram.compute.loading import empty_model, load_tokenizer, open_full
@@ -26,7 +27,6 @@ from loram.model.plan import PruningPlan
 from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import TRAINING, Settings, make_settings
 from loram.planner.shapes import Model
-from loram.planner.size import show_size
 from loram.pruning.layout import blank_plan
 from loram.pruning.options import PruneOptions
 from loram.pruning.prune import load_calibration
@@ -244,7 +244,14 @@ def _trained(
         pruned = dataclasses.replace(sizes, sparse=plan.kept_values(), narrowed=plan.sparse_layers)
     else:
         units = {layer: plan.units(layer) for layer in plan.layers}
-        pruned = dataclasses.replace(sizes, units=units, narrowed=tuple(units), dropped=plan.dropped)
+        pruned = dataclasses.replace(
+            sizes,
+            units=units,
+            narrowed=tuple(units),
+            dropped=plan.dropped,
+            refit=plan.refit,
+            bypass_rank=plan.bypass_rank,
+        )
     yield "pruned", empty_model(checkpoint, dtype, None if recipe.prune is None else plan), pruned, sizes
     if FULL_LORA.count(recipe):
         full = checkpoint if recipe.prune is not None else open_full(plan, recipe.base_model_name_or_path)
@@ -254,6 +261,9 @@ def _trained(
 def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
     if section is None or not section.resolved().reads_text(checkpoint.architecture):
         return None
+    if section.refit:  # which reads more rows than scoring does
+        count = max(section.refit_samples, section.calibration_samples)
+        section = PruneOptions.of(section, calibration_samples=count)
     return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)
 
 

@@ -16,8 +16,8 @@ from loram.data.spec import DataSpec
 from loram.disk.artifacts import digest, file_sha256
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
-from loram.recovery.options import PolishOptions, RecoverOptions
-from loram.training.options import TrainOptions
+from loram.recovery.options import RecoverOptions
+from loram.training.options import PolishOptions, TrainOptions
 
 
 class PolishSection(PolishOptions):

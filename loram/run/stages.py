@@ -18,13 +18,13 @@ from loram.disk.template import as_setting
 from loram.export.merge import merge
 from loram.model.plan import PruningPlan
 from loram.pruning.prune import prune
-from loram.recovery.polish import polish
 from loram.recovery.recover import recover
 from loram.run.recipe import Recipe, file_digest
 from loram.run.record import Done, Record
 from loram.run.report import Cost, together
 from loram.training.methods.table import ANCHOR_STEPS, METHODS
 from loram.training.options import TrainOptions, resolve, why_not_anchored
+from loram.training.polish import polish
 from loram.training.train import train
 
 Evaluated = tuple[str | Path, Path | None]  # a model, and the adapter on it if there is one

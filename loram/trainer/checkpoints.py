@@ -29,6 +29,7 @@ class Checkpoints:
 
     Args:
         folder: the folder of the checkpoints; it need not exist.
+        events: the folder for what a tracker writes beside the output; it stays when the checkpoints go.
         made_from: name of an input -> its fingerprint.
         settings: everything else that influences the result of the training.
         names: name of an input -> what the user calls it.
@@ -39,12 +40,13 @@ class Checkpoints:
         self,
         folder: Path,
         *,
+        events: Path,
         made_from: Mapping[str, str],
         settings: Mapping[str, Any],
         names: Mapping[str, str],
         limit: int | None,
     ) -> None:
-        self.folder, self.names, self.limit = folder, names, limit
+        self.folder, self.events, self.names, self.limit = folder, events, names, limit
         self.best: int | None = None  # the step of a checkpoint that is kept beyond the limit
         self.made_from, self.settings = (
             dict(made_from),

@@ -1,4 +1,4 @@
-"""The frame around everything that trains and can be interrupted: train, align and polish are jobs in it.
+"""The frame around everything that trains and can be interrupted: train and align are jobs in it.
 
 A job says what it is made from, how it trains and what it writes. The frame publishes the output, keeps the
 checkpoints, goes on from the newest one, writes the log, and removes the checkpoints at the end.
@@ -19,7 +19,7 @@ from loram.base import processes
 from loram.compute.device import pick_device
 from loram.disk.artifacts import publish
 from loram.trainer.checkpoints import Checkpoints
-from loram.trainer.resume import STARTED, checkpoints_of
+from loram.trainer.resume import STARTED, checkpoints_of, events_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ def run_job(job: Job[Result], out: Path, *, fresh: bool) -> Path:
     """
     checkpoints = Checkpoints(
         checkpoints_of(out),
+        events=events_of(out, job.started),
         made_from=job.made_from,
         settings={**job.settings, "device": job.device.type, STARTED: job.started.isoformat()},
         names=job.names,

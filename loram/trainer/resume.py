@@ -12,7 +12,7 @@ STARTED = "started"  # the setting of a checkpoint that has the time of the trai
 
 # Options that do not change what is trained: what is kept, logged and shown, and how rows are fetched. All other
 # options count, those of later versions too.
-_KEPT = ("save_steps", "save_strategy", "save_total_limit", "save_on_each_node")
+_KEPT = ("save_steps", "save_strategy", "save_total_limit", "save_on_each_node", "ram_budget")
 _SHOWN = (
     *("logging_steps", "logging_strategy", "logging_first_step", "logging_dir"),
     *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "skip_memory_metrics"),
@@ -68,6 +68,11 @@ def _reading(settings: Mapping[str, Any]) -> dict[str, Any]:
 def checkpoints_of(out: Path) -> Path:
     """Return the folder that has the checkpoints of a training until its output is in place."""
     return out.with_name(f"{out.name}-checkpoints")
+
+
+def events_of(out: Path, started: datetime) -> Path:
+    """Return the folder for a tracker's events: the same after an interruption, another for another training."""
+    return out.with_name(f"{out.name}-events") / started.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def first_start(out: Path, *, fresh: bool) -> datetime:

@@ -5,14 +5,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import (
-    get_available_reporting_integrations,
-    get_reporting_integration_callbacks,
-)
 from transformers.training_args import trainer_log_levels
 
 from loram.base.errors import UserError
 from loram.trainer.arguments import as_user_error
+from loram.trainer.trackers import check_trackers
 
 _OF_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimisers that are made for a model's own layers
 
@@ -30,13 +27,10 @@ def try_out(arguments: TrainingArguments, stage: str) -> None:
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     if arguments.optim_target_modules and not optimizer.startswith(_OF_THE_MODEL):
         raise UserError(f"trainer: optim_target_modules does nothing with optim {optimizer}; leave it out")
-    tools: Any = arguments.report_to  # a list, once the arguments are made
     for key in ("log_level", "log_level_replica"):
         if (level := getattr(arguments, key)) not in trainer_log_levels:
             raise UserError(f"trainer: {key} is {level!r}; known are {', '.join(trainer_log_levels)}")
-    missing = sorted(set(tools) - set(get_available_reporting_integrations()))
     try:
-        get_reporting_integration_callbacks(tools)
         _make_optimizer(arguments, of_the_model=optimizer.startswith(_OF_THE_MODEL))
         DataLoader[Any](
             TensorDataset(torch.zeros(1)),
@@ -47,8 +41,7 @@ def try_out(arguments: TrainingArguments, stage: str) -> None:
         )
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise as_user_error(error, stage) from error
-    if missing:
-        raise UserError(f"trainer: report_to is {missing[0]}, which is not installed: pip install {missing[0]}")
+    check_trackers(arguments, stage)
 
 
 def _make_optimizer(arguments: TrainingArguments, *, of_the_model: bool) -> None:

@@ -11,11 +11,15 @@ from transformers import PreTrainedModel
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_model
 from loram.compute.masked import mask_updates_
+from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 from loram.model.plan import find_plan
 from loram.trainer.arguments import as_user_error
+from loram.training.engine import STREAMED
 from loram.training.methods.table import METHODS
 from loram.training.options import TrainOptions
+from loram.training.start import put_factors_
+from loram.training.streamed import shell_of
 
 
 def trainable_model(
@@ -24,6 +28,7 @@ def trainable_model(
     options: TrainOptions,
     device: torch.device,
     batches: Callable[[], Sequence[Mapping[str, Tensor]]],
+    start: Adapter | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Return the model with the parameters that the method trains; everything else is frozen.
 
@@ -33,6 +38,7 @@ def trainable_model(
         options: the options of the training.
         device: the device that computes; it decides the dtype of frozen weights.
         batches: gives batches of the training rows, for an adapter that begins with directions of the data.
+        start: the adapter to go on with; None for a new one.
 
     Raises:
         UserError: as in `add_adapter`.
@@ -44,13 +50,15 @@ def trainable_model(
         method.specialise_(model, own, pruned=pruned)
         return model
     frozen = _frozen_model(checkpoint, options, device)
-    from_data = options.lora.get("init_lora_weights") == "eva"
+    from_data = start is None and options.lora.get("init_lora_weights") == "eva"
     if options.load_in_4bit and adapter.target_parameters:
         adapted = _add_to_4bit_experts(frozen, adapter)
     else:
         adapted = add_adapter(frozen, adapter, low_cpu_mem_usage=from_data)
     if from_data:
         _draw_from_data_(adapted, batches())
+    if start is not None:
+        put_factors_(adapted, start)
     method.specialise_(adapted, own, pruned=pruned)
     for name, parameter in adapted.named_parameters():
         if ".lora_" in name:
@@ -88,8 +96,10 @@ def _add_to_4bit_experts(model: PreTrainedModel, config: LoraConfig) -> PeftMode
 
 
 def _frozen_model(checkpoint: Checkpoint, options: TrainOptions, device: torch.device) -> PreTrainedModel:
-    """Return the model that gets an adapter, in 4 bits or in the device's dtype."""
+    """Return the model that gets an adapter, in 4 bits or in the device's dtype; a streamed one is a shell."""
     dtype = compute_dtype(device)
+    if options.engine == STREAMED:
+        return shell_of(checkpoint, dtype)
     if not options.load_in_4bit:
         return load_model(checkpoint, dtype=dtype)
     from loram.compute.nf4 import load_4bit

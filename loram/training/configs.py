@@ -12,6 +12,7 @@ from loram.base.errors import UserError
 from loram.compute.device import compute_dtype
 from loram.trainer.arguments import as_user_error, checkpointing, option_names
 from loram.trainer.tryout import try_out
+from loram.training.engine import STREAMED
 from loram.training.options import TrainOptions
 
 
@@ -22,18 +23,21 @@ def build_configs(
 
     What is best depends on the device: on a GPU activations are checkpointed, and with 4-bit weights, which are for
     where memory is short, checkpoints wait in host memory and AdamW keeps its state in pageable 8 bits.
+    A streamed model chooses its dtype itself, and keeps only the inputs of layers anyway.
 
     Raises:
         UserError: what PEFT or TRL say of the first bad value.
     """
-    on_gpu = device.type == "cuda"
-    frugal = {"activation_offloading": True, "optim": "paged_adamw_8bit"} if on_gpu and chosen.load_in_4bit else {}
+    on_gpu, streamed = device.type == "cuda", chosen.engine == STREAMED
+    frugal = {"activation_offloading": not streamed, "optim": "paged_adamw_8bit"}
     options = {
-        **frugal,
-        "bf16": on_gpu and compute_dtype(device) == torch.bfloat16,
+        **(frugal if on_gpu and chosen.load_in_4bit else {}),
+        "bf16": on_gpu and not streamed and compute_dtype(device) == torch.bfloat16,
         "dataloader_pin_memory": on_gpu,
         **chosen.trainer,
-        **checkpointing(chosen.trainer, default=on_gpu, known=option_names(SFTConfig)),
+        **checkpointing(
+            {} if streamed else chosen.trainer, default=on_gpu and not streamed, known=option_names(SFTConfig)
+        ),
         "use_cpu": not on_gpu,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,  # it would drop the lengths of the rows that packing put together

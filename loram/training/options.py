@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import PositiveInt, create_model
+from pydantic import PositiveFloat, PositiveInt, create_model, field_validator
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
+from loram.base.size import parse_size
 from loram.disk.lora_keys import ALL_LINEAR, INITIALISATIONS, TRAINED, is_all_linear, refused_key
 from loram.model.architecture import Architecture
 from loram.model.families import KNOWN_TARGETS, LINEARS
@@ -19,6 +20,7 @@ from loram.trainer.arguments import (
     defaults_of,
     option_names,
 )
+from loram.training.engine import STREAMED, check_engine
 from loram.training.experts import check_expert_targets, check_linear_targets, expert_targets
 from loram.training.methods.table import METHODS, check_method, method_of
 
@@ -42,7 +44,7 @@ _OURS = {
 _ELSEWHERE = {
     "chat_template_path": "it is a key of the recipe, beside `train`; on the command line it is --chat-template"
 }
-_OTHER_LOSSES = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")
+_OTHER_LOSSES = ("loss_type", "label_smoothing_factor")
 
 
 class LoraFlags(Options):
@@ -60,7 +62,7 @@ class LoraFlags(Options):
     lora_alpha: int | float = option(16, "The update is scaled by alpha / r.", also="alpha", common=True, gt=0)
     lora_dropout: float = option(
         0.05,
-        "The dropout before lora_A (default: 0.05; with dora, lora-fa and target_parameters 0).",
+        "The dropout before lora_A (default: 0.05; with dora, lora-fa, target_parameters and engine streamed 0).",
         also="dropout",
         planned=True,
         ge=0,
@@ -87,6 +89,11 @@ class SftFlags(TrainerFlags):
 
     learning_rate: float = option(2e-4, "The learning rate after warm-up.", also="lr", common=True, gt=0)
     save_total_limit: int | None = option(2, "The number of checkpoints to keep.", flag="")
+    router_aux_loss_coef: float = option(
+        0.0,
+        "In mixtures of experts: add this many times the loss by which routers learn to use all experts alike.",
+        ge=0,
+    )
     packing: bool | None = option(None, "Put short rows together into one.", flag="", also="sample_packing")
     activation_offloading: bool | None = option(
         None,
@@ -96,10 +103,56 @@ class SftFlags(TrainerFlags):
     )
 
 
-class _TrainOptions(Options):
+class StreamOptions(Options):
+    """The options of what is streamed in training."""
+
+    ram_budget: str | None = option(
+        None,
+        "Keep as much of the streamed model in RAM as fits into this, so that it is read once: 12GiB, 24GB "
+        "(default: nothing).",
+        planned=True,
+    )
+
+    @property
+    def ram_bytes(self) -> int:
+        """Return how many bytes of the streamed model may stay in RAM."""
+        return 0 if self.ram_budget is None else parse_size(self.ram_budget, "ram_budget")
+
+    @field_validator("ram_budget")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value, "ram_budget")
+        return value
+
+
+class PolishOptions(StreamOptions):
+    """How to train a recovered adapter further on the streamed full model; see `loram.training.polish.polish`."""
+
+    stage: ClassVar[str] = "polish"
+
+    max_steps: PositiveInt = option(8, "Optimiser steps, each of which reads the full model twice.", common=True)
+    per_device_train_batch_size: PositiveInt = option(16, "Rows per device and step.", common=True)
+    learning_rate: PositiveFloat = option(
+        5e-4, "The learning rate of the first step; it falls to 0 along a cosine.", common=True
+    )
+    max_length: PositiveInt = option(512, "Rows are cut to this many tokens.")
+    max_grad_norm: PositiveFloat = option(1.0, "Gradients are clipped to this norm.", flag="")
+
+
+class _TrainOptions(StreamOptions):
     """How to train an adapter, or weights themselves; see `loram.training.train.train`."""
 
     stage: ClassVar[str] = "train"
+
+    engine: Literal["resident", "streamed"] = option(
+        "resident",
+        "How the model goes forward and backward: resident, in memory; or streamed, layer by layer from its files, "
+        "which reads them twice per optimiser step.",
+        hint="known are resident, streamed",
+        common=True,
+        planned=True,
+    )
 
     method: str = option(
         "lora",
@@ -189,7 +242,12 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
     method = method_of(options.method)
     if options.offload_embedding and not options.load_in_4bit:
         raise UserError("offload_embedding: is for models in 4 bits; add load_in_4bit, or leave it out")
-    undropped = {"lora_dropout": 0.0} if options.mask_update or options.lora.get("target_parameters") else {}
+    if options.offload_embedding and options.engine == STREAMED:
+        raise UserError("offload_embedding: with engine streamed it has no use; leave it out")
+    if options.ram_budget is not None and options.engine != STREAMED and not options.anchor_steps:
+        raise UserError("ram_budget: is for what is streamed; add engine streamed or anchor_steps, or leave it out")
+    without = options.mask_update or options.lora.get("target_parameters") or options.engine == STREAMED
+    undropped = {"lora_dropout": 0.0} if without else {}
     lora = {**lora_defaults(architecture), **method.defaults, **undropped, "task_type": "CAUSAL_LM", **options.lora}
     if is_all_linear(lora["target_modules"]):
         lora["target_modules"] = list(LINEARS if architecture is None else architecture.adapter_targets)
@@ -209,6 +267,7 @@ def resolve(options: TrainOptions, architecture: Architecture | None = None) -> 
         check_linear_targets(lora["target_modules"], architecture)
     lora |= method.lora
     _check_trainer(trainer)
+    check_engine(options, lora, trainer)
     if options.anchor_steps and (problem := why_not_anchored(options)):
         raise UserError(f"anchor_steps: {problem}")
     if architecture is not None:
@@ -232,7 +291,15 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> None:
-    """Refuse rows of text that are put together into one where layers would carry one row's text into the next."""
+    """Refuse what a family cannot do.
+
+    That is a loss of routers that it does not have, and rows of text that are put together into one where layers would
+    carry one row's text into the next.
+    """
+    experts = architecture.experts
+    if trainer["router_aux_loss_coef"] and not (experts is not None and experts.balanced_by_loss):
+        why = "has no experts" if experts is None else "steers its router by a bias, and not by a loss"
+        raise UserError(f"trainer: router_aux_loss_coef: {architecture.model_type} {why}; leave it out")
     for key in ("packing", "padding_free"):
         if architecture.recurrent and trainer.get(key):
             raise UserError(
@@ -245,6 +312,8 @@ def why_not_anchored(options: TrainOptions) -> str | None:
     """Return what keeps a training of a pruned model from staying on the full model's course, if anything does."""
     if not method_of(options.method).anchored:
         return f"measures with the adapter recovered, which method {options.method} cannot be meanwhile"
+    if options.engine == STREAMED:
+        return "adds to the blocks of a model in memory, and engine streamed has none there; drop one"
     if options.mask_update:
         return "measures with the adapter recovered, which a masked update cannot be; drop mask_update"
     if options.lora.get("target_parameters"):

@@ -15,13 +15,18 @@ from trl import SFTConfig
 
 from loram.base import processes
 from loram.base.errors import UserError
+from loram.base.paths import local
 from loram.compute.device import compute_dtype
 from loram.compute.loading import load_tokenizer, open_full
-from loram.compute.loss import use_chunked_loss_
+from loram.compute.loss import Balance, use_chunked_loss_
+from loram.compute.nf4_streamed import Nf4Checkpoint
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
-from loram.disk.artifacts import check_output
+from loram.disk.adapter import Adapter
+from loram.disk.artifacts import check_output, find_manifest
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.files import copy_side_files
+from loram.disk.kept import kept_in_ram
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.disk.writer import write_trained
@@ -33,6 +38,7 @@ from loram.trainer.resume import first_start
 from loram.training.adapt import trainable_model
 from loram.training.anchors import Course
 from loram.training.configs import build_configs
+from loram.training.engine import STREAMED
 from loram.training.experts import taken_for_experts
 from loram.training.liger import use_liger_
 from loram.training.methods.method import Method
@@ -40,6 +46,8 @@ from loram.training.methods.table import METHODS
 from loram.training.options import TrainOptions, resolve
 from loram.training.rounds import anchored
 from loram.training.rows import arrange, check_packed, first_batches, rows_digest
+from loram.training.start import load_start, options_of
+from loram.training.streamed import StreamedPass, StreamedTrainer, stream_loss_
 from loram.training.trainer import AdapterTrainer
 from loram.training.write import Trained, write_adapter
 
@@ -55,6 +63,7 @@ def train(
     *,
     data: DataSpec | str | Path | Mapping[str, Any],
     options: TrainOptions | None = None,
+    adapter: str | Path | None = None,
     base: str | Path | None = None,
     seed: int = 42,
     device: str | None = None,
@@ -79,6 +88,7 @@ def train(
         data: the training rows (see `loram.data.tokens`).
         options: how to train; single options may be given by name instead: `method="dora", lora={"r": 16}`. Methods
             that train the weights use only r of `lora`, the rank of the extracted adapter, and warn about any other.
+        adapter: an adapter folder that fits `model`, to go on with; its rank, targets and scaling stay as they are.
         base: the full model for anchors, if it is not at the name that the plan has.
         seed: the seed of initialisation, data order, dropout and LISA's draws.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
@@ -96,13 +106,17 @@ def train(
         FloatingPointError: a loss, gradient or weight is not finite; names the step and the tensor.
         MissingGradientError: a parameter that should train gets no gradient; names it.
     """
-    out = check_output(out, model)
+    source = None if adapter is None else local(adapter)
+    out = check_output(out, model, *([] if source is None else [source]))
     checkpoint, spec = open_model(model, chat_template=chat_template), as_spec(data)
     chosen = TrainOptions.of(options, **fields)
+    start = None if source is None else load_start(checkpoint, source, chosen)
     length = {"max_length": spec.max_length} if spec.max_length else {}
     trainer = {"seed": seed, **chosen.trainer, **length}
     in_4bit = chosen.load_in_4bit or checkpoint.quantized
     options = resolve(chosen.model_copy(update={"trainer": trainer, "load_in_4bit": in_4bit}), checkpoint.architecture)
+    if start is not None:
+        options = options.model_copy(update={"lora": options_of(start, options.lora)})
     _check_sparse(checkpoint, options)
     _check_extracted(checkpoint, options)
     if METHODS[options.method].weights and (unused := sorted(chosen.lora.keys() - {"r"})):
@@ -115,9 +129,11 @@ def train(
         spec,
         options,
         on,
+        start=start,
         course=course,
         callbacks=callbacks,
         keep_checkpoints=keep,
+        scratch=out.parent,
         started=first_start(out, fresh=fresh),
     )
     return run_job(job, out, fresh=fresh)
@@ -127,6 +143,10 @@ def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
     """Refuse options that only sparse models can have, and those that sparse models cannot have."""
     if options.mask_update and not checkpoint.sparse:
         raise UserError(f"mask_update: {checkpoint.name} is not sparse: it has no weight that the mask would remove")
+    if checkpoint.sparse and options.engine == STREAMED and options.load_in_4bit:
+        raise UserError(
+            f"load_in_4bit: {checkpoint.name} is sparse, and engine streamed has it in 16 bits; leave it out"
+        )
     if checkpoint.sparse and METHODS[options.method].weights:
         raise UserError(
             f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
@@ -163,7 +183,7 @@ def _course(
     scratch.mkdir(parents=True, exist_ok=True)
     assert options.anchor_steps
     return Course(
-        base=open_full(plan, base),
+        base=kept_in_ram(open_full(plan, base), options.ram_bytes),
         plan=plan,
         steps=options.anchor_steps,
         gradients=options.anchor_gradients,
@@ -179,9 +199,11 @@ def _prepare(
     options: TrainOptions,
     device: torch.device,
     *,
+    start: Adapter | None,
     course: Course | None,
     callbacks: Sequence[TrainerCallback],
     keep_checkpoints: bool,
+    scratch: Path,
     started: datetime,
 ) -> "_TrainJob":
     """Read the rows and say what the training is made from."""
@@ -191,8 +213,12 @@ def _prepare(
     inputs = {"base": checkpoint.fingerprint}
     if plan is not None:
         inputs = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "pruned": checkpoint.fingerprint}
+    kind, before = "model" if METHODS[options.method].weights and plan is None else "adapter", None
+    if start is not None:
+        before = find_manifest(start.folder)
+        inputs = {**({} if before is None else before.made_from), **inputs, "adapter": start.fingerprint}
     return _TrainJob(
-        kind="model" if METHODS[options.method].weights and plan is None else "adapter",
+        kind=kind if before is None else before.kind,
         made_from={**inputs, "rows": rows_digest(tokens.rows)},
         settings={
             **options.model_dump(),
@@ -203,7 +229,12 @@ def _prepare(
             "processes": processes.count(),
             **as_setting(checkpoint.chat_template),
         },
-        names={"rows": spec.path, "base": checkpoint.name, "pruned": checkpoint.name},
+        names={
+            "rows": spec.path,
+            "base": checkpoint.name,
+            "pruned": checkpoint.name,
+            "adapter": "" if start is None else str(start.folder),
+        },
         started=started,
         device=device,
         checkpoint_limit=options.trainer["save_total_limit"],
@@ -213,8 +244,10 @@ def _prepare(
         options=options,
         rows=tokens.rows,
         tokenizer=tokenizer,
+        start=start,
         course=course,
         callbacks=callbacks,
+        scratch=scratch,
     )
 
 
@@ -228,8 +261,10 @@ class _TrainJob(Job[Trained]):
         options: the options, with every default filled in.
         rows: the tokenised rows.
         tokenizer: the model's tokenizer.
+        start: the adapter to go on with; None for a new one.
         course: the full model's course, for anchors.
         callbacks: the user's callbacks.
+        scratch: the folder for what a streamed model keeps in files.
     """
 
     log_name: ClassVar[str] = LOG_NAME
@@ -239,8 +274,10 @@ class _TrainJob(Job[Trained]):
     options: TrainOptions
     rows: Dataset
     tokenizer: PreTrainedTokenizerBase
+    start: Adapter | None
     course: Course | None
     callbacks: Sequence[TrainerCallback]
+    scratch: Path
 
     @property
     def method(self) -> Method:
@@ -261,22 +298,27 @@ class _TrainJob(Job[Trained]):
         def batches() -> Sequence[Mapping[str, torch.Tensor]]:
             return first_batches(rows, collator, arguments.per_device_train_batch_size, _EVA_BATCHES)
 
-        model = trainable_model(self.checkpoint, adapter, self.options, self.device, batches)
+        model = trainable_model(self.checkpoint, adapter, self.options, self.device, batches, self.start)
         own = self.method.own_options(self.options)
         callbacks = [*self.method.callbacks(model, own, arguments.seed), *self.callbacks]
         added_files = self.method.added_files(model)
         if over is not None:
             return Trained(folder=over.folder, log=over.log, added_files=added_files)
-        _use_kernels_(model, arguments)
+        if self.options.engine == STREAMED:
+            assert isinstance(model, PeftModel)
+            stream_loss_(model, self._pass())
+        else:
+            _use_kernels_(model, arguments, self._balance())
         trainer = fit_model_(
             self._trainer_class(),
             model,
             arguments,
+            device=self.device,
             rows=rows,
             collator=collator,
             checkpoints=checkpoints,
             newest=newest,
-            lean=self.options.load_in_4bit,
+            lean=self.options.load_in_4bit or self.options.engine == STREAMED,
             callbacks=callbacks,
             processing_class=self.tokenizer,
         )
@@ -284,7 +326,27 @@ class _TrainJob(Job[Trained]):
         trainer.save_model(str(folder))
         return Trained(folder=folder, log=losses(trainer.state, "loss"), added_files=added_files)
 
+    def _pass(self) -> StreamedPass:
+        """Return where the model is streamed."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        return StreamedPass(self._streamed(), self.device, self.scratch)
+
+    def _streamed(self) -> Checkpoint:
+        """Return the model as it is read: in NF4 if the options say so, and kept in RAM as far as they allow."""
+        room = self.options.ram_bytes
+        if not self.options.load_in_4bit:
+            return kept_in_ram(self.checkpoint, room)
+        return Nf4Checkpoint(self.checkpoint, device=self.device, dtype=compute_dtype(self.device), budget=room)
+
+    def _balance(self) -> Balance | None:
+        coefficient = self.options.trainer["router_aux_loss_coef"]
+        geometry = (self.checkpoint if self.plan is None else self.plan).geometry
+        chosen = geometry.num_experts_per_tok if coefficient else None
+        return None if chosen is None else Balance(coefficient=coefficient, chosen=chosen)
+
     def _trainer_class(self) -> type[Trainer]:
+        if self.options.engine == STREAMED:
+            return StreamedTrainer
         return AdapterTrainer if self.course is None else anchored(AdapterTrainer, self.course)
 
     def write(self, out: Path, outcome: Trained) -> Mapping[str, float]:
@@ -292,16 +354,18 @@ class _TrainJob(Job[Trained]):
         if self.kind == "model":
             write_trained(out, self.checkpoint, outcome.folder)
             return {}
-        figures = write_adapter(out, outcome, self.checkpoint, self.plan, self.options)
-        self.tokenizer.save_pretrained(out)
+        if self.start is not None:
+            copy_side_files(self.start.folder, out)
+        figures = write_adapter(out, outcome, self.checkpoint, self.plan, self.options, self.start)
+        self.checkpoint.copy_tokenizer(out)
         return figures
 
 
-def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig) -> None:
+def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig, balance: Balance | None) -> None:
     """Put our loss into a model, and Liger's kernels where the arguments ask for them."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
-    use_chunked_loss_(base)
+    use_chunked_loss_(base, balance=balance)
     if arguments.use_liger_kernel:
         use_liger_(base, arguments.liger_kernel_config)
         arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -32,7 +32,12 @@ class Trained(Outcome):
 
 
 def write_adapter(
-    out: Path, trained: Trained, checkpoint: Checkpoint, plan: PruningPlan | None, options: TrainOptions
+    out: Path,
+    trained: Trained,
+    checkpoint: Checkpoint,
+    plan: PruningPlan | None,
+    options: TrainOptions,
+    start: Adapter | None = None,
 ) -> dict[str, float]:
     """Write an outcome as a PEFT adapter, with the plan and what else recovery needs.
 
@@ -42,6 +47,7 @@ def write_adapter(
         checkpoint: the model that it was trained on.
         plan: the plan of that model; None where it is a full one.
         options: the options of the training.
+        start: the adapter that it went on with, whose config and dtypes the result has; None where it was new.
 
     Returns:
         Where weights trained, `kept_share`: the share of the squared update that the extracted adapter keeps.
@@ -49,12 +55,15 @@ def write_adapter(
     figures = {}
     if METHODS[options.method].weights:
         config, tensors, figures["kept_share"] = extract(Checkpoint(trained.folder), checkpoint, options.lora["r"])
+        adapter = Adapter(folder=out, config=config, tensors=tensors)
     else:
         adapter = Adapter.load(trained.folder)
-        if checkpoint.wrapper is not None:
-            adapter = in_wrapper(adapter, checkpoint.wrapper)
-        config, tensors = adapter.config, adapter.tensors
-    save_adapter(out, {**config, "base_model_name_or_path": checkpoint.name}, tensors)
+        if start is not None:
+            tensors = {name: tensor.to(start.tensors[name].dtype) for name, tensor in adapter.tensors.items()}
+            adapter = replace(start, tensors=tensors)
+    if checkpoint.wrapper is not None:
+        adapter = in_wrapper(adapter, checkpoint.wrapper)
+    save_adapter(out, {**adapter.config, "base_model_name_or_path": checkpoint.name}, adapter.tensors)
     if plan is None:
         return figures
     plan.save(out)

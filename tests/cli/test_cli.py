@@ -193,6 +193,18 @@ def test_flags_of_other_tools_are_answered_with_ours(arguments: str, line: str, 
     assert err.count("\n") == 1
 
 
+def test_what_people_look_for_is_answered_with_what_does_it(loram_cli: Cli) -> None:
+    code, _, err = loram_cli("push", "folder", "owner/name")
+    assert code == 2
+    assert err == "loram: error: there is no command 'push': upload a finished folder with `hf upload NAME FOLDER`\n"
+
+
+def test_shells_complete_commands(loram_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_LORAM_COMPLETE", "complete_bash"), ("COMP_WORDS", "loram pr"), ("COMP_CWORD", "1")):
+        monkeypatch.setenv(name, value)
+    assert loram_cli()[:2] == (0, "prune\n")
+
+
 def test_a_failure_of_ours_is_code_1_without_traceback(
     tiny_llama: Path, tmp_path: Path, loram_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,17 +155,17 @@ def test_the_reference_page_is_up_to_date() -> None:
 # Names that stand in more than four files for a reason that has nothing to do with where options are declared.
 ELSEWHERE = {
     "a word of plain English or of Python, or the name of a stage, library or method": (
-        "prune teach align train recover polish evaluate compare lora trainer lisa calibration criterion "
-        "dataset device method packing pattern probe r ratio seed share stream teacher"
+        "prune teach align train recover polish evaluate compare correct lora trainer lisa calibration criterion "
+        "dataset device engine method packing pattern probe r ratio refit seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
-        "learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim output_dir "
-        "per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
+        "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim "
+        "output_dir per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
     "`trainer/resume.py` lists it among what may change before a training goes on": "probe_dataset",
     "it is written into a plan, an adapter or a manifest, and read from there": (
-        "base_model_name_or_path keep_first keep_last mask_update"
+        "base_model_name_or_path bypass_rank keep_first keep_last mask_update"
     ),
     "the modules of the room `run` read this part of the recipe, or name it": (
         "model_name_or_path eval_dataset chat_template_path"

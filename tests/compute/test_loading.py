@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, elsewhere, make_model
-from transformers import AutoModelForCausalLM
+from conftest import FAMILIES, HYBRIDS, NEAR_LLAMA, ODDITIES, SIZES, elsewhere, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram.compute.loading import load_model
 from loram.disk.checkpoint import Checkpoint
+from loram.model.modeling_loram import older_rope_keys, pruned_classes
 
 TOKENS = torch.arange(3, 15)[None]
 
@@ -25,6 +26,11 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.inference_mode():
         result[folder] = model(torch.arange(3, 15)[None]).logits.sum().item()
+    if model.config.model_type == "loram_llama":
+        from peft import IA3Config, LoraConfig, get_peft_model  # after the model, and without target modules
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+        assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+        get_peft_model(adapted.unload(), IA3Config(task_type="CAUSAL_LM"))
 assert not any(name.split(".")[0] == "loram" for name in sys.modules)
 print(json.dumps(result))
 """
@@ -171,6 +177,23 @@ def test_rotary_tables_that_grow_with_the_text_have_the_full_models_sizes(
             tables = [model.model.rotary_emb(states, places) for model in (small, full)]
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(*tables, strict=True))
             assert torch.isfinite(small(places).logits).all()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *NEAR_LLAMA, *HYBRIDS])
+def test_keys_for_transformers_4_say_of_rotary_embeddings_what_transformers_5_reads(family: str) -> None:
+    config = AutoConfig.for_model(family, **{**SIZES, **ODDITIES[family]})
+    keys = older_rope_keys(config.rope_parameters)
+    assert keys["rope_theta"] == (config.rope_parameters.get("full_attention") or config.rope_parameters)["rope_theta"]
+    again = {**config.to_dict(), "rope_parameters": None, **keys}
+    for both in (again, {**again, "rope_parameters": config.rope_parameters}):
+        assert type(config)(**copy.deepcopy(both)).rope_parameters == config.rope_parameters
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.6.2"])
+def test_an_older_transformers_is_named_with_what_is_needed(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(ImportError, match=f"need transformers >= 5.14, and {version} is installed"):
+        pruned_classes("LlamaForCausalLM")
 
 
 def test_load_pruned_needs_a_plan(tiny_llama: Path) -> None:

@@ -1,15 +1,16 @@
 """The chunked loss equals the plain loss, and so do the gradients of adapters on lm_head and below it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_FAMILY, relative
+from conftest import EVERY_FAMILY, make_model, relative
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from loram.compute.loss import chunked_cross_entropy, parts_of
+from loram.compute.loss import Balance, chunked_cross_entropy, parts_of, use_chunked_loss_
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -44,3 +45,35 @@ def test_gradients_equal_those_of_the_plain_loss(family: str, tiny_models: dict[
             assert relative(gradient, reference[name]) < 1e-5, name
     assert any("lm_head.lora_A" in name for name in reference)
     assert reference.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_the_loss_of_routers_is_transformers_own(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    make_model(tmp_path, family, tokenizer, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, 320, (3, 11))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    model.router_aux_loss_coef, chosen = 0.5, model.config.num_experts_per_tok
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = model(**batch, output_router_logits=True)
+    reference = gradients(expected.loss)
+    assert expected.aux_loss > 0
+    use_chunked_loss_(model, balance=Balance(coefficient=0.5, chosen=chosen))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        loss = model(**batch).loss
+        assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+        for name, gradient in gradients(loss).items():
+            assert relative(gradient, reference[name]) < 1e-5, name
+    half = model(**batch, num_items_in_batch=2 * int((labels[:, 1:] >= 0).sum())).loss  # one of two micro-batches
+    assert half.item() == pytest.approx(expected.loss.item() / 2, rel=1e-6)

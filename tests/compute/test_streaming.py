@@ -324,7 +324,7 @@ def test_parameters_are_counted_without_loading(
 ) -> None:
     for folder in (tiny_models[family], pruned_models[family]):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert stream_of(folder).parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert Checkpoint(folder).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def real_layers(stream: Stream) -> list[int]:

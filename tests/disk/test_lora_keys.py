@@ -74,6 +74,19 @@ def test_a_key_of_another_version_of_peft_is_refused_unless_it_is_off(adapter: P
             read(adapter, use_tomorrow=value)
 
 
+def test_an_adapter_that_trains_tables_is_told_what_to_train_instead(
+    adapter: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(loram.UserError, match=r'modules_to_save is \["lm_head"\].*target lm_head with LoRA instead'):
+        read(adapter, modules_to_save=["lm_head"])
+    with pytest.raises(loram.UserError, match=r"trainable_token_indices is \[5\].*leave it out"):
+        read(adapter, trainable_token_indices=[5])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, tie_word_embeddings=False)
+    tables = random_adapter(model, tmp_path / "tables", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(loram.UserError, match=r"embed_tokens\.lora_embedding_A adapts the embedding; leave it out"):
+        Adapter.load(tables)
+
+
 @pytest.mark.parametrize("initial", [*INITIALISATIONS, "mica", "Gaussian", None])
 def test_an_initialisation_that_leaves_the_base_alone_is_read(initial: Any, adapter: Path) -> None:
     assert read(adapter, init_lora_weights=initial).modules

@@ -74,6 +74,13 @@ def test_plans_are_frozen() -> None:
         make({}).ratio = 0.3  # type: ignore[misc]
 
 
+def test_a_plan_shows_itself_in_few_words() -> None:
+    plan = make({4: {"kv_groups": (0, 2)}})
+    assert "1 of " in repr(plan)
+    assert "kv_groups" not in repr(plan)
+    assert len(str(plan)) < 1000
+
+
 def test_kept_elements_by_hand() -> None:
     plan = make({2: {"kv_groups": (0, 2), "channels": (1, 7)}})
     queries, keys, up = (

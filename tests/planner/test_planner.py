@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loram
 from loram import cli
+from loram.base.size import parse_size, show_size
 from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
@@ -31,7 +32,6 @@ from loram.planner.fit import GRID, Fit, fit
 from loram.planner.memory import training_memory
 from loram.planner.settings import LINEARS, Settings, make_settings
 from loram.planner.shapes import Model
-from loram.planner.size import parse_size, show_size
 from loram.planner.weights import factors, frozen_bytes, optimizer_bytes
 from loram.planner.weights import trained as trained_parameters
 from loram.pruning.options import PruneOptions
@@ -289,6 +289,24 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
     assert sum(expected) < sum(saved_by_layers(whole, settings))
 
 
+def test_a_bypass_saves_no_activations(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Its factors are frozen, so their inputs are of no use to the backward pass. It is counted in all else."""
+    options = {"ratio": 0.5, "criterion": "random", "keep_first": 1, "keep_last": 1, "refit": True}
+    found = []
+    for rank in (0, 4):
+        loram.prune(tiny_models["llama"], tmp_path / str(rank), **options, refit_samples=1, bypass_rank=rank)
+        found.append(saved_bytes(adapted(loram.load_pruned(tmp_path / str(rank))), 2, 12))
+    assert found[0] == found[1]
+    without, with_bypass = (loram.estimate(LLAMA_70B, ratio=0.85, refit=True, bypass_rank=rank) for rank in (0, 32))
+    plain, layers = loram.estimate(LLAMA_70B, ratio=0.85), without.pruned_layers
+    assert with_bypass.pruned_parameters - without.pruned_parameters == layers * 4 * 32 * 8192
+    operations = [each.arithmetic.flops_per_token for each in (without, with_bypass)]
+    assert operations[1] - operations[0] == 6 * layers * 4 * 32 * 8192
+    needed = [[s.memory for s in each.stages if s.name == "prune (taylor)"] for each in (plain, without, with_bypass)]
+    assert needed[0] < needed[1] < needed[2]
+    assert "bypass_rank: 32" in fit(LLAMA_70B, 30 << 30, refit=True, bypass_rank=32).recipe
+
+
 def test_the_loss_saves_what_it_reads_only() -> None:
     head, hidden = nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(2, 700, 8, requires_grad=True)
     labels = torch.randint(0, 50, (2, 700))
@@ -408,6 +426,17 @@ def test_items_add_up_to_the_total() -> None:
     assert memory.total == sum(value for name, value in memory.model_dump().items() if name not in beside)
 
 
+def test_small_tensors_of_the_optimiser_are_not_paged() -> None:
+    options: dict[str, Any] = {"ratio": 0.85, "load_in_4bit": True, "device": "cuda"}
+    small, large = (loram.estimate(LLAMA_70B, lora_r=rank, **options).training for rank in (8, 64))
+    # at r 8 the tensors of 100,000 values and more are gate_proj's and up_proj's lora_B and down_proj's lora_A, of the
+    # six layers that are whole: 8 * 28,672 values each, with two moments of one byte per value
+    assert small.pageable == 6 * 3 * 2 * 8 * 28_672
+    assert small.optimizer - small.pageable > 0
+    assert large.pageable > 8 * small.pageable
+    assert loram.estimate(LLAMA_70B, optim="adamw_8bit", **options).training.pageable == 0
+
+
 def test_gradients_are_counted_where_they_are() -> None:
     options: dict[str, Any] = {"gradient_checkpointing": False}  # the peak is then near the top
     once = loram.estimate(LLAMA_70B, gradient_accumulation_steps=1, **options).training
@@ -465,6 +494,21 @@ def test_operations_that_measure_the_full_model() -> None:
         assert found.flops_per_token == pruned.arithmetic.flops_per_token + found.measuring_flops_per_token
         assert found.times_fewer == found.full_flops_per_token / found.flops_per_token
     assert anchored.times_fewer < 1
+
+
+def test_a_streamed_model_is_a_layer_in_memory_and_is_read_in_every_step() -> None:
+    options = {"engine": "streamed", "per_device_train_batch_size": 16}
+    streamed = loram.estimate(LLAMA_31_70B, **options)
+    table = LLAMA_31_70B["vocab_size"] * LLAMA_31_70B["hidden_size"]
+    in_layers = streamed.parameters - 2 * table - LLAMA_31_70B["hidden_size"]
+    assert streamed.read_per_step == 2 * 2 * in_layers + 2 * table
+    assert streamed.training.total < loram.estimate(LLAMA_31_70B, load_in_4bit=True).training.total / 3
+    kept = loram.estimate(LLAMA_31_70B, ram_budget="200GB", device="cpu", **options)
+    assert kept.read_per_step == 0
+    assert kept.training.weights >= 2 * (in_layers + table)
+    packed = loram.estimate(LLAMA_31_70B, load_in_4bit=True, **options)
+    assert 0.25 < packed.read_per_step / streamed.read_per_step < 0.27
+    assert loram.estimate(LLAMA_31_70B).read_per_step == 0
 
 
 @pytest.mark.parametrize("memory", ["12GiB", "24GiB", "40GiB", "300GiB"])
@@ -566,6 +610,10 @@ def test_sizes() -> None:
         ({"device": "cpu", "activation_offloading": True}, "activation_offloading"),
         ({"device": "cpu", "optim": "paged_adamw_8bit"}, "adamw_8bit"),
         ({"offload_embedding": True}, "add load_in_4bit"),
+        ({"engine": "streamed", "anchor_steps": 2}, "engine streamed takes no anchor_steps"),
+        ({"engine": "streamed", "lora_dropout": 0.1}, "engine streamed takes no"),
+        ({"ram_budget": "1GB"}, "ram_budget is for what is streamed"),
+        ({"ram_budget": "many"}, "a number with a unit"),
         ({"method": "lora-f"}, "known are lora, rslora"),
         ({"method": "lisa"}, "'lisa' cannot be estimated; that of lora, rslora, lora-fa, lora-sp can"),
         ({"method": "lora-sp", "lora_r": 5}, "the nearest is 0.6"),

@@ -207,12 +207,13 @@ assert not any(name.split(".")[0] == "loram" for name in sys.modules)
 """
 
 
-def test_a_compensated_folder_loads_where_loram_is_not_imported(
+def test_a_compensated_or_refitted_folder_loads_where_loram_is_not_imported(
     tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     families = ("llama", "mistral", "gemma3_text")
     for family in families:
-        compensated(tiny_models[family], tmp_path / family, rows_file)
+        refit = {"bias_compensation": False, "refit": True, "bypass_rank": 3} if family == "mistral" else {}
+        compensated(tiny_models[family], tmp_path / family, rows_file, **refit)
     done = elsewhere(REMOTE, *(str(tmp_path / family) for family in families), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for family, found in zip(families, done.stdout.split(), strict=True):

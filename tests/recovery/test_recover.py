@@ -3,13 +3,14 @@
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import LINEARS
+from conftest import LINEARS, random_adapter
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -102,6 +103,41 @@ def test_the_base_that_is_named_is_checked_and_written_down(
     with pytest.raises(loram.UserError, match="no such file or folder"):
         loram.recover(trained, tmp_path / "out", base=tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_on_the_hub_is_named_and_compared_where_it_is_in_the_cache(
+    trained: Path,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loram.recover(trained, tmp_path / "recovered", base="someone/model")
+    assert "someone/model: not on this disk" in caplog.text
+    config = json.loads((tmp_path / "recovered" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/model"
+    for family, refused in (("mistral", True), ("llama", False)):
+        folder = str(tiny_models[family])
+        monkeypatch.setattr("loram.disk.opening.snapshot_download", lambda *_, folder=folder, **__: folder)
+        monkeypatch.setattr("loram.disk.opening.hf_hub_download", lambda *_, f=folder: f"{f}/config.json")
+        expected = (
+            pytest.raises(loram.UserError, match="someone/model: not the full model") if refused else nullcontext()
+        )
+        caplog.clear()
+        with expected:
+            loram.recover(trained, tmp_path / family, base="someone/model")
+        assert "not on this disk" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_an_adapter_on_a_tied_head_comes_with_a_warning(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for targets, warned in ((["q_proj"], False), (["q_proj", "lm_head"], True)):
+        folder = tmp_path / f"adapter-{warned}"
+        random_adapter(loram.load_pruned(trained.parent / "pruned"), folder, target_modules=targets)
+        loram.recover(folder, tmp_path / f"recovered-{warned}")  # its plan is in the folder that it names
+        assert ("loram merge" in caplog.text) == warned
 
 
 def test_inputs_are_not_written_to(trained: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from loram.disk.artifacts import MANIFEST_NAME
 from loram.disk.checkpoint import Checkpoint
 
 Made = tuple[Path, Path, subprocess.CompletedProcess[str]]
-FOLDERS = ["plain", "anchored", "resumed", "aligned", "commanded"]
+FOLDERS = ["plain", "anchored", "streamed", "resumed", "aligned", "commanded"]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def test_every_folder_is_made_once_and_nothing_else_is_left(made: Made) -> None:
     two, one, ended = made
     assert sorted(path.name for path in two.iterdir()) == sorted(FOLDERS) == sorted(p.name for p in one.iterdir())
     assert ended.stdout.count("adapter written") == 1
-    assert ended.stderr.count("step 6 of 6") == 3  # plain, anchored, resumed: only the first process prints
+    assert ended.stderr.count("step 6 of 6") == 4  # plain, anchored, streamed, resumed: only the first process prints
     for name in FOLDERS:
         manifest = loram.disk.artifacts.verify(two / name)[str(two / name)]
         assert manifest.settings["processes"] == 2
 
 
-@pytest.mark.parametrize("name", ["plain", "anchored", "resumed", "commanded"])
+@pytest.mark.parametrize("name", ["plain", "anchored", "streamed", "resumed", "commanded"])
 def test_adapters_are_those_of_one_process(name: str, made: Made) -> None:
     two, one = (Adapter.load(folder / name).tensors for folder in made[:2])
     assert two.keys() == one.keys()

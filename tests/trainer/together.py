@@ -39,6 +39,7 @@ def work(model: Path, rows: Path, out: Path) -> None:
 
     train("plain")
     train("anchored", anchor_steps=2)
+    train("streamed", engine="streamed")
     try:
         train("resumed", trainer={"save_steps": 3}, callbacks=[Stop()])
     except InterruptedError:

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import loram
 from loram import cli
+from loram.base.size import show_size
 from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter
 from loram.disk.checkpoint import Checkpoint
 from loram.model.plan import BaseReference, PruningPlan
 from loram.planner.settings import PLANNED
-from loram.planner.size import show_size
 from loram.run.dry_run import dry_run
 from loram.run.pipeline import run
 from loram.run.recipe import Recipe, load_recipe

@@ -1,7 +1,6 @@
 """Training on tiny models of every family: lm_head, options of the libraries, and adapters of other trainers."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import loram
+from loram.disk.files import TOKENIZER_FILES, side_files
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
 
@@ -49,6 +49,8 @@ def test_the_folder_has_plan_tokenizer_and_stock_peft(
     assert config["base_model_name_or_path"] == str(pruned_models["llama"])
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
     assert not list(tmp_path.glob("*-checkpoints"))
+    for path in side_files(pruned_models["llama"], TOKENIZER_FILES):  # other versions of transformers read them too
+        assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_token_for_padding_beyond_the_embedding_does_no_harm(
@@ -216,8 +218,7 @@ arguments = SFTConfig(
     out, max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False, report_to="none", trust_remote_code=True,
     save_strategy="no",
 )
-trainer = SFTTrainer(model, arguments, train_dataset=rows, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM",
-    target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]))
+trainer = SFTTrainer(model, arguments, train_dataset=rows, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"))
 trainer.train()
 trainer.save_model(out)
 assert not any(name.split(".")[0] == "loram" for name in sys.modules)
@@ -227,10 +228,9 @@ assert not any(name.split(".")[0] == "loram" for name in sys.modules)
 def test_an_adapter_that_plain_trl_trained_recovers(
     pruned_models: dict[str, Path], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """TRL alone trains an adapter on the pruned folder, and with a copy of the plan beside it we can recover it."""
+    """TRL alone trains an adapter on the pruned folder, and its plan is found by the name that the adapter has."""
     done = elsewhere(PLAIN_TRL, *map(str, (pruned_models["qwen3"], rows_file, tmp_path / "adapter")), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    shutil.copy(pruned_models["qwen3"] / "loram_plan.json", tmp_path / "adapter")
     loram.recover(tmp_path / "adapter", tmp_path / "recovered")
     plain = loram.evaluate(tiny_models["qwen3"], data=rows_file).perplexity
     assert loram.evaluate(tiny_models["qwen3"], adapter=tmp_path / "recovered", data=rows_file).perplexity != plain

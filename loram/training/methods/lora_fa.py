@@ -31,5 +31,7 @@ LORA_FA = LoraFa(
     summary="lora_B; lora_A stays as drawn, so no input is kept for it (arXiv 2308.03303)",
     defaults={"lora_dropout": 0.0},  # dropout keeps a mask of the input's size
     experts=True,
+    streamed=True,
+    continues=True,
     planned=True,
 )

@@ -85,5 +85,6 @@ LORA_SP = LoraSp(
     summary="a share of the factors' parameters; the others stay as drawn (arXiv 2403.08822)",
     section="lora_sp",
     options=LoraSpOptions,
+    streamed=True,
     planned=True,
 )

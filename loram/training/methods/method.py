@@ -35,6 +35,8 @@ class Method:
         anchored: whether the adapter can be recovered at any step, which anchors need.
         masked: whether `mask_update` works with it.
         experts: whether `target_parameters` works with it.
+        streamed: whether the streamed engine can train by it.
+        continues: whether it can go on training an adapter that exists.
         in_float32: why what trains must be in float32; empty if it may also be in 16 bits.
         planned: whether the planner can estimate its memory.
         adds_files: whether the adapter needs `added_files` beside it.
@@ -51,6 +53,8 @@ class Method:
     anchored: bool = True
     masked: bool = False
     experts: bool = False
+    streamed: bool = False
+    continues: bool = False
     in_float32: str = ""
     planned: bool = False
     adds_files: bool = False

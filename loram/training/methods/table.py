@@ -23,6 +23,8 @@ _ROWS = (
         summary="both factors of every adapted linear (arXiv 2106.09685)",
         masked=True,
         experts=True,
+        streamed=True,
+        continues=True,
         planned=True,
     ),
     Method(
@@ -31,6 +33,7 @@ _ROWS = (
         lora={"use_rslora": True},
         masked=True,
         experts=True,
+        streamed=True,
         planned=True,
     ),
     DORA,
