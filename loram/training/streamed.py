@@ -107,7 +107,8 @@ def stream_loss_(model: PeftModel, where: StreamedPass) -> None:
     for module in base.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if not any(weight.stride()):
-                module.register_parameter(name, None)
+                delattr(module, name)
+                setattr(module, name, weight.new_empty(0))  # a tensor, since bitsandbytes looks at embeddings' weights
     model.to(where.device)
 
     def forward(

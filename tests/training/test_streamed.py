@@ -44,8 +44,8 @@ def both(model: Path, root: Path, rows: Path, **options: Any) -> None:
     assert tensors.keys() == expected.keys()
     for part in ("lora_A", "lora_B"):
         names = [name for name in expected if part in name]
-        found, wanted = (torch.cat([of[name].flatten() for name in names]) for of in (tensors, expected))
-        assert (found - wanted).norm() <= 1e-5 * wanted.norm(), part
+        trained, wanted = (torch.cat([of[name].flatten() for name in names]) for of in (tensors, expected))
+        assert (trained - wanted).norm() <= 1e-5 * wanted.norm(), part
     logs = [(folder / "training_log.jsonl").read_text().splitlines() for folder in (resident, streamed)]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -68,8 +68,9 @@ def test_ten_steps_end_with_the_adapter_of_the_resident_engine(
         {"method": "lora-sp", "lora": {"r": 4}},
         {"trainer": {"packing": True, "max_length": 60, "per_device_train_batch_size": 1}},
         {"trainer": {"padding_free": True}},
+        {"trainer": {"optim": "adamw_8bit"}},
     ],
-    ids=["rslora", "lora-fa", "lora-sp", "packing", "padding-free"],
+    ids=["rslora", "lora-fa", "lora-sp", "packing", "padding-free", "8-bit optimiser"],
 )
 def test_methods_and_packed_rows(
     options: dict[str, Any], pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
