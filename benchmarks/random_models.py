@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,23 +81,13 @@ def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = No
         `folder`.
     """
     plan = None if ratio is None else plan_of(config, ratio)
-    shapes = Geometry.from_config(config).tensor_shapes(LAYERS)
-    if plan is not None:
-        blanks = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        shapes = {name: tuple(narrow(name, blank, plan).shape) for name, blank in blanks.items()}
-    specs = {}
+    shapes, specs = shapes_of(config, plan), {}
     for name, shape in shapes.items():
         plain = {name: TensorSpec(dtype=torch.bfloat16, shape=shape)}
         specs.update(packed_specs(name, shape) if in_4bit and _is_linear(name, shape) else plain)
     print(f"{folder}: writing {sum(spec.nbytes for spec in specs.values()) / 1e9:.1f} GB", file=sys.stderr)
     with publish(folder, kind="base" if plan is None else "pruned", made_from={}) as staging:
-        make_tokenizer().save_pretrained(staging)
-        (staging / "config.json").write_text(json.dumps(config, indent=2))
-        if plan is not None:
-            with tempfile.TemporaryDirectory() as base:
-                (Path(base) / "config.json").write_text(json.dumps(config))
-                write_config(AutoConfig.from_pretrained(base), plan, staging)
-            plan.save(staging)
+        write_all_but_weights(staging, config, plan)
         if in_4bit:
             written = json.loads((staging / "config.json").read_text())
             written["quantization_config"] = quantization_config([])
@@ -117,6 +106,24 @@ def make_model(folder: Path, config: dict[str, Any], *, ratio: float | None = No
                         block.normal_(0, 0.02, generator=generator)
                     writer.write(name, block.bfloat16(), start)
     return folder
+
+
+def shapes_of(config: dict[str, Any], plan: PruningPlan | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors, or of those of the pruned model that a plan makes of it."""
+    shapes = Geometry.from_config(config).tensor_shapes(LAYERS)
+    if plan is None:
+        return shapes
+    blanks = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {name: tuple(narrow(name, blank, plan).shape) for name, blank in blanks.items()}
+
+
+def write_all_but_weights(folder: Path, config: dict[str, Any], plan: PruningPlan | None) -> None:
+    """Write a tokenizer, the config.json of the full model or of the pruned one, and the plan into a folder."""
+    make_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if plan is not None:
+        write_config(AutoConfig.from_pretrained(folder), plan, folder)
+        plan.save(folder)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -1,6 +1,5 @@
 """What several steps use: clocks, the card's memory, and models of random weights that are written fast."""
 
-import json
 import shutil
 import statistics
 import tempfile
@@ -90,28 +89,17 @@ def write_model(folder: Path, config: dict[str, Any], plan: Any = None, values: 
         values: how many values the random tensor has.
     """
     import random_models as models
-    from transformers import AutoConfig
 
-    from loram.compute.loading import write_config
     from loram.disk.tensorfile import TensorSpec
     from loram.disk.writer import ShardedWriter
-    from loram.model.geometry import Geometry
-    from loram.model.resize import narrow
 
     if folder.exists():
         return folder
-    shapes = Geometry.from_config(config).tensor_shapes(models.LAYERS)
-    if plan is not None:
-        blanks = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        shapes = {name: tuple(narrow(name, blank, plan).shape) for name, blank in blanks.items()}
+    shapes = models.shapes_of(config, plan)
     specs = {name: TensorSpec(dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()}
     pool = (0.02 * torch.randn(values + 12345, generator=torch.Generator().manual_seed(0))).bfloat16()
     with unpublished(folder) as staging:
-        models.make_tokenizer().save_pretrained(staging)
-        (staging / "config.json").write_text(json.dumps(config, indent=2))
-        if plan is not None:
-            write_config(AutoConfig.from_pretrained(staging), plan, staging)
-            plan.save(staging)
+        models.write_all_but_weights(staging, config, plan)
         with ShardedWriter(staging, specs) as writer:
             for number, (name, shape) in enumerate(shapes.items()):
                 if len(shape) == 1:

@@ -38,16 +38,29 @@ _OF_A_RUN = ("return_dict", "output_attentions", "output_hidden_states", "quanti
 _OF_THE_FULL = ("model_type", "architectures", "transformers_version", "auto_map", *_OF_A_RUN)
 
 
-def write_config(checkpoint: Checkpoint, plan: PruningPlan, out: Path, *, towers: bool = False) -> None:
+def write_config(full: PreTrainedConfig, plan: PruningPlan, out: Path) -> None:
     """Write a pruned model's config.json, and the code that builds the model, into a folder.
 
     Args:
-        checkpoint: the full model.
+        full: the config of the full model.
         plan: the pruning plan.
         out: the folder to write into.
-        towers: write the config of the wrapped model around the pruned text model.
     """
-    config = _wrapped_config(checkpoint, plan) if towers else _pruned_config(config_of(checkpoint), plan)
+    _write(_pruned_config(full, plan), out)
+
+
+def write_wrapped_config(checkpoint: Checkpoint, plan: PruningPlan, out: Path) -> None:
+    """Do as `write_config` for a wrapped model around its pruned text model.
+
+    Args:
+        checkpoint: the full wrapped model.
+        plan: the pruning plan of its text model.
+        out: the folder to write into.
+    """
+    _write(_wrapped_config(checkpoint, plan), out)
+
+
+def _write(config: PreTrainedConfig, out: Path) -> None:
     config.save_pretrained(out)
     shutil.copyfile(Path(str(modeling_loram.__file__)), out / f"{_CODE}.py")
 

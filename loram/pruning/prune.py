@@ -16,7 +16,7 @@ from torch import Tensor
 from loram.base.constants import SHARD_BYTES
 from loram.base.progress import track
 from loram.compute.device import pick_device
-from loram.compute.loading import load_tokenizer, tower_names, write_config
+from loram.compute.loading import config_of, load_tokenizer, tower_names, write_config, write_wrapped_config
 from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.artifacts import check_output, publish
@@ -158,7 +158,10 @@ def _prune_structured(
         plan = decide(scores)
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
         shown.copy_side_files(staging)
-        write_config(checkpoint, plan, staging, towers=wrapper is not None)
+        if wrapper is None:
+            write_config(config_of(checkpoint), plan, staging)
+        else:
+            write_wrapped_config(checkpoint, plan, staging)
         plan.save(staging)
     return plan
 

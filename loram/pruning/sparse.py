@@ -11,7 +11,7 @@ from torch import Tensor
 from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
-from loram.compute.loading import write_config
+from loram.compute.loading import config_of, write_config
 from loram.compute.streaming import ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
 from loram.disk.artifacts import file_sha256, publish
@@ -80,7 +80,7 @@ def prune_sparse(
         plan = blank.model_copy(update={"masks": file_sha256(staging / MASKS_NAME)})
         made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
         checkpoint.copy_side_files(staging)
-        write_config(checkpoint, plan, staging)
+        write_config(config_of(checkpoint), plan, staging)
         plan.save(staging)
     return plan
 
