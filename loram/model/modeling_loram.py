@@ -509,21 +509,23 @@ def register(model_classes: Iterable[str], wrapped: Iterable[str] = ()) -> None:
         model_classes: the names of transformers' classes of full models: `LlamaForCausalLM`, ...
         wrapped: those of its classes of full wrapped models: `Gemma3ForConditionalGeneration`, ...
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     for name in model_classes:
-        config_class, model_class = pruned_classes(name)
-        AutoConfig.register(config_class.model_type, config_class)
-        AutoModelForCausalLM.register(config_class, model_class)
-        # so that `save_pretrained` of a loaded model writes this code beside the weights again
-        config_class.register_for_auto_class()
-        model_class.register_for_auto_class("AutoModelForCausalLM")
+        _register(*pruned_classes(name), AutoModelForCausalLM)
     for name in wrapped:
-        config_class, model_class = wrapped_classes(name)
-        AutoConfig.register(config_class.model_type, config_class)
-        AutoModelForImageTextToText.register(config_class, model_class)
-        config_class.register_for_auto_class()
-        model_class.register_for_auto_class("AutoModelForImageTextToText")
+        _register(*wrapped_classes(name), AutoModelForImageTextToText)
+
+
+def _register(config_class: Any, model_class: Any, auto_class: Any) -> None:
+    """Make the Auto classes know one pruned model."""
+    from transformers import AutoConfig
+
+    AutoConfig.register(config_class.model_type, config_class)
+    auto_class.register(config_class, model_class)
+    # so that `save_pretrained` of a loaded model writes this code beside the weights again
+    config_class.register_for_auto_class()
+    model_class.register_for_auto_class(auto_class.__name__)
 
 
 _classes: dict[str, Any] = {}
