@@ -292,11 +292,11 @@ def test_saved_activations_of_a_pruned_model(family: str, tiny_models: dict[str,
 def test_a_bypass_saves_no_activations(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """Its factors are frozen, so their inputs are of no use to the backward pass. It is counted in all else."""
     options = {"ratio": 0.5, "criterion": "random", "keep_first": 1, "keep_last": 1, "refit": True}
-    found = []
+    counts = []
     for rank in (0, 4):
         loram.prune(tiny_models["llama"], tmp_path / str(rank), **options, refit_samples=1, bypass_rank=rank)
-        found.append(saved_bytes(adapted(loram.load_pruned(tmp_path / str(rank))), 2, 12))
-    assert found[0] == found[1]
+        counts.append(saved_bytes(adapted(loram.load_pruned(tmp_path / str(rank))), 2, 12))
+    assert counts[0] == counts[1]
     without, with_bypass = (loram.estimate(LLAMA_70B, ratio=0.85, refit=True, bypass_rank=rank) for rank in (0, 32))
     plain, layers = loram.estimate(LLAMA_70B, ratio=0.85), without.pruned_layers
     assert with_bypass.pruned_parameters - without.pruned_parameters == layers * 4 * 32 * 8192

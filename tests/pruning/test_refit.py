@@ -79,8 +79,8 @@ def test_a_refit_is_least_squares(damping: float) -> None:
     left = torch.cat([h[:, kept], ridge * torch.eye(5, dtype=h.dtype)])  # the ridge as five further tokens
     right = torch.cat([h @ weight.T, ridge * weight[:, kept].T])
     expected = torch.linalg.lstsq(left, right).solution.T
-    (found,) = solve(gram, weight, kept, damping)
-    assert relative(found, expected) <= 1e-9
+    (solution,) = solve(gram, weight, kept, damping)
+    assert relative(solution, expected) <= 1e-9
     assert relative(expected, weight[:, kept]) > 0.1
 
 
@@ -192,8 +192,8 @@ def test_products_are_those_of_the_whole_model(family: str, tiny_models: dict[st
     for layers in (forward, backward):
         products = layers[3].products[name]
         products.add_held_()
-        for found, expected in ((products.inputs, h.T @ h), (products.across, x.T @ h), (products.block, x.T @ x)):
-            assert relative(found, expected) <= 1e-4
+        for gathered, expected in ((products.inputs, h.T @ h), (products.across, x.T @ h), (products.block, x.T @ x)):
+            assert relative(gathered, expected) <= 1e-4
     for layer in (2, 3):
         assert forward[layer].products.keys() == backward[layer].products.keys()
         assert not alone[layer].products
@@ -266,9 +266,9 @@ def test_the_laws(family: str, folders: Any, tmp_path: Path) -> None:
     loram.recover(adapter, tmp_path / "recovered")
     tuned = PeftModel.from_pretrained(loram.load_pruned(folder), adapter).eval()
     with torch.inference_mode():
-        found = tuned(TOKENS).logits
-        assert relative(found, PeftModel.from_pretrained(full, tmp_path / "recovered").eval()(TOKENS).logits) <= 1e-5
-        assert relative(found, expected) > 1e-2
+        logits = tuned(TOKENS).logits
+        assert relative(logits, PeftModel.from_pretrained(full, tmp_path / "recovered").eval()(TOKENS).logits) <= 1e-5
+        assert relative(logits, expected) > 1e-2
 
 
 def test_recovery_ignores_the_bypass(folders: Any, tmp_path: Path) -> None:
@@ -301,9 +301,9 @@ def test_a_refit_brings_outputs_nearer(
             for row in text:
                 hidden = full.model(torch.tensor([row]), output_hidden_states=True).hidden_states
                 inputs, outputs = hidden[2], hidden[3]  # of layer 2, the first that is narrowed
-                found = small.model(torch.tensor([row]), output_hidden_states=True).hidden_states
-                assert relative(found[2], inputs) <= 1e-5
-                rest = rest + (found[3] - outputs).square().sum()
+                states = small.model(torch.tensor([row]), output_hidden_states=True).hidden_states
+                assert relative(states[2], inputs) <= 1e-5
+                rest = rest + (states[3] - outputs).square().sum()
         rests.append(float(rest))
     assert rests[0] > 1.1 * rests[1] > 1.1 * rests[2]
     assert plans[0].layers == plans[1].layers == plans[2].layers

@@ -75,12 +75,14 @@ def test_a_recipe_polishes_what_was_recovered(tiny_llama: Path, rows_file: Path,
         "evaluate": {"full_lora": True},
     }
     report = run(Recipe.model_validate(values))
-    found = {row.name: row.perplexity["eval"] for row in report.rows}
-    assert found["polished"] < found["recovered"]
+    perplexities = {row.name: row.perplexity["eval"] for row in report.rows}
+    assert perplexities["polished"] < perplexities["recovered"]
     polished = log(tmp_path / "run" / "polished")
     assert polished[0]["learning_rate"] == 1e-2  # the learning rate of the training
     assert report.kept_gain is not None
-    gain = math.log(found["base"] / found["polished"]) / math.log(found["base"] / found["full LoRA"])
+    gain = math.log(perplexities["base"] / perplexities["polished"]) / math.log(
+        perplexities["base"] / perplexities["full LoRA"]
+    )
     assert report.kept_gain["eval"] == pytest.approx(gain)
     with pytest.raises(UserError, match="polish"):
         run(Recipe.model_validate({**values, "polish": {"max_steps": 3}}))  # the folder was made with other settings
