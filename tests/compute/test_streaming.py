@@ -435,8 +435,8 @@ def test_prefetched_hands_on_what_went_wrong_when_it_is_reached() -> None:
 
 def test_leaving_a_pass_early_waits_for_no_further_layer(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, read = stream_of(tiny_llama), []
-    whole_read = Stream._read
-    monkeypatch.setattr(Stream, "_read", lambda self, index: (read.append(index), whole_read(self, index))[1])
+    whole_read = Stream._read_ahead
+    monkeypatch.setattr(Stream, "_read_ahead", lambda self, index: (read.append(index), whole_read(self, index))[1])
     layers = stream.forward()
     assert isinstance(next(layers), ResidentLayer)
     layers.close()  # type: ignore[attr-defined]
