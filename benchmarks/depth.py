@@ -35,7 +35,7 @@ def nearest_ratio(model: Path, parameters: int, drop: int = 0) -> float:
 def measure(model: Path, text: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Prune a model, and return what is left of it and how well that predicts."""
     folder = Path(tempfile.mkdtemp()) / "pruned"
-    plan = loram.prune(model, folder, **options)
+    plan = loram.prune(model, folder, refit=False, **options)
     result = loram.evaluate(folder, data=text)
     shutil.rmtree(folder.parent)
     return {

@@ -128,7 +128,7 @@ class Bench:
         """Make the pruned, and perhaps aligned, model to train on; returns its folder and the seconds of its stages."""
         tag = f"p{job.ratio}-{job.criterion}" + "".join(f"-{key}-{value}" for key, value in sorted(job.prune.items()))
         tag += f"-s{job.seed}" if job.criterion == "random" else ""
-        options = {"ratio": job.ratio, "criterion": job.criterion, "seed": job.seed, **job.prune}
+        options = {"ratio": job.ratio, "criterion": job.criterion, "seed": job.seed, "refit": False, **job.prune}
         if "calibration" in options:
             options["calibration"] = self.data(options["calibration"])
         pruned = self.make(tag, lambda out: loram.prune(self.args.model, out, **options))

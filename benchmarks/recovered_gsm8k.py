@@ -35,7 +35,7 @@ def recipe(model: Path, data: Path, out: Path, seed: int, ratio: float, steps: i
                 "gsm8k": {"path": str(data / "gsm8k_test.jsonl"), "max_samples": samples},
                 "wikitext2": {"path": str(data / "wikitext2_test.txt"), "max_samples": 40, "max_length": 256},
             },
-            "prune": {"ratio": ratio},
+            "prune": {"ratio": ratio, "refit": False},
             "train": {
                 "anchor_steps": 0,
                 "trainer": {

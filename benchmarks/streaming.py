@@ -152,7 +152,7 @@ def main() -> None:
     model, adapter = root / "model", root / "adapter"
     if not model.exists():
         make_model(model, config)
-    counted = estimate(config, ratio=args.ratio)
+    counted = estimate(config, ratio=args.ratio, refit=False)
     same = {"shape": args.shape, "ratio": args.ratio, "device": f"cpu, {os.cpu_count()} cores"}
     result: dict[str, Any] = {**same, "estimate": counted.model_dump(), "rows": {}}
     if args.json.exists() and same.items() <= (before := json.loads(args.json.read_text())).items():
@@ -178,7 +178,7 @@ def main() -> None:
         keep("copy", row, root / "copy")
     for criterion in args.criteria:
         name, out = f"prune, {criterion}", root / "pruned"
-        options = ["--ratio", str(args.ratio), "--criterion", criterion, "--device", "cpu"]
+        options = ["--ratio", str(args.ratio), "--criterion", criterion, "--no-refit", "--device", "cpu"]
         if row := step(name, model, out, ["prune", str(model), str(out), *options]):
             parameters = sum(math.prod(Checkpoint(out).shape(name)) for name in Checkpoint(out).names())
             assert parameters == counted.pruned_parameters, (parameters, counted)

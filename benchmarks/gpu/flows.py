@@ -185,7 +185,7 @@ class Flows:
 
 def main_flows(flows: Flows) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield the stages that everything rests on, in order."""
-    yield "prune taylor", lambda: flows.prune("pruned", **flows.text)
+    yield "prune taylor", lambda: flows.prune("pruned", refit=False, **flows.text)
     yield "evaluate the base", lambda: flows.losses(flows.base)
     yield "train", lambda: flows.trained("pruned", "lora")
     yield "train, 4 bits", lambda: flows.trained("pruned", "lora4", load_in_4bit=True)

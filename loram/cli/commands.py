@@ -261,7 +261,7 @@ def estimate(model: str, *, memory: str | None = None, json: bool = False, **opt
     if json:
         typer.echo((fitting or estimated).model_dump_json())
         return
-    show(estimated, _console())
+    show(estimated, _console(), None if fitting is None else fitting.memory)
     if fitting is not None:
         typer.echo(f"\nThe least pruning that fits into {memory} is written like this in a recipe:\n\n{fitting.recipe}")
 

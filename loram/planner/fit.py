@@ -34,8 +34,7 @@ def fit(
     """Return the least ratio of `GRID` with which training fits.
 
     Where the precision is left open, the full model is tried in 16 bits, then in 4; then each ratio in 4 bits: four
-    bits lose less than pruning does, so weights are quantised before any are removed. A pruned model is trained as a
-    recipe that prunes does it: anchored, unless that is switched off.
+    bits lose less than pruning does, so weights are quantised before any are removed.
 
     Args:
         config: as for `estimate`.
@@ -57,11 +56,13 @@ def fit(
     nearest: Estimate | None = None
     for ratio, in_4bit in _candidates(chosen.in_4bit):
         candidate = PruneOptions.of(pruning, ratio=ratio)
-        training = chosen.training(pruned=candidate.prunes, anchored=True, in_4bit=in_4bit)
+        training = chosen.training(pruned=candidate.prunes, in_4bit=in_4bit)
         estimate = estimate_with(values, where, make_settings(**training), candidate)
         if estimate.training.total <= memory:
             written = chosen.training(pruned=candidate.prunes, in_4bit=in_4bit or None)
-            return Fit(memory=memory, estimate=estimate, recipe=recipe_lines(estimate, written, refit=pruning.refit))
+            return Fit(
+                memory=memory, estimate=estimate, recipe=recipe_lines(estimate, written, refit=bool(pruning.refit))
+            )
         if nearest is None or estimate.training.total < nearest.training.total:
             nearest = estimate
     assert nearest is not None

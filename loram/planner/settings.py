@@ -21,7 +21,7 @@ from loram.model.families import KNOWN_TARGETS, LINEARS
 from loram.pruning.options import PruneOptions
 from loram.training.engine import STREAMED
 from loram.training.methods.method import Method
-from loram.training.methods.table import ANCHOR_STEPS, METHODS, method_of
+from loram.training.methods.table import METHODS, method_of
 from loram.training.options import TrainOptions
 
 # optim -> (bytes of state per trained parameter, 0 for those of its dtype; whether the GPU's driver may page it)
@@ -35,7 +35,6 @@ OPTIMIZERS: dict[str, tuple[int, bool]] = {
 _LEFT_OUT: Mapping[str, Any] = {
     "lora_target_modules": LINEARS,
     "gradient_accumulation_steps": 1,
-    "anchor_steps": 0,
     "ram_budget": "",
 }
 PLANNED = tuple(method.name for method in METHODS.values() if method.planned)
@@ -84,12 +83,11 @@ class _PlannerOptions(Options):
         """Return the options of pruning among these."""
         return PruneOptions.of(**_given(self, PRUNING))
 
-    def training(self, *, pruned: bool, anchored: bool = False, in_4bit: bool | None = None) -> dict[str, Any]:
+    def training(self, *, pruned: bool, in_4bit: bool | None = None) -> dict[str, Any]:
         """Return the options of training that were given, and the device.
 
         Args:
             pruned: whether a pruned model trains; a full one is never anchored.
-            anchored: whether a pruned model is anchored where that was left open, as in a recipe that prunes.
             in_4bit: whether the frozen weights are in 4 bits; None leaves it as it was given.
         """
         given = _given(self, [*TRAINING, "device"])
@@ -97,8 +95,6 @@ class _PlannerOptions(Options):
             given["load_in_4bit"] = in_4bit
         if not pruned:
             given.pop("anchor_steps", None)
-        elif anchored:
-            given.setdefault("anchor_steps", ANCHOR_STEPS)
         return given
 
     @property
@@ -285,6 +281,15 @@ class _Settings(BaseModel):
         """Return the settings while the full model's course is measured: that many rows at a time, and no dropout."""
         measured = {"per_device_train_batch_size": rows, "lora_dropout": 0.0, "gradient_checkpointing": False}
         return self.model_copy(update=measured)
+
+    def resident(self) -> "Settings":
+        """Return the settings with the model in memory, and nothing measured on the full one."""
+        return self.model_copy(update={"engine": "resident", "ram_budget": "", "anchor_steps": 0})
+
+    def out_of_core(self) -> "Settings":
+        """Return the settings with the model streamed, without what the streamed engine does not take."""
+        without = {"lora_dropout": 0.0, "offload_embedding": False, "anchor_steps": 0}
+        return self.model_copy(update={"engine": STREAMED, **without})
 
     @property
     def compute_bytes(self) -> int:

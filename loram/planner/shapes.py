@@ -80,7 +80,8 @@ class Model:
             for layer, own in spaces.items()
             if any(space.name in ratios for space in own)
         }
-        full = replace(full, refit=options.refit, bypass_rank=options.bypass_rank)
+        refit = options.for_model(geometry, architecture).refit
+        full = replace(full, refit=refit, bypass_rank=options.bypass_rank)
         return replace(full, units=units, narrowed=tuple(units))
 
     @property

@@ -10,6 +10,7 @@ from loram.base.size import show_size
 from loram.model.sparsity import STRUCTURED
 from loram.planner.memory import TrainingMemory
 from loram.planner.total import Estimate
+from loram.planner.ways import advice
 
 _ITEMS = {
     "weights": "frozen model, or what is held of a streamed one",
@@ -25,9 +26,15 @@ _ITEMS = {
 }
 
 
-def show(estimate: Estimate, console: Console) -> None:
-    """Print an estimate."""
-    for part in _parts(estimate):
+def show(estimate: Estimate, console: Console, memory: int | None = None) -> None:
+    """Print an estimate.
+
+    Args:
+        estimate: what to print.
+        console: where.
+        memory: bytes of the device that trains, for the advice at the end; None where they are not known.
+    """
+    for part in (*_parts(estimate), Text(""), _ways(estimate), Text(advice(estimate.ways, memory))):
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
@@ -115,6 +122,20 @@ def memory_table(memory: TrainingMemory, title: str = "Memory") -> Table:
             table.add_row(name, show_size(count), what)
     table.add_section()
     table.add_row("total", show_size(memory.total), "")
+    return table
+
+
+def _ways(estimate: Estimate) -> Table:
+    table = Table(title="Ways to train such an adapter", title_justify="left")
+    table.add_column("which model, and where", no_wrap=True)
+    for name in ("memory", "GFLOP per token", "read per step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("gradients")
+    for way in estimate.ways:
+        read = "-" if way.read_per_step is None else show_size(way.read_per_step)
+        flops = f"{way.flops_per_token / 1e9:,.2f}"
+        gradients = "the full model's" if way.exact else "a smaller model's"
+        table.add_row(way.name, show_size(way.memory), flops, read, gradients)
     return table
 
 

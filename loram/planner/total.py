@@ -13,27 +13,10 @@ from loram.planner.settings import PlannerOptions, Settings, make_settings
 from loram.planner.shapes import Model, read_config
 from loram.planner.stages import Stage, stages
 from loram.planner.streamed import read_per_step
-from loram.planner.weights import adapted, frozen_bytes, trained
+from loram.planner.ways import Way, ways
+from loram.planner.weights import frozen_bytes, trained
+from loram.planner.work import Arithmetic, arithmetic
 from loram.pruning.options import PruneOptions
-
-
-class Arithmetic(BaseModel):
-    """Floating point operations of training per token: see the documentation of `loram estimate` for the formula.
-
-    Args:
-        flops_per_token: all operations.
-        measuring_flops_per_token: the operations among them that measure the full model's course for anchors; 0 where
-            nothing is anchored.
-        full_flops_per_token: the operations of LoRA on the full model with the same settings.
-        times_fewer: `full_flops_per_token` divided by `flops_per_token`; below 1 where anchored training takes more.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    flops_per_token: int
-    measuring_flops_per_token: int
-    full_flops_per_token: int
-    times_fewer: float
 
 
 class Narrowed(BaseModel):
@@ -77,6 +60,7 @@ class Estimate(BaseModel):
         training: bytes at the peak of training.
         read_per_step: how many bytes of a streamed model an optimiser step reads; 0 where the model is in memory.
         arithmetic: floating point operations of training.
+        ways: the ways to train such an adapter, and what each takes.
         stages: disk and RAM of every stage.
     """
 
@@ -107,6 +91,7 @@ class Estimate(BaseModel):
     training: TrainingMemory
     read_per_step: int
     arithmetic: Arithmetic
+    ways: tuple[Way, ...]
     stages: tuple[Stage, ...]
 
 
@@ -145,14 +130,6 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
     model = Model.of(config, where, pruning) if options.prunes else full
     weights = frozen_bytes(model, settings).total
     memory = training_memory(model, settings, full)
-    measuring = _measuring_flops(full, model, settings) if settings.anchored else 0
-    flops, full_flops = _flops(model, settings) + measuring, _flops(full, settings)
-    arithmetic = Arithmetic(
-        flops_per_token=flops,
-        measuring_flops_per_token=measuring,
-        full_flops_per_token=full_flops,
-        times_fewer=full_flops / flops,
-    )
     return Estimate(
         model_type=full.architecture.model_type,
         wrapper=None if wrapper is None else wrapper.model_type,
@@ -178,7 +155,8 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         real_reduction=full.parameters * 2 / weights,
         training=memory,
         read_per_step=read_per_step(model, settings) if settings.streamed else 0,
-        arithmetic=arithmetic,
+        arithmetic=arithmetic(full, model, settings),
+        ways=tuple(ways(full, model, settings)),
         stages=stages(full, model, settings, memory),
     )
 
@@ -206,35 +184,3 @@ def _narrowed(model: Model) -> tuple[Narrowed, ...]:
         }
         alike[tuple(each.items())] = alike.get(tuple(each.items()), 0) + 1
     return tuple(Narrowed(layers=layers, units=dict(units)) for units, layers in alike.items())
-
-
-def _flops(model: Model, settings: Settings) -> int:
-    """Return operations per token: 2 per weight forward, 2 backward, 2 if forward is done again, 2 if it trains.
-
-    The logits are always worked out again in the backward pass; a lookup in the embedding costs nothing.
-    """
-    again = 2 if settings.checkpointed else 0
-    layers, head = sum(layer.weights for layer in model.layers), model.vocabulary
-    on_head = settings.rank * sum(_head(model)) if model.architecture.head in settings.targets else 0
-    in_layers = sum(settings.rank * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
-    gradients = 2 * sum(trained(model, settings))
-    return (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients
-
-
-def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:
-    """Return operations per token that measure the full model; a token is measured each time it is trained on.
-
-    The full model goes forward, and with gradients forward again and backward. The layers that are pruned also go
-    forward in their pruned form, and with gradients backward.
-    """
-    adapter = settings.rank * sum(rows + columns for rows, columns in adapted(full, settings))
-    weights = sum(layer.weights for layer in full.layers) + adapter
-    own = sum(layer.weights for layer in model.narrowed_layers)
-    if not settings.gradients_measured:
-        return 2 * weights + 2 * own
-    return 6 * weights + 4 * own + 6 * full.vocabulary
-
-
-def _head(model: Model) -> tuple[int, int]:
-    """Return (out_features, in_features) of lm_head."""
-    return model.geometry.vocab_size, model.geometry.hidden_size

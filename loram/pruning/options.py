@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, PrivateAttr, field_validator
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option
@@ -90,10 +90,10 @@ class PruneOptions(Options):
     bias_compensation: bool = option(
         False, "Give narrowed layers biases that add what the removed inputs add on average (FLAP)."
     )
-    refit: bool = option(
-        False,
+    refit: bool | None = option(
+        None,
         "Fit the output projections of narrowed layers (o_proj, down_proj) anew to the full model's outputs on the "
-        "calibration text.",
+        "calibration text (default: where the criterion reads text).",
         common=True,
         planned=True,
     )
@@ -197,18 +197,24 @@ class PruneOptions(Options):
             "keep_first": (0 if sparse else KEEP_FIRST) if self.keep_first is None else self.keep_first,
             "keep_last": (0 if sparse else KEEP_LAST) if self.keep_last is None else self.keep_last,
         }
-        return ResolvedPruneOptions.model_validate({**dict(self), **filled})
+        if self.refit is None:
+            able = not (sparse or layers_alone or self.bias_compensation)
+            filled["refit"] = able and (self.bypass_rank > 0 or CRITERIA[str(filled["criterion"])].reads in READS_TEXT)
+        resolved = ResolvedPruneOptions.model_validate({**dict(self), **filled})
+        resolved._refit_by_default = self.refit is None and not self.bypass_rank
+        return resolved
 
     def _check_refit(self, *, sparse: bool, layers_alone: bool) -> None:
         """Refuse to refit where no linear loses inputs, or beside what else makes up for them."""
-        if self.bypass_rank and not self.refit:
+        if self.bypass_rank and self.refit is False:
             raise UserError("bypass_rank: the bypass is fitted to what a refit leaves; add refit")
-        if self.refit and sparse:
-            raise UserError(f"refit: is for structured pruning; pattern {self.pattern} removes no inputs")
-        if self.refit and layers_alone:
-            raise UserError("refit: is for narrowed layers; add a ratio, or leave it out")
-        if self.refit and self.bias_compensation:
-            raise UserError("bias_compensation: refit makes up for the same inputs; give one of the two")
+        name = "refit" if self.refit else "bypass_rank" if self.bypass_rank else None
+        if name is not None and sparse:
+            raise UserError(f"{name}: is for structured pruning; pattern {self.pattern} removes no inputs")
+        if name is not None and layers_alone:
+            raise UserError(f"{name}: is for narrowed layers; add a ratio, or leave it out")
+        if name is not None and self.bias_compensation:
+            raise UserError(f"bias_compensation: {name} makes up for the same inputs; give one of the two")
 
 
 class ResolvedPruneOptions(PruneOptions):
@@ -218,6 +224,8 @@ class ResolvedPruneOptions(PruneOptions):
     experts_criterion: str
     keep_first: int
     keep_last: int
+    refit: bool
+    _refit_by_default: bool = PrivateAttr(default=False)
 
     @property
     def sparse(self) -> bool:
@@ -293,7 +301,8 @@ class ResolvedPruneOptions(PruneOptions):
             return SPARSE[self.criterion].reads != "nothing"
         criteria, rules = self.scored(architecture)
         reads = {*rules.reads, *(CRITERIA[criterion].reads for criterion in criteria)}
-        return self.bias_compensation or self.refit or self.measures_influence or bool(reads & READS_TEXT)
+        refit = self.refit and not self._refit_by_default  # by default there is one where the criterion reads text
+        return self.bias_compensation or refit or self.measures_influence or bool(reads & READS_TEXT)
 
     def check_fits(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse options that leave nothing of a model of these sizes, or whose pattern does not divide its linears.
@@ -332,15 +341,20 @@ class ResolvedPruneOptions(PruneOptions):
         """Refuse a refit where no linear loses inputs, and a bypass of a higher rank than any matrix there has."""
         if self.bypass_rank > geometry.hidden_size:
             raise UserError(f"bypass_rank {self.bypass_rank}: is above the hidden size, {geometry.hidden_size}")
+        if self.refit and not self._refit_by_default and not self.for_model(geometry, architecture).refit:
+            raise UserError("refit: no linear loses inputs at these ratios (experts are not refitted); leave it out")
+
+    def for_model(self, geometry: Geometry, architecture: Architecture) -> "ResolvedPruneOptions":
+        """Return the same options, without a refit where no linear of a model loses inputs."""
+        if not self.refit:
+            return self
         ratios = self.ratios(architecture)
         kept = {
             layer: kept_by_space(geometry.at(layer), geometry.layer(architecture, layer).spaces, ratios)
             for layer in self.layers(geometry)
         }
-        if self.refit and not any(
-            geometry.linears_short_of_inputs(architecture, layer, units) for layer, units in kept.items()
-        ):
-            raise UserError("refit: no linear loses inputs at these ratios (experts are not refitted); leave it out")
+        short = any(geometry.linears_short_of_inputs(architecture, layer, units) for layer, units in kept.items())
+        return self.model_copy(update={"refit": short})
 
     def _check_groups_of_experts(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse to remove experts where a router first chooses among groups, which have to be of one size."""

@@ -80,6 +80,7 @@ def prune(
     out = check_output(out, base)
     checkpoint = open_model(base, chat_template=chat_template)
     check_prunable(checkpoint, settings)
+    settings = settings.for_model(checkpoint.geometry, checkpoint.architecture)
 
     samples: list[list[int]] = []
     further: list[list[int]] = []

@@ -28,11 +28,11 @@ from loram.planner.memory import TrainingMemory, training_memory
 from loram.planner.settings import TRAINING, Settings, make_settings
 from loram.planner.shapes import Model
 from loram.pruning.layout import blank_plan
-from loram.pruning.options import PruneOptions
+from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.prune import load_calibration
 from loram.run.pipeline import check
 from loram.run.recipe import EvaluateSection, Recipe
-from loram.run.stages import FULL_LORA, train_options
+from loram.run.stages import FULL_LORA
 from loram.trainer.arguments import check_batches, checkpoints_activations
 from loram.training.adapt import add_adapter
 from loram.training.configs import build_configs
@@ -154,12 +154,12 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
     check(recipe)
     checkpoint = open_model(recipe.model_name_or_path, chat_template=recipe.chat_template_path)
     device = pick_device(recipe.device)
-    training, dtype = resolve(train_options(recipe), checkpoint.architecture), compute_dtype(device)
+    training, dtype = resolve(recipe.train, checkpoint.architecture), compute_dtype(device)
     adapter, arguments = build_configs(training, device)
     plan = (
         PruningPlan.load(checkpoint.folder)
         if recipe.prune is None
-        else blank_plan(checkpoint, recipe.prune.resolved(), seed=recipe.seed)
+        else blank_plan(checkpoint, _pruning(recipe.prune, checkpoint), seed=recipe.seed)
     )
     before, after = plan.parameters()
     tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate or EvaluateSection()
@@ -258,10 +258,14 @@ def _trained(
         yield "full", empty_model(full, dtype), sizes, None
 
 
+def _pruning(section: PruneOptions, checkpoint: Checkpoint) -> ResolvedPruneOptions:
+    return section.resolved().for_model(checkpoint.geometry, checkpoint.architecture)
+
+
 def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
-    if section is None or not section.resolved().reads_text(checkpoint.architecture):
+    if section is None or not (settings := _pruning(section, checkpoint)).reads_text(checkpoint.architecture):
         return None
-    if section.refit:  # which reads more rows than scoring does
+    if settings.refit:  # which reads more rows than scoring does
         count = max(section.refit_samples, section.calibration_samples)
         section = PruneOptions.of(section, calibration_samples=count)
     return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)

@@ -34,8 +34,10 @@ def check(recipe: Recipe) -> None:
     resolve(recipe.train)
     if recipe.train.mask_update and not (checkpoint.sparse if recipe.prune is None else recipe.prune.resolved().sparse):
         raise UserError("train.mask_update: is for sparse models; set prune.pattern to 4:8, or leave it out")
-    if recipe.prune is not None and recipe.prune.refit and recipe.recover.correct:
-        raise UserError("recover.correct: would take out what prune.refit makes up for; leave one of the two out")
+    if recipe.prune is not None and recipe.recover.correct and recipe.prune.resolved().refit:
+        raise UserError(
+            "recover.correct: would take out what prune.refit makes up for; leave it out, or set refit: false"
+        )
     specs = [recipe.dataset, *recipe.held_out.values(), recipe.recover.dev_dataset]
     if recipe.align is not None:
         resolve_trainer(recipe.align.trainer)

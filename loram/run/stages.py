@@ -22,8 +22,8 @@ from loram.recovery.recover import recover
 from loram.run.recipe import Recipe, file_digest
 from loram.run.record import Done, Record
 from loram.run.report import Cost, together
-from loram.training.methods.table import ANCHOR_STEPS, METHODS
-from loram.training.options import TrainOptions, resolve, why_not_anchored
+from loram.training.methods.table import METHODS
+from loram.training.options import TrainOptions, resolve
 from loram.training.polish import polish
 from loram.training.train import train
 
@@ -180,7 +180,7 @@ def _of_small(run: Run, *, aligned: bool = True) -> dict[str, Any]:
 
 
 def _training(run: Run, number: int = 0) -> dict[str, Any]:
-    return {**run.common, **train_options(run.recipe).model_dump(), "dataset": described(run.dataset)}
+    return {**run.common, **run.recipe.train.model_dump(), "dataset": described(run.dataset)}
 
 
 def _recovering(run: Run, number: int) -> dict[str, Any]:
@@ -251,7 +251,7 @@ ADAPTER: Stage = Stage(
     folder="adapter",
     count=lambda recipe: int(recipe.dataset is not None),
     settings=lambda run, number: {**_training(run), **_of_small(run)},
-    action=lambda run, number, out: _train(run, run.small[1], out, train_options(run.recipe), base=run.base),
+    action=lambda run, number, out: _train(run, run.small[1], out, run.recipe.train, base=run.base),
     row=lambda run: f"{run.small[0]} + adapter",
     evaluated=lambda run: (run.small[1], run.folder(ADAPTER.folder)),
     trains=True,
@@ -292,7 +292,7 @@ FULL_LORA: Stage = Stage(
     folder="full_lora",
     count=lambda recipe: int(recipe.compares),
     settings=_training,
-    action=lambda run, number, out: _train(run, run.base, out, train_options(run.recipe), anchor_steps=0),
+    action=lambda run, number, out: _train(run, run.base, out, run.recipe.train, anchor_steps=0),
     row=lambda run: "full LoRA",
     evaluated=lambda run: _on_full(run, FULL_LORA),
     trains=True,
@@ -325,19 +325,6 @@ def cost_of(run: Run, stage: Stage) -> Cost | None:
     """Return what a stage took in this run; alignment also counts the caches that were made for it."""
     teachers = TEACHERS.folders(run.recipe) if stage is ALIGNED else []
     return together([run.done[name].cost for name in (*teachers, stage.folder) if name in run.done])
-
-
-def train_options(recipe: Recipe) -> TrainOptions:
-    """Return the options of training. A recipe that prunes anchors by default, since it has the full model at hand."""
-    return TrainOptions.of(recipe.train, anchor_steps=anchor_steps(recipe))
-
-
-def anchor_steps(recipe: Recipe) -> int:
-    """Return how often a recipe measures the full model's course; 0 where it never does."""
-    if (chosen := recipe.train.anchor_steps) is not None:
-        return chosen
-    possible = recipe.prune is not None and why_not_anchored(recipe.train) is None
-    return ANCHOR_STEPS if possible else 0
 
 
 def described(spec: DataSpec | None) -> dict[str, Any] | None:

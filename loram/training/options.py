@@ -180,11 +180,8 @@ class _TrainOptions(StreamOptions):
         hint="known are float32, bfloat16",
         planned=True,
     )
-    anchor_steps: int | None = option(
-        None,
-        "Measure the full model every N steps and stay on its course; 0 is never (default: 8 in a recipe that prunes).",
-        planned=True,
-        ge=0,
+    anchor_steps: int = option(
+        0, "Measure the full model every N steps and stay on its course; 0 is never.", planned=True, ge=0
     )
     anchor_gradients: bool = option(
         True, "With anchors: measure gradients too, which takes longer and keeps more.", planned=True

@@ -180,8 +180,12 @@ def _course(
         raise UserError(
             f"anchor_steps: {checkpoint.name} has experts beside an MLP, whose outputs cannot be anchored; leave it out"
         )
+    if plan.refit:
+        logger.warning(
+            "%s: was refitted at pruning, so anchored gradients are not exact; for that, prune with --no-refit",
+            checkpoint.name,
+        )
     scratch.mkdir(parents=True, exist_ok=True)
-    assert options.anchor_steps
     return Course(
         base=kept_in_ram(open_full(plan, base), options.ram_bytes),
         plan=plan,

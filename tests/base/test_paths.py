@@ -117,7 +117,7 @@ def test_a_recipe_takes_paths_as_they_are_written(home: Path, tmp_path: Path, mo
         "dataset": "../rows.jsonl",
         "eval_dataset": "~/rows.jsonl",
         "prune": PRUNE,
-        "train": {"anchor_steps": 0, "trainer": ONE_STEP},
+        "train": {"trainer": ONE_STEP},
     }
     (home / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     loaded = load_recipe("~/recipe.yaml")

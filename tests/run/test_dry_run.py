@@ -18,7 +18,6 @@ from loram.planner.memory import TrainingMemory
 from loram.run.dry_run import DataCounts, DryRun, dry_run
 from loram.run.recipe import Recipe
 from loram.run.show import show
-from loram.training.methods.table import ANCHOR_STEPS
 
 PROMPT = "<|im_start|>user\nWhat is 0 plus 0?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -77,7 +76,6 @@ def test_it_counts_what_the_stages_make(
         lora_r=4,
         lora_target_modules=["q_proj", "down_proj"],
         max_length=counts_of(found).longest,
-        anchor_steps=ANCHOR_STEPS,
         device="cpu",
     )
     if not bias_compensation:  # of which the estimate knows nothing
@@ -101,7 +99,7 @@ def counts_of(found: DryRun) -> DataCounts:
 def test_memory_follows_the_recipe(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     def memory(**train: Any) -> TrainingMemory | None:
         return (
-            dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", train={"anchor_steps": 0, **train}, device="cpu"))
+            dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", train=train, device="cpu"))
             .training["pruned"]
             .memory
         )

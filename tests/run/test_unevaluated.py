@@ -23,7 +23,7 @@ def recipe(model: Path, rows: Path, out: Path, **changes: Any) -> Recipe:
         "output_dir": out,
         "dataset": str(rows),
         "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1, "keep_last": 1},
-        "train": {"anchor_steps": 0, "trainer": {"max_steps": 1}},
+        "train": {"trainer": {"max_steps": 1}},
     }
     return Recipe.model_validate({**values, **changes})
 

@@ -21,10 +21,7 @@ from loram.planner.memory import training_memory
 from loram.planner.settings import make_settings
 from loram.planner.shapes import Model
 from loram.pruning.options import PruneOptions
-from loram.run.recipe import Recipe
-from loram.run.stages import anchor_steps
 from loram.training.anchors import Anchors, Course
-from loram.training.methods.table import ANCHOR_STEPS
 
 ROWS = [[5, 9, 40, 7, 77, 30, 8], [6, 3, 12], [90, 91, 4, 4, 17]]
 
@@ -220,25 +217,6 @@ def test_resumed_is_the_same_as_undisturbed(
         with pytest.raises(Stopped):
             train(tmp_path / "stopped" / "adapter")
     assert train(tmp_path / "stopped" / "adapter") == wanted
-
-
-def test_a_recipe_that_prunes_is_anchored_by_default(tiny_llama: Path, pruned_models: dict[str, Path]) -> None:
-    def steps(train: dict[str, Any], prunes: bool = True) -> int:
-        values: dict[str, Any] = {
-            "model_name_or_path": str(tiny_llama if prunes else pruned_models["llama"]),
-            "output_dir": "out",
-            "dataset": "rows.jsonl",
-            "eval_dataset": "rows.jsonl",
-            "train": train,
-        }
-        return anchor_steps(Recipe.model_validate(values | ({"prune": {"ratio": 0.5}} if prunes else {})))
-
-    assert steps({}) == steps({"method": "lora-fa"}) == ANCHOR_STEPS
-    assert steps({"anchor_steps": 3}) == 3
-    assert steps({"anchor_steps": 0}) == 0
-    assert steps({"method": "dora"}) == steps({"method": "full"}) == steps({"trainer": {"packing": True}}) == 0
-    assert steps({}, prunes=False) == 0
-    assert steps({"anchor_steps": 3}, prunes=False) == 3
 
 
 @pytest.mark.parametrize("gradients", [True, False])

@@ -15,8 +15,6 @@ from loram.training.methods.method import Method
 if TYPE_CHECKING:
     from loram.training.options import TrainOptions
 
-ANCHOR_STEPS = 8  # the default of recipes that prune, where the full model is at hand
-
 _ROWS = (
     Method(
         name="lora",
