@@ -15,13 +15,15 @@ from loram.base.errors import UserError, first_problem
 from loram.compute.device import peak_rss, reset_peak_rss
 from loram.disk.artifacts import difference, find_manifest, library_versions, sync
 from loram.evaluation.evaluate import Report
+from loram.run.page import PAGE_NAME, write_page
 from loram.run.recipe import Recipe
-from loram.run.report import Cost, Row, RunReport, kept_gain
+from loram.run.report import REPORT_NAME, Cost, Row, RunReport, kept_gain
+from loram.run.results import RunResults
 from loram.trainer.resume import HARMLESS
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME, REPORT_NAME = "stages.json", "report.json"
+STATE_NAME = "stages.json"
 
 
 class Done(BaseModel):
@@ -124,7 +126,7 @@ class Record:
         os.replace(partial, path)
 
     def finish(self, rows: Sequence[Row], final: str | None) -> RunReport:
-        """Write report.json.
+        """Write report.json, and the same for people as report.html.
 
         Args:
             rows: the rows of the report.
@@ -138,6 +140,7 @@ class Record:
             kept_gain=kept_gain({row.name: row for row in rows}, final),
         )
         self._save(self.out / REPORT_NAME, report)
+        write_page([RunResults.load(self.out)], self.out / PAGE_NAME)
         return report
 
 
@@ -153,7 +156,7 @@ def start_over(out: Path, folders: Sequence[str]) -> None:
         for name in names:
             for path in (out / name, out / f"{name}-checkpoints", out / f"{name}-parts"):
                 shutil.rmtree(path, ignore_errors=True)
-    for name in (STATE_NAME, REPORT_NAME):
+    for name in (STATE_NAME, REPORT_NAME, PAGE_NAME):
         (out / name).unlink(missing_ok=True)
 
 
