@@ -145,6 +145,11 @@ def pruning_step(plan: PruningPlan) -> str:
     return "; ".join(parts) + "."
 
 
+def steps_of(folder: Path) -> tuple[str, ...]:
+    """Return how a folder was made, one step per line of Markdown, as its card has it; none where no card tells."""
+    return _Parent.read(folder).steps
+
+
 def is_on_hub(name: str) -> bool:
     """Return whether a name means something on the hub, and nothing on this disk."""
     return is_hub_id(name) and not local(name).exists()

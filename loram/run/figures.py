@@ -7,6 +7,7 @@ from typing import Any
 
 from loram.model.plan import PruningPlan
 
+_NAMES = {"kv_groups": "key-value groups"}
 LOSSES = {  # a key of a log -> what its curve is called
     "loss": "training loss",
     "recovered_loss": "loss of the recovered probe",
@@ -101,7 +102,7 @@ def kept(plan: PruningPlan | None) -> dict[str, list[Bar]]:
     for layer in layers:
         units, full = plan.units(layer), plan.geometry.at(layer)
         for space in plan.spaces(layer):
-            name, total = space.name.replace("_", " "), full.units(space)
+            name, total = _NAMES.get(space.name, space.name.replace("_", " ")), full.units(space)
             count = 0 if layer in plan.dropped else units[space.name]
             text = f"layer {layer}: {'dropped' if layer in plan.dropped else f'{count:,} of {total:,} {name}'}"
             bar = Bar(layer=layer, share=count / total, text=text, dropped=layer in plan.dropped)

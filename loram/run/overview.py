@@ -65,42 +65,40 @@ def _line(one: RunResults) -> Line:
     )
 
 
-def headings(lines: Sequence[Line]) -> list[str]:
-    """Return the headings of the table, in the order of `cells`."""
-    datasets = _datasets(lines)
-    gains = [f"kept gain {name}" for name in datasets if any(name in line.kept_gain for line in lines)]
-    perplexities = [f"perplexity {name}" for name in datasets]
-    return ["run", "model", "pruned", "small model", "trained by", *perplexities, *gains, "made in", "peak RSS"]
-
-
-def cells(line: Line, lines: Sequence[Line]) -> list[str]:
-    """Return a line of the table."""
-    datasets = _datasets(lines)
-    gains = [name for name in datasets if any(name in other.kept_gain for other in lines)]
-    return [
-        *(line.run.rpartition("/")[2], line.model.rpartition("/")[2], line.pruning),
-        *("" if line.parameters is None else f"{line.parameters:,}", line.method),
-        *(_change(line.base.get(name), line.perplexity.get(name)) for name in datasets),
-        *(f"{100 * line.kept_gain[name]:.0f}%" if name in line.kept_gain else "" for name in gains),
-        *(f"{line.seconds:.1f} s", f"{line.peak_rss / 1e9:.2f} GB"),
-    ]
+def columns(lines: Sequence[Line]) -> dict[str, list[str]]:
+    """Return the columns of the table: heading -> one cell per line. What no line has gets no column."""
+    sets = dict.fromkeys(name for line in lines for name in (*line.base, *line.perplexity))
+    table = {
+        "run": [line.run.rpartition("/")[2] for line in lines],
+        "model": [line.model.rpartition("/")[2] for line in lines],
+        "pruned": [line.pruning for line in lines],
+        "small model": ["" if line.parameters is None else f"{line.parameters:,}" for line in lines],
+        "method": [line.method for line in lines],
+        **{
+            f"perplexity {name}": [_change(line.base.get(name), line.perplexity.get(name)) for line in lines]
+            for name in sets
+        },
+        **{f"kept gain {name}": [_share(line.kept_gain.get(name)) for line in lines] for name in sets},
+        "made in": [f"{line.seconds:.1f} s" for line in lines],
+        "peak RSS": [f"{line.peak_rss / 1e9:.2f} GB" for line in lines],
+    }
+    return {heading: cells for heading, cells in table.items() if any(cells)}
 
 
 def table(results: Sequence[RunResults]) -> Table:
     """Return the runs as a table for a terminal; costs are in seconds and GB (10^9 bytes)."""
-    lines = overview(results)
+    shown = columns(overview(results))
     result = Table()
-    for number, heading in enumerate(headings(lines)):
-        result.add_column(heading, justify="left" if number < 3 else "right", no_wrap=number == 0)
-    for line in lines:
-        result.add_row(*cells(line, lines))
+    for number, heading in enumerate(shown):
+        result.add_column(heading, justify="left" if number < 3 else "right", overflow="fold")
+    for cells in zip(*shown.values(), strict=True):
+        result.add_row(*cells)
     return result
 
 
-def _datasets(lines: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(name for line in lines for name in (*line.base, *line.perplexity)))
-
-
 def _change(base: float | None, final: float | None) -> str:
-    known = [f"{value:.3f}" for value in (base, final) if value is not None]
-    return " → ".join(known)
+    return " → ".join(f"{value:.3f}" for value in (base, final) if value is not None)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}%"

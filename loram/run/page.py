@@ -1,6 +1,7 @@
 """The page of a run, or of several: one HTML file that needs no other file, no script and no network."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from loram.disk.card import shown, steps_of
 from loram.run.figures import curves, kept
-from loram.run.overview import cells, headings, overview
+from loram.run.overview import columns, overview
 from loram.run.report import summary
 from loram.run.results import RunResults, pruning_of
 
@@ -36,8 +38,7 @@ def page(results: Sequence[RunResults]) -> str:
     lines = overview(results)
     return templates.get_template(_TEMPLATE).render(
         runs=[_shown(one) for one in results],
-        headings=headings(lines),
-        lines=[cells(line, lines) for line in lines],
+        overview=columns(lines),
     )
 
 
@@ -47,16 +48,25 @@ def _shown(one: RunResults) -> dict[str, Any]:
     base = report.rows[0].perplexity if report.rows and report.rows[0].name == "base" else {}
     return {
         "name": one.folder.name,
+        "model": shown(str(report.recipe["model_name_or_path"])),
         "report": report,
         "summary": summary(report).splitlines(),
         "pruning": pruning_of(one.plan),
         "method": one.recipe("train.method") if report.final else None,
         "datasets": list(report.rows[0].perplexity) if report.rows else [],
         "base": base,
+        "steps": [re.sub(r"\*\*|`", "", step) for step in steps_of(one.folder / _last_folder(one))],
         "recipe": yaml.safe_dump(_chosen(report.recipe), sort_keys=False, allow_unicode=True),
         "curves": curves(one.logs),
         "kept": kept(one.plan),
     }
+
+
+def _last_folder(one: RunResults) -> str:
+    """Return the folder of the last stage; the final row is called as its folder is."""
+    return one.report.final or next(
+        name for name in ("aligned", "pruned") if name in {row.name for row in one.report.rows}
+    )
 
 
 def _chosen(value: Any) -> Any:

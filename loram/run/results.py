@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from loram.base.errors import UserError, first_problem
 from loram.base.paths import local
 from loram.model.plan import PruningPlan, find_plan
+from loram.model.sparsity import UNSTRUCTURED
 from loram.run.report import REPORT_NAME, RunReport
 
 _LOGGED = ("aligned", "adapter", "polished", "full_lora")  # the folders that have a log, in the order of a run
@@ -83,12 +84,11 @@ def _entries(log: Path) -> list[dict[str, Any]]:
 
 
 def pruning_of(plan: PruningPlan | None) -> str:
-    """Return how a model was pruned, in a few words: `0.5 taylor`, `4:8 sparsegpt`, `2 layers`."""
+    """Return how a model was pruned, in a few words: `0.5 by taylor`, `4:8 by sparsegpt`, `2 layers dropped`."""
     if plan is None:
         return ""
-    how = [plan.pattern] if plan.sparse else []
-    how += [
-        f"{ratio:g}" for ratio in (plan.ratio, *plan.ratios.values()) if ratio is not None and ":" not in "".join(how)
-    ]
-    how += [f"{len(plan.dropped)} layers dropped"] if plan.dropped else []
-    return " ".join([", ".join(how), plan.criterion])
+    ratios = [f"{ratio:g}" for ratio in (plan.ratio, *plan.ratios.values()) if ratio is not None]
+    if plan.sparse:
+        ratios = [plan.pattern, *(ratios if plan.pattern == UNSTRUCTURED else [])]
+    how = [f"{', '.join(ratios)} by {plan.criterion}"] if ratios else []
+    return ", ".join([*how, *([f"{len(plan.dropped)} layers dropped"] if plan.dropped else [])])
