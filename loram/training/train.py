@@ -367,7 +367,7 @@ class _TrainJob(Job[Trained]):
         before = [] if self.start is None else [self.start.folder]
         return Making(
             kind=self.kind,
-            step=training_step(self.settings, further=self.start is not None),
+            step=training_step(self.settings, further=self.start is not None, anchored=self.options.anchor_steps or 0),
             model=self.checkpoint.name,
             parents=[*before, self.checkpoint.folder],
             datasets=[self.names["rows"]],

@@ -77,12 +77,13 @@ def write_adapter(
     return figures
 
 
-def training_step(settings: Mapping[str, Any], *, further: bool) -> str:
+def training_step(settings: Mapping[str, Any], *, further: bool, anchored: int) -> str:
     """Return how something was trained, as one line of Markdown for a model card.
 
     Args:
         settings: the settings of the training, as the manifest has them.
         further: whether an adapter was there before.
+        anchored: the number of steps from one anchor to the next; 0 for a training without.
     """
     lora, data, rows = settings["lora"], settings["data"], settings["rows"]
     targets = lora.get("target_modules") or ()
@@ -92,6 +93,6 @@ def training_step(settings: Mapping[str, Any], *, further: bool) -> str:
         f"**Trained{' further' if further else ''}** by the method {settings['method']}{adapter} on {rows:,} rows of "
         f"`{shown(data['path'])}`: {duration(settings['trainer'])}",
         *(["the weights of the model in 4 bits"] if settings["load_in_4bit"] else []),
-        *([f"anchored every {steps} steps"] if (steps := settings["anchor_steps"]) else []),
+        *([f"anchored every {anchored} steps"] if anchored else []),
     ]
     return "; ".join(parts) + "."
