@@ -48,14 +48,15 @@ def push(folder: Path, repo: str, *, json: bool = False, **options: Any) -> None
 
 def report(runs: list[str] | None, *, html: Path | None = None, json: bool = False) -> None:
     """Show what runs have given, one table for all of them."""
+    from loram.disk.artifacts import check_output
     from loram.run.overview import overview, table
     from loram.run.page import write_page
     from loram.run.results import RunResults
 
     if not runs:
         raise UserError("report: name at least one run, by its output_dir")
-    if html is not None and html.exists():
-        raise UserError(f"{html}: exists already; remove it or choose another name")
+    if html is not None:
+        check_output(html)
     results = [RunResults.load(run) for run in runs]
     if html is not None:
         write_page(results, html)

@@ -1,7 +1,7 @@
 """The figures of a run's page as numbers that its template draws: nothing here knows of SVG or HTML."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def ticks(values: Sequence[float], count: int = 5) -> list[float]:
     Example: of values from 1.83 to 3.4 they are 1.5, 2.0, 2.5, 3.0, 3.5.
     """
     low, high = min(values), max(values)
-    if low == high:
+    if high - low < 1e-9 * max(1, abs(high)):
         low, high = low - 0.5, high + 0.5
     rough = (high - low) / (count - 1)
     unit = 10 ** math.floor(math.log10(rough))
@@ -83,7 +83,7 @@ def ticks(values: Sequence[float], count: int = 5) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def _scale(values: Sequence[float]) -> Any:
+def _scale(values: Sequence[float]) -> Callable[[float], float]:
     low, high = values[0], values[-1]
     return lambda value: (value - low) / (high - low)
 

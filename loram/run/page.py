@@ -21,6 +21,7 @@ _TEMPLATE = "page.html.jinja"
 
 def write_page(results: Sequence[RunResults], path: Path) -> None:
     """Write the page of some runs; it replaces what is at `path` only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page(results), encoding="utf-8")
     os.replace(partial, path)

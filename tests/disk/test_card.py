@@ -132,6 +132,17 @@ def test_an_edited_card_is_nobodys_business(folders: dict[str, Path], tmp_path: 
     assert (copy / CARD_NAME).read_text() == "mine"
 
 
+def test_a_masked_update_is_merged_and_not_recovered(folders: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
+    loram.prune(folders["base"], tmp_path / "sparse", pattern="2:4", criterion="magnitude")
+    once: dict[str, Any] = {"trainer": {"max_steps": 1}, "data": rows_file, "mask_update": True}
+    loram.train(tmp_path / "sparse", tmp_path / "adapter", **once)
+    assert "; pattern 2:4, ratio 0.5; criterion magnitude;" in card(tmp_path / "sparse").text
+    text = card(tmp_path / "adapter").text
+    assert "`loram merge` adds its masked update to Tiny-1B itself." in text
+    assert "Merging:\n\n```\nloram merge Tiny-1B FOLDER merged\n```\n" in text
+    assert "loram recover" not in text
+
+
 @pytest.mark.parametrize("text", ["no metadata", "---\n- a list\n---\n", "---\na: [\n---\n", "\xff"])
 def test_a_strange_card_of_the_base_gives_no_licence(text: str, folders: dict[str, Path], tmp_path: Path) -> None:
     base = shutil.copytree(folders["base"], tmp_path / "base")

@@ -150,6 +150,7 @@ def test_the_command_prints_a_table_or_one_json_object(
         ((tmp_path,), "no report.json here"),
         ((tmp_path / "broken",), "not a valid report"),
         ((done, "--html", tmp_path / "a.html"), "exists already"),
+        ((done, "--html", tmp_path / "a.html" / "b.html"), "is a file, so no folder can be made below it"),
     ):
         code, out, error = call(*arguments)
         assert (code, out) == (2, "")
@@ -194,6 +195,7 @@ def test_curves_leave_out_what_cannot_be_drawn() -> None:
         ((1.83, 3.4), [1.5, 2.0, 2.5, 3.0, 3.5]),
         ((0, 400), [0, 100, 200, 300, 400]),
         ((2, 2), [1.5, 2.0, 2.5]),
+        ((2, 2 + 1e-13), [1.5, 2.0, 2.5]),
         ((0.0012, 0.0019), [0.0012, 0.0014, 0.0016, 0.0018, 0.002]),
     ],
 )
