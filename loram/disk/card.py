@@ -57,7 +57,7 @@ class Making:
 def write_card(folder: Path, making: Making) -> None:
     """Write the card of a folder whose other files are in place. The same folder always gets the same bytes."""
     plan, kind = find_plan(folder), making.kind
-    base = making.model if plan is None else plan.base.name
+    base = making.model if plan is None or kind == "recovered" else plan.base.name
     of_pruned = plan is not None and kind not in ("pruned", "recovered")
     parents = [_Parent.read(parent) for parent in making.parents]
     steps = next((parent.steps for parent in parents if parent.steps), ())

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 import loram
 from loram.disk.artifacts import CARD_NAME, find_manifest, verify
-from loram.disk.card import add_evaluation, shown
+from loram.disk.card import Making, add_evaluation, shown, write_card
 from loram.model.plan import PruningPlan
 
 BASE_CARD = """---
@@ -106,6 +106,7 @@ def test_a_card_tells_what_the_options_were_and_names_no_path(folders: dict[str,
         "vllm serve acme/Tiny-1B --enable-lora --max-lora-rank 16 --lora-modules",
     ):
         assert fact in text
+    assert "The card of acme/Tiny-1B gives the licence `other`" in text
     for folder in folders.values():
         assert str(folder.parent) not in (folder / CARD_NAME).read_text()
 
@@ -171,6 +172,18 @@ def test_an_evaluation_goes_between_its_marks_and_into_the_metadata(folders: dic
     add_evaluation(copy, "the second table", [result], "tiny")
     assert path.stat().st_mtime_ns == stamp
     assert steps(copy) == steps(folders["recovered"])
+
+
+def test_data_sets_on_the_hub_are_named_and_go_on_to_later_folders(folders: dict[str, Path], tmp_path: Path) -> None:
+    first = shutil.copytree(folders["recovered"], tmp_path / "first")
+    second = shutil.copytree(folders["recovered"], tmp_path / "second")
+    data = ["acme/rows", "/home/me/rows.jsonl"]
+    write_card(first, Making(kind="recovered", step="**Trained**.", model="acme/Tiny-1B", datasets=data))
+    making = Making(kind="recovered", step="**Again**.", model="acme/Tiny-1B", datasets=["acme/a"], parents=[first])
+    write_card(second, making)
+    assert card(first).data.datasets == ["acme/rows"]
+    assert card(second).data.datasets == ["acme/a", "acme/rows"]
+    assert steps(second) == ["Pruned", "Trained", "Again"]
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
