@@ -224,6 +224,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that readers see the whole of the old text or of the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+
+
 @functools.cache
 def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
     """Return a file's SHA-256; a process computes it once for as long as the file does not change."""

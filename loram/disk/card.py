@@ -4,7 +4,6 @@ A card tells how its folder was made, step by step. It takes the earlier steps a
 folders that its own was made from. No manifest lists it, so anybody may edit it.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
-from loram.base.paths import is_hub_id, local
+from loram.base.paths import is_on_hub
 from loram.disk.adapter import CONFIG_NAME
-from loram.disk.artifacts import CARD_NAME
+from loram.disk.artifacts import CARD_NAME, replace_text
 from loram.disk.files import read_json
 from loram.model.plan import MASKS_NAME, PLAN_NAME, PruningPlan, find_plan
 
@@ -119,11 +118,8 @@ def add_evaluation(folder: Path, text: str, results: Sequence[EvalResult], model
     assert isinstance(card.data, ModelCardData)
     card.data.model_name, card.data.eval_results = model_name, list(results)
     card.text = f"{card.text[: between.start(1)]}## Evaluation\n\n{text}\n{card.text[between.end(1) :]}"
-    if str(card) == before:
-        return
-    partial = path.with_name(f".{CARD_NAME}.partial")
-    partial.write_text(str(card), encoding="utf-8")
-    os.replace(partial, path)
+    if str(card) != before:
+        replace_text(path, str(card))
 
 
 def pruning_step(plan: PruningPlan) -> str:
@@ -148,11 +144,6 @@ def pruning_step(plan: PruningPlan) -> str:
 def steps_of(folder: Path) -> tuple[str, ...]:
     """Return how a folder was made, one step per line of Markdown, as its card has it; none where no card tells."""
     return _Parent.read(folder).steps
-
-
-def is_on_hub(name: str) -> bool:
-    """Return whether a name means something on the hub, and nothing on this disk."""
-    return is_hub_id(name) and not local(name).exists()
 
 
 def shown(name: str) -> str:

@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict
 
 from loram.base.errors import UserError
 from loram.base.paths import is_hub_id, local
+from loram.disk.adapter import CONFIG_NAME
 from loram.disk.artifacts import CARD_NAME, EDITABLE, MANIFEST_NAME, Manifest, find_manifest
 from loram.disk.files import read_json
 from loram.model.plan import PLAN_NAME, find_plan
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_CONFIG = "adapter_config.json"
 _KEPT_HERE = {"teacher": "the cache of a teacher", "checkpoint": "a checkpoint of a training"}
 
 
@@ -118,9 +118,9 @@ def _upload(folder: Path, repo: str, manifest: Manifest) -> Upload:
 
 def _warn_of_local_base(folder: Path, kind: str) -> None:
     """Say so where a folder names its model by a path on this disk, and what to do about it."""
-    plan, config = find_plan(folder), folder / _ADAPTER_CONFIG
+    plan, config = find_plan(folder), folder / CONFIG_NAME
     if config.is_file():
-        file, name = _ADAPTER_CONFIG, str(read_json(config).get("base_model_name_or_path"))
+        file, name = CONFIG_NAME, str(read_json(config).get("base_model_name_or_path"))
     elif plan is not None:
         file, name = PLAN_NAME, plan.base.name
     else:

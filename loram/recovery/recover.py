@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loram.base.errors import UserError
-from loram.base.paths import is_hub_id, local, named
+from loram.base.paths import is_on_hub, local, named
 from loram.compute.belonging import check_base_weights, load_for
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored
@@ -213,7 +213,7 @@ def _full_model(
     if base is None and not read:
         return None
     name = plan.base.name if base is None else named(base)
-    if not read and is_hub_id(name) and not local(name).exists() and not is_cached(name):
+    if not read and is_on_hub(name) and not is_cached(name):
         logger.warning("%s: not on this disk, so it is not checked that this is the full model of the plan", name)
         return None
     return open_full(plan, base, chat_template=chat_template)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from loram.base.paths import is_on_hub
 from loram.data.spec import DataSpec
-from loram.disk.card import add_evaluation, is_on_hub, shown
+from loram.disk.card import add_evaluation, shown
 from loram.run.report import Row, RunReport
 
 
@@ -42,16 +43,24 @@ def evaluation_table(report: RunReport, name: str, held_out: Mapping[str, DataSp
 
 
 def _results(row: Row, held_out: Mapping[str, DataSpec]) -> list[EvalResult]:
-    return [
-        EvalResult(
+    """Return the perplexities of a row as the hub has them.
+
+    The hub takes results of one dataset type, configuration and split for results on one data set, whatever its name.
+    So the type is the recipe's name of the data set, unless that is the only one of its name on the hub.
+    """
+    paths = [spec.path for spec in held_out.values()]
+    results = []
+    for name, spec in held_out.items():
+        by_id = is_on_hub(spec.path) and paths.count(spec.path) == 1
+        result = EvalResult(
             task_type="text-generation",
-            dataset_type=shown(spec.path),
-            dataset_name=dataset,
-            dataset_config=spec.config if is_on_hub(spec.path) else None,
-            dataset_split=spec.split if is_on_hub(spec.path) else None,
+            dataset_type=spec.path if by_id else name,
+            dataset_name=name,
+            dataset_config=spec.config if by_id else None,
+            dataset_split=spec.split if by_id else None,
             metric_type="perplexity",
             metric_name="perplexity",
-            metric_value=round(row.perplexity[dataset], 4),
+            metric_value=round(row.perplexity[name], 4),
         )
-        for dataset, spec in held_out.items()
-    ]
+        results.append(result)
+    return results

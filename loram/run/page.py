@@ -1,6 +1,5 @@
 """The page of a run, or of several: one HTML file that needs no other file, no script and no network."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from loram.disk.artifacts import replace_text
 from loram.disk.card import shown, steps_of
 from loram.run.figures import curves, kept
 from loram.run.overview import columns, overview
@@ -22,9 +22,7 @@ _TEMPLATE = "page.html.jinja"
 def write_page(results: Sequence[RunResults], path: Path) -> None:
     """Write the page of some runs; it replaces what is at `path` only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page(results), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, page(results))
 
 
 def page(results: Sequence[RunResults]) -> str:

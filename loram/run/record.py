@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram.base.errors import UserError, first_problem
 from loram.compute.device import peak_rss, reset_peak_rss
-from loram.disk.artifacts import difference, find_manifest, library_versions, sync
+from loram.disk.artifacts import difference, find_manifest, library_versions, replace_text
 from loram.evaluation.evaluate import Report
 from loram.run.page import PAGE_NAME, write_page
 from loram.run.recipe import Recipe
@@ -120,10 +119,7 @@ class Record:
         return done
 
     def _save(self, path: Path, value: BaseModel) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(value.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        sync(partial)
-        os.replace(partial, path)
+        replace_text(path, value.model_dump_json(indent=2) + "\n")
 
     def finish(self, rows: Sequence[Row], final: str | None) -> RunReport:
         """Write report.json, and the same for people as report.html.

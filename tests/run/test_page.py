@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 import loram
 from loram.cli import main
@@ -102,6 +103,20 @@ def test_a_run_leaves_a_page_with_every_value_of_its_report(done: Path) -> None:
     narrowed = min(plan.layers)
     full = plan.geometry.num_key_value_heads
     assert f"layer {narrowed}: {plan.units(narrowed)['kv_groups']} of {full} key-value groups" in shown.text
+
+
+def test_the_cards_of_a_run_have_its_perplexities(done: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((done / "report.json").read_text())["rows"]}
+    for folder, name in (("pruned", "pruned"), ("adapter", "pruned + adapter"), ("recovered", "recovered")):
+        card = ModelCard.load(done / folder / "README.md")
+        results = {result.dataset_name: result for result in card.data.eval_results}
+        assert results.keys() == {"task <b>", "short"}
+        for dataset, perplexity in rows[name]["perplexity"].items():
+            result = results[dataset]
+            assert (result.metric_type, result.metric_value) == ("perplexity", pytest.approx(perplexity, abs=1e-4))
+            assert (result.task_type, result.dataset_type) == ("text-generation", dataset)
+            assert f"**{perplexity:.3f}**" in card.text
+            assert f"{rows['base']['perplexity'][dataset]:.3f}" in card.text
 
 
 def test_examples_are_shown_as_text(done: Path, tmp_path: Path) -> None:
