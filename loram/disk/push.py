@@ -47,7 +47,7 @@ def push(
     Args:
         folder: a pruned folder, an adapter, or a model.
         repo: the repository, `owner/name`; it is made where it does not exist.
-        private: make the repository a private one; one that exists stays as it is.
+        private: make the repository a private one; one that exists stays as it is. Without it the owner's default holds.
         revision: the branch to upload to, which is made where it does not exist; None is the main branch.
         dry_run: upload nothing, and need neither a network nor a token.
 
@@ -70,7 +70,7 @@ def push(
         raise UserError("push: there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
-        made = api.create_repo(repo, private=private, exist_ok=True)
+        made = api.create_repo(repo, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(made.repo_id, branch=revision, exist_ok=True)
         api.upload_folder(
