@@ -47,7 +47,7 @@ def push(
     Args:
         folder: a pruned folder, an adapter, or a model.
         repo: the repository, `owner/name`; it is made where it does not exist.
-        private: make the repository a private one; one that exists stays as it is. Without it the owner's default holds.
+        private: make the repository a private one, and not what is the owner's default; one that exists stays as it is.
         revision: the branch to upload to, which is made where it does not exist; None is the main branch.
         dry_run: upload nothing, and need neither a network nor a token.
 
