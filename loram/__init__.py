@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loram.alignment.teach import teach
     from loram.base.errors import UserError
     from loram.compute.loading import load_pruned
+    from loram.disk.push import Upload, push
     from loram.evaluation.evaluate import Report, evaluate
     from loram.export.merge import merge
     from loram.export.quantize import quantize
@@ -32,6 +33,7 @@ _PLACES = {
     "PolishOptions": "training.options",
     "PruningPlan": "model.plan",
     "Report": "evaluation.evaluate",
+    "Upload": "disk.push",
     "UserError": "base.errors",
     "align": "alignment.align",
     "estimate": "planner",
@@ -41,6 +43,7 @@ _PLACES = {
     "narrow": "model.resize",
     "polish": "training.polish",
     "prune": "pruning.prune",
+    "push": "disk.push",
     "quantize": "export.quantize",
     "recover": "recovery.recover",
     "teach": "alignment.teach",
@@ -53,6 +56,7 @@ __all__ = [
     "PolishOptions",
     "PruningPlan",
     "Report",
+    "Upload",
     "UserError",
     "align",
     "estimate",
@@ -62,6 +66,7 @@ __all__ = [
     "narrow",
     "polish",
     "prune",
+    "push",
     "quantize",
     "recover",
     "teach",

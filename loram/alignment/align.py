@@ -22,10 +22,11 @@ from loram.base import processes
 from loram.base.errors import UserError
 from loram.compute.loading import load_model
 from loram.disk.artifacts import check_output
+from loram.disk.card import Making, shown, write_card
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.disk.writer import write_trained
-from loram.trainer.arguments import check_batches
+from loram.trainer.arguments import check_batches, duration
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
 from loram.trainer.frame import Job, Outcome, join_processes, run_job
@@ -211,7 +212,23 @@ class _AlignJob(Job[Aligned]):
         row = self.inputs.student.architecture
         frozen = () if self.spec.train_embeddings else (row.embedding_weight, row.head_weight)
         write_trained(out, self.inputs.student, outcome.weights, frozen=frozen)
+        write_card(out, self._making())
         return {}
+
+    def _making(self) -> Making:
+        student, spec = self.inputs.student, self.spec
+        sources = [*(one.path for one in spec.dataset), *(one.path for one in spec.teacher)]
+        text = ", ".join(f"`{shown(source)}`" for source in sources) or "text that the full model wrote"
+        rows = f"{len(self.inputs.rows):,} rows of {text}"
+        step = f"**Aligned** with the full model (objective {spec.objective}) on {rows}: {duration(self.options)}."
+        return Making(
+            kind=self.kind,
+            step=step,
+            model=student.name,
+            parents=[student.folder],
+            datasets=[one.path for one in spec.dataset],
+            wrapped=student.wrapper is not None,
+        )
 
 
 def _aligned(state: TrainerState, last: Path, checkpoints: Checkpoints) -> Aligned:

@@ -46,5 +46,10 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
+def is_on_hub(name: str) -> bool:
+    """Return whether a name can be that of something on the hub, and is that of nothing on this disk."""
+    return is_hub_id(name) and not local(name).exists()
+
+
 LocalPath = Annotated[Path, AfterValidator(local)]
 Named = Annotated[str, AfterValidator(named)]

@@ -1,18 +1,19 @@
 """The commands: what each takes, which function it calls (imported when it is called), and what it prints."""
 
 import json as json_text
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base import processes
 from loram.base.options import Options, option
+from loram.cli.console import console as _console
 from loram.cli.flags import RUN, Flag, flags_of
+from loram.cli.sharing import Push, Report, push, report
 from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
 from loram.export.table import Export, exports
@@ -21,9 +22,6 @@ from loram.pruning.options import PruneOptions
 from loram.recovery.options import RecoverOptions
 from loram.run.recipe import Recipe, load_recipe
 from loram.training.options import PolishOptions, TrainOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +210,9 @@ def run(
             show(result, _console())
         return
 
+    from loram.run.page import PAGE_NAME
     from loram.run.pipeline import run as pipeline
-    from loram.run.record import REPORT_NAME
-    from loram.run.report import summary, table
+    from loram.run.report import REPORT_NAME, summary, table
 
     report = pipeline(loaded, fresh=fresh)
     if json:
@@ -223,7 +221,9 @@ def run(
     console = _console()
     console.print(table(report))
     console.print(summary(report), highlight=False)
-    console.print(f"Report: {loaded.output_dir / REPORT_NAME}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Report: {loaded.output_dir / REPORT_NAME}, and {PAGE_NAME} beside it", highlight=False, soft_wrap=True
+    )
 
 
 def compare(recipe: Path, overrides: list[str] | None, *, json: bool = False) -> None:
@@ -298,12 +298,6 @@ def doctor(*, json: bool = False) -> None:
     typer.echo(report.model_dump_json() if json else report.text())
 
 
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
 def _exporting(export: Export) -> Command:
     """Return the command of an export."""
 
@@ -369,6 +363,19 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
     **{name: _exporting(export) for name, export in exports().items()},
     "run": Command(call=run, arguments=(RECIPE, OVERRIDES), flags=(*flags_of(_DryRun, RUN), *FRESH, *JSON)),
     "compare": Command(call=compare, arguments=(RECIPE, OVERRIDES), flags=JSON),
+    "report": Command(
+        call=report,
+        arguments=(Argument(name="runs", type=list[str], help="The output_dir of a run that has ended."),),
+        flags=(*flags_of(Report, RUN), *JSON),
+    ),
+    "push": Command(
+        call=push,
+        arguments=(
+            Argument(name="folder", type=Path, help="A folder that loram made."),
+            Argument(name="repo", type=str, help="The repository on the hub: owner/name."),
+        ),
+        flags=(*flags_of(Push, RUN), *JSON),
+    ),
     "teach": Command(
         call=teach, arguments=(MODEL, OUT), flags=(*DATA, *_stage(TeachOptions), *TEMPLATE, *DEVICE, *FRESH)
     ),

@@ -29,6 +29,7 @@ MANIFEST_NAME = "loram_manifest.json"
 HASHED_BYTES = 1 << 30
 # What a user may change in a folder that we wrote; no other file, since weights, config and plan have to fit together.
 EDITABLE = (CHAT_TEMPLATE,)
+CARD_NAME = "README.md"  # for people, who edit it; a run adds figures to it, so no manifest lists it
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets")
 
 
@@ -49,7 +50,7 @@ class Manifest(BaseModel):
         made_from: name of an input -> its fingerprint.
         settings: the options that the stage ran with.
         versions: name of a library -> the version that was installed.
-        files: path inside the folder -> size and SHA-256.
+        files: path inside the folder -> size and SHA-256; the model card is not among them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -192,7 +193,8 @@ def _seal(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[
     for path in track(sorted(folder.rglob("*")), "Checksums"):
         if path.is_file():
             path.chmod(0o666 & ~_umask())  # safetensors writes files with mode 0600, whatever the umask
-            files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+            if path != folder / CARD_NAME:
+                files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
             sync(path)
     manifest = Manifest(kind=kind, made_from=made_from, settings=settings, versions=library_versions(), files=files)
     path = folder / MANIFEST_NAME
@@ -220,6 +222,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that readers see the whole of the old text or of the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from loram.base.errors import UserError
 from loram.base.paths import is_hub_id, local, named
+from loram.disk.artifacts import CARD_NAME
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import SIDE_FILES, read_json
 from loram.disk.gguf import cached_conversion
@@ -72,7 +73,7 @@ def _open(name: str) -> Checkpoint:
 
 def _download(model: str) -> Path:
     packing_of(read_json(download_config(model)), model)  # or it refuses the model, before gigabytes are fetched
-    patterns = ["model*.safetensors", "*.json", *SIDE_FILES]  # not the consolidated.* some repositories add
+    patterns = ["model*.safetensors", "*.json", *SIDE_FILES, CARD_NAME]  # not the consolidated.* some repositories add
     return Path(_ask_hub(model, lambda: snapshot_download(model, allow_patterns=patterns)))
 
 

@@ -39,6 +39,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     from loram.base.progress import track
     from loram.compute.belonging import load_for
     from loram.disk.artifacts import check_output, publish
+    from loram.disk.card import Making, shown, write_card
     from loram.disk.files import CHAT_TEMPLATE, write_json
     from loram.disk.opening import open_model
     from loram.disk.writer import ShardedWriter
@@ -77,6 +78,14 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
         if (template := update.folder / CHAT_TEMPLATE).is_file():  # that of the chats that it was trained on
             shutil.copyfile(template, staging / CHAT_TEMPLATE)
         write_json(staging / "config.json", checkpoint.untied_config if untied else whole.config)
+        making = Making(
+            kind="merged",
+            step=f"**Merged** into the weights of `{shown(checkpoint.name)}`.",
+            model=checkpoint.name,
+            parents=[update.folder, checkpoint.folder],
+            wrapped=checkpoint.wrapper is not None,
+        )
+        write_card(staging, making)
     return out
 
 

@@ -30,6 +30,7 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
     from loram.base.progress import track
     from loram.compute.nf4 import packed_specs, packed_tensors
     from loram.disk.artifacts import check_output, publish
+    from loram.disk.card import Making, write_card
     from loram.disk.files import copy_side_files, write_json
     from loram.disk.opening import open_model
     from loram.disk.writer import ShardedWriter
@@ -77,6 +78,9 @@ def quantize(model: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYT
         tied = [architecture.head] if checkpoint.tied else []
         config = {**checkpoint.config, "quantization_config": quantization_config(tied)}
         write_json(staging / "config.json", config)
+        step = "**Quantised**: the linears are in NF4 with double quantisation."
+        making = Making(kind="quantized", step=step, model=checkpoint.name, parents=[checkpoint.folder])
+        write_card(staging, making)
     return out
 
 

@@ -1,10 +1,12 @@
 """What a pruned folder will hold: as many units or weights as the options keep, and the tensors that follow."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from loram.disk.artifacts import library_versions
+from loram.disk.card import Making, pruning_step, write_card
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
 from loram.model.plan import BaseReference, PruningPlan
@@ -112,3 +114,15 @@ def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, 
 def mask_of(weight: str) -> str:
     """Return the name of a sparse weight's mask."""
     return f"{weight.removesuffix('.weight')}.mask"
+
+
+def write_pruned_card(checkpoint: Checkpoint, plan: PruningPlan, out: Path, *, wrapped: bool = False) -> None:
+    """Write the model card of a pruned folder whose other files are in place; `wrapped` if it has towers."""
+    making = Making(
+        kind="pruned",
+        step=pruning_step(plan),
+        model=checkpoint.name,
+        parents=[checkpoint.folder],
+        wrapped=wrapped,
+    )
+    write_card(out, making)

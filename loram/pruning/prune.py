@@ -29,7 +29,7 @@ from loram.pruning.check import check_prunable
 from loram.pruning.choose import choose
 from loram.pruning.criteria import CRITERIA
 from loram.pruning.depth import Influence, random_layers
-from loram.pruning.layout import base_of, blank_plan, pruned_specs
+from loram.pruning.layout import base_of, blank_plan, pruned_specs, write_pruned_card
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.refit import Refitter
 from loram.pruning.score import ScoredLayer, calibration_stream, score_layers
@@ -164,6 +164,7 @@ def _prune_structured(
         else:
             write_wrapped_config(checkpoint, plan, staging)
         plan.save(staging)
+        write_pruned_card(checkpoint, plan, staging, wrapped=wrapper is not None)
     return plan
 
 

@@ -24,7 +24,7 @@ from loram.model.plan import MASKS_NAME, PruningPlan
 from loram.model.segments import Linear
 from loram.pruning.criteria import SPARSE
 from loram.pruning.evidence import Hessian, Inputs, InputStatistics
-from loram.pruning.layout import blank_plan, mask_of, pruned_specs
+from loram.pruning.layout import blank_plan, mask_of, pruned_specs, write_pruned_card
 from loram.pruning.options import ResolvedPruneOptions
 from loram.pruning.sparsify import sparsify
 
@@ -82,6 +82,7 @@ def prune_sparse(
         checkpoint.copy_side_files(staging)
         write_config(config_of(checkpoint), plan, staging)
         plan.save(staging)
+        write_pruned_card(checkpoint, plan, staging)
     return plan
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loram.base.errors import UserError
-from loram.base.paths import is_hub_id, local, named
+from loram.base.paths import is_on_hub, local, named
 from loram.compute.belonging import check_base_weights, load_for
 from loram.compute.device import pick_device
 from loram.compute.likelihood import load_scored
@@ -17,6 +18,7 @@ from loram.compute.loading import load_tokenizer, open_full
 from loram.compute.original import check_original, open_4bit
 from loram.disk.adapter import ROW_LENGTHS_NAME, Adapter, save_adapter, scaled
 from loram.disk.artifacts import Manifest, check_output, find_manifest, publish
+from loram.disk.card import Making, shown, write_card
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.opening import is_cached, open_model, plan_of
@@ -139,7 +141,23 @@ def recover(
         save_adapter(staging, recovered.config, recovered.tensors)
         copy_side_files(source, staging)
         plan.save(staging)
+        write_card(staging, _making(_step(name, settings), name, source, full, wrapped=wrapper is not None))
     return out
+
+
+def _making(step: str, model: str, adapter: Path, full: Checkpoint | None, *, wrapped: bool) -> Making:
+    parents = [adapter, *([] if full is None else [full.folder]), *([local(model)] if local(model).is_dir() else [])]
+    return Making(kind="recovered", step=step, model=model, parents=parents, wrapped=wrapped)
+
+
+def _step(model: str, settings: Mapping[str, Any]) -> str:
+    """Return what recovery did, as one line of Markdown."""
+    parts = [
+        f"**Recovered** for `{shown(model)}`: widened to its shapes, with zeros where parts were pruned",
+        *(["corrected for what alignment and 4 bits changed in the weights"] if settings["correct"] else []),
+        *([f"the update multiplied by {settings['multiplier']:g}"] if "multiplier" in settings else []),
+    ]
+    return "; ".join(parts) + "."
 
 
 def _in_text(adapter: Adapter, plan: PruningPlan) -> Adapter:
@@ -173,6 +191,8 @@ def _rebase(adapter: Adapter, full: Checkpoint, trained_on: str | Path | None, o
     with publish(out, kind="recovered", made_from=made_from) as staging:
         save_adapter(staging, {**adapter.config, "base_model_name_or_path": full.name}, adapter.tensors)
         copy_side_files(adapter.folder, staging)
+        step = f"**Made for** `{shown(full.name)}`, of which the model in 4 bits was made."
+        write_card(staging, _making(step, full.name, adapter.folder, full, wrapped=full.wrapper is not None))
     return out
 
 
@@ -193,7 +213,7 @@ def _full_model(
     if base is None and not read:
         return None
     name = plan.base.name if base is None else named(base)
-    if not read and is_hub_id(name) and not local(name).exists() and not is_cached(name):
+    if not read and is_on_hub(name) and not is_cached(name):
         logger.warning("%s: not on this disk, so it is not checked that this is the full model of the plan", name)
         return None
     return open_full(plan, base, chat_template=chat_template)

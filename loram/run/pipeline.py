@@ -10,6 +10,7 @@ from loram.disk.opening import open_model
 from loram.model.families import architecture_of
 from loram.pruning.check import check_prunable
 from loram.pruning.options import PruneOptions
+from loram.run.cards import complete_cards
 from loram.run.recipe import Recipe
 from loram.run.record import Record, start_over
 from loram.run.report import RunReport
@@ -91,4 +92,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
         model = stage.evaluated(job)
         rows.append(row_of(name, parameters_of(job, model), cost_of(job, stage), evaluations(job, name, model), counts))
     final = None if recipe.dataset is None else final_of(recipe).row(job)
-    return job.record.finish(rows, final)
+    report = job.record.finish(rows, final)
+    folders = {name: job.folder(stage.folder) for name, stage in stages.items() if stage.folder in job.done}
+    complete_cards(report, folders, recipe.held_out)
+    return report

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +12,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram.base.errors import UserError, first_problem
 from loram.compute.device import peak_rss, reset_peak_rss
-from loram.disk.artifacts import difference, find_manifest, library_versions, sync
+from loram.disk.artifacts import difference, find_manifest, library_versions, replace_text
 from loram.evaluation.evaluate import Report
+from loram.run.page import PAGE_NAME, write_page
 from loram.run.recipe import Recipe
-from loram.run.report import Cost, Row, RunReport, kept_gain
+from loram.run.report import REPORT_NAME, Cost, Row, RunReport, kept_gain
+from loram.run.results import RunResults
 from loram.trainer.resume import HARMLESS
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME, REPORT_NAME = "stages.json", "report.json"
+STATE_NAME = "stages.json"
 
 
 class Done(BaseModel):
@@ -118,13 +119,10 @@ class Record:
         return done
 
     def _save(self, path: Path, value: BaseModel) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(value.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        sync(partial)
-        os.replace(partial, path)
+        replace_text(path, value.model_dump_json(indent=2) + "\n")
 
     def finish(self, rows: Sequence[Row], final: str | None) -> RunReport:
-        """Write report.json.
+        """Write report.json, and the same for people as report.html.
 
         Args:
             rows: the rows of the report.
@@ -138,6 +136,7 @@ class Record:
             kept_gain=kept_gain({row.name: row for row in rows}, final),
         )
         self._save(self.out / REPORT_NAME, report)
+        write_page([RunResults.load(self.out)], self.out / PAGE_NAME)
         return report
 
 
@@ -153,7 +152,7 @@ def start_over(out: Path, folders: Sequence[str]) -> None:
         for name in names:
             for path in (out / name, out / f"{name}-checkpoints", out / f"{name}-parts"):
                 shutil.rmtree(path, ignore_errors=True)
-    for name in (STATE_NAME, REPORT_NAME):
+    for name in (STATE_NAME, REPORT_NAME, PAGE_NAME):
         (out / name).unlink(missing_ok=True)
 
 

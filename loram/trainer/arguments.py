@@ -20,7 +20,7 @@ TRAINER_NAMES = (
 
 
 _NO_ROWS = "no rows are evaluated while a model trains; evaluate the result with `loram eval`, or in a recipe"
-_NO_UPLOAD = "a finished folder is uploaded as a whole: hf upload NAME OUT"
+_NO_UPLOAD = "a finished folder is uploaded as a whole: loram push OUT REPO"
 _CHECKPOINTS = "loram writes, checks and resumes checkpoints itself"
 _PROCESSES = "several GPUs train by `accelerate launch`, each with the whole model"
 # What cannot work in any training here, or does nothing, unless it is off; and what to do.
@@ -228,3 +228,17 @@ def checkpoints_activations(arguments: Any) -> bool:
 def option_names(config: Any) -> list[str]:
     """Return the names that a dataclass of options takes."""
     return [field.name for field in dataclasses.fields(config) if field.init]
+
+
+def duration(trainer: Mapping[str, Any]) -> str:
+    """Return in words how long a training with these options goes on, and how: for a model card.
+
+    Example: `40 steps, batch size 16, learning rate 0.001 (cosine), rows of up to 512 tokens, seed 42`.
+    """
+    steps = trainer.get("max_steps") or -1
+    length = f"{steps:,} step{'s' if steps > 1 else ''}" if steps > 0 else f"{trainer['num_train_epochs']:g} epochs"
+    size = trainer["per_device_train_batch_size"] * (trainer.get("gradient_accumulation_steps") or 1)
+    return (
+        f"{length}, batch size {size}, learning rate {trainer['learning_rate']:g} ({trainer['lr_scheduler_type']}), "
+        f"rows of up to {trainer['max_length']:,} tokens, seed {trainer['seed']}"
+    )

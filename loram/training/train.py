@@ -24,6 +24,7 @@ from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
 from loram.disk.adapter import Adapter
 from loram.disk.artifacts import check_output, find_manifest
+from loram.disk.card import Making, write_card
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.files import copy_side_files
 from loram.disk.kept import kept_in_ram
@@ -49,7 +50,7 @@ from loram.training.rows import arrange, check_packed, first_batches, rows_diges
 from loram.training.start import load_start, options_of
 from loram.training.streamed import StreamedPass, StreamedTrainer, stream_loss_
 from loram.training.trainer import AdapterTrainer
-from loram.training.write import Trained, write_adapter
+from loram.training.write import Trained, training_step, write_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -357,12 +358,25 @@ class _TrainJob(Job[Trained]):
         """Write the model, or the adapter with the tokenizer beside it."""
         if self.kind == "model":
             write_trained(out, self.checkpoint, outcome.folder)
+            write_card(out, self._making())
             return {}
         if self.start is not None:
             copy_side_files(self.start.folder, out)
         figures = write_adapter(out, outcome, self.checkpoint, self.plan, self.options, self.start)
         self.checkpoint.copy_tokenizer(out)
+        write_card(out, self._making())
         return figures
+
+    def _making(self) -> Making:
+        before = [] if self.start is None else [self.start.folder]
+        return Making(
+            kind=self.kind,
+            step=training_step(self.settings, further=self.start is not None, anchored=self.options.anchor_steps or 0),
+            model=self.checkpoint.name,
+            parents=[*before, self.checkpoint.folder],
+            datasets=[self.names["rows"]],
+            wrapped=self.checkpoint.wrapper is not None,
+        )
 
 
 def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig, balance: Balance | None) -> None:

@@ -4,14 +4,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loram.disk.adapter import Adapter, save_adapter
+from loram.disk.card import shown
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.renamed import in_wrapper
 from loram.model.plan import MASKS_NAME, PruningPlan
+from loram.trainer.arguments import duration
 from loram.trainer.frame import Outcome
 from loram.training.methods.table import METHODS
 from loram.training.methods.weights import extract
@@ -72,3 +75,24 @@ def write_adapter(
     for name, values in trained.added_files.items():
         save_file(dict(values), out / name, {"format": "pt"})
     return figures
+
+
+def training_step(settings: Mapping[str, Any], *, further: bool, anchored: int) -> str:
+    """Return how something was trained, as one line of Markdown for a model card.
+
+    Args:
+        settings: the settings of the training, as the manifest has them.
+        further: whether an adapter was there before.
+        anchored: the number of steps from one anchor to the next; 0 for a training without.
+    """
+    lora, data, rows = settings["lora"], settings["data"], settings["rows"]
+    targets = lora.get("target_modules") or ()
+    on = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    adapter = "" if METHODS[settings["method"]].weights else f" (rank {lora['r']}, alpha {lora['lora_alpha']}, on {on})"
+    parts = [
+        f"**Trained{' further' if further else ''}** by the method {settings['method']}{adapter} on {rows:,} rows of "
+        f"`{shown(data['path'])}`: {duration(settings['trainer'])}",
+        *(["the weights of the model in 4 bits"] if settings["load_in_4bit"] else []),
+        *([f"anchored every {anchored} steps"] if anchored else []),
+    ]
+    return "; ".join(parts) + "."

@@ -194,9 +194,9 @@ def test_flags_of_other_tools_are_answered_with_ours(arguments: str, line: str, 
 
 
 def test_what_people_look_for_is_answered_with_what_does_it(loram_cli: Cli) -> None:
-    code, _, err = loram_cli("push", "folder", "owner/name")
+    code, _, err = loram_cli("upload", "folder", "owner/name")
     assert code == 2
-    assert err == "loram: error: there is no command 'push': upload a finished folder with `hf upload NAME FOLDER`\n"
+    assert err == "loram: error: there is no command 'upload': upload a finished folder with `loram push FOLDER REPO`\n"
 
 
 def test_shells_complete_commands(loram_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

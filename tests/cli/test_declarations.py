@@ -165,7 +165,7 @@ ELSEWHERE = {
     "two or more stages have an option of this name": "max_samples",
     "`trainer/resume.py` lists it among what may change before a training goes on": "probe_dataset",
     "it is written into a plan, an adapter or a manifest, and read from there": (
-        "base_model_name_or_path bypass_rank keep_first keep_last mask_update"
+        "base_model_name_or_path bias_compensation bypass_rank keep_first keep_last mask_update"
     ),
     "the modules of the room `run` read this part of the recipe, or name it": (
         "model_name_or_path eval_dataset chat_template_path"

@@ -71,7 +71,7 @@ def test_rows_cut_and_skipped_are_in_the_report(
 
 def test_a_second_run_does_nothing_again(done: Path, tiny_llama: Path, rows_file: Path) -> None:
     def stamps() -> dict[str, int]:
-        return {str(path): path.stat().st_mtime_ns for path in done.rglob("*") if path.name != "report.json"}
+        return {str(path): path.stat().st_mtime_ns for path in done.rglob("*") if path.stem != "report"}
 
     before, report = stamps(), (done / "report.json").read_text()
     run(recipe(tiny_llama, rows_file, done))
