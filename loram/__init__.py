@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loram.base.errors import UserError
     from loram.compute.loading import load_pruned
     from loram.evaluation.evaluate import Report, evaluate
+    from loram.export.export import export_adapter
     from loram.export.merge import merge
     from loram.export.quantize import quantize
     from loram.model.plan import PruningPlan
@@ -36,6 +37,7 @@ _PLACES = {
     "align": "alignment.align",
     "estimate": "planner",
     "evaluate": "evaluation.evaluate",
+    "export_adapter": "export.export",
     "load_pruned": "compute.loading",
     "merge": "export.merge",
     "narrow": "model.resize",
@@ -57,6 +59,7 @@ __all__ = [
     "align",
     "estimate",
     "evaluate",
+    "export_adapter",
     "load_pruned",
     "merge",
     "narrow",
