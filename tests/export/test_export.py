@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -243,8 +244,11 @@ def test_what_a_form_has_no_place_for_is_refused(to: str, tiny_llama: Path, tmp_
     head = adapter_for(tiny_llama, tmp_path / "head", target_modules=["q_proj", "lm_head"])  # tied to the embedding
     with pytest.raises(loram.UserError, match=r"adapts lm_head, which is tied .*`loram merge"):
         loram.export_adapter(head, tmp_path / "out", to=to)
-    if to != "gguf":
-        dora = adapter_for(tiny_llama, tmp_path / "dora", use_dora=True)
+    dora = adapter_for(tiny_llama, tmp_path / "dora", use_dora=True)
+    if to == "gguf":
+        with pytest.raises(loram.UserError, match=r"max_rank is for plain LoRA, and .* is a DoRA adapter"):
+            loram.export_adapter(dora, tmp_path / "out", to=to, max_rank=2)
+    else:
         with pytest.raises(loram.UserError, match=rf"a DoRA adapter, which --to {to} has no place for; `loram merge"):
             loram.export_adapter(dora, tmp_path / "out", to=to)
     with pytest.raises(loram.UserError, match=rf"a model, and export takes adapters; .*{tiny_llama}"):
@@ -252,7 +256,9 @@ def test_what_a_form_has_no_place_for_is_refused(to: str, tiny_llama: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_other_refusals(tiny_models: dict[str, Path], plain: Path, tmp_path: Path) -> None:
+def test_other_refusals(
+    tiny_models: dict[str, Path], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, base = tmp_path / "out", tiny_models["llama"]
     with pytest.raises(loram.UserError, match="outtype says nothing with --to mlx"):
         loram.export_adapter(plain, out, to="mlx", outtype="f16")
@@ -270,6 +276,14 @@ def test_other_refusals(tiny_models: dict[str, Path], plain: Path, tmp_path: Pat
     other = adapter_for(tiny_models["qwen3_next"], tmp_path / "other", target_modules=["q_proj"])
     with pytest.raises(loram.UserError, match="its base is a qwen3_next, which LoRAM does not export to GGUF"):
         loram.export_adapter(other, out, to="gguf-lora")
+    experts = adapter_for(
+        tiny_models["mixtral"], tmp_path / "experts", target_modules=["q_proj"], target_parameters=["experts.down_proj"]
+    )
+    with pytest.raises(loram.UserError, match=r"adapts experts, which no export has a place for; `loram merge"):
+        loram.export_adapter(experts, out, to="vllm")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(loram.UserError, match=r"install gguf: pip install 'loram\[gguf\]'"):
+        loram.export_adapter(plain, out, to="gguf-lora")
     assert not out.exists()
 
 
