@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loram.compute.loading import load_pruned
     from loram.disk.push import Upload, push
     from loram.evaluation.evaluate import Report, evaluate
+    from loram.export.export import export_adapter
     from loram.export.merge import merge
     from loram.export.quantize import quantize
     from loram.model.plan import PruningPlan
@@ -38,6 +39,7 @@ _PLACES = {
     "align": "alignment.align",
     "estimate": "planner",
     "evaluate": "evaluation.evaluate",
+    "export_adapter": "export.export",
     "load_pruned": "compute.loading",
     "merge": "export.merge",
     "narrow": "model.resize",
@@ -61,6 +63,7 @@ __all__ = [
     "align",
     "estimate",
     "evaluate",
+    "export_adapter",
     "load_pruned",
     "merge",
     "narrow",

@@ -93,3 +93,37 @@ def zeroed(base: Path, plan: PruningPlan) -> Any:
         for name, tensor in model.state_dict().items():
             tensor.copy_(loram.widen(name, loram.narrow(name, tensor, plan), plan))
     return model
+
+
+class LlamaCpp:
+    """llama.cpp's server, with a model and maybe a LoRA adapter."""
+
+    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp as a wheel is not installed")
+        options = xllamacpp.CommonParams()
+        options.model.path, options.n_ctx, options.n_parallel = str(model), 128, 1
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+        options.warmup, options.verbosity = False, 0
+        if adapter is not None:
+            options.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        self.server = xllamacpp.Server(options)
+
+    def _complete(self, tokens: list[int], count: int, ranked: int) -> list[dict[str, Any]]:
+        request = {"prompt": tokens, "max_tokens": count, "logprobs": ranked, "temperature": 0.0, "ignore_eos": True}
+        answer = self.server.handle_completions({**request, "cache_prompt": False})
+        content: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"]
+        return content
+
+    def log_probabilities(self, tokens: list[int], vocabulary: int) -> Tensor:
+        found = torch.full((vocabulary,), float("nan"))
+        for entry in self._complete(tokens, 1, vocabulary)[0]["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        return [entry["id"] for entry in self._complete(tokens, count, 1)]
+
+
+def log_probabilities(model: Any, tokens: list[int]) -> Tensor:
+    with torch.inference_mode():
+        return model.eval()(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)

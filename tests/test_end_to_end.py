@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+from helpers import LlamaCpp, log_probabilities
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram
 from loram import cli
@@ -132,6 +134,51 @@ def test_laws_2_and_3(base: Path, pruned: Path, tmp_path: Path) -> None:
         recovered = PeftModel.from_pretrained(full, tmp_path / "recovered").eval()
         assert relative(small(TOKENS).logits, recovered(TOKENS).logits) <= 1e-5
         assert relative(recovered(TOKENS).logits, before) > 1e-3
+
+
+def test_llama_cpp_writes_what_peft_does(base: Path, pruned: Path, tmp_path: Path) -> None:
+    """A recovered adapter, exported to GGUF, on a file with the same values as PEFT's base."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    small = get_peft_model(loram.load_pruned(pruned), config)
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            if ".lora_B." in name:
+                parameter.mul_(0.3)  # so that it moves the predictions, and the text stays English
+    small.save_pretrained(tmp_path / "adapter")
+    loram.recover(tmp_path / "adapter", tmp_path / "recovered")
+    loram.export_adapter(tmp_path / "recovered", tmp_path / "lora", to="gguf-lora")
+    llama = LlamaCpp(dequantised(GGUF, tmp_path / "base.gguf"), tmp_path / "lora" / "adapter.gguf")
+
+    text = "The capital of France is Paris. The river that flows through it is called"
+    tokens = AutoTokenizer.from_pretrained(base)(text).input_ids
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = log_probabilities(model, tokens)
+    model = PeftModel.from_pretrained(model, tmp_path / "recovered").eval()
+    expected, prompt = log_probabilities(model, tokens), torch.tensor([tokens])
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
+    written = model.generate(input_ids=prompt, max_new_tokens=16, **options)[0, len(tokens) :].tolist()
+    assert (expected - before).abs().max() > 1
+    assert (llama.log_probabilities(tokens, len(expected)) - expected).abs().max() <= 0.05
+    assert llama.greedy(tokens, 16) == written
+
+
+def dequantised(packed: Path, path: Path) -> Path:
+    """A GGUF file with its weights in float32: with fewer bits, llama.cpp rounds what multiplies them to 8 bits."""
+    reader = gguf.GGUFReader(packed)
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def test_a_gguf_base_is_used_as_it_is(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:

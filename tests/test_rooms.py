@@ -27,13 +27,16 @@ LIGHT = (
         "base",
         "planner",
         "cli",
-        "export",
         "data/spec.py",
         "disk/lora_keys.py",
         "pruning/criteria.py",
         "training/methods/table.py",
     ),
-    *(f"model/{name}.py" for name in ("architecture", "counts", "families", "geometry", "packing", "sparsity")),
+    *(f"export/{name}.py" for name in ("__init__", "export", "merge", "options", "quantize", "table")),
+    *(
+        f"model/{name}.py"
+        for name in ("architecture", "counts", "families", "geometry", "gguf_names", "packing", "sparsity")
+    ),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "safetensors", "numpy"}
 

@@ -301,13 +301,17 @@ def doctor(*, json: bool = False) -> None:
 def _exporting(export: Export) -> Command:
     """Return the command of an export."""
 
-    def call(model: str, *paths: Path, **options: Any) -> None:
-        export.function(model, *paths, **options)
-        typer.echo(f"{paths[-1]}: {export.result} written")
+    def call(*paths: str | Path, json: bool = False, **options: Any) -> None:
+        report = export.function(*paths, **options)
+        if export.reports:
+            typer.echo(report.model_dump_json() if json else report.text())
+        else:
+            typer.echo(f"{paths[-1]}: {export.result} written")
 
     call.__doc__ = f"{export.summary}\n\n{export.detail}".rstrip()
-    arguments = (MODEL, ADAPTER, OUT) if export.takes_adapter else (MODEL, OUT)
-    return Command(call=call, arguments=arguments, flags=() if export.options is None else _stage(export.options))
+    inputs = {"model": MODEL, "adapter": ADAPTER}
+    flags = (*(_stage(export.options) if export.options else ()), *(JSON if export.reports else ()))
+    return Command(call=call, arguments=(*(inputs[name] for name in export.takes), OUT), flags=flags)
 
 
 RECIPE = Argument(name="recipe", type=Path, help="A recipe in YAML.")

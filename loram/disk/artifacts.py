@@ -46,7 +46,8 @@ class Manifest(BaseModel):
     """The description of a folder that loram wrote. It is written last, so its presence means that the folder is whole.
 
     Args:
-        kind: base, pruned, teacher, adapter, model, checkpoint (of a training), recovered or merged.
+        kind: base, pruned, teacher, adapter, model, checkpoint (of a training), recovered, merged, quantized or
+            exported.
         made_from: name of an input -> its fingerprint.
         settings: the options that the stage ran with.
         versions: name of a library -> the version that was installed.

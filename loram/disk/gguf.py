@@ -42,12 +42,7 @@ def convert_gguf(path: str | Path, out: str | Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, out = local(path), check_output(out)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    refuse_pointer(path)
-    with path.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
+    check_gguf(path)
     folder, name = str(path.parent), path.name
     with publish(out, kind="base", made_from={"gguf": _file_fingerprint(path)}) as staging:
         try:
@@ -70,6 +65,20 @@ def convert_gguf(path: str | Path, out: str | Path) -> Path:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)
     return out
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse what is not a GGUF file.
+
+    Raises:
+        UserError: there is no such file, or it begins as no GGUF file does.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    refuse_pointer(path)
+    with path.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
 
 
 def _let_transformers_4_read_(folder: Path) -> None:

@@ -126,5 +126,5 @@ EXPORT = Export(
     function=merge,
     summary="Add an adapter to the weights of a model: a plain model folder.",
     result="merged model",
-    takes_adapter=True,
+    takes=("model", "adapter"),
 )

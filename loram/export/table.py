@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import loram.export
 from loram.base.options import Options
@@ -17,19 +17,21 @@ class Export:
     """One form in which a model, or a model with an adapter, is written.
 
     Args:
-        function: takes the model, the adapter if any, the output folder, and the options as keyword arguments.
+        function: takes what `takes` says, the output folder, and the options as keyword arguments.
         summary: what it does, in one line of `loram -h`.
         detail: further sentences for the command's own help.
-        takes_adapter: whether it takes an adapter between the model and the output folder.
-        result: what is written, for the line that the command prints: `merged model`.
+        takes: what stands on the command's line before the output folder.
+        result: what is written, for the line that the command prints: `merged model`; empty where it reports.
+        reports: whether the function returns a report, which the command prints, with --json as JSON.
         options: the class of its options; None where it has none.
     """
 
     function: Callable[..., Any]
     summary: str
-    result: str
+    result: str = ""
     detail: str = ""
-    takes_adapter: bool = False
+    takes: tuple[Literal["model", "adapter"], ...] = ("model",)
+    reports: bool = False
     options: type[Options] | None = None
 
 

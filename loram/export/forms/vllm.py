@@ -1,0 +1,37 @@
+"""The form vllm: a PEFT adapter as vLLM's LoRA loader takes it, and the command that serves it."""
+
+import shlex
+from pathlib import Path
+
+from loram.base.errors import UserError
+from loram.disk.adapter import save_adapter
+from loram.disk.files import copy_side_files
+from loram.disk.renamed import in_wrapper
+from loram.export.forms.form import Form
+from loram.export.forms.rank import uniform
+from loram.export.forms.source import Source
+from loram.export.options import ExportOptions
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+
+
+def _write(source: Source, staging: Path, out: Path, options: ExportOptions) -> str:
+    """Write the adapter with one scaling for all modules, since vLLM reads no patterns, and return the command."""
+    adapter = uniform(source.adapter)
+    rank = int(adapter.config["r"])
+    largest = next((size for size in RANKS if size >= rank), None)
+    if largest is None:
+        raise UserError(f"{source.folder}: rank {rank}, and vLLM takes {RANKS[-1]} at most; --max-rank reduces it")
+    if source.wrapper is not None:
+        adapter = in_wrapper(adapter, source.wrapper)
+    save_adapter(staging, adapter.config, adapter.tensors)
+    copy_side_files(source.folder, staging)
+    served = ["vllm", "serve", source.base, "--enable-lora", "--max-lora-rank", str(largest)]
+    return shlex.join([*served, "--lora-modules", f"{out.name}={out}"])
+
+
+VLLM = Form(
+    result="adapter for vLLM",
+    write=_write,
+    takes="vLLM takes it without an adapter: vllm serve {model}",
+)
