@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from loram.evaluation.evaluate import Report, evaluate
     from loram.export.merge import merge
     from loram.export.quantize import quantize
+    from loram.generation.chat import chat
+    from loram.generation.generate import Generated, generate
     from loram.model.plan import PruningPlan
     from loram.model.resize import narrow, widen
     from loram.planner import Estimate, estimate
@@ -29,13 +31,16 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Estimate": "planner",
+    "Generated": "generation.generate",
     "PolishOptions": "training.options",
     "PruningPlan": "model.plan",
     "Report": "evaluation.evaluate",
     "UserError": "base.errors",
     "align": "alignment.align",
+    "chat": "generation.chat",
     "estimate": "planner",
     "evaluate": "evaluation.evaluate",
+    "generate": "generation.generate",
     "load_pruned": "compute.loading",
     "merge": "export.merge",
     "narrow": "model.resize",
@@ -50,13 +55,16 @@ _PLACES = {
 
 __all__ = [
     "Estimate",
+    "Generated",
     "PolishOptions",
     "PruningPlan",
     "Report",
     "UserError",
     "align",
+    "chat",
     "estimate",
     "evaluate",
+    "generate",
     "load_pruned",
     "merge",
     "narrow",

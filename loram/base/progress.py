@@ -42,6 +42,16 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
 
 
 @contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress of ours while the block runs."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextlib.contextmanager
 def without_library_bars() -> Iterator[None]:
     """Switch off the progress bars of transformers while the block runs."""
     from transformers.utils import logging

@@ -18,8 +18,7 @@ from loram.cli.parser import make_app
 from loram.run.recipe import Recipe
 
 # What people look for, and what does it.
-_UPLOAD, _TALK = "upload a finished folder with `hf upload NAME FOLDER`", "load the recovered adapter in PEFT"
-_WITHOUT = {"push": _UPLOAD, "upload": _UPLOAD, "publish": _UPLOAD, "chat": _TALK, "generate": _TALK}
+_WITHOUT = dict.fromkeys(("push", "upload", "publish"), "upload a finished folder with `hf upload NAME FOLDER`")
 _CTRL_C, _SIGTERM = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells give them
 
 

@@ -139,7 +139,7 @@ def fill_before_layers_(model: nn.Module, tensors: Mapping[str, Tensor], device:
 class Stream:
     """Micro-batches on their way through a model.
 
-    First exhaust `forward`; then ask for `log_probs` or `top_k`, or walk down with `backward`.
+    First exhaust `forward`; then ask for `log_probs`, `top_k` or `logits`, or walk down with `backward`.
 
     Args:
         checkpoint: a full or pruned model.
@@ -309,6 +309,10 @@ class Stream:
     def top_k(self, k: int) -> list[TopK]:
         """Return the `k` likeliest next tokens at the wanted places, for each micro-batch."""
         return self._head().top_k(k)
+
+    def logits(self) -> list[Tensor]:
+        """Return the logits at the wanted places, for each micro-batch: (wanted, vocabulary) float32, on the CPU."""
+        return self._head().logits()
 
     def _head(self) -> Head:
         """Return the model's end, with the final norm's weights in place."""

@@ -10,6 +10,7 @@ from loram.disk.opening import open_model
 from loram.model.families import architecture_of
 from loram.pruning.check import check_prunable
 from loram.pruning.options import PruneOptions
+from loram.run.examples import examples_of, held_out_rows
 from loram.run.recipe import Recipe
 from loram.run.record import Record, start_over
 from loram.run.report import RunReport
@@ -48,6 +49,8 @@ def check(recipe: Recipe) -> None:
     for spec in specs:
         if spec is not None:
             check_rows(spec)
+    for spec in recipe.held_out.values() if recipe.examples else ():
+        held_out_rows(spec, recipe.examples)
 
 
 def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:
@@ -88,5 +91,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
         counts = trained_on(job.folder(stage.folder)) if stage.trains else None
         model = stage.evaluated(job)
         rows.append(row_of(name, parameters_of(job, model), cost_of(job, stage), evaluations(job, name, model), counts))
-    final = None if recipe.dataset is None else final_of(recipe).row(job)
-    return job.record.finish(rows, final)
+    if recipe.dataset is None:
+        return job.record.finish(rows, None)
+    final = final_of(recipe)
+    return job.record.finish(rows, final.row(job), examples_of(job, final) if recipe.examples else ())

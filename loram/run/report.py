@@ -68,6 +68,24 @@ class Row(BaseModel):
     evaluated: Cost | None
 
 
+class Example(BaseModel):
+    """One held-out row, and how the full model answers it.
+
+    Args:
+        dataset: the name of the evaluation data set.
+        prompt: the last message before the answer.
+        expected: the answer in the data set.
+        answers: the name of the row of the report -> the answer of its model: the base, and the final row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    prompt: str
+    expected: str
+    answers: dict[str, str]
+
+
 class RunReport(BaseModel):
     """The report of a run.
 
@@ -78,6 +96,7 @@ class RunReport(BaseModel):
         final: the name of the row that the run is about: the full model with the trained adapter; None if the run
             trains nothing.
         kept_gain: for each data set, the share of full LoRA's gain that the final row keeps; see `kept_gain`.
+        examples: how the full model answers some held-out rows before and after; empty where the recipe shows none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +106,7 @@ class RunReport(BaseModel):
     rows: tuple[Row, ...]
     final: str | None = None
     kept_gain: dict[str, float] | None
+    examples: tuple[Example, ...] = ()
 
     def row(self, name: str) -> Row:
         """Return the row with this name."""
