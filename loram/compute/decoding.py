@@ -69,6 +69,6 @@ class StreamedDecoder:
         logits = torch.cat(stream.logits())[order.argsort()]
         if not self._timed:
             seconds = time.monotonic() - started
-            logger.info("%s: read from disk in %.1f s, and again for every new token", self.checkpoint.name, seconds)
+            logger.info("%s: read from disk in %.1f s; every new token takes as long", self.checkpoint.name, seconds)
             self._timed = True
         return CausalLMOutput(logits=logits[:, None])

@@ -14,7 +14,7 @@ from rich.live import Live
 from transformers import TextStreamer, set_seed
 
 from loram.base.errors import UserError
-from loram.base.progress import console, without_bars
+from loram.base.progress import without_bars
 from loram.data.forms import Chat
 from loram.data.messages import Message
 from loram.generation.options import ChatOptions
@@ -131,8 +131,8 @@ def chat(
     name = speaker.checkpoint.name
     if not speaker.encoder.chats:
         raise UserError(
-            f"{name}: has no chat template, so it cannot chat; give one with --chat-template FILE, or let it continue "
-            "plain text with `loram generate`"
+            f"{name}: has no chat template, so it cannot chat; give one with --chat-template (a .jinja file, or a folder "
+            "with one, such as an adapter's), or let it continue plain text with `loram generate`"
         )
     voices = [Voice(name="base", adapted=False)] if settings.compare else []
     voices.append(Voice(name="base" if adapter is None else f"with {Path(adapter).name}", adapted=True))
@@ -191,7 +191,7 @@ def _obey(conversation: Conversation, command: str, rest: str) -> None:
 
 def _note(text: str) -> None:
     """Tell the user something that is no part of the chat."""
-    console.print(text, style="dim", markup=False, highlight=False)
+    Console(stderr=True).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_answers(conversation: Conversation, text: str, output: Console) -> None:
@@ -201,10 +201,11 @@ def _print_answers(conversation: Conversation, text: str, output: Console) -> No
         print()
         return
     pieces = {voice.name: "" for voice in conversation.voices}
-    with Live(side_by_side(pieces), console=output, vertical_overflow="visible") as live:
+    with Live(console=output, transient=True) as live:
 
         def show(name: str, piece: str) -> None:
             pieces[name] += piece
             live.update(side_by_side(pieces))
 
-        live.update(side_by_side(conversation.answer(text, show)))
+        answers = conversation.answer(text, show)
+    output.print(side_by_side(answers))

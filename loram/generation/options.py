@@ -1,8 +1,8 @@
 """Options of generation, under the names that transformers gives them."""
 
-from typing import Annotated, ClassVar, Self
+from typing import ClassVar, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from loram.base.options import Options, option
 
@@ -17,10 +17,12 @@ class DecodingOptions(Options):
     temperature: PositiveFloat | None = option(
         None, "With --do-sample: divide the logits by this (default: the model's own, else 1)."
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = option(
+    top_p: float | None = option(
         None,
         "With --do-sample: draw among the likeliest tokens that together have this probability (default: the model's "
         "own, else 1).",
+        gt=0,
+        le=1,
     )
     load_in_4bit: bool = option(False, "Hold the model in 4 bits (NF4), as training does.")
     stream: bool = option(

@@ -55,12 +55,12 @@ def _of_dataset(run: Run, dataset: str, models: dict[str, Evaluated]) -> tuple[E
     settings = {
         **as_setting(opened[0].chat_template),
         "dataset": described(spec),
-        "examples": recipe.examples,
         "max_new_tokens": MAX_NEW_TOKENS,
         "models": [model.fingerprint for model in opened],
         "adapters": [None if adapter is None else fingerprint(adapter) for _, adapter in models.values()],
     }
-    name = f"answer rows of {dataset}"
+    count = recipe.examples
+    name = f"answer {count} {'row' if count == 1 else 'rows'} of {dataset}"  # another number is another stage
     done = run.record.stage(name, settings, lambda: tuple(_answer(run, dataset, models)))
     return done.examples or ()
 
