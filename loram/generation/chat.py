@@ -131,8 +131,8 @@ def chat(
     name = speaker.checkpoint.name
     if not speaker.encoder.chats:
         raise UserError(
-            f"{name}: has no chat template, so it cannot chat; give one with --chat-template (a .jinja file, or a folder "
-            "with one, such as an adapter's), or let it continue plain text with `loram generate`"
+            f"{name}: has no chat template, so it cannot chat; give one with --chat-template (a .jinja file, or a "
+            "folder with one, such as an adapter's), or let it continue plain text with `loram generate`"
         )
     voices = [Voice(name="base", adapted=False)] if settings.compare else []
     voices.append(Voice(name="base" if adapter is None else f"with {Path(adapter).name}", adapted=True))
