@@ -1,6 +1,7 @@
 """Progress bars on stderr that show the time left."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +30,9 @@ _COLUMNS = (
 def track(items: Sequence[T], description: str) -> Iterator[T]:
     """Iterate with a progress bar. If stderr is not a terminal, print a line every 30 seconds at most instead."""
     if console.is_terminal:
-        with Progress(*_COLUMNS, console=console, transient=True) as progress:
+        # else what is printed meanwhile would go to the terminal, too, where standard output is a file
+        redirect = sys.stdout.isatty()
+        with Progress(*_COLUMNS, console=console, transient=True, redirect_stdout=redirect) as progress:
             yield from progress.track(items, description=description)
         return
     started = shown = time.monotonic()

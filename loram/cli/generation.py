@@ -50,14 +50,14 @@ def generate(
     A line has the prompt, the text that the model wrote, and its number of tokens. Where the tokenizer has a chat
     template, a prompt is a user's turn.
     """
-    if (prompt is None) == (prompts is None):
+    if (prompt is None) == (prompts is None) or (prompts is not None and "path" not in prompts):
         raise UserError("prompts: give either --prompt TEXT or --prompts FILE")
     from loram.generation.generate import written
 
     results = written(model, [prompt] if prompt is not None else prompts or {}, **options)
     if output_file is None:
         for result in results:
-            typer.echo(result.model_dump_json())
+            print(result.model_dump_json(), flush=True)  # not typer's echo, which would write across progress bars
         return
     with _whole(output_file) as handle:
         handle.writelines(f"{result.model_dump_json()}\n" for result in results)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import loram
 from loram import cli
+from loram.compute.streaming import Stream
 from loram.generation.chat import Conversation, Voice
 from loram.generation.options import ChatOptions
 from loram.generation.speaker import Speaker
@@ -103,9 +104,7 @@ def test_compare_shows_both_answers_in_columns(tiny_llama: Path, adapter: Path, 
     assert row[1].strip() != row[2].strip()
 
 
-def test_an_answer_that_is_stopped_is_forgotten(
-    tiny_llama: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_that_is_stopped_is_forgotten(tiny_llama: Path, adapter: Path) -> None:
     voices = [Voice(name="base", adapted=False), Voice(name="with adapter", adapted=True)]
     conversation = Conversation(Speaker(tiny_llama, adapter, ChatOptions.of(**NEW)), voices)
 
@@ -117,6 +116,26 @@ def test_an_answer_that_is_stopped_is_forgotten(
         conversation.answer("Hi", stop)
     assert [voice.messages for voice in voices] == [[], []]
     assert conversation.answer("Hi", lambda *_: None)["base"] == answer_to(tiny_llama, user("Hi"))
+
+
+def test_a_model_on_disk_that_is_stopped_within_a_layer_answers_as_before(
+    tiny_llama: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voices = [Voice(name="with adapter", adapted=True)]
+    conversation = Conversation(Speaker(tiny_llama, adapter, ChatOptions.of(stream=True, **NEW)), voices)
+    step = Stream._pass
+
+    def stop(stream: Stream, index: int, *arguments: Any) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+        step(stream, index, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "_pass", stop)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.answer("Hi", lambda *_: None)
+    answers = conversation.answer("Hi", lambda *_: None)
+    assert answers == {"with adapter": answer_to(tiny_llama, user("Hi"), adapter=adapter)}
 
 
 def test_what_cannot_chat_ends_in_one_line(
@@ -161,6 +180,7 @@ def test_generate_on_the_line_writes_json_lines(
         (["--prompt", "Hi", "--output-file", str(out)], "the output exists already"),
         (["--prompt", "Hi", "--output-file", str(tmp_path / "none" / "out.jsonl")], "there is no folder"),
         (["--prompt", "Hi", "--prompts", str(prompts)], "give either --prompt TEXT or --prompts FILE"),
+        (["--max-samples", "2"], "give either --prompt TEXT or --prompts FILE"),
         ([], "give either --prompt TEXT or --prompts FILE"),
     ):
         assert cli._main([*arguments, *more]) == 2
