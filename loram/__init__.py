@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from loram.export.export import export_adapter
     from loram.export.merge import merge
     from loram.export.quantize import quantize
+    from loram.generation.chat import chat
+    from loram.generation.generate import Generated, generate
     from loram.model.plan import PruningPlan
     from loram.model.resize import narrow, widen
     from loram.planner import Estimate, estimate
@@ -31,15 +33,18 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Estimate": "planner",
+    "Generated": "generation.generate",
     "PolishOptions": "training.options",
     "PruningPlan": "model.plan",
     "Report": "evaluation.evaluate",
     "Upload": "disk.push",
     "UserError": "base.errors",
     "align": "alignment.align",
+    "chat": "generation.chat",
     "estimate": "planner",
     "evaluate": "evaluation.evaluate",
     "export_adapter": "export.export",
+    "generate": "generation.generate",
     "load_pruned": "compute.loading",
     "merge": "export.merge",
     "narrow": "model.resize",
@@ -55,15 +60,18 @@ _PLACES = {
 
 __all__ = [
     "Estimate",
+    "Generated",
     "PolishOptions",
     "PruningPlan",
     "Report",
     "Upload",
     "UserError",
     "align",
+    "chat",
     "estimate",
     "evaluate",
     "export_adapter",
+    "generate",
     "load_pruned",
     "merge",
     "narrow",

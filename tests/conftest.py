@@ -244,6 +244,7 @@ SLOW = (
     "test_dry_run",
     "test_gradients",
     "test_end_to_end",
+    "test_examples",
     "test_expert_adapters",
     "test_kill",
     "test_laws",

@@ -15,7 +15,7 @@ FLOORS = (
     {"disk"},
     {"compute"},
     {"trainer"},
-    {"pruning", "alignment", "training", "recovery", "evaluation", "export"},
+    {"pruning", "alignment", "training", "recovery", "evaluation", "generation", "export"},
     {"planner"},
     {"run"},
     {"cli"},

@@ -1,6 +1,7 @@
 """Progress bars on stderr that show the time left."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +30,9 @@ _COLUMNS = (
 def track(items: Sequence[T], description: str) -> Iterator[T]:
     """Iterate with a progress bar. If stderr is not a terminal, print a line every 30 seconds at most instead."""
     if console.is_terminal:
-        with Progress(*_COLUMNS, console=console, transient=True) as progress:
+        # else what is printed meanwhile would go to the terminal, too, where standard output is a file
+        redirect = sys.stdout.isatty()
+        with Progress(*_COLUMNS, console=console, transient=True, redirect_stdout=redirect) as progress:
             yield from progress.track(items, description=description)
         return
     started = shown = time.monotonic()
@@ -39,6 +42,16 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
             console.print(f"{description}: {done} of {len(items)}, about {left:.0f} s left", highlight=False)
             shown = now
         yield item
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress of ours while the block runs."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 @contextlib.contextmanager

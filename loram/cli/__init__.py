@@ -18,8 +18,8 @@ from loram.cli.parser import make_app
 from loram.run.recipe import Recipe
 
 # What people look for, and what does it.
-_UPLOAD, _TALK = "upload a finished folder with `loram push FOLDER REPO`", "load the recovered adapter in PEFT"
-_WITHOUT = {"upload": _UPLOAD, "publish": _UPLOAD, "chat": _TALK, "generate": _TALK}
+_UPLOAD = "upload a finished folder with `loram push FOLDER REPO`"
+_WITHOUT = {"upload": _UPLOAD, "publish": _UPLOAD}
 _CTRL_C, _SIGTERM = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells give them
 
 

@@ -13,6 +13,7 @@ from loram.base import processes
 from loram.base.options import Options, option
 from loram.cli.console import console as _console
 from loram.cli.flags import RUN, Flag, flags_of
+from loram.cli.generation import CHAT, PROMPTS, chat, generate
 from loram.cli.sharing import Push, Report, push, report
 from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
@@ -210,6 +211,7 @@ def run(
             show(result, _console())
         return
 
+    from loram.generation.table import side_by_side
     from loram.run.page import PAGE_NAME
     from loram.run.pipeline import run as pipeline
     from loram.run.report import REPORT_NAME, summary, table
@@ -221,6 +223,9 @@ def run(
     console = _console()
     console.print(table(report))
     console.print(summary(report), highlight=False)
+    for example in report.examples:
+        title = f"\n{example.dataset}: {example.prompt}\nexpected: {example.expected}"
+        console.print(side_by_side(example.answers, title))
     console.print(
         f"Report: {loaded.output_dir / REPORT_NAME}, and {PAGE_NAME} beside it", highlight=False, soft_wrap=True
     )
@@ -364,6 +369,10 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
             *JSON,
         ),
     ),
+    "generate": Command(
+        call=generate, arguments=(MODEL,), flags=(*PROMPTS, *flags_of(_Adapter, RUN), *TEMPLATE, *SEED, *DEVICE)
+    ),
+    "chat": Command(call=chat, arguments=(MODEL,), flags=(*CHAT, *flags_of(_Adapter, RUN), *TEMPLATE, *SEED, *DEVICE)),
     **{name: _exporting(export) for name, export in exports().items()},
     "run": Command(call=run, arguments=(RECIPE, OVERRIDES), flags=(*flags_of(_DryRun, RUN), *FRESH, *JSON)),
     "compare": Command(call=compare, arguments=(RECIPE, OVERRIDES), flags=JSON),

@@ -23,6 +23,7 @@ from loram.base.options import (
 from loram.cli.commands import COMMANDS
 from loram.cli.flags import Flag
 from loram.data.spec import CacheSpec, DataSpec, WeightedSpec
+from loram.generation.options import ChatOptions, GenerateOptions
 from loram.planner.settings import PRUNING, TRAINING
 from loram.run.recipe import Recipe
 
@@ -35,6 +36,7 @@ flag, and the Python function of the stage takes it as a keyword argument. In a 
 any option of the named library may stand; the tables list those that have a default or a flag here. On the command
 line these are written as `--lora name=value` and `--trainer name=value`.
 """
+_ALONE = (GenerateOptions, ChatOptions)  # classes of options that no recipe has
 _TYPES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 _SIGNS = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")}
 
@@ -48,6 +50,8 @@ def page() -> str:
     for place, fields in sections.items():
         title = f"## `{place}`" if place else "## The whole run"
         parts.append("\n".join([title, "", *_summary(place), "", *_options(place, fields)]))
+    for command in _ALONE:
+        parts.append("\n".join([f"## `loram {command.stage}`", "", *_alone(command)]))
     parts += ["\n".join(_data_sets()), "\n".join(_commands()), "\n".join(_planner()), "\n".join(_other_names())]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -78,6 +82,11 @@ def _options(place: str, fields: Iterable[tuple[str, FieldInfo]]) -> Iterator[st
         value = f"[section](#{_anchor(place, name, field)})" if section else _value(field)
         flag = "" if section and named_in(field) is None else _flag(name, field, flags)
         yield _row(f"`{name}`", flag, value, "" if section else _default(field), _help(field))
+
+
+def _alone(options: type[Options]) -> Iterator[str]:
+    yield "No recipe has these options: they are flags of the command, and keyword arguments in Python.\n"
+    yield from _options(options.stage, options.model_fields.items())
 
 
 def _anchor(place: str, name: str, field: FieldInfo) -> str:
@@ -154,6 +163,7 @@ def _commands() -> Iterator[str]:
     yield "## Commands\n"
     yield "These flags and arguments belong to commands alone; all other flags are the options above.\n"
     known = {flag_of(name, field) for _, name, field in fields_below(Recipe)}
+    known |= {flag_of(name, field) for options in _ALONE for name, field in options.model_fields.items()}
     known |= {flag_of(name, field) for name, field in DataSpec.model_fields.items()}
     yield from _table("command", "what it does", "flags of its own")
     for name, command in COMMANDS.items():

@@ -1,7 +1,7 @@
 """The end of a streamed model: from the last layer's hidden states to log-probabilities, and back to their gradient.
 
-The logits of a whole vocabulary are never held at once. They are worked out for a slice of the vocabulary at a time,
-for all micro-batches, so the head's weight is read once per pass.
+The logits of a whole vocabulary are never held at once, unless `Head.logits` is asked for them. They are worked out for
+a slice of the vocabulary at a time, for all micro-batches, so the head's weight is read once per pass.
 
 Shapes: `wanted` is the number of places of one micro-batch whose prediction is in the loss, `hidden` the hidden size,
 `slice` the number of tokens in a slice of the vocabulary.
@@ -142,6 +142,16 @@ class Head:
             mass = log_probs.double().exp().sum(1).clamp(max=1 - 1e-7)  # float32 sums are no more exact than that
             results.append(TopK(ids=ids, log_probs=log_probs, log_rest=torch.log1p(-mass).float()))
         return results
+
+    def logits(self) -> list[Tensor]:
+        """Return the logits at the wanted places, for each micro-batch: (wanted, vocabulary) float32, on the CPU."""
+        slices: list[list[Tensor]] = [[] for _ in self.batches]
+
+        def visit(number: int, start: int, logits: Tensor, weight: Tensor) -> None:
+            slices[number].append(logits.cpu())
+
+        self._visit_logits(visit)
+        return [torch.cat(parts, 1) for parts in slices]
 
     def gradient(self, gradients: Activations, on_gradient: OnGradient | None = None) -> float:
         """Work out the gradient of the mean loss over all wanted tokens by the last layer's outputs.

@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from loram.base.constants import BATCH_TOKENS
 from loram.base.progress import track
 from loram.compute.device import compute_dtype, fits
-from loram.compute.loading import load_model
-from loram.compute.masked import mask_updates_
+from loram.compute.resident import load_adapted, load_resident
 from loram.compute.streaming import Stream
 from loram.data.batches import Batch, make_batches
 from loram.data.spec import DataSpec
@@ -63,17 +62,8 @@ def loaded_loss(
     Returns:
         (summed loss in nats, number of tokens in the loss, number of parameters with the adapter's).
     """
-    model, parameters = _load(checkpoint, device)
-    if adapter is not None:
-        from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
-
-        config = LoraConfig.from_peft_type(**{k: v for k, v in adapter.config.items() if k != "runtime_config"})
-        config.init_lora_weights = False  # the factors come now
-        model = PeftModelForCausalLM(model, config)
-        set_peft_model_state_dict(model, adapter.in_files)  # without weights of the base that PEFT has saved
-        mask_updates_(model, adapter.masks)
-        parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
-    total, count = model_loss(model.to(device).eval(), input_ids, labels)
+    model, parameters = load_adapted(checkpoint, adapter, device)
+    total, count = model_loss(model, input_ids, labels)
     return total, count, parameters
 
 
@@ -95,7 +85,7 @@ def adapted_losses(
     if stream or not fits(checkpoint.parameters * compute_dtype(device).itemsize, device):
         sums = [streamed_loss(checkpoint, adapter, device, input_ids, labels) for adapter in adapters]
         return [total / count for total, count, _ in sums]
-    model = _load(checkpoint, device)[0].to(device).eval()
+    model = load_resident(checkpoint, device)[0].to(device).eval()
     losses = []
     for adapter in adapters:
         handles = [adapter.add_to_(model.get_submodule(name), name, device)[0] for name in adapter.modules]
@@ -104,19 +94,6 @@ def adapted_losses(
         for handle in handles:
             handle.remove()
     return losses
-
-
-# Any: PreTrainedModel.to is wrapped in a way that hides its arguments from type checkers
-def _load(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]:
-    """Load a model and count its parameters; a weight in 4 bits counts as the parameters that it stands for."""
-    dtype = compute_dtype(device)
-    if checkpoint.quantized:
-        from loram.compute.nf4 import count_parameters, load_4bit
-
-        packed = load_4bit(checkpoint, device=device, dtype=dtype)
-        return packed, count_parameters(packed)
-    model = load_model(checkpoint, dtype=dtype)
-    return model, sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_loss(

@@ -139,7 +139,7 @@ def fill_before_layers_(model: nn.Module, tensors: Mapping[str, Tensor], device:
 class Stream:
     """Micro-batches on their way through a model.
 
-    First exhaust `forward`; then ask for `log_probs` or `top_k`, or walk down with `backward`.
+    First exhaust `forward`; then ask for `log_probs`, `top_k` or `logits`, or walk down with `backward`.
 
     Args:
         checkpoint: a full or pruned model.
@@ -219,18 +219,19 @@ class Stream:
         """
         observers = _Observers(linears=observe, experts=observe_experts, layer=observe_layer, gather=gather)
         current = self._embed()
-        for layer in self._resident(range(len(self._layers)), "Layers, forward"):
-            keep = keep_from is not None and layer.index >= keep_from
-            outputs = self._room() if keep else current
-            if edit is not None:
-                self._pass(layer.index, current, None, observers)
-                edit(layer)
-            self._pass(layer.index, current, outputs, _Observers(layer=observe_layer) if edit else observers)
-            if keep:
-                self._inputs[layer.index], current = current, outputs
-            elif layer.index in self._layer_inputs:
-                self._layer_inputs.pop(layer.index).close()
-            yield layer
+        with contextlib.closing(self._resident(range(len(self._layers)), "Layers, forward")) as layers:
+            for layer in layers:
+                keep = keep_from is not None and layer.index >= keep_from
+                outputs = self._room() if keep else current
+                if edit is not None:
+                    self._pass(layer.index, current, None, observers)
+                    edit(layer)
+                self._pass(layer.index, current, outputs, _Observers(layer=observe_layer) if edit else observers)
+                if keep:
+                    self._inputs[layer.index], current = current, outputs
+                elif layer.index in self._layer_inputs:
+                    self._layer_inputs.pop(layer.index).close()
+                yield layer
         self._final = current
         if keep_from is None:
             self._shared.close()
@@ -309,6 +310,10 @@ class Stream:
     def top_k(self, k: int) -> list[TopK]:
         """Return the `k` likeliest next tokens at the wanted places, for each micro-batch."""
         return self._head().top_k(k)
+
+    def logits(self) -> list[Tensor]:
+        """Return the logits at the wanted places, for each micro-batch: (wanted, vocabulary) float32, on the CPU."""
+        return self._head().logits()
 
     def _head(self) -> Head:
         """Return the model's end, with the final norm's weights in place."""
@@ -396,7 +401,7 @@ class Stream:
         output: Tensor = self._layers[index](hidden.to(self.device), **arguments)
         return output
 
-    def _resident(self, indices: Sequence[int], description: str) -> Iterator[ResidentLayer]:
+    def _resident(self, indices: Sequence[int], description: str) -> Generator[ResidentLayer, None, None]:
         """Layers with their weights and adapter in place, one at a time, while the next one is being read.
 
         A layer's experts are nearly all of it, and are read when the layer before is gone.
@@ -411,11 +416,13 @@ class Stream:
                     _fill_(layer, {name.removeprefix(f"{prefix}."): self.checkpoint.tensor(name)}, self.device)
                 tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
                 handles = self._adapt_(index)
-                yield ResidentLayer(index=index, tensors=tensors)
-                tensors.clear()  # else whoever still holds the layer would hold its weights while the next is read
-                for handle in handles:
-                    handle.remove()
-                layer.to_empty(device="meta")
+                try:
+                    yield ResidentLayer(index=index, tensors=tensors)
+                finally:  # whoever is stopped within a layer may stream the same modules again
+                    tensors.clear()  # else whoever still holds the layer would hold its weights while the next is read
+                    for handle in handles:
+                        handle.remove()
+                    layer.to_empty(device="meta")
 
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a layer by their names in it, all but its experts."""

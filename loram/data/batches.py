@@ -1,7 +1,7 @@
 """Rows of token ids as padded micro-batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ def make_batches(
         max_tokens: the size limit of a batch; a row that is longer becomes a batch of its own.
     """
     return [_pad(rows, input_ids, labels or input_ids) for rows in _groups(input_ids, max_tokens)]
+
+
+def at_the_ends(batch: Batch) -> Batch:
+    """Return a batch whose wanted predictions are those of what follows each row; their targets are unknown, so 0."""
+    places = torch.arange(batch.ids.shape[1])
+    wanted = places == batch.real.sum(1, keepdim=True) - 1
+    return replace(batch, wanted=wanted, targets=torch.zeros(len(batch.rows), dtype=torch.int64))
 
 
 def _groups(input_ids: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ from loram.data.template import TEMPLATE_ERRORS, Renderer, Span, UnclearChat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_REFUSED = "the tokenizer's chat template refuses this chat"
 Encoded = tuple[list[int], list[int]]  # (token ids, labels), of the same length
 
 
@@ -50,6 +51,25 @@ class Encoder:
         else:
             yield self._chat(example, where)
 
+    def encode_prompt(self, chat: Chat, where: str) -> list[int]:
+        """Return the token ids of a chat up to where the assistant begins to write its next turn.
+
+        A chat that has a plain form is continued in it if chats are not to be written, or cannot be.
+
+        Raises:
+            UserError: as in `encode`.
+        """
+        if chat.plain is not None and not self.chats:
+            return [*self._first(chat.plain.prompt), *self._tokens(chat.plain.prompt)[0]]
+        self._check_chat(chat, where)
+        messages = [
+            self.renderer.write_calls(message) if "tool_calls" in message else message for message in chat.messages
+        ]
+        try:
+            return self._tokens(self.renderer.render(messages, chat.tools, prompt=True))[0]
+        except TEMPLATE_ERRORS as error:
+            raise UserError(f"{where}: {_REFUSED}: {error}") from error
+
     def _plain(self, text: str, prompt: int, where: str) -> Encoded:
         """Return a text with one end token behind it; what follows its first `prompt` characters is in the loss.
 
@@ -60,10 +80,14 @@ class Encoder:
             raise UserError(f"{where}: plain text ends with the end-of-sequence token, but the tokenizer names none")
         ids, spans = self._tokens(text)
         labels = [token if stop > prompt else IGNORED for token, (_, stop) in zip(ids, spans, strict=True)]
-        beginning = self.tokenizer.bos_token
-        first = [] if beginning and text.lstrip().startswith(beginning) else self._added_first
+        first = self._first(text)
         rest = [] if text.rstrip().endswith(self.tokenizer.eos_token) else [end]
         return [*first, *ids, *rest], [*((IGNORED if prompt else token) for token in first), *labels, *rest]
+
+    def _first(self, text: str) -> list[int]:
+        """Return the tokens that belong before a text; none where it begins with the beginning token already."""
+        beginning = self.tokenizer.bos_token
+        return [] if beginning and text.lstrip().startswith(beginning) else self._added_first
 
     @cached_property
     def _added_first(self) -> list[int]:
@@ -72,16 +96,11 @@ class Encoder:
         return next(ids[:at] for at in range(len(ids)) if ids[at : at + len(plain)] == plain)
 
     def _chat(self, chat: Chat, where: str) -> Encoded:
-        if not self.chats:
-            reason = "this row is a chat, but the tokenizer has no chat template; use prompt and completion"
-            if self.tokenizer.chat_template:
-                reason = "this row is a chat and has no other form; leave apply_chat_template as it is"
-            raise UserError(f"{where}: {reason}")
-        self._check_unrendered(chat, where)
+        self._check_chat(chat, where)
         try:
             turns = find_turns(chat, self.renderer)
         except TEMPLATE_ERRORS as error:
-            raise UserError(f"{where}: the tokenizer's chat template refuses this chat: {error}") from error
+            raise UserError(f"{where}: {_REFUSED}: {error}") from error
         except UnclearChat as error:
             raise UserError(
                 f"{where}: the tokenizer's chat template {error}; change the row, or use another chat template"
@@ -97,8 +116,13 @@ class Encoder:
         ]
         return ids, [token if wanted else IGNORED for token, wanted in zip(ids, inside, strict=True)]
 
-    def _check_unrendered(self, chat: Chat, where: str) -> None:
-        """Refuse a prompt that a chat template has written already, because it would be written twice."""
+    def _check_chat(self, chat: Chat, where: str) -> None:
+        """Refuse a chat where none can be written, and a prompt that a chat template has written already."""
+        if not self.chats:
+            reason = "this row is a chat, but the tokenizer has no chat template; use prompt and completion"
+            if self.tokenizer.chat_template:
+                reason = "this row is a chat and has no other form; leave apply_chat_template as it is"
+            raise UserError(f"{where}: {reason}")
         if chat.plain is not None and (token := self.renderer.special.match(chat.plain.prompt.lstrip())):
             raise UserError(
                 f"{where}: the prompt begins with {token.group()!r}, so a chat template has written it already; "

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict
 from loram.base.errors import UserError
 from loram.base.paths import local
 from loram.data.files import DELIMITERS, SUFFIXES, find_files, is_saved, kind_of, open_text
+from loram.data.messages import without_nulls
 from loram.data.spec import DataSpec
 
 Row = dict[str, Any]  # Any: the values are JSON
@@ -38,6 +39,11 @@ class Raw:
     name: str
     rows: Sequence[Row] | Dataset
     places: Sequence[str] | None = None
+
+    def row(self, index: int) -> Row:
+        """Return a row, without the nulls that a table has where a row's object lacks a key."""
+        row: Row = self.rows[index]
+        return {name: without_nulls(row[name]) for name in row} if isinstance(self.rows, Dataset) else row
 
     def place(self, index: int) -> str:
         """Return where a row stands, for messages: `rows.jsonl:7` or `rows.parquet: row 7`."""

@@ -86,6 +86,17 @@ class Renderer:
         return with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
 
     @cached_property
+    def end_of_turn(self) -> str:
+        """The special token that the template writes right after the assistant's text; empty where it writes none."""
+        answer = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        try:
+            after = self.render(answer).partition(MARK)[2]
+        except TEMPLATE_ERRORS:
+            return ""
+        token = self.special.match(after.lstrip())
+        return "" if token is None else token.group()
+
+    @cached_property
     def write_calls(self) -> Callable[[Message], Message]:
         """How the template wants tool calls: as they are, with arguments as JSON text, or as text of its own.
 

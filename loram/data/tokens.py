@@ -15,7 +15,6 @@ from loram.data.batches import IGNORED
 from loram.data.clock import clock_at
 from loram.data.encode import Encoder
 from loram.data.forms import Example, normalise, pick_form
-from loram.data.messages import without_nulls
 from loram.data.reading import Raw, Row, bars_if_slow, read_raw
 from loram.data.spec import DataSpec
 
@@ -53,9 +52,7 @@ class Rows:
         """
         if index >= len(self):
             raise IndexError(index)
-        row, where = self.raw.rows[index], self.raw.place(index)
-        if isinstance(self.raw.rows, Dataset):
-            row = {name: without_nulls(value) for name, value in row.items()}
+        row, where = self.raw.row(index), self.raw.place(index)
         self._check_prompt(row, where)
         return normalise(row, self.form, where)
 
@@ -144,14 +141,23 @@ def load_tokens(
     Raises:
         UserError: as in `load_rows` and `tokenize`, or the tokenizer does not fit the model.
     """
+    check_tokenizer(tokenizer, vocabulary)
+    with clock_at(now or datetime.now()):
+        return tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> None:
+    """Refuse a tokenizer that does not fit a model, whose embedding has `vocabulary` rows.
+
+    Raises:
+        UserError: the tokenizer knows more tokens.
+    """
     # The size without added tokens: Gemma 3 has an added token beyond its embedding, which no text needs.
     if tokenizer.vocab_size > vocabulary:
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer knows {tokenizer.vocab_size:,} tokens, but the model's embedding "
             f"has only {vocabulary:,} rows: it does not fit the model; use the tokenizer that came with it"
         )
-    with clock_at(now or datetime.now()):
-        return tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
 
 
 def tokenize(
@@ -186,7 +192,7 @@ def tokenize(
             pieces = [([], [])] if example is None else encoder.encode(example, max_length, where)
             for ids, labels in pieces:
                 if vocabulary is not None:
-                    _check_vocabulary(ids, vocabulary, tokenizer, where)
+                    check_tokens(ids, vocabulary, tokenizer, where)
                 columns["input_ids"].append(ids[:max_length])
                 columns["labels"].append(labels[:max_length])
                 columns["truncated"].append(len(ids) > max_length)
@@ -233,7 +239,12 @@ def tokenize(
     )
 
 
-def _check_vocabulary(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
+def check_tokens(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
+    """Refuse a row with an added token that the model, whose embedding has `vocabulary` rows, does not know.
+
+    Raises:
+        UserError: names the token; `where` begins the message.
+    """
     if (token := max(ids, default=0)) >= vocabulary:
         raise UserError(
             f"{where}: the tokenizer gives token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the model's "

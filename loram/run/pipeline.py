@@ -11,6 +11,7 @@ from loram.model.families import architecture_of
 from loram.pruning.check import check_prunable
 from loram.pruning.options import PruneOptions
 from loram.run.cards import complete_cards
+from loram.run.examples import examples_of, held_out_rows
 from loram.run.recipe import Recipe
 from loram.run.record import Record, start_over
 from loram.run.report import RunReport
@@ -51,6 +52,8 @@ def check(recipe: Recipe) -> None:
     for spec in specs:
         if spec is not None:
             check_rows(spec)
+    for spec in recipe.held_out.values() if recipe.examples else ():
+        held_out_rows(spec, recipe.examples)
 
 
 def _check_pruning(checkpoint: Checkpoint, section: PruneOptions) -> None:
@@ -91,8 +94,9 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
         counts = trained_on(job.folder(stage.folder)) if stage.trains else None
         model = stage.evaluated(job)
         rows.append(row_of(name, parameters_of(job, model), cost_of(job, stage), evaluations(job, name, model), counts))
-    final = None if recipe.dataset is None else final_of(recipe).row(job)
-    report = job.record.finish(rows, final)
+    final = None if recipe.dataset is None else final_of(recipe)
+    examples = examples_of(job, final) if final is not None and recipe.examples else ()
+    report = job.record.finish(rows, None if final is None else final.row(job), examples)
     folders = {name: job.folder(stage.folder) for name, stage in stages.items() if stage.folder in job.done}
     complete_cards(report, folders, recipe.held_out)
     return report

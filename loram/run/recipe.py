@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, ValidationError, field_validator, model_validator
 
 from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base.errors import UserError
@@ -33,6 +33,9 @@ class EvaluateSection(EvaluateOptions):
     """Options of `loram.evaluate`, and what else is evaluated."""
 
     full_lora: bool = option(False, "Also train LoRA on the full model, to compare with.")
+    examples: NonNegativeInt = option(
+        0, "Show how the full model answers this many rows of each data set, before and after the training."
+    )
 
 
 class Variant(Options):
@@ -110,6 +113,11 @@ class Recipe(Options):
         return {} if self.evaluate is None else self.eval_dataset
 
     @property
+    def examples(self) -> int:
+        """Return how many rows of each evaluation data set are answered before and after the training."""
+        return 0 if self.evaluate is None else self.evaluate.examples
+
+    @property
     def compares(self) -> bool:
         """Return whether LoRA on the full model is trained too, to compare with."""
         return self.evaluate is not None and self.evaluate.full_lora
@@ -120,6 +128,10 @@ class Recipe(Options):
             raise ValueError("dataset: missing, and training needs rows; a recipe that trains nothing has no `train`")
         if self.dataset is not None and not self.eval_dataset and self.evaluate not in (None, EvaluateSection()):
             raise ValueError("evaluate: needs an `eval_dataset`; without held-out rows, leave the section out")
+        if self.dataset is None and self.examples:
+            raise ValueError(
+                "evaluate.examples: shows what a training changes, and there is no `dataset`; leave it out"
+            )
         if self.dataset is None and self.prune is None and self.align is None:
             raise ValueError("prune, align, dataset: at least one is needed, else there is nothing to do")
         if self.prune is not None and self.base_model_name_or_path is not None:

@@ -16,11 +16,13 @@ from loram.disk.artifacts import difference, find_manifest, library_versions, re
 from loram.evaluation.evaluate import Report
 from loram.run.page import PAGE_NAME, write_page
 from loram.run.recipe import Recipe
-from loram.run.report import REPORT_NAME, Cost, Row, RunReport, kept_gain
+from loram.run.report import REPORT_NAME, Cost, Example, Row, RunReport, kept_gain
 from loram.run.results import RunResults
 from loram.trainer.resume import HARMLESS
 
 logger = logging.getLogger(__name__)
+
+Outcome = Report | tuple[Example, ...] | None
 
 STATE_NAME = "stages.json"
 
@@ -32,6 +34,7 @@ class Done(BaseModel):
         settings: all that decided its outcome.
         cost: what it took; None where the process was stopped before it was written down.
         report: the result of an evaluation; None for other stages.
+        examples: the answers to held-out rows; None for other stages.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +42,7 @@ class Done(BaseModel):
     settings: dict[str, Any]
     cost: Cost | None
     report: Report | None = None
+    examples: tuple[Example, ...] | None = None
 
 
 class _State(BaseModel):
@@ -67,13 +71,13 @@ class Record:
         except (ValidationError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: not a valid record of stages: {first_problem(error)}") from error
 
-    def stage(self, name: str, settings: Mapping[str, Any], action: Callable[[], Report | None]) -> Done:
+    def stage(self, name: str, settings: Mapping[str, Any], action: Callable[[], Outcome]) -> Done:
         """Do a stage, or skip it where it was done with the same settings.
 
         Args:
             name: the name of its folder, or of an evaluation.
             settings: all that decides its outcome.
-            action: does it; an evaluation returns its report.
+            action: does it; an evaluation returns its report, and what answers held-out rows returns the answers.
 
         Raises:
             UserError: it was done or begun with settings that have another outcome; the message shows the first
@@ -82,7 +86,7 @@ class Record:
         wanted: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
         done, folder = self.state.stages.get(name), self.out / name
         whole = folder.exists() and find_manifest(folder, edits=False) is not None
-        kept = done is not None and (whole or done.report is not None)
+        kept = done is not None and (whole or done.report is not None or done.examples is not None)
         before = done.settings if kept and done is not None else self.state.begun.get(name)
         if before is not None and (changed := difference(before, wanted, ignored=_ignored(before))):
             raise UserError(
@@ -103,14 +107,15 @@ class Record:
         reset_peak_rss()
         started = time.monotonic()
         try:
-            report = action()
+            outcome = action()
         except (KeyboardInterrupt, SystemExit) as stop:
             if not hasattr(stop, "__notes__"):
                 stop.add_note(f"the same command goes on with {name}")
             raise
         cost = Cost(seconds=time.monotonic() - started, peak_rss=peak_rss())
         logger.info("%s: %.1f s, peak RSS %.2f GB", name, cost.seconds, cost.peak_rss / 1e9)
-        return self._record(name, Done(settings=wanted, cost=cost, report=report))
+        report, examples = (outcome, None) if isinstance(outcome, Report) else (None, outcome)
+        return self._record(name, Done(settings=wanted, cost=cost, report=report, examples=examples))
 
     def _record(self, name: str, done: Done) -> Done:
         self.state.stages[name] = done
@@ -121,12 +126,13 @@ class Record:
     def _save(self, path: Path, value: BaseModel) -> None:
         replace_text(path, value.model_dump_json(indent=2) + "\n")
 
-    def finish(self, rows: Sequence[Row], final: str | None) -> RunReport:
+    def finish(self, rows: Sequence[Row], final: str | None, examples: Sequence[Example] = ()) -> RunReport:
         """Write report.json, and the same for people as report.html.
 
         Args:
             rows: the rows of the report.
             final: the row that the run is about; None where nothing was trained.
+            examples: the answers to held-out rows.
         """
         report = RunReport(
             recipe=self.recipe.model_dump(mode="json"),
@@ -134,6 +140,7 @@ class Record:
             rows=tuple(rows),
             final=final,
             kept_gain=kept_gain({row.name: row for row in rows}, final),
+            examples=tuple(examples),
         )
         self._save(self.out / REPORT_NAME, report)
         write_page([RunResults.load(self.out)], self.out / PAGE_NAME)

@@ -12,7 +12,7 @@ from conftest import FAMILIES, ROWS, make_model, random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram
-from loram.compute import likelihood
+from loram.compute import likelihood, resident
 from loram.data.spec import DataSpec
 from loram.data.tokens import load_rows, tokenize
 
@@ -108,7 +108,7 @@ def test_streaming_refuses_what_evaluation_refuses(run: Path, tiny_llama: Path, 
 
 
 def test_streaming_never_builds_the_model(tiny_llama: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(likelihood, "load_model")
+    monkeypatch.delattr(resident, "load_model")
     assert loram.evaluate(tiny_llama, data=rows_file, stream=True).rows == len(ROWS)
     with pytest.raises(NameError):
         loram.evaluate(tiny_llama, data=rows_file)
