@@ -74,9 +74,7 @@ def prune_options(text: str, *, refit: bool = True, rank: int = 32) -> dict[str,
 
 def ways(steps: int, seeds: list[int]) -> Iterator[Way]:
     """Yield the ways, for all seeds; those that say most come first."""
-    exact, first = 2 * steps // 5, seeds[0]
-    end: dict[str, Any] = {"steps": steps - exact, "recovery": f"polished {exact} 0.001"}
-    bypass = prune_options("mixed")
+    bypass, end, first = prune_options("mixed"), exact_end(steps), seeds[0]
     for seed in seeds:
         yield Way("untuned", Job(base="untuned", seed=seed))
         yield Way("LoRA on the full model", Job(base="full", seed=seed))
@@ -84,11 +82,19 @@ def ways(steps: int, seeds: list[int]) -> Iterator[Way]:
         if seed == first:
             yield Way("built-in text, refit, bypass", Job(prune={"refit": True, "bypass_rank": 32}, seed=seed))
         yield Way("refit, bypass, exact end", Job(prune=bypass, **end, seed=seed))
-        yield Way("streamed, fewer steps", Job(base="full", steps=exact, train={"engine": "streamed"}, seed=seed))
+        yield Way(
+            "streamed, fewer steps",
+            Job(base="full", steps=steps - end["steps"], train={"engine": "streamed"}, seed=seed),
+        )
         yield Way("refit, bypass", Job(ratio=0.75, prune=bypass, seed=seed))
         yield Way("refit, bypass, exact end", Job(ratio=0.75, prune=bypass, **end, seed=seed))
-        if seed == first:
-            yield from single_runs(steps, first)
+    yield from single_runs(steps, first)
+
+
+def exact_end(steps: int) -> dict[str, Any]:
+    """Return the options of a job whose last two fifths are steps on the streamed full model."""
+    exact = 2 * steps // 5
+    return {"steps": steps - exact, "recovery": f"polished {exact} 0.001"}
 
 
 def single_runs(steps: int, seed: int) -> Iterator[Way]:
@@ -97,6 +103,7 @@ def single_runs(steps: int, seed: int) -> Iterator[Way]:
     for ratio in (0.5, 0.75):
         yield Way("plain", Job(ratio=ratio, prune=plain, seed=seed))
         yield Way("refit", Job(ratio=ratio, prune=refit, seed=seed))
+    yield Way("plain, exact end", Job(prune=plain, **exact_end(steps), seed=seed))
     yield Way("general text, refit, bypass", Job(prune=prune_options("general"), seed=seed))
     yield Way("anchored", Job(prune=plain, train={"anchor_steps": max(1, steps // 4)}, seed=seed))
 

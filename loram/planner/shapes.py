@@ -33,6 +33,7 @@ class Model:
         narrowed: the layers that are narrowed, or sparse, unless they are dropped.
         dropped: the layers that are dropped.
         refit: whether output projections are refitted.
+        always_refit: whether they are with any criterion, and not only with one that reads text.
         bypass_rank: the rank of the bypass beside each block whose output projection has lost inputs; 0 is none.
     """
 
@@ -44,6 +45,7 @@ class Model:
     narrowed: Sequence[int] = ()
     dropped: tuple[int, ...] = ()
     refit: bool = False
+    always_refit: bool = False
     bypass_rank: int = 0
 
     @classmethod
@@ -81,7 +83,9 @@ class Model:
             if any(space.name in ratios for space in own)
         }
         refit = options.for_model(geometry, architecture).refit
-        full = replace(full, refit=refit, bypass_rank=options.bypass_rank)
+        full = replace(
+            full, refit=refit, always_refit=refit and not options.refit_by_default, bypass_rank=options.bypass_rank
+        )
         return replace(full, units=units, narrowed=tuple(units))
 
     @property

@@ -78,8 +78,8 @@ def _prune(full: Model, model: Model) -> list[Stage]:
         Stage(
             name="prune (magnitude, random)",
             disk=disk,
-            memory=stream if model.dropped or model.refit else IMPORTS + 3 * stored,
-            holds=with_text if model.dropped or model.refit else "two decoder layers and the tensors to write",
+            memory=stream if model.dropped or model.always_refit else IMPORTS + 3 * stored,
+            holds=with_text if model.dropped or model.always_refit else "two decoder layers and the tensors to write",
         ),
         Stage(
             name="prune (wanda, flap, activation)",

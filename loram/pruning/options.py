@@ -228,6 +228,11 @@ class ResolvedPruneOptions(PruneOptions):
     _refit_by_default: bool = PrivateAttr(default=False)
 
     @property
+    def refit_by_default(self) -> bool:
+        """Return whether there was no word on a refit, so that the criterion decides."""
+        return self._refit_by_default
+
+    @property
     def sparse(self) -> bool:
         """Return whether single weights are removed, and not whole units."""
         return self.pattern != STRUCTURED
@@ -301,7 +306,7 @@ class ResolvedPruneOptions(PruneOptions):
             return SPARSE[self.criterion].reads != "nothing"
         criteria, rules = self.scored(architecture)
         reads = {*rules.reads, *(CRITERIA[criterion].reads for criterion in criteria)}
-        refit = self.refit and not self._refit_by_default  # by default there is one where the criterion reads text
+        refit = self.refit and not self.refit_by_default  # by default there is one where the criterion reads text
         return self.bias_compensation or refit or self.measures_influence or bool(reads & READS_TEXT)
 
     def check_fits(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> None:
@@ -341,7 +346,7 @@ class ResolvedPruneOptions(PruneOptions):
         """Refuse a refit where no linear loses inputs, and a bypass of a higher rank than any matrix there has."""
         if self.bypass_rank > geometry.hidden_size:
             raise UserError(f"bypass_rank {self.bypass_rank}: is above the hidden size, {geometry.hidden_size}")
-        if self.refit and not self._refit_by_default and not self.for_model(geometry, architecture).refit:
+        if self.refit and not self.refit_by_default and not self.for_model(geometry, architecture).refit:
             raise UserError("refit: no linear loses inputs at these ratios (experts are not refitted); leave it out")
 
     def for_model(self, geometry: Geometry, architecture: Architecture) -> "ResolvedPruneOptions":

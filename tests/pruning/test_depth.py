@@ -287,7 +287,7 @@ def test_the_last_layer_with_a_state_stays(tiny_models: dict[str, Path]) -> None
 def test_all_stages(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     """Align, train in 4 bits with anchors, recover with correction, polish, merge and evaluate."""
     small, aligned, adapter, recovered, polished, merged = (tmp_path / name for name in "abcdef")
-    plan = loram.prune(tiny_llama, small, calibration=rows_file, calibration_samples=4, **MIXED)
+    plan = loram.prune(tiny_llama, small, calibration=rows_file, calibration_samples=4, refit=False, **MIXED)
     align = {"max_steps": 2, "per_device_train_batch_size": 2}
     loram.align(small, aligned, data=rows_file, trainer=align, probe_steps=2)
     train = {"trainer": {**STEP, "gradient_checkpointing": True}, "load_in_4bit": True, "anchor_steps": 2}
@@ -351,7 +351,7 @@ def test_the_dry_run_counts_what_is_built(tiny_llama: Path, rows_file: Path, tmp
         assert found.training["pruned"].parameters == plan.parameters()[1]
         assert found.training["pruned"].memory is not None
     assert before.calibration is not None
-    planned = loram.estimate(tiny_llama, device="cpu", max_length=before.dataset.longest, anchor_steps=8, **ALONE)
+    planned = loram.estimate(tiny_llama, device="cpu", max_length=before.dataset.longest, **ALONE)
     assert before.training["pruned"].memory == planned.training
 
 

@@ -68,7 +68,7 @@ def test_every_byte_is_read_once_and_twice_for_gradients(
     weights = load_file(base / "model.safetensors")
     tied = HEAD not in weights
     text = tokenize(load_rows(DataSpec(path=str(rows_file))), load_tokenizer(Checkpoint(base)), 64).rows["input_ids"][:]
-    options = {"calibration": rows_file, "calibration_samples": 2, "calibration_length": 64}
+    options = {"calibration": rows_file, "calibration_samples": 2, "refit_samples": 2, "calibration_length": 64}
     loram.prune(base, tmp_path / "out", ratio=0.5, criterion=criterion, **MIDDLE, **options)
     found = read_bytes(base)
     assert found.keys() == weights.keys()
@@ -104,7 +104,13 @@ def test_what_is_kept_is_written_bit_for_bit(
     for path in [*tiny_models[family].glob("*token*"), tiny_models[family] / "chat_template.jinja"]:
         (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
     plan = loram.prune(
-        tmp_path / "base", tmp_path / "out", ratio=0.5, criterion=criterion, calibration=rows_file, **MIDDLE
+        tmp_path / "base",
+        tmp_path / "out",
+        ratio=0.5,
+        criterion=criterion,
+        calibration=rows_file,
+        refit=False,
+        **MIDDLE,
     )
     full, found = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert found.keys() == full.keys()
@@ -237,7 +243,7 @@ def test_compensation_brings_outputs_nearer_to_the_full_model_s(
 ) -> None:
     base = tiny_models[family]
     compensated(base, tmp_path / "with", rows_file)
-    compensated(base, tmp_path / "without", rows_file, bias_compensation=False)
+    compensated(base, tmp_path / "without", rows_file, bias_compensation=False, refit=False)
     samples = calibration_of(base, rows_file)
     full = block_outputs(AutoModelForCausalLM.from_pretrained(base), samples)
     near, far = (block_outputs(loram.load_pruned(tmp_path / name), samples) for name in ("with", "without"))

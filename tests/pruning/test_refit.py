@@ -379,7 +379,8 @@ def test_what_cannot_be_refitted_is_refused(tiny_models: dict[str, Path], tmp_pa
         "refit: is for structured pruning": {"refit": True, "pattern": "4:8", "ratio": None},
         "refit: is for narrowed layers": {"refit": True, "ratio": None, "drop_layers": 1},
         "give one of the two": {"refit": True, "bias_compensation": True},
-        "add refit": {"bypass_rank": 2},
+        "add refit": {"refit": False, "bypass_rank": 2},
+        "bypass_rank: is for structured pruning": {"bypass_rank": 2, "pattern": "4:8", "ratio": None},
         "bypass_rank 33: is above the hidden size, 32": {"refit": True, "bypass_rank": 33},
     }
     for message, options in refused.items():
@@ -387,6 +388,37 @@ def test_what_cannot_be_refitted_is_refused(tiny_models: dict[str, Path], tmp_pa
             loram.prune(tiny_models["llama"], tmp_path / "out", **{"ratio": 0.5, **MIDDLE, **options})
     with pytest.raises(loram.UserError, match="no linear loses inputs"):
         loram.prune(tiny_models["qwen3_moe"], tmp_path / "out", experts_ratio=0.3, refit=True, **MIDDLE)
+
+
+@pytest.mark.parametrize(
+    ("options", "refit"),
+    [
+        ({}, True),
+        ({"criterion": "flap"}, True),
+        ({"criterion": "magnitude"}, False),
+        ({"criterion": "magnitude", "bypass_rank": 2}, True),
+        ({"refit": False}, False),
+        ({"bias_compensation": True}, False),
+        ({"ratio": None, "pattern": "4:8"}, False),
+        ({"ratio": None, "drop_layers": 1}, False),
+    ],
+    ids=str,
+)
+def test_a_refit_is_the_default_where_the_criterion_reads_text(options: dict[str, Any], refit: bool) -> None:
+    assert PruneOptions.of(**{"ratio": 0.5, **options}).resolved().refit is refit
+
+
+def test_by_default_nothing_is_refitted_where_experts_alone_go(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    chosen = {"experts_ratio": 0.3, "experts_criterion": "router", **MIDDLE}
+    base = tiny_models["qwen3_moe"]
+    assert not loram.prune(base, tmp_path / "out", **chosen).refit
+    settings = PruneOptions.of(**chosen).resolved()
+    assert not settings.reads_text(Checkpoint(base).architecture)
+    small, plain = (
+        next(stage.memory for stage in loram.estimate(base, ratio=0.5, keep_first=1, **more).stages)
+        for more in ({}, {"refit": False})
+    )
+    assert small == plain  # the first row, magnitude, reads no text
 
 
 def test_the_log_says_how_well_it_went_and_a_second_time_gives_the_same_bytes(
