@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
+from loram.base.constants import VLLM_RANKS
 from loram.base.paths import is_on_hub
 from loram.disk.adapter import CONFIG_NAME
 from loram.disk.artifacts import CARD_NAME, replace_text
@@ -29,7 +30,6 @@ _TITLES = {
     "quantized": "{} in 4 bits",
 }
 _LICENCE = ("license", "license_name", "license_link")
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _serving(folder: Path, on: str) -> dict[str, Any]:
         return {"rank": None, "serve": "" if (folder / PLAN_NAME).exists() else "vllm serve FOLDER"}
     config = read_json(folder / CONFIG_NAME)
     rank = max([config.get("r") or 1, *(config.get("rank_pattern") or {}).values()])
-    limit = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
+    limit = next((limit for limit in VLLM_RANKS if limit >= rank), None)
     plain = not config.get("use_dora") and not config.get("target_parameters")
     plain = plain and "lm_head" not in (config.get("target_modules") or ())
     line = f"vllm serve {on} --enable-lora --max-lora-rank {limit} --lora-modules mine=FOLDER"

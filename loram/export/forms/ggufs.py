@@ -56,12 +56,12 @@ def names_in_gguf(source: Source) -> dict[str, str]:
     if arch is None:
         raise UserError(f"export: this version of gguf does not know {architecture}; install a newer one")
     names = gguf.get_tensor_name_map(arch, source.geometry.num_hidden_layers)
-    found = {}
+    known = {}
     for module in source.adapter.modules:
         if (name := names.get_name(module)) is None:
             raise UserError(f"{source.folder}: adapts {module}, which has no name in GGUF for {architecture}")
-        found[module] = f"{name}.weight"
-    return found
+        known[module] = f"{name}.weight"
+    return known
 
 
 def row_order(source: Source, module: str) -> Tensor | None:

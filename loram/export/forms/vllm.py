@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from loram.base.constants import VLLM_RANKS
 from loram.base.errors import UserError
 from loram.disk.adapter import save_adapter
 from loram.disk.files import copy_side_files
@@ -12,16 +13,14 @@ from loram.export.forms.rank import uniform
 from loram.export.forms.source import Source
 from loram.export.options import ExportOptions
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
-
 
 def _write(source: Source, staging: Path, out: Path, options: ExportOptions) -> str:
     """Write the adapter with one scaling for all modules, since vLLM reads no patterns, and return the command."""
     adapter = uniform(source.adapter)
     rank = int(adapter.config["r"])
-    largest = next((size for size in RANKS if size >= rank), None)
+    largest = next((size for size in VLLM_RANKS if size >= rank), None)
     if largest is None:
-        raise UserError(f"{source.folder}: rank {rank}, and vLLM takes {RANKS[-1]} at most; --max-rank reduces it")
+        raise UserError(f"{source.folder}: rank {rank}, and vLLM takes {VLLM_RANKS[-1]} at most; --max-rank reduces it")
     if source.wrapper is not None:
         adapter = in_wrapper(adapter, source.wrapper)
     save_adapter(staging, adapter.config, adapter.tensors)
