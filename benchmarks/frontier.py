@@ -73,22 +73,15 @@ def prune_options(text: str, *, refit: bool = True, rank: int = 32) -> dict[str,
 
 
 def ways(steps: int, seeds: list[int]) -> Iterator[Way]:
-    """Yield the ways, for all seeds; those that say most come first."""
-    bypass, end, first = prune_options("mixed"), exact_end(steps), seeds[0]
+    """Yield the ways: those that say most for all seeds, and then the others for the first seed."""
+    bypass, end = prune_options("mixed"), exact_end(steps)
     for seed in seeds:
         yield Way("untuned", Job(base="untuned", seed=seed))
         yield Way("LoRA on the full model", Job(base="full", seed=seed))
-        yield Way("refit, bypass", Job(prune=bypass, seed=seed))
-        if seed == first:
-            yield Way("built-in text, refit, bypass", Job(prune={"refit": True, "bypass_rank": 32}, seed=seed))
-        yield Way("refit, bypass, exact end", Job(prune=bypass, **end, seed=seed))
-        yield Way(
-            "streamed, fewer steps",
-            Job(base="full", steps=steps - end["steps"], train={"engine": "streamed"}, seed=seed),
-        )
-        yield Way("refit, bypass", Job(ratio=0.75, prune=bypass, seed=seed))
-        yield Way("refit, bypass, exact end", Job(ratio=0.75, prune=bypass, **end, seed=seed))
-    yield from single_runs(steps, first)
+        for ratio in (0.5, 0.75):
+            yield Way("refit, bypass", Job(ratio=ratio, prune=bypass, seed=seed))
+            yield Way("refit, bypass, exact end", Job(ratio=ratio, prune=bypass, **end, seed=seed))
+    yield from single_runs(steps, seeds[0])
 
 
 def exact_end(steps: int) -> dict[str, Any]:
@@ -99,11 +92,14 @@ def exact_end(steps: int) -> dict[str, Any]:
 
 def single_runs(steps: int, seed: int) -> Iterator[Way]:
     """Yield the ways of one seed."""
-    plain, refit = prune_options("mixed", refit=False), prune_options("mixed", rank=0)
+    plain, refit, end = prune_options("mixed", refit=False), prune_options("mixed", rank=0), exact_end(steps)
+    fewer = {"steps": steps - end["steps"], "train": {"engine": "streamed"}}
+    yield Way("streamed, fewer steps", Job(base="full", **fewer, seed=seed))
+    yield Way("built-in text, refit, bypass", Job(prune={"refit": True, "bypass_rank": 32}, seed=seed))
     for ratio in (0.5, 0.75):
         yield Way("plain", Job(ratio=ratio, prune=plain, seed=seed))
         yield Way("refit", Job(ratio=ratio, prune=refit, seed=seed))
-    yield Way("plain, exact end", Job(prune=plain, **exact_end(steps), seed=seed))
+    yield Way("plain, exact end", Job(prune=plain, **end, seed=seed))
     yield Way("general text, refit, bypass", Job(prune=prune_options("general"), seed=seed))
     yield Way("anchored", Job(prune=plain, train={"anchor_steps": max(1, steps // 4)}, seed=seed))
 
