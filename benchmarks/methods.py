@@ -2,8 +2,8 @@
 
 All methods train SmolLM2-135M-Instruct with the same steps, rows and seed on GSM8K training rows. The quality is the
 perplexity of GSM8K test answers under the full model with the result of the training. This script runs
-recipes/compare.yaml with other data. Each variant runs in a process of its own; its peak memory is the resident memory
-of that process during the training, including all libraries.
+loram/recipes/compare.yaml with other data. Each variant runs in a process of its own; its peak memory is the resident
+memory of that process during the training, including all libraries.
 
     python benchmarks/methods.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/methods
 

@@ -253,6 +253,7 @@ SLOW = (
     "test_methods",
     "test_near_llama",
     "test_nf4",
+    "test_package",
     "test_packed",
     "test_paths",
     "test_pipeline",

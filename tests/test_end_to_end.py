@@ -59,7 +59,7 @@ def base(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def rows(root: Path) -> Path:
     """The data of the quickstart."""
-    script = ROOT / "recipes" / "make_word_problems.py"
+    script = ROOT / "loram" / "recipes" / "word_problems.py"
     subprocess.run([sys.executable, script, root / "data"], check=True, capture_output=True)
     return root / "data"
 
@@ -209,7 +209,7 @@ def test_quickstart_in_short_improves_the_full_model(
         "polish.max_steps=2",
     ]
     capfd.readouterr()
-    assert cli._main(["run", str(ROOT / "recipes" / "quickstart.yaml"), *overrides, "--json"]) == 0
+    assert cli._main(["run", str(ROOT / "loram" / "recipes" / "quickstart.yaml"), *overrides, "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     perplexity = {row["name"]: row["perplexity"]["eval"] for row in report["rows"]}
     assert perplexity["polished"] < perplexity["recovered"] < perplexity["base"]

@@ -17,7 +17,7 @@ FLOORS = (
     {"trainer"},
     {"pruning", "alignment", "training", "recovery", "evaluation", "generation", "export"},
     {"planner"},
-    {"run"},
+    {"run", "recipes"},
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -27,6 +27,7 @@ LIGHT = (
         "base",
         "planner",
         "cli",
+        "recipes",
         "data/spec.py",
         "disk/lora_keys.py",
         "pruning/criteria.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "recipes" / "make_word_problems.py"
+SCRIPT = Path(__file__).parent.parent / "loram" / "recipes" / "word_problems.py"
 MARK = re.compile(r"<<([\d+*/-]+)=(\d+)>>(\d+)")
 
 

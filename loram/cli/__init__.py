@@ -19,7 +19,8 @@ from loram.run.recipe import Recipe
 
 # What people look for, and what does it.
 _UPLOAD = "upload a finished folder with `loram push FOLDER REPO`"
-_WITHOUT = {"upload": _UPLOAD, "publish": _UPLOAD}
+_START = "`loram init OUT` writes recipes and data to start from"
+_WITHOUT = {"upload": _UPLOAD, "publish": _UPLOAD, "fetch": _START}
 _CTRL_C, _SIGTERM = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells give them
 
 

@@ -15,6 +15,7 @@ from loram.cli.console import console as _console
 from loram.cli.flags import RUN, Flag, flags_of
 from loram.cli.generation import CHAT, PROMPTS, chat, generate
 from loram.cli.sharing import Push, Report, push, report
+from loram.cli.start import Init, init
 from loram.data.spec import DataSpec
 from loram.evaluation.options import EvaluateOptions
 from loram.export.table import Export, exports
@@ -321,6 +322,7 @@ def _exporting(export: Export) -> Command:
 
 RECIPE = Argument(name="recipe", type=Path, help="A recipe in YAML.")
 COMMANDS: dict[str, Command] = {  # in the order of a run
+    "init": Command(call=init, arguments=(OUT,), flags=(*flags_of(Init, RUN),)),
     "estimate": Command(
         call=estimate,
         arguments=(Argument(name="model", type=str, help="A config.json, a model folder or a hub id."),),

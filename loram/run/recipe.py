@@ -66,7 +66,7 @@ class Recipe(Options):
         None,
         "A .jinja file, or a model whose tokenizer has the chat template, in place of the model's own template.",
         flag="chat-template",
-        also="chat_template",
+        also="chat_template chat_template_jinja",
     )
     output_dir: LocalPath = option(
         ..., "The folder for the report and one folder per stage.", flag="OUT", also="output"
@@ -82,7 +82,7 @@ class Recipe(Options):
         also="test_datasets val_dataset validation_dataset validation_file",
         flag="dataset",
     )
-    seed: int = option(42, "The seed of everything that is random.")
+    seed: int = option(42, "The seed of everything that is random.", also="random_state")
     device: str | None = option(None, "The device: cpu, cuda, cuda:1 (default: a GPU if there is one).")
     prune: PruneOptions | None = option(None, "How to prune; without it, nothing is pruned.")
     teach: TeachOptions | None = option(None, "How to cache the full model's predictions; without it, none is cached.")

@@ -73,7 +73,8 @@ class LoraFlags(Options):
         "The linears that get an adapter; all-linear is all of a decoder layer (default: these, but in mixtures of "
         "experts those of attention; lm_head if named).",
         flag="lora-target-modules",
-        also="lora_target_modules lora_target",
+        also="lora_target_modules lora_target lora_target_linear",
+        notes={"lora_target_linear": ": all-linear"},
         planned=True,
     )
     target_parameters: list[str] | str | None = option(
@@ -157,8 +158,8 @@ class _TrainOptions(StreamOptions):
     method: str = option(
         "lora",
         f"What trains: {', '.join(METHODS)}.",
-        also="finetuning_type adapter peft_method peft_type use_dora",
-        notes={"use_dora": ": dora"},
+        also="finetuning_type adapter peft_method peft_type use_dora peft_use_dora peft_use_rslora",
+        notes={"use_dora": ": dora", "peft_use_dora": ": dora", "peft_use_rslora": ": rslora"},
         common=True,
         planned=True,
     )

@@ -1,6 +1,6 @@
 """Write the quickstart's data set: word problems of several steps with worked answers, the same for the same seed.
 
-    python recipes/make_word_problems.py OUT_DIR [--train 2000] [--test 200] [--seed 42]
+    python -m loram.recipes.word_problems OUT_DIR [--train 2000] [--test 200] [--seed 42]
 
 The script writes train.jsonl and test.jsonl to OUT_DIR, with rows of `question` and `answer`. Each step of an answer
 contains its calculation as <<48/2=24>>, and the last line is `#### ` and the result. No two rows of the two files have
@@ -303,6 +303,24 @@ def write(path: Path, rows: list[Row]) -> None:
     os.replace(partial, path)
 
 
+def write_problems(out: Path, *, train: int = 2000, test: int = 200, seed: int = 42) -> None:
+    """Write train.jsonl and test.jsonl, with this many distinct problems each, into a folder, which is made if need be.
+
+    Raises:
+        ValueError: a number is below 1, or there are not as many distinct problems.
+    """
+    if train < 1 or test < 1:
+        raise ValueError("--train and --test must be at least 1")
+    count = train + test
+    rows = [row for row, _ in zip(problems(seed), range(count), strict=False)]
+    if len(rows) < count:
+        raise ValueError(f"--train and --test: only {len(rows)} distinct problems can be made, not {count}")
+    random.Random(seed).shuffle(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "train.jsonl", rows[:train])
+    write(out / "test.jsonl", rows[train:])
+
+
 def main() -> None:
     """Run the command line; it exits with code 2 if it cannot make as many problems as it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -311,16 +329,10 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=200, help="the number of held-out test rows")
     parser.add_argument("--seed", type=int, default=42, help="the seed of all draws")
     args = parser.parse_args()
-    if args.train < 1 or args.test < 1:
-        parser.error("--train and --test must be at least 1")
-    count = args.train + args.test
-    rows = [row for row, _ in zip(problems(args.seed), range(count), strict=False)]
-    if len(rows) < count:
-        parser.error(f"--train and --test: only {len(rows)} distinct problems can be made, not {count}")
-    random.Random(args.seed).shuffle(rows)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "train.jsonl", rows[: args.train])
-    write(args.out / "test.jsonl", rows[args.train :])
+    try:
+        write_problems(args.out, train=args.train, test=args.test, seed=args.seed)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{args.out}: {args.train:,} training and {args.test:,} test problems", file=sys.stderr)
 
 
