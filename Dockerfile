@@ -1,7 +1,7 @@
 # LoRAM with the versions that it is tested with. By default torch is PyPI's build, which has CUDA in it:
 #   docker build --tag loram .
 # For machines without a GPU, take the build for CPUs, which is much smaller:
-#   docker build --tag loram:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+#   docker build --tag loram:cpu --build-arg TORCH_INDEX=ADDRESS .
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG TORCH_INDEX=
