@@ -2,8 +2,8 @@
 
 Each way trains on the same rows, and is judged by the full model with the recovered adapter, as in quality.py. Its
 costs are floating point operations, bytes of the full model that are read while the adapter trains, peak memory, and
-seconds. The operations are those that `loram estimate` counts, for the tokens that were trained on. What is done once
-per base model and knows no task (pruning by general text) stands beside them, in a column of its own.
+seconds. The operations are those that `loram estimate` counts, for the tokens that were trained on. Those of pruning,
+whose passes over its text are made once, however long the training, stand beside them in a column of their own.
 
     python benchmarks/frontier.py --model models/SmolLM2-135M-Instruct --data DIR --output-dir runs/frontier
 
@@ -37,7 +37,16 @@ from loram.pruning.options import PruneOptions
 
 HERE = Path(__file__).parent
 PIECES, ROWS, FIRST_ROW, LENGTH = 20, 30, 4000, 256
-COLUMNS = ("kept gain", "GSM8K", "WikiText-2", "operations", "before", "full model read", "peak memory", "seconds")
+COLUMNS = (
+    "kept gain",
+    "GSM8K",
+    "WikiText-2",
+    "operations",
+    "those of pruning",
+    "full model read",
+    "peak memory",
+    "seconds",
+)
 
 
 class Way(NamedTuple):
@@ -52,15 +61,15 @@ class Cost:
     """What a way costs.
 
     Args:
-        operations: of all that is done for the task.
-        before: operations that are done once per base model, and know no task.
+        operations: of the training.
+        pruning: the operations of scoring and refitting, which are done once, however long the training.
         read: bytes of the full model that are read while the adapter trains.
-        seconds: of what is done for the task.
+        seconds: of the training and what follows.
         peak: the peak resident memory of its stages, each in a process of its own, in bytes.
     """
 
     operations: float
-    before: float
+    pruning: float
     read: float
     seconds: float
     peak: int
@@ -179,7 +188,7 @@ class Frontier(Bench):
     def cost(self, job: Job, seconds: dict[str, float]) -> Cost:
         """Count what a job costs; its folders have been made."""
         if job.base == "untuned":
-            return Cost(operations=0, before=0, read=0, seconds=0, peak=0)
+            return Cost(operations=0, pruning=0, read=0, seconds=0, peak=0)
         steps, step_tokens = job.steps or self.args.steps, self.args.batch * self.tokens["gsm8k_train.jsonl"]
         pruning: dict[str, Any] = {name: job.prune[name] for name in ("refit", "bypass_rank") if name in job.prune}
         pruning |= {"ratio": job.ratio} if job.base == "pruned" else {}
@@ -193,12 +202,9 @@ class Frontier(Bench):
             last, exact = int(job.recovery.split()[1]), self.estimate(engine="streamed")
             operations += exact.arithmetic.flops_per_token * step_tokens * last
             read += exact.read_per_step * last
-        before = self.pruning_operations(job) if job.base == "pruned" else 0.0
-        if before and job.prune.get("calibration") == "mixed.jsonl":  # it has rows of the task
-            operations, before = operations + before, 0.0
         return Cost(
             operations=operations,
-            before=before,
+            pruning=self.pruning_operations(job) if job.base == "pruned" else 0.0,
             read=read,
             seconds=sum(seconds.values()) - seconds.get("prune", 0.0),
             peak=self.peak,
@@ -271,7 +277,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{row['gsm8k']:.3f}",
             f"{row['wikitext2']:.2f}",
             f"{cost['operations'] / whole:.2f}",
-            f"{cost['before'] / whole:.2f}",
+            f"{cost['pruning'] / whole:.2f}",
             f"{cost['read'] / 1e9:.1f} GB",
             f"{cost['peak'] / 1e9:.2f} GB",
             f"{cost['seconds']:.0f}",
@@ -293,7 +299,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     labels = list(dict.fromkeys((row["label"], row["job"]["ratio"]) for row in rows))
     whole = next(row["cost"]["operations"] for row in rows if row["label"] == "LoRA on the full model")
     panels = (
-        ("operations", whole, "operations for the task, LoRA on the full model = 1"),
+        ("operations", whole, "operations of training, LoRA on the full model = 1"),
         ("read", 1e9, "GB of the full model read while training"),
         ("peak", 1e9, "peak memory of its stages, GB"),
         ("seconds", 1, "seconds on a busy machine"),
