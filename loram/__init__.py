@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loram.compute.loading import load_pruned
     from loram.disk.push import Upload, push
     from loram.evaluation.evaluate import Report, evaluate
+    from loram.evaluation.tasks import TaskReport, evaluate_tasks
     from loram.export.merge import merge
     from loram.export.quantize import quantize
     from loram.model.plan import PruningPlan
@@ -33,11 +34,13 @@ _PLACES = {
     "PolishOptions": "training.options",
     "PruningPlan": "model.plan",
     "Report": "evaluation.evaluate",
+    "TaskReport": "evaluation.tasks",
     "Upload": "disk.push",
     "UserError": "base.errors",
     "align": "alignment.align",
     "estimate": "planner",
     "evaluate": "evaluation.evaluate",
+    "evaluate_tasks": "evaluation.tasks",
     "load_pruned": "compute.loading",
     "merge": "export.merge",
     "narrow": "model.resize",
@@ -56,11 +59,13 @@ __all__ = [
     "PolishOptions",
     "PruningPlan",
     "Report",
+    "TaskReport",
     "Upload",
     "UserError",
     "align",
     "estimate",
     "evaluate",
+    "evaluate_tasks",
     "load_pruned",
     "merge",
     "narrow",

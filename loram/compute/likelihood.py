@@ -63,6 +63,17 @@ def loaded_loss(
     Returns:
         (summed loss in nats, number of tokens in the loss, number of parameters with the adapter's).
     """
+    model, parameters = load_adapted(checkpoint, adapter, device)
+    total, count = model_loss(model, input_ids, labels)
+    return total, count, parameters
+
+
+def load_adapted(checkpoint: Checkpoint, adapter: Adapter | None, device: torch.device) -> tuple[Any, int]:
+    """Load a model for evaluation, with an adapter in PEFT's own layers.
+
+    Returns:
+        (the model, or PEFT's model around it; number of parameters with the adapter's).
+    """
     model, parameters = _load(checkpoint, device)
     if adapter is not None:
         from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
@@ -73,8 +84,7 @@ def loaded_loss(
         set_peft_model_state_dict(model, adapter.in_files)  # without weights of the base that PEFT has saved
         mask_updates_(model, adapter.masks)
         parameters += sum(tensor.numel() for tensor in adapter.tensors.values())
-    total, count = model_loss(model.to(device).eval(), input_ids, labels)
-    return total, count, parameters
+    return model.to(device).eval(), parameters
 
 
 def adapted_losses(
