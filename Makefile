@@ -43,7 +43,7 @@ reference: .venv/runtime  # the page of all options, from their declarations, an
 	touch $@
 
 .venv/dev: .venv/runtime
-	$(INSTALL) --editable '.[gguf,plots,dev]'
+	$(INSTALL) --editable '.[gguf,plots,tasks,dev]'
 	touch $@
 
 .venv/docs: .venv/runtime

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loram.compute.loading import load_pruned
     from loram.disk.push import Upload, push
     from loram.evaluation.evaluate import Report, evaluate
+    from loram.evaluation.tasks import TaskReport, evaluate_tasks
     from loram.export.export import export_adapter
     from loram.export.merge import merge
     from loram.export.quantize import quantize
@@ -37,12 +38,14 @@ _PLACES = {
     "PolishOptions": "training.options",
     "PruningPlan": "model.plan",
     "Report": "evaluation.evaluate",
+    "TaskReport": "evaluation.tasks",
     "Upload": "disk.push",
     "UserError": "base.errors",
     "align": "alignment.align",
     "chat": "generation.chat",
     "estimate": "planner",
     "evaluate": "evaluation.evaluate",
+    "evaluate_tasks": "evaluation.tasks",
     "export_adapter": "export.export",
     "generate": "generation.generate",
     "load_pruned": "compute.loading",
@@ -64,12 +67,14 @@ __all__ = [
     "PolishOptions",
     "PruningPlan",
     "Report",
+    "TaskReport",
     "Upload",
     "UserError",
     "align",
     "chat",
     "estimate",
     "evaluate",
+    "evaluate_tasks",
     "export_adapter",
     "generate",
     "load_pruned",

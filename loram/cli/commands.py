@@ -12,12 +12,13 @@ from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base import processes
 from loram.base.options import Options, option
 from loram.cli.console import console as _console
+from loram.cli.evaluating import FLAGS as EVALUATION
+from loram.cli.evaluating import evaluate
 from loram.cli.flags import RUN, Flag, flags_of
 from loram.cli.generation import CHAT, PROMPTS, chat, generate
 from loram.cli.sharing import Push, Report, push, report
 from loram.cli.start import Init, init
 from loram.data.spec import DataSpec
-from loram.evaluation.options import EvaluateOptions
 from loram.export.table import Export, exports
 from loram.planner.settings import PlannerOptions
 from loram.pruning.options import PruneOptions
@@ -173,18 +174,6 @@ def polish(model: str, adapter: Path, out: Path, **options: Any) -> None:
     stage(model, adapter, out, **options)
     if processes.first():
         typer.echo(f"{out}: polished adapter written")
-
-
-def evaluate(model: str, *, json: bool = False, **options: Any) -> None:
-    """Measure the perplexity of MODEL, with or without an adapter."""
-    from loram.evaluation.evaluate import evaluate as stage
-
-    report = stage(model, **options)
-    text = (
-        f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
-        f"of {report.rows:,} rows"
-    )
-    typer.echo(report.model_dump_json() if json else text)
 
 
 def run(
@@ -363,9 +352,8 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
         call=evaluate,
         arguments=(MODEL,),
         flags=(
-            *flags_of(DataSpec, "Data set", only=("path", "config", "split", "columns"), under=("data",)),
+            *EVALUATION,
             *flags_of(_Adapter, RUN),
-            *_stage(EvaluateOptions),
             *TEMPLATE,
             *DEVICE,
             *JSON,

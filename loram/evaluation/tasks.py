@@ -1,0 +1,162 @@
+"""Run tasks of lm-evaluation-harness on a model, with or without an adapter."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from loram.base.errors import UserError
+from loram.base.paths import local
+from loram.compute.belonging import load_for
+from loram.compute.device import compute_dtype, fits, pick_device
+from loram.compute.loading import load_tokenizer
+from loram.compute.resident import load_adapted
+from loram.disk.opening import open_model
+from loram.evaluation.options import TaskOptions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class TaskResult(BaseModel):
+    """The result of a task, or of a group of tasks.
+
+    Args:
+        examples: how many examples were used; 0 for a group that has no metric of its own.
+        num_fewshot: how many solved examples stood before each question; None where it differs within a group.
+        metrics: the metrics by lm-evaluation-harness's names, which are `METRIC,FILTER` and `METRIC_stderr,FILTER`;
+            None where a metric is not a finite number.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: int
+    num_fewshot: int | None
+    metrics: dict[str, float | None]
+
+
+class TaskReport(BaseModel):
+    """The results of tasks.
+
+    Args:
+        tasks: the results by the names of tasks and groups.
+        streamed: whether the model was read from disk layer by layer.
+        parameters: the number of parameters, including the adapter's; a tied weight counts once.
+        model, adapter: the names of the model and the adapter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: dict[str, TaskResult]
+    streamed: bool
+    parameters: int
+    model: str
+    adapter: str | None
+
+
+def evaluate_tasks(
+    base: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    options: TaskOptions | None = None,
+    device: str | None = None,
+    chat_template: str | Path | None = None,
+    **fields: Any,
+) -> TaskReport:
+    """Run tasks of lm-evaluation-harness, with its prompts and metrics.
+
+    A model that fits into the memory that is free is loaded. Otherwise, or with `stream=True`, it is read from disk one
+    decoder layer at a time, and only tasks that score texts can be run: multiple choice, likelihood and perplexity.
+
+    Args:
+        base, adapter, device, chat_template: as for `loram.evaluate`.
+        options: which tasks to run, and how.
+        fields: single options by name, over `options`; see `TaskOptions`.
+
+    Raises:
+        UserError: the model, the adapter or a task cannot be used, or lm-evaluation-harness is not installed.
+
+    Example: `evaluate_tasks("pruned", adapter="adapter", tasks=["arc_easy"], limit=100).tasks["arc_easy"].metrics`.
+    """
+    settings = TaskOptions.of(options, **fields)
+    if not settings.tasks:
+        raise UserError("eval: name at least one task")
+    try:
+        from loram.evaluation import harness
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"eval: tasks need lm-evaluation-harness, and {error.name} is not installed: pip install 'loram[tasks]'"
+        ) from error
+    checkpoint = open_model(base, chat_template=chat_template)
+    loaded_adapter = None if adapter is None else load_for(checkpoint, local(adapter))
+    compute_device, tokenizer = pick_device(device), load_tokenizer(checkpoint)
+    if settings.apply_chat_template and tokenizer.chat_template is None:
+        raise UserError(
+            f"{checkpoint.name}: apply_chat_template needs a chat template, and its tokenizer has none; name one with "
+            "--chat-template"
+        )
+    weights = checkpoint.parameters * compute_dtype(compute_device).itemsize
+    streamed = settings.stream or not (checkpoint.quantized or fits(weights, compute_device))
+    tasks = harness.load_tasks(settings.tasks)
+    for task in tasks["tasks"].values():
+        if streamed and task.OUTPUT_TYPE == "generate_until":
+            raise UserError(harness.refusal(task.task_name))
+        if getattr(task, "UNSAFE_CODE", False) and not settings.confirm_run_unsafe_code:
+            raise UserError(
+                f"{task.task_name}: runs the code that the model writes; allow it with --confirm-run-unsafe-code, on a "
+                "machine where nothing can go wrong"
+            )
+    if streamed:
+        added = 0 if loaded_adapter is None else sum(tensor.numel() for tensor in loaded_adapter.tensors.values())
+        parameters = checkpoint.parameters + added
+        model = harness.StreamedModel(checkpoint, loaded_adapter, tokenizer, compute_device)
+    else:
+        loaded, parameters = load_adapted(checkpoint, loaded_adapter, compute_device)
+        model = harness.loaded_model(loaded, tokenizer, settings.batch_size)
+    results = harness.run_tasks(model, tasks, settings)
+    return TaskReport(
+        tasks={name: _result(name, results) for name in results["results"]},
+        streamed=streamed,
+        parameters=parameters,
+        model=checkpoint.name,
+        adapter=None if adapter is None else str(adapter),
+    )
+
+
+def _result(name: str, results: Mapping[str, Any]) -> TaskResult:
+    values = {key: value for key, value in results["results"][name].items() if "," in key}
+    numbers = {key: float(value) for key, value in values.items() if not isinstance(value, str)}  # "N/A"
+    return TaskResult(
+        examples=results["results"][name].get("sample_len", 0),
+        num_fewshot=results["n-shot"].get(name),
+        metrics={key: number if math.isfinite(number) else None for key, number in numbers.items()},
+    )
+
+
+def table(report: TaskReport) -> "Table":
+    """Return the results as a table, with one line per metric."""
+    from rich.table import Table
+
+    result = Table(title=report.model if report.adapter is None else f"{report.model} with {report.adapter}")
+    for heading, justify in (("task", "left"), ("examples", "right"), ("few-shot", "right"), ("metric", "left")):
+        result.add_column(heading, justify="right" if justify == "right" else "left")
+    result.add_column("value", justify="right")
+    result.add_column("± standard error", justify="right")
+    for name, task in report.tasks.items():
+        shots = "" if task.num_fewshot is None else str(task.num_fewshot)
+        for key, value in task.metrics.items():
+            metric, _, filtered = key.partition(",")
+            if metric.endswith("_stderr"):
+                continue
+            label = metric if filtered == "none" else f"{metric} ({filtered})"
+            error = task.metrics.get(f"{metric}_stderr,{filtered}")
+            result.add_row(
+                name, f"{task.examples:,}", shots, label, _shown(value), "" if error is None else _shown(error)
+            )
+    return result
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
