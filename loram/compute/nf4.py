@@ -21,11 +21,13 @@ from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import return_freed_memory_
 from loram.compute.loading import empty_model, keep_layout_
+from loram.compute.nf4_cpu import mend_dequantisation_
 from loram.compute.nf4_experts import put_experts_, use_4bit_experts_
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.tensorfile import TensorSpec
 from loram.model.modeling_loram import SparseLinear
 
+mend_dequantisation_()
 _STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256
 
 

@@ -1,12 +1,13 @@
 """A 4-bit model equals a dense one with the dequantised weights: forward, backward, training, folders and bytes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import FAMILIES, make_model, own_names, relative
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -234,3 +235,12 @@ def test_bytes(wide_models: dict[str, Path], tmp_path: Path) -> None:
     folder = loram.quantize(wide_models["qwen3"], tmp_path / "small")
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.get_tensor("lm_head.weight").dtype == torch.uint8
+
+
+@pytest.mark.parametrize("shape", [(40, 32), (5, 100), (3, 22), (7, 4300), (4, 64)], ids=str)
+def test_any_width_is_dequantised_on_a_cpu(shape: tuple[int, int]) -> None:
+    """Blocks of 64 go on through the rows. With AVX-512, bitsandbytes alone fails this."""
+    packed, state = quantize_4bit(torch.randn(shape), quant_type="nf4", blocksize=64, compress_statistics=False)
+    halves = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()[: math.prod(shape)]
+    expected = state.code[halves] * state.absmax.repeat_interleave(64)[: math.prod(shape)]
+    assert torch.allclose(dequantize_4bit(packed, state), expected.view(shape), atol=1e-6)
