@@ -23,7 +23,7 @@ from rich.console import Console
 from loram.run.compare import PLOT_NAME, TABLE_NAME, compare, table
 from loram.run.recipe import load_recipe
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "compare.yaml"
+RECIPE = Path(__file__).parent.parent / "loram" / "recipes" / "compare.yaml"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import loram
 from loram.run.compare import JSON_NAME, PLOT_NAME, TABLE_NAME, compare, variant_of
 from loram.run.recipe import Recipe, load_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "loram" / "recipes"
 
 
 @pytest.fixture

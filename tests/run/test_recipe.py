@@ -45,7 +45,7 @@ def test_a_good_recipe_and_its_defaults(recipe: Any) -> None:
 
 
 def test_the_quickstart_is_a_good_recipe() -> None:
-    assert load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml").prune.ratio == 0.5
+    assert load_recipe(Path(__file__).parents[2] / "loram" / "recipes" / "quickstart.yaml").prune.ratio == 0.5
 
 
 def test_parts_of_a_run(recipe: Any) -> None:
@@ -61,7 +61,7 @@ def test_parts_of_a_run(recipe: Any) -> None:
 
 @pytest.mark.parametrize("name", ["publisher", "user"])
 def test_the_recipes_of_two_machines_are_good(name: str) -> None:
-    loaded = load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
+    loaded = load_recipe(Path(__file__).parents[2] / "loram" / "recipes" / f"{name}.yaml")
     assert (loaded.prune is None, loaded.align is None, loaded.dataset is None) == (
         (name == "user",) * 2 + (name != "user",)
     )
