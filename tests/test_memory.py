@@ -139,8 +139,8 @@ def extra_memory(*arguments: str | Path) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-# A decoder layer has 45 MB in float32, and so do its gradients; the next layer has 23 MB while it is read. The refit has
-# its products besides.
+# A decoder layer has 45 MB in float32, and so do its gradients; the next layer has 23 MB while it is read. The refit
+# has its products besides.
 def test_pruning_takes_a_few_layers_memory(model: Path, text: Path, tmp_path: Path) -> None:
     options = ["--calibration", text, "--calibration-samples", "2", "--calibration-length", "64", "--device", "cpu"]
     assert extra_memory("prune", model, tmp_path / "pruned", "--ratio", "0.5", *options) < 460 * MB

@@ -5,7 +5,7 @@ from typing import Any
 
 from bitsandbytes.backends.cpu import ops
 
-_KERNELS = "cdequantize_blockwise_cpu_"
+_KERNELS = ("cdequantize_blockwise_cpu_nf4_", "cdequantize_blockwise_cpu_fp4_")
 
 
 class _Mended:
