@@ -17,6 +17,7 @@ from loram.disk.artifacts import digest, file_sha256
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import RecoverOptions
+from loram.training.methods.table import METHODS
 from loram.training.options import PolishOptions, TrainOptions
 
 
@@ -138,6 +139,8 @@ class Recipe(Options):
             raise ValueError("base_model_name_or_path: with `prune`, model_name_or_path is the full model; drop it")
         if self.polish is not None and (self.dataset is None or self.train.mask_update):
             raise ValueError("polish: needs a `dataset`, and an adapter that is recovered, so no mask_update")
+        if self.polish is not None and (row := METHODS.get(self.train.method)) and row.lora.get("use_dora"):
+            raise ValueError("polish: trains plain LoRA further, and no DoRA adapter; set polish: null")
         if self.teach is not None and (self.align is None or not self.align.dataset or self.align.objective == "clm"):
             raise ValueError("teach: needs an `align` section with a dataset, and an objective that asks the teacher")
         if self.teach is not None and self.teach.top_k < 1:

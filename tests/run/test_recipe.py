@@ -48,6 +48,14 @@ def test_the_quickstart_is_a_good_recipe() -> None:
     assert load_recipe(Path(__file__).parents[2] / "loram" / "recipes" / "quickstart.yaml").prune.ratio == 0.5
 
 
+def test_a_dora_adapter_is_not_polished(recipe: Any) -> None:
+    text = "model_name_or_path: m\noutput_dir: o\nprune: {ratio: 0.5}\ndataset: a\neval_dataset: b\npolish: {}\n"
+    assert recipe(text).polish is not None
+    with pytest.raises(UserError, match="set polish: null"):
+        recipe(text, "train.method=dora")
+    assert recipe(text, "train.method=dora", "polish=null").polish is None
+
+
 def test_parts_of_a_run(recipe: Any) -> None:
     publisher = "model_name_or_path: m\noutput_dir: o\nprune: {ratio: 0.5}\nalign: {dataset: a.jsonl}\nteach: {}\n"
     found = recipe(publisher)
