@@ -16,8 +16,6 @@ A second call only does what is missing. For a GPU: `--steps 200 --batch 8 --tra
 import argparse
 import json
 import os
-import shutil
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -34,8 +32,8 @@ from loram.data.spec import as_spec
 from loram.data.tokens import load_tokens
 from loram.disk.checkpoint import Checkpoint
 from loram.pruning.options import PruneOptions
+from loram.training.rounds import steps_of_round
 
-HERE = Path(__file__).parent
 PIECES, ROWS, FIRST_ROW, LENGTH = 20, 30, 4000, 256
 COLUMNS = (
     "kept gain",
@@ -163,15 +161,13 @@ class Frontier(Bench):
 
     def make(self, name: str, action: Callable[[Path], Any]) -> Path:
         """Make a folder by `action` in a process of its own, unless it exists."""
-        folder = self.out / name
         peaks: dict[str, int] = json.loads(self.peaks.read_text()) if self.peaks.is_file() else {}
-        if not folder.exists() or name not in self.seconds:
-            shutil.rmtree(folder, ignore_errors=True)
-            started = time.monotonic()
+
+        def measure(folder: Path) -> None:
             peaks[name] = in_process(lambda: action(folder))
-            seconds = {**self.seconds, name: time.monotonic() - started}
-            self.clock.write_text(json.dumps(seconds, indent=2) + "\n")
             self.peaks.write_text(json.dumps(peaks, indent=2) + "\n")
+
+        folder = super().make(name, measure)
         self.peak = max(self.peak, peaks[name])
         return folder
 
@@ -233,10 +229,10 @@ class Frontier(Bench):
 
 
 def measurements(steps: int, every: int) -> int:
-    """Return how often an anchored training measures the full model: after 1, 1, 2, 4, ... steps, then regularly."""
+    """Return how often an anchored training measures the full model."""
     done = count = 0
     while done < steps:
-        done += min(max(1, done), every - done % every, steps - done)
+        done += steps_of_round(done, every, steps)
         count += 1
     return count
 

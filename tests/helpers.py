@@ -115,10 +115,10 @@ class LlamaCpp:
         return content
 
     def log_probabilities(self, tokens: list[int], vocabulary: int) -> Tensor:
-        found = torch.full((vocabulary,), float("nan"))
+        values = torch.full((vocabulary,), float("nan"))
         for entry in self._complete(tokens, 1, vocabulary)[0]["top_logprobs"]:
-            found[entry["id"]] = entry["logprob"]
-        return found
+            values[entry["id"]] = entry["logprob"]
+        return values
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
         return [entry["id"] for entry in self._complete(tokens, count, 1)]

@@ -26,5 +26,3 @@ NF4_NESTED_BLOCK = 256
 
 # Bytes. A file of weights that we write has at most this size, unless a single tensor is larger.
 SHARD_BYTES = 4 << 30
-# What vLLM takes as --max-lora-rank.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -1,6 +1,6 @@
 """The end of a streamed model: from the last layer's hidden states to log-probabilities, and back to their gradient.
 
-The logits of a whole vocabulary are never held at once, unless `Head.logits` is asked for them. They are worked out for
+The logits of a whole vocabulary are never held at once, unless `Head.logits` returns them. They are worked out for
 a slice of the vocabulary at a time, for all micro-batches, so the head's weight is read once per pass.
 
 Shapes: `wanted` is the number of places of one micro-batch whose prediction is in the loss, `hidden` the hidden size,

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
-from loram.base.constants import VLLM_RANKS
 from loram.base.paths import is_on_hub
+from loram.base.vllm import serve_command
 from loram.disk.adapter import CONFIG_NAME
 from loram.disk.artifacts import CARD_NAME, replace_text
 from loram.disk.files import read_json
@@ -162,11 +162,10 @@ def _serving(folder: Path, on: str) -> dict[str, Any]:
         return {"rank": None, "serve": "" if (folder / PLAN_NAME).exists() else "vllm serve FOLDER"}
     config = read_json(folder / CONFIG_NAME)
     rank = max([config.get("r") or 1, *(config.get("rank_pattern") or {}).values()])
-    limit = next((limit for limit in VLLM_RANKS if limit >= rank), None)
     plain = not config.get("use_dora") and not config.get("target_parameters")
     plain = plain and "lm_head" not in (config.get("target_modules") or ())
-    line = f"vllm serve {on} --enable-lora --max-lora-rank {limit} --lora-modules mine=FOLDER"
-    return {"rank": rank, "serve": line if plain and limit is not None else ""}
+    line = serve_command(on, name="mine", folder="FOLDER", rank=rank) if plain else None
+    return {"rank": rank, "serve": line or ""}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ def _talk(conversation: Conversation, name: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines of standard input without blanks around them; on a terminal each is asked for."""
+    """Yield the lines of standard input without blanks around them; on a terminal each has a prompt."""
     if not sys.stdin.isatty():
         yield from map(str.strip, sys.stdin)
         return

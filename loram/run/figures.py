@@ -44,7 +44,7 @@ class Bar:
 
 def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Curve]:
     """Return the curves of all logs; a loss with one finite value, or none, has no curve."""
-    found = []
+    drawn = []
     for folder, entries in logs.items():
         for key, name in LOSSES.items():
             points = [
@@ -52,8 +52,8 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Curve]:
             ]
             points = [point for point in points if all(map(math.isfinite, point))]
             if len(points) > 1:
-                found.append(_curve(f"{folder}: {name}", points))
-    return found
+                drawn.append(_curve(f"{folder}: {name}", points))
+    return drawn
 
 
 def _curve(title: str, points: Sequence[tuple[float, float]]) -> Curve:

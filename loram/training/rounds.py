@@ -59,6 +59,17 @@ class _Round:
         return _Round(batches=[batches[number] for number in sorted(batches)], adapter=adapter), left
 
 
+def steps_of_round(done: int, every: int, total: int) -> int:
+    """Return how many steps train on the next measurement: 1, 1, 2, 4, ... from the first on, and at last `every`.
+
+    Args:
+        done: the steps before it.
+        every: the longest round.
+        total: the steps of the training.
+    """
+    return min(max(1, done), every - done % every, total - done)
+
+
 def _round_file(checkpoint: str) -> Path:
     return Path(checkpoint) / f"round_{processes.number()}.safetensors"
 
@@ -88,7 +99,7 @@ def anchored(kind: type, course: Course) -> type:
                 self._checkpoint = None
             if not self._ahead:
                 done = self.state.global_step
-                steps = min(max(1, done), course.steps - done % course.steps, self.state.max_steps - done)
+                steps = steps_of_round(done, course.steps, self.state.max_steps)
                 batches = list(islice(epoch_iterator, steps * self.args.gradient_accumulation_steps))
                 self._round = _Round(batches=batches, adapter=self._adapter())
                 self._measure()

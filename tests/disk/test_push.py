@@ -17,7 +17,7 @@ from loram.disk.artifacts import publish
 
 
 class FakeApi:
-    """Records what is asked of the hub."""
+    """Records the calls to the hub."""
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 

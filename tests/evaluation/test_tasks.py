@@ -98,11 +98,11 @@ def models_of(base: Path, adapter: Path | None) -> tuple[Any, Any]:
     return in_memory, harness.StreamedModel(checkpoint, own, load_tokenizer(checkpoint), CPU)
 
 
-def asked(*arguments: tuple[str, ...]) -> list[Any]:
-    return [SimpleNamespace(args=texts, task_name="asked") for texts in arguments]
+def requests(*arguments: tuple[str, ...]) -> list[Any]:
+    return [SimpleNamespace(args=texts, task_name="requests") for texts in arguments]
 
 
-PAIRS = asked(
+PAIRS = requests(
     ("one plus two is", " three"),
     ("one plus two is", " four and more"),
     ("", "two plus two"),
@@ -117,7 +117,7 @@ def test_streamed_likelihoods_are_those_of_a_model_in_memory(
 ) -> None:
     in_memory, streamed = models_of(*chain[kind])
     with torch.inference_mode():
-        expected, texts = in_memory.loglikelihood(PAIRS), asked(("one plus two is three. " * 60,), ("four",))
+        expected, texts = in_memory.loglikelihood(PAIRS), requests(("one plus two is three. " * 60,), ("four",))
         rolling = in_memory.loglikelihood_rolling(texts)
     scores = streamed.loglikelihood(PAIRS)
     assert [score for score, _ in scores] == pytest.approx([score for score, _ in expected], abs=1e-4)

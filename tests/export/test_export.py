@@ -47,8 +47,8 @@ def patterned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return adapter_for(tiny_llama, tmp_path_factory.mktemp("adapters") / "patterned", **PATTERNS)
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
+def close(exported: Tensor, expected: Tensor) -> bool:
+    return bool((exported - expected).abs().max() <= 1e-6 * expected.abs().max())
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -89,8 +89,8 @@ def test_gguf_lora_is_the_update(adapter: str, outtype: str, tmp_path: Path, req
             a, b = (tensors[f"blk.{layer}.{name}.weight.lora_{part}"] for part in "ab")
             expected = ours.delta(f"model.layers.{layer}.{module}")
             expected = paired(expected, 8) if name == "attn_q" else expected
-            found = metadata["adapter.lora.alpha"] / len(a) * (b @ a)  # as llama.cpp
-            assert (found - expected).abs().max() <= 4 * 2**-bits * expected.abs().max()
+            exported = metadata["adapter.lora.alpha"] / len(a) * (b @ a)  # as llama.cpp
+            assert (exported - expected).abs().max() <= 4 * 2**-bits * expected.abs().max()
     if adapter == "plain" and outtype == "f32":  # the factors themselves, bit for bit
         assert torch.equal(tensors["blk.2.ffn_up.weight.lora_b"], ours.modules["model.layers.2.mlp.up_proj"]["B"])
         assert metadata["adapter.lora.alpha"] == 6
@@ -150,11 +150,11 @@ def test_vllm_gets_one_scaling(adapter: str, tiny_llama: Path, tmp_path: Path, r
     assert report.command == served
     tokens = torch.arange(3, 15)[None]
     with torch.inference_mode():  # and PEFT reads it as what it was
-        found, expected = (
+        exported, expected = (
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path).eval()(tokens).logits
             for path in (tmp_path / "served", folder)
         )
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (exported - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("adapter", ["plain", "patterned"])

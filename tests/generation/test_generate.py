@@ -131,7 +131,7 @@ def test_generation_config_holds_beside_the_options(tokenizer: Any, tmp_path: Pa
     before = texts(folder)
     config = {"eos_token_id": [2, 7], "suppress_tokens": [], "do_sample": True, "temperature": 0.6, "max_length": 3}
     (folder / "generation_config.json").write_text(json.dumps(config))
-    assert texts(folder) == before  # greedy, and of the length that was asked for
+    assert texts(folder) == before  # greedy, and of the requested length
     likeliest = AutoTokenizer.from_pretrained(folder)(before[0], add_special_tokens=False).input_ids[0]
     (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [likeliest]}))
     (result,) = loram.generate(folder, PROMPTS[:1], **NEW)

@@ -135,9 +135,9 @@ def test_every_family_is_counted_as_the_estimate_does(
 def test_it_reads_no_weight_and_leaves_nothing(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     taylor = {"ratio": 0.5, "criterion": "taylor", "keep_first": 1, "keep_last": 1, "calibration": str(rows_file)}
     for refit, rows in ((True, 20), (False, 10)):  # the refit reads all, and scoring the first of them
-        found = dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", prune={**taylor, "refit": refit}))
-        assert found.calibration is not None
-        assert found.calibration.rows == rows
+        counts = dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", prune={**taylor, "refit": refit}))
+        assert counts.calibration is not None
+        assert counts.calibration.rows == rows
     assert not list(tmp_path.iterdir())
 
 

@@ -1,10 +1,9 @@
 """The form vllm: a PEFT adapter as vLLM's LoRA loader takes it, and the command that serves it."""
 
-import shlex
 from pathlib import Path
 
-from loram.base.constants import VLLM_RANKS
 from loram.base.errors import UserError
+from loram.base.vllm import RANKS, serve_command
 from loram.disk.adapter import save_adapter
 from loram.disk.files import copy_side_files
 from loram.disk.renamed import in_wrapper
@@ -18,15 +17,14 @@ def _write(source: Source, staging: Path, out: Path, options: ExportOptions) -> 
     """Write the adapter with one scaling for all modules, since vLLM reads no patterns, and return the command."""
     adapter = uniform(source.adapter)
     rank = int(adapter.config["r"])
-    largest = next((size for size in VLLM_RANKS if size >= rank), None)
-    if largest is None:
-        raise UserError(f"{source.folder}: rank {rank}, and vLLM takes {VLLM_RANKS[-1]} at most; --max-rank reduces it")
+    command = serve_command(source.base, name=out.name, folder=str(out), rank=rank)
+    if command is None:
+        raise UserError(f"{source.folder}: rank {rank}, and vLLM takes {RANKS[-1]} at most; --max-rank reduces it")
     if source.wrapper is not None:
         adapter = in_wrapper(adapter, source.wrapper)
     save_adapter(staging, adapter.config, adapter.tensors)
     copy_side_files(source.folder, staging)
-    served = ["vllm", "serve", source.base, "--enable-lora", "--max-lora-rank", str(largest)]
-    return shlex.join([*served, "--lora-modules", f"{out.name}={out}"])
+    return command
 
 
 VLLM = Form(
