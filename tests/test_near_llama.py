@@ -37,5 +37,6 @@ def test_from_pruning_to_merging_in_4_bits(
     plain = AutoModelForCausalLM.from_pretrained(base)
     before = logits(plain)
     after = logits(PeftModel.from_pretrained(plain, recovered))
-    assert relative(after, before) > 1e-3
-    assert relative(logits(AutoModelForCausalLM.from_pretrained(merged)), after) < 1e-5
+    assert relative(after, before) > 1e-2
+    # Merging rounds W + BA to float32 once. Gemma 4's tiny model makes 4e-5 of that on some processors.
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(merged)), after) < 2e-4
