@@ -124,10 +124,13 @@ def streamed_loss(
     labels: Sequence[list[int]],
 ) -> tuple[float, int, int]:
     """Score rows like `loaded_loss`, but with only one decoder layer in memory at a time."""
+    added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
+    parameters = checkpoint.parameters + added
     batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS)
+    if not batches:  # one of several processes may have none
+        return 0.0, 0, parameters
     stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), adapter=adapter)
     for _ in stream.forward():
         pass
     total = -sum(float(log_probs.double().sum()) for log_probs in stream.log_probs())
-    added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
-    return total, stream.predicted, checkpoint.parameters + added
+    return total, stream.predicted, parameters

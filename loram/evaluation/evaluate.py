@@ -7,11 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from loram.base import processes
 from loram.base.paths import local
 from loram.compute.belonging import load_for
-from loram.compute.device import pick_device
+from loram.compute.device import join_processes
 from loram.compute.likelihood import load_scored, loaded_loss, streamed_loss
 from loram.compute.loading import load_tokenizer
+from loram.data.batches import share
 from loram.data.spec import DataSpec, as_spec
 from loram.disk.opening import open_model
 from loram.evaluation.options import EvaluateOptions
@@ -57,7 +59,8 @@ def evaluate(
 ) -> Report:
     """Compute the perplexity of a model on a data set.
 
-    If a row has a prompt, only its completion is scored. In plain text all tokens are scored.
+    If a row has a prompt, only its completion is scored. In plain text all tokens are scored. Several processes of a
+    launcher share the rows, each with the model in its own memory or streamed, and all get the report.
 
     Args:
         base: the hub id, folder or GGUF file of a full model, or a pruned or merged folder.
@@ -77,11 +80,19 @@ def evaluate(
     settings = EvaluateOptions.of(options, **fields)
     checkpoint, spec = open_model(base, chat_template=chat_template), as_spec(data)
     loaded_adapter = None if adapter is None else load_for(checkpoint, local(adapter))
-    compute_device = pick_device(device)
+    compute_device = join_processes(device)
     tokens = load_scored(spec, checkpoint, load_tokenizer(checkpoint), settings.max_samples, settings.max_length)
     rows = tokens.rows
-    score = streamed_loss if settings.stream else loaded_loss
-    loss, count, parameters = score(checkpoint, loaded_adapter, compute_device, rows["input_ids"][:], rows["labels"][:])
+    score, input_ids, labels = (
+        streamed_loss if settings.stream else loaded_loss,
+        rows["input_ids"][:],
+        rows["labels"][:],
+    )
+    own = share(input_ids)
+    part, part_count, parameters = score(
+        checkpoint, loaded_adapter, compute_device, [input_ids[row] for row in own], [labels[row] for row in own]
+    )
+    loss, count = map(sum, zip(*processes.gather((part, part_count)), strict=True))
     if not math.isfinite(loss):
         raise FloatingPointError(f"{checkpoint.name}: the loss on {spec.path} is {loss}")
     return Report(

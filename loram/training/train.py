@@ -16,7 +16,7 @@ from trl import SFTConfig
 from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.paths import local
-from loram.compute.device import compute_dtype
+from loram.compute.device import compute_dtype, join_processes
 from loram.compute.loading import load_tokenizer, open_full
 from loram.compute.loss import Balance, use_chunked_loss_
 from loram.compute.nf4_streamed import Nf4Checkpoint
@@ -34,8 +34,9 @@ from loram.disk.writer import write_trained
 from loram.model.plan import PruningPlan, find_plan
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
-from loram.trainer.frame import Job, join_processes, run_job
+from loram.trainer.frame import Job, run_job
 from loram.trainer.resume import first_start
+from loram.trainer.sharding import check_sharding, sharding
 from loram.training.adapt import trainable_model
 from loram.training.anchors import Course
 from loram.training.configs import build_configs
@@ -44,7 +45,7 @@ from loram.training.experts import taken_for_experts
 from loram.training.liger import use_liger_
 from loram.training.methods.method import Method
 from loram.training.methods.table import METHODS
-from loram.training.options import TrainOptions, resolve
+from loram.training.options import TrainOptions, resolve, why_not_sharded
 from loram.training.rounds import anchored
 from loram.training.rows import arrange, check_packed, first_batches, rows_digest
 from loram.training.start import load_start, options_of
@@ -123,6 +124,7 @@ def train(
     if METHODS[options.method].weights and (unused := sorted(chosen.lora.keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", options.method, unused[0])
     on = join_processes(device)
+    _check_sharding(options, on)
     course = _course(checkpoint, options, base, on, scratch=out.parent) if options.anchor_steps else None
     keep = "save_strategy" in chosen.trainer
     job = _prepare(
@@ -153,6 +155,14 @@ def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
             f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
             "take an adapter's method, or the full model"
         )
+
+
+def _check_sharding(options: TrainOptions, device: torch.device) -> None:
+    """Refuse sharding where it cannot take place, or what it does not go with."""
+    kind = sharding(options.trainer)
+    if kind is not None and (problem := why_not_sharded(options)):
+        raise UserError(f"{kind}: {problem}")
+    check_sharding(options.trainer, device)
 
 
 def _check_extracted(checkpoint: Checkpoint, options: TrainOptions) -> None:
@@ -232,6 +242,7 @@ def _prepare(
             "rows_truncated": tokens.truncated,
             "rows_skipped": tokens.skipped,
             "processes": processes.count(),
+            **({"sharding": shards} if (shards := sharding(options.trainer)) else {}),
             **as_setting(checkpoint.chat_template),
         },
         names={

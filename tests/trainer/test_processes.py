@@ -1,13 +1,12 @@
 """Two processes, started by torchrun or accelerate, do the same as one process with batches of twice the size."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import launch
 from together import Stop, work
 
 import loram
@@ -26,16 +25,7 @@ def made(pruned_models: dict[str, Path], rows_file: Path, tmp_path_factory: pyte
     """Return (the folder that two processes made, the folder of one process, how the two processes ended)."""
     out = tmp_path_factory.mktemp("processes")
     arguments = [str(pruned_models["llama"]), str(rows_file)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("together.py")), *arguments, str(out / "two")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},  # the machine's host name may not resolve
-    )
-    assert ended.returncode == 0, ended.stderr
+    ended = launch(Path(__file__).with_name("together.py"), *arguments, out / "two")
     work(*map(Path, arguments), out / "one")
     return out / "two", out / "one", ended
 
@@ -81,8 +71,8 @@ def test_other_stages_refuse_to_be_run_by_several(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert command(["prune", "model", str(tmp_path / "out")]) == 2
-    assert "in process 1 of 2: prune: works in one process" in capsys.readouterr().err
+    assert command(["recover", "adapter", str(tmp_path / "out")]) == 2
+    assert "in process 1 of 2: recover: works in one process" in capsys.readouterr().err
 
 
 def test_lisa_refuses_several(
