@@ -308,6 +308,9 @@ def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> N
 
 def why_not_sharded(options: TrainOptions) -> str | None:
     """Return what keeps the weights of a training from being sharded over processes, if anything does."""
+    if not method_of(options.method).sharded:
+        names = ", ".join(row.name for row in METHODS.values() if row.sharded)
+        return f"does not go with method {options.method}; take one of {names}"
     if options.load_in_4bit:
         return "leaves weights in 4 bits whole in each process; drop load_in_4bit"
     if options.engine == STREAMED:
