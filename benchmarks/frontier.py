@@ -13,7 +13,7 @@ frontier.md (the table) and frontier.png beside itself, after each way.
 A second call only does what is missing. For a GPU: `--steps 200 --batch 8 --train-samples 1600 --samples 200`.
 
 `--half-price` takes other ways: those whose training takes half of the operations of LoRA on the full model.
-`--resident` does exact steps in memory. They have the same result as streamed ones, and take less time on a small model.
+`--resident` does exact steps in memory, with the same result as streamed ones, and in less time on a small model.
 """
 
 import argparse
