@@ -258,8 +258,7 @@ def further_text(
         options: how to prune.
         samples: the token ids that are scored on.
     """
-    count = max(options.refit_samples, options.calibration_samples)
-    rows = _ids(load_calibration(checkpoint, tokenizer, PruneOptions.of(options, calibration_samples=count)))
+    rows = _ids(load_calibration(checkpoint, tokenizer, options.for_refit))
     left = Counter(map(tuple, rows)) - Counter(map(tuple, samples))
     return [list(ids) for ids in left.elements()]
 

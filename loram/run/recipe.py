@@ -109,6 +109,21 @@ class Recipe(Options):
         return None if value is False else value
 
     @property
+    def pruning(self) -> PruneOptions | None:
+        """How to prune: where the recipe names no text for a refit, it reads the training rows."""
+        section = self.prune
+        if (
+            section is None
+            or self.dataset is None
+            or section.calibration is not None
+            or section.refit_dataset is not None
+        ):
+            return section
+        if not section.resolved().refit:
+            return section
+        return section.model_copy(update={"refit_dataset": self.dataset})
+
+    @property
     def held_out(self) -> dict[str, DataSpec]:
         """The data sets that models are evaluated on, by name; none where the run evaluates nothing."""
         return {} if self.evaluate is None else self.eval_dataset
