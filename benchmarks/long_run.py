@@ -78,7 +78,6 @@ def train(settings: dict[str, Any]) -> None:
             settings["model"],
             settings["out"],
             data=settings["dataset"],
-            max_length=settings["max_length"],
             trainer=settings["trainer"],
             callbacks=[Report()],
         )
@@ -159,6 +158,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     trainer = {
         "max_steps": args.max_steps,
         "per_device_train_batch_size": args.batch_size,
+        "max_length": args.max_length,
         "learning_rate": 1e-3,
         "save_steps": args.save_steps,
         "logging_steps": args.logging_steps,
@@ -166,7 +166,6 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     settings = {
         "model": str(model),
         "dataset": str(args.dataset.absolute()),
-        "max_length": args.max_length,
         "trainer": trainer,
     }
     # each halfway between two checkpoints, so that steps are lost
