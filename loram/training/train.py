@@ -32,6 +32,7 @@ from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.disk.writer import write_trained
 from loram.model.plan import PruningPlan, find_plan
+from loram.trainer.adapted import plain_model
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
 from loram.trainer.frame import Job, join_processes, run_job
@@ -381,8 +382,7 @@ class _TrainJob(Job[Trained]):
 
 def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig, balance: Balance | None) -> None:
     """Put our loss into a model, and Liger's kernels where the arguments ask for them."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
+    base = plain_model(model)
     use_chunked_loss_(base, balance=balance)
     if arguments.use_liger_kernel:
         use_liger_(base, arguments.liger_kernel_config)
