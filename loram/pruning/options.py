@@ -54,6 +54,11 @@ class PruneOptions(Options):
     channels_ratio: float | None = _own_ratio("MLP channels")
     experts_ratio: float | None = _own_ratio("experts")
     expert_channels_ratio: float | None = _own_ratio("the channels of each expert", default="0")
+    round_to: PositiveInt = option(
+        1,
+        "Round the number of MLP channels that stay up to a multiple of this; 64 suits the matrix products of GPUs.",
+        planned=True,
+    )
     experts_criterion: str | None = option(
         None,
         f"What decides which experts stay: {', '.join(EXPERT_CRITERIA)} (default: {next(iter(EXPERT_CRITERIA))}; with "
@@ -203,6 +208,8 @@ class PruneOptions(Options):
             )
         if layers_alone and self.bias_compensation:
             raise UserError("bias_compensation: is for narrowed layers; add a ratio, or leave it out")
+        if self.round_to > 1 and (sparse or layers_alone):
+            raise UserError("round_to: is for numbers of channels, and none are removed; leave it out")
         self._check_refit(sparse=sparse, layers_alone=layers_alone)
         filled = {
             "ratio": ratio,
@@ -267,6 +274,15 @@ class ResolvedPruneOptions(PruneOptions):
             UserError: no layer would be left to prune.
         """
         return prunable_layers(geometry, self.keep_first, self.keep_last)
+
+    def kept(self, geometry: Geometry, architecture: Architecture, layer: int) -> dict[str, int]:
+        """Return how many units of each space a narrowed layer keeps, by the space's name.
+
+        Raises:
+            UserError: a ratio leaves too few.
+        """
+        spaces = geometry.layer(architecture, layer).spaces
+        return kept_by_space(geometry.at(layer), spaces, self.ratios(architecture), self.round_to)
 
     def droppable(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> list[int]:
         """Return the layers among which `drop_layers` are dropped; arguments as for `check_fits`.
@@ -341,8 +357,7 @@ class ResolvedPruneOptions(PruneOptions):
         self.droppable(geometry, architecture, config)
         if not self.sparse:
             for layer in self.layers(geometry):
-                spaces = geometry.layer(architecture, layer).spaces
-                kept_by_space(geometry.at(layer), spaces, self.ratios(architecture))
+                self.kept(geometry, architecture, layer)
             self._check_groups_of_experts(architecture, config)
             self._check_anything_refitted(geometry, architecture)
             if self.scored(architecture)[1].channels and CRITERIA[self.criterion].reads == "inputs":
@@ -370,11 +385,7 @@ class ResolvedPruneOptions(PruneOptions):
         """Return the same options, without a refit where no linear of a model loses inputs."""
         if not self.refit:
             return self
-        ratios = self.ratios(architecture)
-        kept = {
-            layer: kept_by_space(geometry.at(layer), geometry.layer(architecture, layer).spaces, ratios)
-            for layer in self.layers(geometry)
-        }
+        kept = {layer: self.kept(geometry, architecture, layer) for layer in self.layers(geometry)}
         short = any(geometry.linears_short_of_inputs(architecture, layer, units) for layer, units in kept.items())
         return self.model_copy(update={"refit": short})
 

@@ -13,7 +13,8 @@ from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
 from loram.base.paths import LocalPath, Named, local
 from loram.data.spec import DataSpec
-from loram.disk.artifacts import digest, file_sha256
+from loram.disk.artifacts import digest
+from loram.disk.hashes import file_sha256
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import RecoverOptions
