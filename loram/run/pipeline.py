@@ -40,7 +40,9 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             "recover.correct: would take out what prune.refit makes up for; leave it out, or set refit: false"
         )
-    specs = [recipe.dataset, *recipe.held_out.values(), recipe.recover.dev_dataset]
+    if recipe.dataset is not None:
+        check_rows(recipe.dataset, METHODS[recipe.train.method].learns)
+    specs = [*recipe.held_out.values(), recipe.recover.dev_dataset]
     if recipe.align is not None:
         resolve_trainer(recipe.align.trainer)
         specs += [*recipe.align.dataset, recipe.align.probe_dataset]

@@ -11,6 +11,7 @@ from loram.training.methods.lisa import LISA
 from loram.training.methods.lora_fa import LORA_FA
 from loram.training.methods.lora_sp import LORA_SP
 from loram.training.methods.method import Method
+from loram.training.methods.preference import DPO, KTO, ORPO
 
 if TYPE_CHECKING:
     from loram.training.options import TrainOptions
@@ -39,6 +40,9 @@ _ROWS = (
     LORA_SP,
     LISA,
     FULL,
+    DPO,
+    ORPO,
+    KTO,
 )
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
 
@@ -87,10 +91,9 @@ def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
 
 def _check_other(other: Method, options: "TrainOptions") -> None:
     """Refuse what belongs to a method that is not the one that trains."""
-    if other.section is not None and getattr(options, other.section) is not None:
-        raise UserError(
-            f"{other.section}: these are options of method {other.name}, and the method is {options.method}"
-        )
+    if other.section not in (None, METHODS[options.method].section) and getattr(options, other.section) is not None:
+        names = " and ".join(row.name for row in METHODS.values() if row.section == other.section)
+        raise UserError(f"{other.section}: these are options of method {names}, and the method is {options.method}")
     if other.adds_files:  # PEFT's switch alone would leave them out, and the adapter could not be recovered
         for key, value in other.lora.items():
             if options.lora.get(key) == value:
