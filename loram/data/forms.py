@@ -88,13 +88,13 @@ _READERS: Mapping[Kind, str] = {
 _LEARNED = {"messages", "completion", "output", "answer", "text"}  # a row without its text teaches nothing
 
 
-def pick_form(spec: DataSpec, columns: Sequence[str], kind: Kind = "text") -> Mapping[str, str]:
+def pick_form(spec: DataSpec, columns: Sequence[str], kinds: Sequence[Kind] = ("text",)) -> Mapping[str, str]:
     """Decide which of a data set's columns to use: the ones that the spec names, and others by their own names.
 
     Args:
         spec: the data set.
         columns: the names of its columns.
-        kind: what is to be learnt from the rows.
+        kinds: what may be learnt from the rows.
 
     Returns:
         Our name of each column -> its name in the data.
@@ -114,19 +114,19 @@ def pick_form(spec: DataSpec, columns: Sequence[str], kind: Kind = "text") -> Ma
     forms = [form for form in _FORMS if set(named) <= form.columns]
     fitting = [form for form in forms if set(form.needs) <= set(names)]
     for form in fitting:
-        if form.kind == kind:
+        if form.kind in kinds:
             return {ours: names[ours] for ours in (*form.needs, *form.may) if ours in names}
-    every = ", ".join(columns) or "none"
+    every, expected = ", ".join(columns) or "none", "; or ".join(_EXPECTED[kind] for kind in kinds)
     if fitting:
         raise UserError(
             f"{spec.path}: has {' and '.join(fitting[0].needs)}, which {_READERS[fitting[0].kind]} can read; here the "
-            f"rows should have {_EXPECTED[kind]}"
+            f"rows should have {expected}"
         )
     if named:
-        needs = " or ".join(" and ".join(form.needs) for form in forms if form.kind == kind) or "one form only"
+        needs = " or ".join(" and ".join(form.needs) for form in forms if form.kind in kinds) or "one form only"
         raise UserError(f"{spec.path}: the columns {', '.join(named)} belong to rows with {needs}; there are {every}")
     raise UserError(
-        f"{spec.path}: cannot tell which columns to use from {every}; expected {_EXPECTED[kind]}; or name them, as in "
+        f"{spec.path}: cannot tell which columns to use from {every}; expected {expected}; or name them, as in "
         "prompt=COLUMN"
     )
 

@@ -114,20 +114,29 @@ class Tokens:
     templated: bool
     sources: Sequence[int]
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Return what the columns of each answer begin with: one answer per row, or two."""
+        return ("", REJECTED) if f"{REJECTED}labels" in self.rows.column_names else ("",)
 
-def load_rows(spec: DataSpec, kind: Kind = "text") -> Rows:
+    def sequences(self, column: str) -> list[list[int]]:
+        """Return `input_ids` or `labels` of every answer: of all rows, and then of the rejected answers."""
+        return [sequence for prefix in self.answers for sequence in self.rows[f"{prefix}{column}"]]
+
+
+def load_rows(spec: DataSpec, kinds: Sequence[Kind] = ("text",)) -> Rows:
     """Read a data set. Its rows are checked when they are taken.
 
     Args:
         spec: the data set.
-        kind: what is to be learnt from the rows.
+        kinds: what may be learnt from the rows.
 
     Raises:
         UserError: the data set does not exist, is empty, cannot be read, or has an unknown form or one of another kind.
     """
     raw = read_raw(spec)
-    form = pick_form(spec, list(raw.columns()), kind)
-    if kind == "text" and "completion" in form and isinstance(raw.row(0).get("label"), bool):
+    form = pick_form(spec, list(raw.columns()), kinds)
+    if "completion" in form and "label" not in form and isinstance(raw.row(0).get("label"), bool):
         raise UserError(
             f"{raw.place(0)}: has a label, true or false, so some completions are not to be learnt; only method kto "
             "reads labels: take it, or leave the column out"
@@ -135,13 +144,13 @@ def load_rows(spec: DataSpec, kind: Kind = "text") -> Rows:
     return Rows(raw=raw, form=form, chats=spec.apply_chat_template)
 
 
-def check_rows(spec: DataSpec, kind: Kind = "text") -> None:
+def check_rows(spec: DataSpec, kinds: Sequence[Kind] = ("text",)) -> None:
     """Check that a data set can be read, row by row; as `load_rows`.
 
     Raises:
         UserError: names the file and the line of the first row that cannot be used.
     """
-    for _ in load_rows(spec, kind):
+    for _ in load_rows(spec, kinds):
         pass
 
 
@@ -152,7 +161,7 @@ def load_tokens(
     *,
     vocabulary: int,
     now: datetime | None = None,
-    kind: Kind = "text",
+    kinds: Sequence[Kind] = ("text",),
 ) -> Tokens:
     """Read and tokenise a data set.
 
@@ -162,14 +171,14 @@ def load_tokens(
         max_length: the limit in tokens, as in `tokenize`.
         vocabulary: how many rows the model's embedding has; a token beyond it is refused.
         now: the time for chat templates that write one; None is the time of this call.
-        kind: what is to be learnt from the rows.
+        kinds: what may be learnt from the rows.
 
     Raises:
         UserError: as in `load_rows` and `tokenize`, or the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer, vocabulary)
     with clock_at(now or datetime.now()):
-        return tokenize(load_rows(spec, kind), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
+        return tokenize(load_rows(spec, kinds), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> None:
@@ -211,7 +220,9 @@ def tokenize(
             or has a token that the model does not know, or no row has a token in the loss.
     """
     name, encoder = rows.raw.name, Encoder(tokenizer, chats=rows.chats)
-    nothing: Mapping[str, Encoded] = {prefix: ([], []) for prefix in ("", *([REJECTED] if rows.kind == "pairs" else []))}
+    nothing: Mapping[str, Encoded] = {
+        prefix: ([], []) for prefix in ("", *([REJECTED] if rows.kind == "pairs" else []))
+    }
 
     def encode(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         columns: defaultdict[str, list[Any]] = defaultdict(list)

@@ -31,11 +31,6 @@ def rows_digest(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def longest(rows: Dataset) -> int:
-    """Return how many tokens the longest sequence of the rows has."""
-    return max(len(ids) for name in rows.column_names if name.endswith("input_ids") for ids in rows[name])
-
-
 def arrange(
     rows: Dataset, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[Dataset, Collator]:
@@ -81,9 +76,7 @@ def _in_order(rows: Dataset, arguments: SFTConfig) -> Dataset:
         raise as_user_error(error) from error
 
 
-def first_batches(
-    rows: Dataset, collator: Collator, size: int, count: int
-) -> list[Mapping[str, Tensor]]:
+def first_batches(rows: Dataset, collator: Collator, size: int, count: int) -> list[Mapping[str, Tensor]]:
     """Yield the first `count` batches of `size` rows, or as many as there are."""
 
     def batches() -> Iterator[Any]:

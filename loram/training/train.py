@@ -196,7 +196,7 @@ def _prepare(
         options.trainer["max_length"],
         vocabulary=checkpoint.vocabulary,
         now=started,
-        kind=METHODS[options.method].learns,
+        kinds=(METHODS[options.method].learns,),
     )
     check_packed(tokens.rows, build_configs(options, device)[1])
     inputs = {"base": checkpoint.fingerprint}

@@ -64,11 +64,6 @@ class Method:
     planned: bool = False
     adds_files: bool = False
 
-    @property
-    def sequences(self) -> int:
-        """Return how many sequences of tokens a row has."""
-        return 2 if self.learns == "pairs" else 1
-
     def own_options(self, options: "TrainOptions") -> Options | None:
         """Return the method's own options with their defaults filled in; None if it has none."""
         if self.section is None or self.options is None:

@@ -111,7 +111,7 @@ def _aot_unpaired(pairs: Pairs) -> "Tensor":
 
 
 def _apo_zero(pairs: Pairs) -> "Tensor":
-    """Return that of APO-zero (arXiv 2408.06266, equation 7): chosen answers become likelier, and rejected ones less."""
+    """Return that of APO-zero (arXiv 2408.06266, equation 7): chosen answers become likelier, rejected ones less."""
     return 1 - (pairs.beta * pairs.chosen.ratio).sigmoid() + (pairs.beta * pairs.rejected.ratio).sigmoid()
 
 

@@ -32,7 +32,7 @@ class PreferenceOptions(Options):
     beta: PositiveFloat = option(
         0.1,
         "Preference tuning: how strongly the reference holds the model; with orpo, the weight of the odds ratio.",
-        also="pref_beta rl_beta dpo_beta orpo_alpha",
+        also="pref_beta rl_beta orpo_alpha",
     )
     loss_type: list[str] | str | None = option(
         None,
@@ -81,7 +81,9 @@ class Preference(Method, ABC):
         if others := sorted(own.model_fields_set - set(self.reads)):
             raise UserError(f"preference: {others[0]} has no use with method {self.name}; leave it out")
         if options.anchor_steps:
-            raise UserError(f"anchor_steps: anchors are gradients of the cross entropy, and {self.name} has another loss")
+            raise UserError(
+                f"anchor_steps: anchors are gradients of the cross entropy, and {self.name} has another loss"
+            )
         for key in ("packing", "padding_free"):
             if options.trainer.get(key):
                 raise UserError(f"trainer: {key} puts rows together, and {self.name} compares them; leave it out")

@@ -58,6 +58,12 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
+def methods_with(section: str | None) -> str:
+    """Return the names of the methods that share a section of options: `methods dpo, orpo and kto`."""
+    *names, last = [row.name for row in METHODS.values() if row.section == section]
+    return f"methods {', '.join(names)} and {last}" if names else f"method {last}"
+
+
 def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
     """Refuse options that contradict the method, that it would ignore, or that make another method.
 
@@ -92,8 +98,9 @@ def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
 def _check_other(other: Method, options: "TrainOptions") -> None:
     """Refuse what belongs to a method that is not the one that trains."""
     if other.section not in (None, METHODS[options.method].section) and getattr(options, other.section) is not None:
-        names = " and ".join(row.name for row in METHODS.values() if row.section == other.section)
-        raise UserError(f"{other.section}: these are options of method {names}, and the method is {options.method}")
+        raise UserError(
+            f"{other.section}: these are options of {methods_with(other.section)}, and the method is {options.method}"
+        )
     if other.adds_files:  # PEFT's switch alone would leave them out, and the adapter could not be recovered
         for key, value in other.lora.items():
             if options.lora.get(key) == value:
