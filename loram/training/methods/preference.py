@@ -78,7 +78,9 @@ class Preference(Method, ABC):
         super().check(options, lora)
         own = self.own_options(options)
         assert isinstance(own, PreferenceOptions)
-        if others := sorted(own.model_fields_set - set(self.reads)):
+        default = PreferenceOptions()
+        changed = (name for name in PreferenceOptions.model_fields if getattr(own, name) != getattr(default, name))
+        if others := [name for name in changed if name not in self.reads]:
             raise UserError(f"preference: {others[0]} has no use with method {self.name}; leave it out")
         if options.anchor_steps:
             raise UserError(
@@ -101,7 +103,8 @@ class Preference(Method, ABC):
                 chosen answers; of answers with a label also `desirable`, (rows,), and the same three tensors of
                 mismatched answers under names that begin with `kl_`.
             policy: the model with its adapter.
-            reference: the model without it, or with that which the training began with; without gradients.
+            reference: the model without it, or with that which the training began with; without gradients. It is to be
+                called before what `policy` gives is differentiated.
             own: the method's options.
         """
 
@@ -127,7 +130,7 @@ class Dpo(Preference):
             raise UserError(f"preference: label_smoothing is for loss_type {', '.join(SMOOTHED)}; leave it out")
         if "exo_pair" in losses and not own.label_smoothing:
             raise UserError("preference: loss_type exo_pair needs label_smoothing above 0; its paper takes 1e-3")
-        if "discopop_tau" in own.model_fields_set and "discopop" not in losses:
+        if own.discopop_tau != PreferenceOptions().discopop_tau and "discopop" not in losses:
             raise UserError("preference: discopop_tau is for loss_type discopop; leave it out")
 
     def loss(
