@@ -64,7 +64,7 @@ def train(settings: dict[str, Any]) -> None:
     import loram
     from loram.compute.device import rss
 
-    class Report(TrainerCallback):  # type: ignore[misc]
+    class Report(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             print(f"step {state.global_step} {rss()}", flush=True)
 

@@ -91,7 +91,8 @@ class _GuardedTrainer(Trainer):
     @functools.cached_property
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         """All parameters by name, listed once: a walk through a deep model takes tens of milliseconds."""
-        return list(self.model.named_parameters())
+        model: Any = self.model  # Any: transformers declares that it may be None
+        return list(model.named_parameters())
 
     def _trained_now(self) -> dict[str, nn.Parameter]:
         """Return the parameters that train in this step; some methods change which ones these are."""
