@@ -61,6 +61,11 @@ def evaluate(
                 f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
                 f"of {report.rows:,} rows"
             )
+            if report.preferences is not None:
+                typer.echo(
+                    f"the chosen answer is likelier in {100 * report.preferences.accuracy:.1f}% of pairs, by "
+                    f"{report.preferences.margin:.2f} nats on average"
+                )
     if harness is not None:
         from loram.evaluation.tasks import evaluate_tasks, table
 

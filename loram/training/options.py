@@ -22,7 +22,7 @@ from loram.trainer.arguments import (
 )
 from loram.training.engine import STREAMED, check_engine
 from loram.training.experts import check_expert_targets, check_linear_targets, expert_targets
-from loram.training.methods.table import METHODS, check_method, method_of
+from loram.training.methods.table import METHODS, check_method, method_of, methods_with
 
 # Options that would be ignored in silence, since rows come to the trainer as token ids and labels.
 _OURS = {
@@ -62,7 +62,8 @@ class LoraFlags(Options):
     lora_alpha: int | float = option(16, "The update is scaled by alpha / r.", also="alpha", common=True, gt=0)
     lora_dropout: float = option(
         0.05,
-        "The dropout before lora_A (default: 0.05; with dora, lora-fa, target_parameters and engine streamed 0).",
+        "The dropout before lora_A (default: 0.05; with dora, lora-fa, dpo, orpo, kto, target_parameters and engine "
+        "streamed 0).",
         also="dropout",
         planned=True,
         ge=0,
@@ -207,7 +208,7 @@ else:  # with a section for each method that has options of its own
         __module__=__name__,
         __doc__=_TrainOptions.__doc__,
         **{
-            method.section: (method.options | None, option(None, f"The options of method {method.name}."))
+            method.section: (method.options | None, option(None, f"The options of {methods_with(method.section)}."))
             for method in METHODS.values()
             if method.section is not None
         },
@@ -280,7 +281,10 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         why = _ELSEWHERE.get(ours[0], "loram writes the output and prepares the rows itself")
         raise UserError(f"trainer: {ours[0]} cannot be set: {why}")
     if other := [key for key in _OTHER_LOSSES if trainer.get(key) not in (None, 0, "nll")]:
-        raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
+        raise UserError(
+            f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time; methods dpo "
+            "and kto have preference.loss_type"
+        )
     from trl import SFTConfig
 
     check_trainer(trainer, SftFlags, SFTConfig)
