@@ -83,7 +83,8 @@ def prune(
     out = check_output(out, base)
     checkpoint = open_model(base, chat_template=chat_template)
     check_prunable(checkpoint, settings)
-    settings, on = settings.for_model(checkpoint.geometry, checkpoint.architecture), join_processes(device)
+    settings = settings.for_model(checkpoint.geometry, checkpoint.architecture)
+    on = join_processes(device)
 
     samples: list[list[int]] = []
     further: list[list[int]] = []

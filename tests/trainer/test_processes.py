@@ -12,9 +12,11 @@ from together import Stop, work
 import loram
 from loram.base.errors import UserError
 from loram.cli import _main as command
+from loram.compute.device import pick_device
 from loram.disk.adapter import Adapter
 from loram.disk.artifacts import MANIFEST_NAME
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.opening import open_model
 
 Made = tuple[Path, Path, subprocess.CompletedProcess[str]]
 FOLDERS = ["plain", "anchored", "streamed", "resumed", "aligned", "commanded"]
@@ -73,6 +75,17 @@ def test_other_stages_refuse_to_be_run_by_several(
     monkeypatch.setenv("RANK", "1")
     assert command(["recover", "adapter", str(tmp_path / "out")]) == 2
     assert "in process 1 of 2: recover: works in one process" in capsys.readouterr().err
+
+
+def test_several_processes_refuse_one_gpu_and_a_file_to_convert(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="each of several processes takes a GPU of its own"):
+        pick_device("cuda:1")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="convert it first, in one process: loram convert"):
+        open_model(tmp_path / "model.gguf")
 
 
 def test_lisa_refuses_several(
