@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 # How long a process waits for the others. The first one writes, refits and computes checksums meanwhile, and the
 # launcher ends all processes when one has failed.
-_PATIENCE = timedelta(days=1)
+_PATIENCE = timedelta(hours=3)
 
 
 def count() -> int:

@@ -17,7 +17,7 @@ from loram.base import processes
 from loram.base.progress import without_library_bars
 from loram.base.stopping import Stop, stop_by
 from loram.trainer.checkpoints import Checkpoints
-from loram.trainer.sharding import check_sharded, sharding, trained_state, whole
+from loram.trainer.sharding import check_sharded, own_shard, sharding, trained_state, whole
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 Trained = Callable[[], Mapping[str, nn.Parameter]]
@@ -196,7 +196,7 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], what: str, step: int) -> 
 
 def _find_culprit(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not whole(parameter.isfinite().all()):
+        if parameter.is_floating_point() and not own_shard(parameter).isfinite().all():
             return f"{_plain_name(name)} has values that are not finite"
     return f"all weights are finite; {_ADVICE}"
 

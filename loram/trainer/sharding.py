@@ -1,19 +1,23 @@
 """Sharding: each of several processes holds a part of every weight, by PyTorch's FSDP2 or by DeepSpeed's ZeRO.
 
 accelerate and transformers do the sharding. Where they cannot, they go on with the whole model in each process and say
-nothing, which is refused here. It imports nothing heavy at the top.
+nothing, which is refused here.
 """
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from loram.base import processes
 from loram.base.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+from loram.disk.files import read_json
 
 FSDP, DEEPSPEED = "FSDP", "DeepSpeed"
 
@@ -35,7 +39,7 @@ def _switched_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() == "true"
 
 
-def check_sharding(trainer: Mapping[str, Any], device: "torch.device") -> None:
+def check_sharding(trainer: Mapping[str, Any], device: torch.device) -> None:
     """Refuse sharding where the libraries would silently leave the model whole.
 
     Args:
@@ -43,9 +47,11 @@ def check_sharding(trainer: Mapping[str, Any], device: "torch.device") -> None:
         device: the device that computes.
 
     Raises:
-        UserError: there is one process, or the device is a CPU, or it is FSDP's first version.
+        UserError: there is one process, the device is a CPU, it is FSDP's first version, or a config would not be read.
     """
     kind = sharding(trainer)
+    if trainer.get("fsdp_config") and not trainer.get("fsdp"):
+        raise UserError("trainer: fsdp_config is read only with fsdp: true; add that, or leave it out")
     if kind is None:
         return
     if processes.count() == 1:
@@ -64,11 +70,13 @@ def check_sharding(trainer: Mapping[str, Any], device: "torch.device") -> None:
 
 def _fsdp_version(trainer: Mapping[str, Any]) -> str:
     if trainer.get("fsdp"):
-        return str((trainer.get("fsdp_config") or {}).get("version", 2))
+        config = trainer.get("fsdp_config") or {}
+        read = read_json(Path(config)) if isinstance(config, str) else config
+        return str(read.get("version", read.get("fsdp_version", 2)))
     return os.environ.get("FSDP_VERSION", "1")
 
 
-def check_sharded(model: "nn.Module", kind: str | None) -> None:
+def check_sharded(model: nn.Module, kind: str | None) -> None:
     """Refuse to train a model that is whole in each process although it should be sharded.
 
     Args:
@@ -78,26 +86,23 @@ def check_sharded(model: "nn.Module", kind: str | None) -> None:
     Raises:
         UserError: it did not.
     """
-    if kind == FSDP and not all(_is_sharded(weight) for weight in model.parameters()):
+    if kind == FSDP and not all(isinstance(weight, DTensor) for weight in model.parameters()):
         raise UserError("FSDP: accelerate has left weights whole in each process; see that it is configured for FSDP 2")
     if kind == DEEPSPEED and not all(hasattr(weight, "ds_id") for weight in model.parameters()):
         raise UserError("DeepSpeed: has left the weights whole in each process; only its ZeRO stage 3 shards them")
 
 
-def _is_sharded(tensor: "Tensor") -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def whole(tensor: "Tensor") -> "Tensor":
+def whole(tensor: Tensor) -> Tensor:
     """Return a tensor, put together from the shards of all processes if it has any; all of them have to call this."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trained_state(model: "nn.Module") -> dict[str, Any]:
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, without a word with the others: all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def trained_state(model: nn.Module) -> dict[str, Any]:
     """Return the state of a sharded model for its file, on the CPU, in the first process; nothing in the others.
 
     Of an adapter's model that is the adapter, else all weights. All processes have to call this.
@@ -105,9 +110,6 @@ def trained_state(model: "nn.Module") -> dict[str, Any]:
     Args:
         model: the model that trains.
     """
-    from peft import PeftModel
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
     adapter = isinstance(model, PeftModel)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
     return get_model_state_dict(model, options=options)

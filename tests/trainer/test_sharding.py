@@ -80,6 +80,8 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -
     check_sharding({"fsdp": True}, CUDA)
     with pytest.raises(UserError, match="its first version is not supported"):
         check_sharding({"fsdp": True, "fsdp_config": {"version": 1}}, CUDA)
+    with pytest.raises(UserError, match="fsdp_config is read only with fsdp"):
+        check_sharding({"fsdp_config": {"version": 2}}, CUDA)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="add --fsdp_version 2"):
         check_sharding({}, CUDA)
