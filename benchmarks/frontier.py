@@ -11,6 +11,9 @@ DIR is as for quality.py. Pruning reads one of two texts: `general`, which is Wi
 which is 20 pieces of that and 30 GSM8K training rows that no adapter is trained on. The script writes frontier.json,
 frontier.md (the table) and frontier.png beside itself, after each way.
 A second call only does what is missing. For a GPU: `--steps 200 --batch 8 --train-samples 1600 --samples 200`.
+
+`--half-price` takes other ways: those whose training takes half of the operations of LoRA on the full model.
+`--resident` does exact steps in memory, with the same result as streamed ones, and in less time on a small model.
 """
 
 import argparse
@@ -89,6 +92,26 @@ def ways(steps: int, seeds: list[int]) -> Iterator[Way]:
             yield Way("refit, bypass", Job(ratio=ratio, prune=bypass, seed=seed))
             yield Way("refit, bypass, exact end", Job(ratio=ratio, prune=bypass, **end, seed=seed))
     yield from single_runs(steps, seeds[0])
+
+
+def half_price(bench: "Frontier", steps: int, seed: int) -> Iterator[Way]:
+    """Yield the ways whose training takes half of the operations of LoRA, and what they are compared with."""
+    yield Way("untuned", Job(base="untuned", seed=seed))
+    yield Way("LoRA on the full model", Job(base="full", seed=seed))
+    yield Way("LoRA, half of the steps", Job(base="full", steps=steps // 2, seed=seed))
+    whole, exact = bench.operations(), steps // 4
+    for ratio in (0.5, 0.75):
+        bypass = prune_options("mixed")
+        pruned = bench.operations(ratio=ratio, **refit_of(bypass))
+        first = int((steps / 2 * whole - exact * bench.operations(engine="streamed")) / pruned)
+        job = Job(ratio=ratio, prune=bypass, steps=first, recovery=f"polished {exact} 0.001", seed=seed)
+        yield Way("refit, bypass, exact end, half price", job)
+        yield Way("refit, bypass", Job(ratio=ratio, prune=bypass, seed=seed))
+
+
+def refit_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options of a pruning that the estimate of a training needs."""
+    return {name: options[name] for name in ("refit", "bypass_rank") if name in options}
 
 
 def exact_end(steps: int) -> dict[str, Any]:
@@ -186,8 +209,7 @@ class Frontier(Bench):
         if job.base == "untuned":
             return Cost(operations=0, pruning=0, read=0, seconds=0, peak=0)
         steps, step_tokens = job.steps or self.args.steps, self.args.batch * self.tokens["gsm8k_train.jsonl"]
-        pruning: dict[str, Any] = {name: job.prune[name] for name in ("refit", "bypass_rank") if name in job.prune}
-        pruning |= {"ratio": job.ratio} if job.base == "pruned" else {}
+        pruning = refit_of(job.prune) | ({"ratio": job.ratio} if job.base == "pruned" else {})
         training = {name: value for name, value in job.train.items() if name != "lora"}
         plan = self.estimate(**pruning, **training)
         operations = plan.arithmetic.flops_per_token * step_tokens * steps
@@ -196,7 +218,7 @@ class Frontier(Bench):
             read += 2 * model_bytes * measurements(steps, every)
         if job.recovery.startswith("polished"):
             last, exact = int(job.recovery.split()[1]), self.estimate(engine="streamed")
-            operations += exact.arithmetic.flops_per_token * step_tokens * last
+            operations += self.operations(engine="streamed") * step_tokens * last
             read += exact.read_per_step * last
         return Cost(
             operations=operations,
@@ -210,6 +232,18 @@ class Frontier(Bench):
         """Return the estimate of a training as this machine does it."""
         rows = {"per_device_train_batch_size": self.args.batch, "lora_dropout": 0.0}
         return loram.estimate(self.args.model, device=self.args.device, **rows, **fields)
+
+    def operations(self, **fields: Any) -> float:
+        """Return the operations of a training per token."""
+        operations: float = self.estimate(**fields).arithmetic.flops_per_token
+        return operations
+
+    def polish(self, job: Job, adapter: Path, out: Path) -> None:
+        """Polish an adapter, or take the same exact steps in memory."""
+        if not self.args.resident:
+            return super().polish(job, adapter, out)
+        exact = Job(base="full", steps=int(job.recovery.split()[1]), train={"adapter": adapter}, seed=job.seed)
+        return self.train(exact, self.args.model, out)
 
     def full_bytes(self) -> int:
         """Return the bytes of the full model's files."""
@@ -335,11 +369,14 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=16, help="how many WikiText-2 test pieces of 256 tokens to score")
     parser.add_argument("--dev-samples", type=int, default=24)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--half-price", action="store_true", help="only ways that take half of LoRA's operations")
+    parser.add_argument("--resident", action="store_true", help="do exact steps in memory")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
 
     bench, rows = Frontier(args), []
-    for label, job in ways(args.steps, args.seeds):
+    chosen = half_price(bench, args.steps, args.seeds[0]) if args.half_price else ways(args.steps, args.seeds)
+    for label, job in chosen:
         result = bench.run(job)
         cost = bench.cost(job, result["seconds"])
         rows.append({"label": label, "name": job.name, "job": asdict(job), **result, "cost": asdict(cost)})

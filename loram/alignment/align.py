@@ -1,4 +1,4 @@
-"""The align stage: all weights of a pruned model trained until it says what the full model says."""
+"""The align stage: a pruned model trained until it says what the full model says."""
 
 import logging
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerState, set_seed
 
 from loram.alignment.arguments import build_arguments
 from loram.alignment.distill import AlignTrainer
@@ -21,11 +22,14 @@ from loram.alignment.probe import Probe
 from loram.base import processes
 from loram.base.errors import UserError
 from loram.compute.loading import load_model
+from loram.disk.adapter import Adapter
 from loram.disk.artifacts import check_output
 from loram.disk.card import Making, shown, write_card
+from loram.disk.merged import write_merged
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.disk.writer import write_trained
+from loram.trainer.adapted import add_adapter, frozen_model
 from loram.trainer.arguments import check_batches, duration
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
@@ -50,6 +54,9 @@ def align(
     **fields: Any,
 ) -> Path:
     """Train all weights of a pruned model, except embedding and lm_head, on what the full model predicts.
+
+    With `lora_r` a LoRA on all linears of the decoder layers trains in their place, and is added to them at the end.
+    That takes little more memory than the pruned model itself, which may be in 4 bits meanwhile.
 
     `distill` minimises the forward KL divergence from the full model at the places in the loss, `clm` minimises plain
     cross entropy, and `mix` their weighted mean. The full model's predictions come from caches that `teach` made, whose
@@ -87,7 +94,7 @@ def align(
     spec = AlignOptions.of(options, **fields)
     out = check_output(out, pruned)
     on = join_processes(device)
-    arguments = resolve_trainer(spec.trainer, seed)
+    arguments = resolve_trainer(spec.trainer, seed, adapter=spec.lora_r is not None)
     started = first_start(out, fresh=fresh)
     inputs = open_inputs(open_model(pruned, chat_template=chat_template), spec, arguments, base, on, now=started)
     check_batches(len(inputs.rows), build_arguments(arguments, on, out))
@@ -175,8 +182,18 @@ class _AlignJob(Job[Aligned]):
         )
         return _aligned(trainer.state, checkpoints.path(trainer.state.global_step), checkpoints)
 
-    def _student(self) -> PreTrainedModel:
-        """Return the pruned model in float32, with all trainable weights unfrozen."""
+    def _student(self) -> PreTrainedModel | PeftModel:
+        """Return the pruned model: in float32 with all trainable weights unfrozen, or frozen with a LoRA on it."""
+        if (rank := self.spec.lora_r) is not None:
+            set_seed(self.options["seed"])  # which draws lora_A
+            adapter = LoraConfig(
+                r=rank,
+                lora_alpha=self.spec.lora_alpha or 2 * rank,
+                target_modules=list(self.inputs.student.architecture.adapter_targets),
+                task_type="CAUSAL_LM",
+            )
+            frozen = frozen_model(self.inputs.student, self.device, in_4bit=self.spec.load_in_4bit)
+            return add_adapter(frozen, adapter)
         model = load_model(self.inputs.student, dtype=torch.float32)
         if not self.spec.train_embeddings:
             head: nn.Module = model.get_output_embeddings()
@@ -209,9 +226,13 @@ class _AlignJob(Job[Aligned]):
 
     def write(self, out: Path, outcome: Aligned) -> Mapping[str, float]:
         """Write the pruned folder with the weights that are kept."""
-        row = self.inputs.student.architecture
-        frozen = () if self.spec.train_embeddings else (row.embedding_weight, row.head_weight)
-        write_trained(out, self.inputs.student, outcome.weights, frozen=frozen)
+        student = self.inputs.student
+        if self.spec.lora_r is not None and outcome.weights is not None:
+            write_merged(out, student, Adapter.load(outcome.weights))
+        else:
+            row = student.architecture
+            frozen = () if self.spec.train_embeddings else (row.embedding_weight, row.head_weight)
+            write_trained(out, student, outcome.weights, frozen=frozen)
         write_card(out, self._making())
         return {}
 
@@ -220,7 +241,10 @@ class _AlignJob(Job[Aligned]):
         sources = [*(one.path for one in spec.dataset), *(one.path for one in spec.teacher)]
         text = ", ".join(f"`{shown(source)}`" for source in sources) or "text that the full model wrote"
         rows = f"{len(self.inputs.rows):,} rows of {text}"
-        step = f"**Aligned** with the full model (objective {spec.objective}) on {rows}: {duration(self.options)}."
+        means = "" if spec.lora_r is None else f", by a LoRA of rank {spec.lora_r} that was added to the weights"
+        step = (
+            f"**Aligned** with the full model (objective {spec.objective}{means}) on {rows}: {duration(self.options)}."
+        )
         return Making(
             kind=self.kind,
             step=step,

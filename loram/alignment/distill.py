@@ -14,6 +14,7 @@ from loram.alignment.judge import Judge, Milestones
 from loram.compute.device import allocate_
 from loram.compute.loss import chunked_loss, parts_of
 from loram.data.batches import IGNORED
+from loram.trainer.adapted import plain_model
 from loram.trainer.arguments import checkpoints_activations
 
 
@@ -101,7 +102,7 @@ class AlignTrainer(Trainer):
         """Return the mean loss of a micro-batch, or its part of the mean over `num_items_in_batch` tokens."""
         next_labels = inputs["labels"][:, 1:]
         wanted = next_labels != IGNORED  # (rows, width - 1)
-        student: Any = self.accelerator.unwrap_model(model)  # Any: accelerate does not know that it is a language model
+        student = plain_model(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
             states = _hidden_states(model, parts_of(student)[0], inputs)[:, :-1][wanted]  # (positions, hidden size)
             total = self._loss(states, student, next_labels[wanted], inputs, wanted)
@@ -112,7 +113,12 @@ class AlignTrainer(Trainer):
         return total / num_items_in_batch
 
     def _loss(
-        self, states: Tensor, student: Any, next_ids: Tensor, inputs: dict[str, Tensor | Any], wanted: Tensor
+        self,
+        states: Tensor,
+        student: PreTrainedModel,
+        next_ids: Tensor,
+        inputs: dict[str, Tensor | Any],
+        wanted: Tensor,
     ) -> Tensor:
         _, head, rule = parts_of(student)
         targets = [] if self.clm_weight == 1 else self._teacher_targets(inputs, wanted)

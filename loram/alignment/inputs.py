@@ -21,6 +21,7 @@ from loram.compute.device import compute_dtype, fits
 from loram.compute.loading import load_model, load_tokenizer, open_full
 from loram.disk.artifacts import digest, find_manifest
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.merged import check_mergeable
 from loram.model.plan import PruningPlan
 
 logger = logging.getLogger(__name__)
@@ -90,10 +91,15 @@ def open_inputs(
         raise UserError(
             f"{student.name}: not a pruned folder; alignment trains what `loram prune` made of a full model"
         )
+    if spec.lora_r is not None:
+        check_mergeable(student)
+        if student.quantized:
+            raise UserError(f"{student.name}: is quantised, and the LoRA could not be added to it; take its original")
     plan, tokenizer = PruningPlan.load(student.folder), load_tokenizer(student)
     full = open_full(plan, base) if spec.live or spec.sampled or spec.probe else None
     if spec.live and full is not None:
-        needed = full.parameters * compute_dtype(device).itemsize + student.parameters * _TRAINED_BYTES
+        own = _TRAINED_BYTES if spec.lora_r is None else compute_dtype(device).itemsize
+        needed = full.parameters * compute_dtype(device).itemsize + student.parameters * own
         remedy = "`loram teach` it first, and give the folder that makes with --teacher"
         _check_fits(full, needed, device, f"as a teacher beside the pruned model; {remedy}")
     length, seed = trainer["max_length"], trainer["seed"]

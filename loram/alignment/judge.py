@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from loram.alignment.probe import Probe
 from loram.base import processes
+from loram.trainer.adapted import plain_model
 from loram.trainer.checkpoints import Checkpoints, reproducible_entries
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class Judge:
 
     def judge(self, trainer: Trainer) -> dict[str, float]:
         """Probe a Trainer's model, log the losses, and make the Trainer stop if there was no better probe for long."""
-        losses = self.probe.measure(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.autocast)
+        student = plain_model(trainer.accelerator.unwrap_model(trainer.model))
+        losses = self.probe.measure(student, trainer.accelerator.autocast)
         entry = processes.broadcast(lambda: dataclasses.asdict(losses))  # GPUs may differ in the last bits
         step, log = trainer.state.global_step, trainer.state.log_history
         if step == 0:

@@ -20,10 +20,19 @@ from loram.trainer.arguments import (
 # Options that loram decides itself, or that would be ignored in silence.
 _OURS = {"output_dir", "eval_steps", "label_smoothing_factor", "logging_nan_inf_filter", "remove_unused_columns"}
 
+RATE, ADAPTER_RATE = 1e-4, 1e-3  # the default learning rates of weights, and of an adapter in their place
+
 
 class AlignTrainerFlags(TrainerFlags):
     """The options of transformers' TrainingArguments that have a default, a flag or another tool's name here."""
 
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        None,
+        f"The learning rate after warm-up (default: {RATE}, and {ADAPTER_RATE} with lora_r).",
+        also="lr",
+        common=True,
+        gt=0,
+    )
     warmup_steps: float = option(
         0.05,
         "Warm-up steps, or a share of all steps if below 1.",
@@ -53,6 +62,11 @@ class AlignOptions(Options):
     clm_weight: float | None = option(
         None, "The share of the text's own loss with the objective mix (default: 0.5).", gt=0, lt=1
     )
+    lora_r: PositiveInt | None = option(
+        None, "Train a LoRA of this rank in place of the weights, and add it to them at the end.", common=True
+    )
+    lora_alpha: PositiveInt | None = option(None, "The scale of that LoRA is alpha / r (default: twice lora_r).")
+    load_in_4bit: bool = option(False, "Hold the pruned model in 4 bits (NF4) while a LoRA trains.")
     train_embeddings: bool = option(False, "Train the embedding and lm_head too.")
     probe: bool = option(True, "Keep the weights whose probe, recovered on the full model, is best.")
     probe_dataset: WeightedSpec | None = option(
@@ -88,6 +102,11 @@ class AlignOptions(Options):
             raise ValueError("probe_dataset: given, but there is to be no probe; drop one of them")
         if "max_length" in self.trainer and self.teacher and self.probe_dataset is None:
             raise ValueError("trainer: max_length is that of the teacher's rows; leave it out")
+        if self.lora_r is None and (self.load_in_4bit or self.lora_alpha is not None):
+            name = "load_in_4bit" if self.load_in_4bit else "lora_alpha"
+            raise ValueError(f"{name}: is for a LoRA in place of the weights; give lora_r too, or drop it")
+        if self.lora_r is not None and self.train_embeddings:
+            raise ValueError("train_embeddings: a LoRA trains linears only; drop it, or lora_r")
         for name in ("dataset", "teacher"):
             weights = [one.weight for one in getattr(self, name)]
             if None in weights and any(weights):
@@ -133,8 +152,13 @@ class TeachOptions(Options):
         return self
 
 
-def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any]:
+def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42, *, adapter: bool = False) -> dict[str, Any]:
     """Fill in our defaults of the Trainer's options, and refuse options that would mislead.
+
+    Args:
+        trainer: the options that were given.
+        seed: the seed of everything that is drawn.
+        adapter: whether a LoRA trains in place of the weights.
 
     Raises:
         UserError: transformers has no such option (names the nearest), or it is not for the user to set.
@@ -145,7 +169,8 @@ def resolve_trainer(trainer: Mapping[str, Any], seed: int = 42) -> dict[str, Any
         raise UserError(f"trainer: {ours[0]} cannot be set: loram writes the output and judges the weights itself")
     known = ["max_length", *option_names(TrainingArguments)]
     check_names(trainer, known, "trainer", "TrainingArguments", AlignOptions)
-    options = {**defaults_of(AlignTrainerFlags), "seed": seed, **trainer}
+    rate = ADAPTER_RATE if adapter else RATE
+    options = {**defaults_of(AlignTrainerFlags), "learning_rate": rate, "seed": seed, **trainer}
     check_trainer(options, AlignTrainerFlags, TrainingArguments)
     if not isinstance(options["max_length"], int) or options["max_length"] < 2:
         raise UserError(f"trainer: max_length should be a number of tokens, but is {options['max_length']!r}")

@@ -33,8 +33,8 @@ from loram.pruning.prune import load_calibration
 from loram.run.pipeline import check
 from loram.run.recipe import EvaluateSection, Recipe
 from loram.run.stages import FULL_LORA
+from loram.trainer.adapted import add_adapter
 from loram.trainer.arguments import check_batches, checkpoints_activations
-from loram.training.adapt import add_adapter
 from loram.training.configs import build_configs
 from loram.training.methods.table import METHODS
 from loram.training.methods.weights import trained_layers

@@ -1,10 +1,9 @@
 """The model that trains: frozen with PEFT's adapter on it, or with its own weights unfrozen."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,7 +13,7 @@ from loram.compute.masked import mask_updates_
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 from loram.model.plan import find_plan
-from loram.trainer.arguments import as_user_error
+from loram.trainer.adapted import add_adapter, frozen_model
 from loram.training.engine import STREAMED
 from loram.training.methods.table import METHODS
 from loram.training.options import TrainOptions
@@ -68,23 +67,6 @@ def trainable_model(
     return adapted
 
 
-def add_adapter(model: PreTrainedModel, config: LoraConfig, *, low_cpu_mem_usage: bool = False) -> PeftModel:
-    """Return a model with LoRA factors at the target modules.
-
-    Raises:
-        UserError: PEFT refuses the options, or a key of `rank_pattern` or `alpha_pattern` means no target module, so
-            that PEFT would ignore it.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*did not match any targeted module", RuntimeWarning)
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
-    except (TypeError, ValueError, NotImplementedError, RuntimeWarning) as error:
-        raise as_user_error(error) from error
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
 def _add_to_4bit_experts(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Return a model in NF4 with LoRA factors at its experts too; as `add_adapter`."""
     from loram.compute.nf4_experts import open_experts_, share_no_stacks_
@@ -96,15 +78,10 @@ def _add_to_4bit_experts(model: PreTrainedModel, config: LoraConfig) -> PeftMode
 
 
 def _frozen_model(checkpoint: Checkpoint, options: TrainOptions, device: torch.device) -> PreTrainedModel:
-    """Return the model that gets an adapter, in 4 bits or in the device's dtype; a streamed one is a shell."""
-    dtype = compute_dtype(device)
+    """Return the model that gets an adapter; a streamed one is a shell."""
     if options.engine == STREAMED:
-        return shell_of(checkpoint, dtype)
-    if not options.load_in_4bit:
-        return load_model(checkpoint, dtype=dtype)
-    from loram.compute.nf4 import load_4bit
-
-    return load_4bit(checkpoint, device=device, dtype=dtype, offload_embedding=options.offload_embedding)
+        return shell_of(checkpoint, compute_dtype(device))
+    return frozen_model(checkpoint, device, in_4bit=options.load_in_4bit, offload_embedding=options.offload_embedding)
 
 
 def _draw_from_data_(adapted: PeftModel, batches: Sequence[Mapping[str, Tensor]]) -> None:

@@ -406,6 +406,56 @@ def test_a_probe_is_train_recover_evaluate(
     assert not any(module._forward_hooks for module in student.modules())
 
 
+# A LoRA in place of the weights
+
+
+def test_a_lora_is_added_to_the_weights(
+    tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """The aligned folder is the pruned one with weights that differ by a matrix of the LoRA's rank."""
+    pruned = pruned_models["llama"]
+    aligned = run(pruned, tmp_path / "aligned", data=rows_file, lora_r=2)
+    before, after = load_file(pruned / "model.safetensors"), load_file(aligned / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        change = after[name].double() - weight.double()
+        rank = torch.linalg.matrix_rank(change, rtol=1e-4) if change.dim() == 2 else change.count_nonzero()
+        assert rank == (2 if name.endswith("_proj.weight") else 0), name
+    assert entries(aligned)[-1]["loss"] < entries(aligned)[0]["loss"]
+    adapter = loram.train(aligned, tmp_path / "adapter", data=rows_file, trainer={"max_steps": 1})
+    loram.evaluate(tiny_llama, adapter=loram.recover(adapter, tmp_path / "recovered"), data=rows_file)
+
+
+def test_a_lora_begins_with_the_gradients_of_the_weights(
+    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    """Before the first step both ways have the same loss, and later ones differ."""
+    whole = run(pruned_models["gemma2"], tmp_path / "whole", data=rows_file)
+    lora = run(pruned_models["gemma2"], tmp_path / "lora", data=rows_file, lora_r=4, lora_alpha=4)
+    assert entries(lora)[0]["loss"] == pytest.approx(entries(whole)[0]["loss"], rel=1e-6)
+    assert entries(lora)[-1]["loss"] != pytest.approx(entries(whole)[-1]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("in_4bit", [False, True], ids=["16 bits", "NF4"])
+def test_a_lora_of_the_best_probe_is_kept_and_resumes_to_the_same_bytes(
+    in_4bit: bool, pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**PROBE, "data": rows_file, "lora_r": 2, "load_in_4bit": in_4bit}
+    options["trainer"] = {"save_steps": 3}
+    expected = contents(run(pruned_models["llama"], tmp_path / "whole", **options))
+    interrupted(4, pruned_models["llama"], tmp_path / "out", **options)
+    assert contents(run(pruned_models["llama"], tmp_path / "out", **options)) == expected
+
+
+def test_a_lora_that_no_probe_prefers_changes_nothing(
+    pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [1, 2, 3, 4])
+    pruned = pruned_models["mistral"]
+    out = run(pruned, tmp_path / "aligned", data=rows_file, **PROBE, lora_r=2)
+    assert same_weights(out, load_file(pruned / "model.safetensors"))
+
+
 # Interruptions
 
 
@@ -508,6 +558,9 @@ def test_going_on_with_other_settings_is_refused_and_fresh_starts_over(
         ({"trainer": {"max_grad_norm": -1}}, "max_grad_norm is -1"),
         ({"trainer": {"adam_beta1": 2}}, "Invalid beta parameter"),
         ({"trainer": {"max_length": 1}}, "max_length should be a number of tokens"),
+        ({"load_in_4bit": True}, "align: load_in_4bit: is for a LoRA in place of the weights; give lora_r too"),
+        ({"lora_alpha": 8}, "align: lora_alpha: is for a LoRA in place of the weights; give lora_r too"),
+        ({"lora_r": 4, "train_embeddings": True}, "align: train_embeddings: a LoRA trains linears only"),
         ({"base": "/nowhere/model"}, "/nowhere/model: no such file or folder"),
         ({"device": "cuda:99"}, "cannot be used"),
     ],

@@ -159,7 +159,7 @@ ELSEWHERE = {
         "dataset device engine examples method packing pattern probe r ratio refit seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
-        "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout max_length max_steps optim "
+        "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout lora_r max_length max_steps optim "
         "output_dir per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
