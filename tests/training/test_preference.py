@@ -298,7 +298,10 @@ def as_text(row: dict[str, str], answer: str) -> dict[str, str]:
         ),
         ({"method": "dpo", "preference": {"loss_type": "exo_pair"}}, "exo_pair needs label_smoothing above 0"),
         ({"method": "dpo", "preference": {"discopop_tau": 0.1}}, "discopop_tau is for loss_type discopop"),
-        ({"method": "dpo", "anchor_steps": 4}, "anchor_steps: anchors are gradients of the cross entropy"),
+        (
+            {"method": "dpo", "anchor_steps": 4},
+            "anchor_steps: measures gradients of the cross entropy, and method dpo has",
+        ),
         ({"method": "dpo", "engine": "streamed"}, "engine streamed: cannot train by method dpo"),
         ({"method": "dpo", "trainer": {"packing": True}}, "packing puts rows together, and dpo compares them"),
         ({"method": "dpo", "trainer": {"router_aux_loss_coef": 0.1}}, "router_aux_loss_coef is not added"),
