@@ -21,7 +21,9 @@ import loram
 from loram import cli
 from loram.compute.loss import use_log_probs_
 from loram.run.dry_run import dry_run
+from loram.run.pipeline import run
 from loram.run.recipe import Recipe
+from loram.run.report import summary
 from loram.training.methods.pair_losses import PAIR_LOSSES, SMOOTHED
 from loram.training.methods.preference import Preference, PreferenceOptions
 from loram.training.methods.table import METHODS
@@ -336,3 +338,22 @@ def test_a_recipe_is_checked_and_shown_with_both_answers(
         dry_run(Recipe.model_validate({**recipe, "dataset": str(rows_file)}))
     with pytest.raises(ValueError, match=r"polish: learns from texts, and dpo from preferences; name texts"):
         Recipe.model_validate({**recipe, "polish": {}})
+
+
+def test_a_run_says_which_answers_are_preferred(
+    pruned_models: dict[str, Path], jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = str(jsonl(*PAIRS))
+    recipe = {
+        "model_name_or_path": str(pruned_models["qwen3"]),
+        "output_dir": str(tmp_path / "run"),
+        "dataset": data,
+        "eval_dataset": {"task": data},
+        "device": "cpu",
+        "train": {"method": "dpo", "trainer": {**STEPS, "save_strategy": "no"}},
+    }
+    report = run(Recipe.model_validate(recipe))
+    before, after = (report.row(name).preferences["task"] for name in ("base", "recovered"))
+    assert after.margin > before.margin
+    assert f"adapter in {100 * after.accuracy:.0f}%; the margin goes from {before.margin:.2f} to" in summary(report)
+    assert "perplexity" not in summary(report)
