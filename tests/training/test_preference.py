@@ -264,7 +264,9 @@ def test_an_evaluation_says_which_answers_a_model_prefers(
     assert found.preferences is not None
     assert chosen.preferences is None
     assert found.preferences.margin == pytest.approx((sums - chosen.loss * chosen.tokens) / len(PAIRS), rel=1e-5)
-    assert loram.evaluate(folder, data=data, stream=True).preferences == pytest.approx(found.preferences, rel=1e-5)
+    streamed = loram.evaluate(folder, data=data, stream=True).preferences
+    assert streamed is not None
+    assert streamed.model_dump() == pytest.approx(found.preferences.model_dump(), rel=1e-5)
     turned = loram.evaluate(folder, data={"path": str(data), "columns": {"chosen": "rejected", "rejected": "chosen"}})
     assert turned.preferences is not None
     assert turned.preferences.accuracy == pytest.approx(1 - found.preferences.accuracy)
@@ -332,7 +334,7 @@ def test_a_recipe_is_checked_and_shown_with_both_answers(
     assert shown.dataset.rows == len(PAIRS)
     assert shown.training["pruned"].memory is not None
     assert ["".join(span.text for span in example if span.in_loss) for example in shown.examples][:2] == [
-        f"{PAIRS[0]['chosen']}<|im_end|>", "I do not know.<|im_end|>"
+        f"{PAIRS[0]['chosen']}<|im_end|>\n", "I do not know.<|im_end|>\n"
     ]  # fmt: skip
     with pytest.raises(loram.UserError, match=r"has question and answer, which every method .* chosen and rejected"):
         dry_run(Recipe.model_validate({**recipe, "dataset": str(rows_file)}))
