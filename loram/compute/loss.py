@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from loram.base.constants import CHUNK_TOKENS
 from loram.compute.logits import LogitRule
@@ -25,7 +25,7 @@ PLAIN = LogitRule()  # logits are what the head gives
 
 
 @dataclass
-class LogProbs(ModelOutput):  # type: ignore[misc]
+class LogProbs(ModelOutput):
     """What a model returns after `use_log_probs_`: log-probabilities of tokens, (rows, width - 1) float32."""
 
     log_probs: Tensor | None = None

@@ -44,8 +44,8 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.dataset is not None:
         check_rows(recipe.dataset, (METHODS[recipe.train.method].learns,))
-    for spec in recipe.held_out.values():
-        check_rows(spec, SCORED)
+    for held_out in recipe.held_out.values():
+        check_rows(held_out, SCORED)
     specs = [recipe.recover.dev_dataset, *([] if recipe.polish is None else [recipe.polish.dataset])]
     if recipe.align is not None:
         resolve_trainer(recipe.align.trainer)
