@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from loram.base.paths import local
 from loram.compute.belonging import load_for
@@ -16,27 +15,7 @@ from loram.compute.loading import load_tokenizer
 from loram.data.spec import DataSpec, as_spec
 from loram.disk.opening import open_model
 from loram.evaluation.options import EvaluateOptions
-
-
-class Preferences(BaseModel):
-    """Which answers a model prefers.
-
-    Args:
-        accuracy: the share of pairs whose chosen answer is likelier than the rejected one.
-        margin: the mean of log p(chosen) - log p(rejected), summed over the tokens of an answer, in nats. β times what
-            an adapter adds to it is the mean reward margin of DPO.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    accuracy: float
-    margin: float
-
-    @classmethod
-    def of(cls, chosen: Tensor, rejected: Tensor) -> "Preferences":
-        """Return them from the summed losses of both answers of each pair, (pairs,)."""
-        margins = rejected - chosen
-        return cls(accuracy=float((margins > 0).double().mean()), margin=float(margins.mean()))
+from loram.evaluation.preferences import Preferences
 
 
 class Report(BaseModel):

@@ -312,6 +312,8 @@ def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> N
 
 def why_not_anchored(options: TrainOptions) -> str | None:
     """Return what keeps a training of a pruned model from staying on the full model's course, if anything does."""
+    if method_of(options.method).learns != "text":
+        return f"measures gradients of the cross entropy, and method {options.method} has another loss; drop one"
     if not method_of(options.method).anchored:
         return f"measures with the adapter recovered, which method {options.method} cannot be meanwhile"
     if options.engine == STREAMED:
