@@ -122,7 +122,8 @@ def _batch_losses(model: "PreTrainedModel", batch: Batch) -> Tensor:
     logits: Tensor = output.logits[batch.wanted.to(model.device)].float()  # (targets, vocabulary)
     # On a CPU, torch's float32 log_softmax over a vocabulary has errors up to 1e-5, its logsumexp up to 1e-6.
     targets = logits.gather(1, batch.targets.to(model.device)[:, None])[:, 0]
-    return logits.logsumexp(1) - targets
+    losses: Tensor = logits.logsumexp(1) - targets
+    return losses
 
 
 def streamed_losses(

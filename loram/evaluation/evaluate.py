@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from loram.base import processes
 from loram.base.paths import local
@@ -19,27 +18,7 @@ from loram.data.batches import share
 from loram.data.spec import DataSpec, as_spec
 from loram.disk.opening import open_model
 from loram.evaluation.options import EvaluateOptions
-
-
-class Preferences(BaseModel):
-    """Which answers a model prefers.
-
-    Args:
-        accuracy: the share of pairs whose chosen answer is likelier than the rejected one.
-        margin: the mean of log p(chosen) - log p(rejected), summed over the tokens of an answer, in nats. β times what
-            an adapter adds to it is the mean reward margin of DPO.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    accuracy: float
-    margin: float
-
-    @classmethod
-    def of(cls, chosen: Tensor, rejected: Tensor) -> "Preferences":
-        """Return them from the summed losses of both answers of each pair, (pairs,)."""
-        margins = rejected - chosen
-        return cls(accuracy=float((margins > 0).double().mean()), margin=float(margins.mean()))
+from loram.evaluation.preferences import Preferences
 
 
 class Report(BaseModel):

@@ -328,6 +328,8 @@ def why_not_sharded(options: TrainOptions) -> str | None:
 
 def why_not_anchored(options: TrainOptions) -> str | None:
     """Return what keeps a training of a pruned model from staying on the full model's course, if anything does."""
+    if method_of(options.method).learns != "text":
+        return f"measures gradients of the cross entropy, and method {options.method} has another loss; drop one"
     if not method_of(options.method).anchored:
         return f"measures with the adapter recovered, which method {options.method} cannot be meanwhile"
     if options.engine == STREAMED:

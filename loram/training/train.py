@@ -1,7 +1,7 @@
 """The train stage: an adapter on a pruned or full model, or the weights themselves, by one of the methods."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -309,7 +309,7 @@ class _TrainJob(Job[Trained]):
             assert isinstance(model, PeftModel)
             stream_loss_(model, self._pass())
         else:
-            _use_kernels_(model, arguments, self._use_loss_)
+            self._use_kernels_(model, arguments)
         trainer = fit_model_(
             self._trainer_class(),
             model,
@@ -340,12 +340,16 @@ class _TrainJob(Job[Trained]):
             return kept_in_ram(self.checkpoint, room)
         return Nf4Checkpoint(self.checkpoint, device=self.device, dtype=compute_dtype(self.device), budget=room)
 
-    def _use_loss_(self, model: PreTrainedModel) -> None:
-        """Let a model in memory return what the Trainer makes the loss of."""
+    def _use_kernels_(self, model: PreTrainedModel | PeftModel, arguments: SFTConfig) -> None:
+        """Put the loss into a model in memory, and Liger's kernels where the arguments ask for them."""
+        base = plain_model(model)
         if self.method.learns == "text":
-            use_chunked_loss_(model, balance=self._balance())
+            use_chunked_loss_(base, balance=self._balance())
         else:
-            use_log_probs_(model)
+            use_log_probs_(base)
+        if arguments.use_liger_kernel:
+            use_liger_(base, arguments.liger_kernel_config)
+            arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put its loss over ours
 
     def _balance(self) -> Balance | None:
         coefficient = self.options.trainer["router_aux_loss_coef"]
@@ -389,14 +393,3 @@ class _TrainJob(Job[Trained]):
             datasets=[self.names["rows"]],
             wrapped=self.checkpoint.wrapper is not None,
         )
-
-
-def _use_kernels_(
-    model: PreTrainedModel | PeftModel, arguments: SFTConfig, use_loss_: Callable[[PreTrainedModel], None]
-) -> None:
-    """Put our loss into a model, and Liger's kernels where the arguments ask for them."""
-    base = plain_model(model)
-    use_loss_(base)
-    if arguments.use_liger_kernel:
-        use_liger_(base, arguments.liger_kernel_config)
-        arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours

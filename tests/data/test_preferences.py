@@ -42,10 +42,10 @@ def test_every_form_of_a_pair_gives_the_same_tokens(row: dict[str, Any], jsonl: 
     found = tokens(jsonl(row), tokenizer, columns=columns).rows[0]
     whole, loss = texts(found, tokenizer)
     assert ASK["content"] in whole
-    assert loss == "1 plus 2 is 3.<|im_end|>\n" or loss == "1 plus 2 is 3.<|im_end|>"
+    assert loss == "1 plus 2 is 3.<|im_end|>\n"
     whole, loss = texts(found, tokenizer, "rejected_")
     assert ASK["content"] in whole
-    assert loss.startswith("I do not know.<|im_end|>")
+    assert loss == "I do not know.<|im_end|>\n"
 
 
 def test_a_text_that_begins_with_its_prompt_stays_as_it_is_written(jsonl: Write, tokenizer: Any) -> None:

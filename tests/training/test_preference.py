@@ -21,7 +21,9 @@ import loram
 from loram import cli
 from loram.compute.loss import use_log_probs_
 from loram.run.dry_run import dry_run
+from loram.run.pipeline import run
 from loram.run.recipe import Recipe
+from loram.run.report import summary
 from loram.training.methods.pair_losses import PAIR_LOSSES, SMOOTHED
 from loram.training.methods.preference import Preference, PreferenceOptions
 from loram.training.methods.table import METHODS
@@ -262,7 +264,9 @@ def test_an_evaluation_says_which_answers_a_model_prefers(
     assert found.preferences is not None
     assert chosen.preferences is None
     assert found.preferences.margin == pytest.approx((sums - chosen.loss * chosen.tokens) / len(PAIRS), rel=1e-5)
-    assert loram.evaluate(folder, data=data, stream=True).preferences == pytest.approx(found.preferences, rel=1e-5)
+    streamed = loram.evaluate(folder, data=data, stream=True).preferences
+    assert streamed is not None
+    assert streamed.model_dump() == pytest.approx(found.preferences.model_dump(), rel=1e-5)
     turned = loram.evaluate(folder, data={"path": str(data), "columns": {"chosen": "rejected", "rejected": "chosen"}})
     assert turned.preferences is not None
     assert turned.preferences.accuracy == pytest.approx(1 - found.preferences.accuracy)
@@ -298,7 +302,10 @@ def as_text(row: dict[str, str], answer: str) -> dict[str, str]:
         ),
         ({"method": "dpo", "preference": {"loss_type": "exo_pair"}}, "exo_pair needs label_smoothing above 0"),
         ({"method": "dpo", "preference": {"discopop_tau": 0.1}}, "discopop_tau is for loss_type discopop"),
-        ({"method": "dpo", "anchor_steps": 4}, "anchor_steps: anchors are gradients of the cross entropy"),
+        (
+            {"method": "dpo", "anchor_steps": 4},
+            "anchor_steps: measures gradients of the cross entropy, and method dpo has",
+        ),
         ({"method": "dpo", "engine": "streamed"}, "engine streamed: cannot train by method dpo"),
         ({"method": "dpo", "trainer": {"packing": True}}, "packing puts rows together, and dpo compares them"),
         ({"method": "dpo", "trainer": {"router_aux_loss_coef": 0.1}}, "router_aux_loss_coef is not added"),
@@ -327,9 +334,28 @@ def test_a_recipe_is_checked_and_shown_with_both_answers(
     assert shown.dataset.rows == len(PAIRS)
     assert shown.training["pruned"].memory is not None
     assert ["".join(span.text for span in example if span.in_loss) for example in shown.examples][:2] == [
-        f"{PAIRS[0]['chosen']}<|im_end|>", "I do not know.<|im_end|>"
+        f"{PAIRS[0]['chosen']}<|im_end|>\n", "I do not know.<|im_end|>\n"
     ]  # fmt: skip
     with pytest.raises(loram.UserError, match=r"has question and answer, which every method .* chosen and rejected"):
         dry_run(Recipe.model_validate({**recipe, "dataset": str(rows_file)}))
     with pytest.raises(ValueError, match=r"polish: learns from texts, and dpo from preferences; name texts"):
         Recipe.model_validate({**recipe, "polish": {}})
+
+
+def test_a_run_says_which_answers_are_preferred(
+    pruned_models: dict[str, Path], jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = str(jsonl(*PAIRS))
+    recipe = {
+        "model_name_or_path": str(pruned_models["qwen3"]),
+        "output_dir": str(tmp_path / "run"),
+        "dataset": data,
+        "eval_dataset": {"task": data},
+        "device": "cpu",
+        "train": {"method": "dpo", "trainer": {**STEPS, "save_strategy": "no"}},
+    }
+    report = run(Recipe.model_validate(recipe))
+    before, after = (report.row(name).preferences["task"] for name in ("base", "recovered"))
+    assert after.margin > before.margin
+    assert f"adapter in {100 * after.accuracy:.0f}%; the margin goes from {before.margin:.2f} to" in summary(report)
+    assert "perplexity" not in summary(report)

@@ -82,10 +82,6 @@ class Preference(Method, ABC):
         changed = (name for name in PreferenceOptions.model_fields if getattr(own, name) != getattr(default, name))
         if others := [name for name in changed if name not in self.reads]:
             raise UserError(f"preference: {others[0]} has no use with method {self.name}; leave it out")
-        if options.anchor_steps:
-            raise UserError(
-                f"anchor_steps: anchors are gradients of the cross entropy, and {self.name} has another loss"
-            )
         for key in ("packing", "padding_free"):
             if options.trainer.get(key):
                 raise UserError(f"trainer: {key} puts rows together, and {self.name} compares them; leave it out")
