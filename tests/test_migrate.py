@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from loram.base.names import in_recipe
 from loram.run.recipe import Recipe, load_recipe
@@ -36,7 +36,8 @@ def test_every_name_is_answered_with_ours(row: dict[str, list[str]]) -> None:
 
 
 def test_trl_has_the_names_in_its_column() -> None:
-    names = {field.name for tool in (ModelConfig, ScriptArguments, SFTConfig) for field in dataclasses.fields(tool)}
+    tools = (ModelConfig, ScriptArguments, SFTConfig, DPOConfig, KTOConfig)
+    names = {field.name for tool in tools for field in dataclasses.fields(tool)}
     assert {name for row in ROWS for name in row["TRL"]} <= names
 
 

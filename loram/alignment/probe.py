@@ -23,7 +23,7 @@ from loram.alignment.mixture import Rows, collate
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.device import compute_dtype, fits
-from loram.compute.likelihood import adapted_losses, loaded_loss, model_loss, streamed_loss
+from loram.compute.likelihood import adapted_losses, loaded_losses, mean_loss, model_losses, streamed_losses
 from loram.compute.loss import causal_loss
 from loram.disk.adapter import Adapter, add_update_
 from loram.disk.checkpoint import Checkpoint
@@ -145,9 +145,9 @@ class Probe:
     @cached_property
     def untuned_loss(self) -> float:
         """The mean loss of the full model without an adapter on the development rows, in nats per token."""
-        score = streamed_loss if self._streams() else loaded_loss
-        total, count, _ = score(self.full, None, self.device, *self.dev)
-        return total / count
+        score = streamed_losses if self._streams() else loaded_losses
+        losses, _ = score(self.full, None, self.device, *self.dev)
+        return mean_loss(losses, self.dev[1])
 
     def _streams(self) -> bool:
         return self.stream or not fits(self.full.parameters * compute_dtype(self.device).itemsize, self.device)
@@ -169,15 +169,19 @@ class Probe:
         """
         with _restore(student):
             with autocast():
-                alone = _mean(model_loss(student.eval(), *self.dev))
+                alone = self._dev_loss(student)
             with autocast(), _attach_adapter(student, self.plan, self.seed) as factors:
                 self._train(student.train(), factors)
-                adapted = _mean(model_loss(student.eval(), *self.dev))
+                adapted = self._dev_loss(student)
             tensors = {name: tensor.detach().cpu() for name, tensor in factors.items()}
         losses = ProbeLosses(recovered_loss=self._recovered_loss(tensors), adapted_loss=adapted, student_loss=alone)
         if not math.isfinite(losses.recovered_loss + losses.adapted_loss + losses.student_loss):
             raise FloatingPointError(f"the probe's losses are not all finite: {losses}; try a lower learning_rate")
         return losses
+
+    def _dev_loss(self, student: "PreTrainedModel") -> float:
+        """Return the mean loss of the student on the development rows, in nats per token."""
+        return mean_loss(model_losses(student.eval(), *self.dev), self.dev[1])
 
     def _train(self, student: "PreTrainedModel", factors: dict[str, Tensor]) -> None:
         optimizer = torch.optim.AdamW(factors.values(), lr=_LEARNING_RATE, weight_decay=0.0)
@@ -241,9 +245,3 @@ def _restore(student: "PreTrainedModel") -> Iterator[None]:
             student.train(mode)
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def _mean(loss: tuple[float, int]) -> float:
-    """Divide a summed loss by its number of tokens."""
-    total, count = loss
-    return total / count

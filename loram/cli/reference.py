@@ -131,7 +131,12 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (list, tuple):
-        return {str: "list of names", WeightedSpec: "[data sets](#data-sets)", CacheSpec: "folders"}[parts[0]]
+        return {
+            str: "list of names",
+            float: "list of numbers",
+            WeightedSpec: "[data sets](#data-sets)",
+            CacheSpec: "folders",
+        }[parts[0]]
     if origin is dict:
         return "mapping of names to [data sets](#data-sets)" if section_in(kind) else "mapping"
     return "[data set](#data-sets)" if section_in(kind) else _TYPES[kind]

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils.generic import ModelOutput
 
 from loram.base.constants import CHUNK_TOKENS
 from loram.compute.logits import LogitRule
@@ -21,6 +22,13 @@ from loram.data.batches import IGNORED
 from loram.model.families import family_of
 
 PLAIN = LogitRule()  # logits are what the head gives
+
+
+@dataclass
+class LogProbs(ModelOutput):
+    """What a model returns after `use_log_probs_`: log-probabilities of tokens, (rows, width - 1) float32."""
+
+    log_probs: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +120,33 @@ def chunked_loss(
     return total
 
 
+def chunked_log_probs(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    *,
+    rule: LogitRule = PLAIN,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Compute log p(token) of the tokens in `labels`, in nats, chunk by chunk as in `chunked_loss`.
+
+    Args:
+        hidden, labels, head, rule, chunk_tokens: as in `chunked_cross_entropy`.
+
+    Returns:
+        (rows, width - 1) float32, 0 where the next token is not in `labels`.
+    """
+
+    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
+        return -cross_entropy(rule(head(states).float()), targets, reduction="none")
+
+    targets = labels[:, 1:]
+    wanted = targets != IGNORED  # (rows, width - 1)
+    chunks = zip(hidden[:, :-1][wanted].split(chunk_tokens), targets[wanted].split(chunk_tokens), strict=True)
+    values = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    return values.new_zeros(wanted.shape).masked_scatter(wanted, values)
+
+
 def causal_loss(
     model: PreTrainedModel,
     *args: Any,
@@ -185,5 +220,22 @@ def use_chunked_loss_(model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS, 
             **inputs,
         )
         return CausalLMOutput(loss=loss)
+
+    model.forward = forward
+
+
+def use_log_probs_(model: PreTrainedModel) -> None:
+    """Make a causal language model return `LogProbs`, and no logits, whenever it is called with labels.
+
+    As `use_chunked_loss_`, for losses that compare whole rows.
+    """
+    plain_forward = model.forward
+
+    def forward(*args: Any, labels: Tensor | None = None, **inputs: Any) -> Any:
+        if labels is None:
+            return plain_forward(*args, **inputs)
+        decoder, head, rule = parts_of(model)
+        hidden = decoder(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (rows, width, hidden size)
+        return LogProbs(log_probs=chunked_log_probs(hidden, labels, head, rule=rule))
 
     model.forward = forward

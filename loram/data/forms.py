@@ -11,7 +11,7 @@ from typing import Any
 from loram.base.errors import UserError
 from loram.data.messages import Message, check_text, read_list, read_messages, read_tools
 from loram.data.reading import Row
-from loram.data.spec import DataSpec
+from loram.data.spec import DataSpec, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,11 @@ Example = Text | Completion | Chat
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """A kind of rows: the columns that it needs, and those that it can use."""
+    """A form of rows: the columns that it needs, those that it can use, and the kind of rows that they are."""
 
     needs: tuple[str, ...]
     may: tuple[str, ...] = ()
+    kind: Kind = "text"
 
     @property
     def columns(self) -> set[str]:
@@ -68,20 +69,38 @@ _FORMS = (
     _Form(needs=("instruction", "output"), may=("input", "system", "history", "tools")),
     _Form(needs=("question", "answer"), may=("system", "history", "tools")),
     _Form(needs=("text",)),
+    _Form(needs=("prompt", "chosen", "rejected"), may=("system", "tools"), kind="pairs"),
+    _Form(needs=("chosen", "rejected"), may=("system", "tools"), kind="pairs"),
+    _Form(needs=("prompt", "completion", "label"), may=("system", "tools"), kind="labels"),
 )
 _OTHER_NAMES = {"messages": ("conversations", "conversation")}
 _OPTIONAL = {name for form in _FORMS for name in form.may}
+_EXPECTED: Mapping[Kind, str] = {
+    "text": "messages, prompt and completion, instruction and output, question and answer, or text",
+    "pairs": "chosen and rejected, with a prompt of their own or one that both begin with",
+    "labels": "prompt, completion and label",
+}
+_READERS: Mapping[Kind, str] = {
+    "text": "every method that learns from one text per row",
+    "pairs": "methods dpo and orpo",
+    "labels": "method kto",
+}
 _LEARNED = {"messages", "completion", "output", "answer", "text"}  # a row without its text teaches nothing
 
 
-def pick_form(spec: DataSpec, columns: Sequence[str]) -> Mapping[str, str]:
+def pick_form(spec: DataSpec, columns: Sequence[str], kinds: Sequence[Kind] = ("text",)) -> Mapping[str, str]:
     """Decide which of a data set's columns to use: the ones that the spec names, and others by their own names.
+
+    Args:
+        spec: the data set.
+        columns: the names of its columns.
+        kinds: what may be learnt from the rows.
 
     Returns:
         Our name of each column -> its name in the data.
 
     Raises:
-        UserError: a named column does not exist, or no form fits.
+        UserError: a named column does not exist, no form fits, or only one of another kind does.
     """
     named = {str(ours): theirs for ours, theirs in spec.columns.items()}
     for ours, theirs in named.items():
@@ -93,16 +112,22 @@ def pick_form(spec: DataSpec, columns: Sequence[str]) -> Mapping[str, str]:
             own[ours] = there[0]
     names = own | named
     forms = [form for form in _FORMS if set(named) <= form.columns]
-    for form in forms:
-        if set(form.needs) <= set(names):
+    fitting = [form for form in forms if set(form.needs) <= set(names)]
+    for form in fitting:
+        if form.kind in kinds:
             return {ours: names[ours] for ours in (*form.needs, *form.may) if ours in names}
-    every = ", ".join(columns) or "none"
+    every, expected = ", ".join(columns) or "none", "; or ".join(_EXPECTED[kind] for kind in kinds)
+    if fitting:
+        raise UserError(
+            f"{spec.path}: has {' and '.join(fitting[0].needs)}, which {_READERS[fitting[0].kind]} can read; here the "
+            f"rows should have {expected}"
+        )
     if named:
-        needs = " or ".join(" and ".join(form.needs) for form in forms) or "one form only"
+        needs = " or ".join(" and ".join(form.needs) for form in forms if form.kind in kinds) or "one form only"
         raise UserError(f"{spec.path}: the columns {', '.join(named)} belong to rows with {needs}; there are {every}")
     raise UserError(
-        f"{spec.path}: cannot tell which columns to use from {every}; expected messages, prompt and completion, "
-        "instruction and output, question and answer, or text; or name them, as in prompt=COLUMN"
+        f"{spec.path}: cannot tell which columns to use from {every}; expected {expected}; or name them, as in "
+        "prompt=COLUMN"
     )
 
 
@@ -158,7 +183,8 @@ def _turns(values: Row, form: Mapping[str, str], where: str) -> tuple[list[Messa
         return *read_messages(values["messages"], form["messages"], where), None
     if "prompt" in form and (isinstance(values["prompt"], list) or isinstance(values["completion"], list)):
         if not isinstance(values["prompt"], list) or not isinstance(values["completion"], list):
-            raise UserError(f"{where}: prompt and completion should both be text or both be messages")
+            both = f"{form['prompt']} and {form['completion']}"
+            raise UserError(f"{where}: {both} should both be text or both be messages")
         before, _ = read_messages(values["prompt"], form["prompt"], where)
         after, turns = read_messages(values["completion"], form["completion"], where)
         return [*before, *after], [len(before) + turn for turn in turns], None

@@ -11,8 +11,11 @@ from loram.base.options import option
 
 Column = Literal[
     "messages", "prompt", "completion", "question", "answer", "instruction", "input", "output", "text",
-    "system", "history", "tools",
+    "system", "history", "tools", "chosen", "rejected", "label",
 ]  # fmt: skip
+
+# What is learnt from rows: how a text goes on, which of two answers is better, or whether an answer is good.
+Kind = Literal["text", "pairs", "labels"]
 
 
 class _ByPath(BaseModel):

@@ -1,6 +1,7 @@
 """Rows of a data set -> token ids, with the loss mask in `labels`. Every stage reads its text through this module."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,15 +14,20 @@ from datasets import Dataset
 from loram.base.errors import UserError
 from loram.data.batches import IGNORED
 from loram.data.clock import clock_at
-from loram.data.encode import Encoder
+from loram.data.encode import Encoded, Encoder
 from loram.data.forms import Example, normalise, pick_form
+from loram.data.preferences import Labelled, Pair, read_labelled, read_pair
 from loram.data.reading import Raw, Row, bars_if_slow, read_raw
-from loram.data.spec import DataSpec
+from loram.data.spec import DataSpec, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+REJECTED = "rejected_"  # what the columns of the answer that is not preferred begin with
+DESIRABLE = "desirable"  # the column of a label
+_Row = Example | Pair | Labelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +47,15 @@ class Rows:
     def __len__(self) -> int:
         return len(self.raw.rows)
 
-    def __iter__(self) -> Iterator[Example | None]:
+    @property
+    def kind(self) -> Kind:
+        """Return what is learnt from the rows."""
+        return "pairs" if "chosen" in self.form else "labels" if "label" in self.form else "text"
+
+    def __iter__(self) -> Iterator[_Row | None]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> Example | None:
+    def __getitem__(self, index: int) -> _Row | None:
         """Return a row, or None if it is empty.
 
         Raises:
@@ -54,7 +65,9 @@ class Rows:
             raise IndexError(index)
         row, where = self.raw.row(index), self.raw.place(index)
         self._check_prompt(row, where)
-        return normalise(row, self.form, where)
+        if self.kind == "text":
+            return normalise(row, self.form, where)
+        return (read_pair if self.kind == "pairs" else read_labelled)(row, self.form, where)
 
     @cached_property
     def unused(self) -> dict[str, int]:
@@ -83,7 +96,8 @@ class Tokens:
 
     Args:
         rows: the columns `input_ids` and `labels`, lists of int of the same length; labels are -100 where a token is
-            not in the loss.
+            not in the loss. Of a pair these are the chosen answer's, and the other's are in `rejected_input_ids` and
+            `rejected_labels`. Of an answer with a label, that is in `desirable`, a bool.
         truncated: how many rows lost their end to `max_length`.
         skipped: how many rows had no token left in the loss, such as empty ones; they are not in `rows`.
         columns: our name of each column that was used -> its name in the data.
@@ -100,24 +114,43 @@ class Tokens:
     templated: bool
     sources: Sequence[int]
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Return what the columns of each answer begin with: one answer per row, or two."""
+        return ("", REJECTED) if f"{REJECTED}labels" in self.rows.column_names else ("",)
 
-def load_rows(spec: DataSpec) -> Rows:
+    def sequences(self, column: str) -> list[list[int]]:
+        """Return `input_ids` or `labels` of every answer: of all rows, and then of the rejected answers."""
+        return [sequence for prefix in self.answers for sequence in self.rows[f"{prefix}{column}"]]
+
+
+def load_rows(spec: DataSpec, kinds: Sequence[Kind] = ("text",)) -> Rows:
     """Read a data set. Its rows are checked when they are taken.
 
+    Args:
+        spec: the data set.
+        kinds: what may be learnt from the rows.
+
     Raises:
-        UserError: the data set does not exist, is empty, cannot be read, or has an unknown form.
+        UserError: the data set does not exist, is empty, cannot be read, or has an unknown form or one of another kind.
     """
     raw = read_raw(spec)
-    return Rows(raw=raw, form=pick_form(spec, list(raw.columns())), chats=spec.apply_chat_template)
+    form = pick_form(spec, list(raw.columns()), kinds)
+    if "completion" in form and "label" not in form and isinstance(raw.row(0).get("label"), bool):
+        raise UserError(
+            f"{raw.place(0)}: has a label, true or false, so some completions are not to be learnt; only method kto "
+            "reads labels: take it, or leave the column out"
+        )
+    return Rows(raw=raw, form=form, chats=spec.apply_chat_template)
 
 
-def check_rows(spec: DataSpec) -> None:
-    """Check that a data set can be read, row by row.
+def check_rows(spec: DataSpec, kinds: Sequence[Kind] = ("text",)) -> None:
+    """Check that a data set can be read, row by row; as `load_rows`.
 
     Raises:
         UserError: names the file and the line of the first row that cannot be used.
     """
-    for _ in load_rows(spec):
+    for _ in load_rows(spec, kinds):
         pass
 
 
@@ -128,6 +161,7 @@ def load_tokens(
     *,
     vocabulary: int,
     now: datetime | None = None,
+    kinds: Sequence[Kind] = ("text",),
 ) -> Tokens:
     """Read and tokenise a data set.
 
@@ -137,13 +171,14 @@ def load_tokens(
         max_length: the limit in tokens, as in `tokenize`.
         vocabulary: how many rows the model's embedding has; a token beyond it is refused.
         now: the time for chat templates that write one; None is the time of this call.
+        kinds: what may be learnt from the rows.
 
     Raises:
         UserError: as in `load_rows` and `tokenize`, or the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer, vocabulary)
     with clock_at(now or datetime.now()):
-        return tokenize(load_rows(spec), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
+        return tokenize(load_rows(spec, kinds), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> None:
@@ -171,12 +206,13 @@ def tokenize(
       tokenizer has a chat template and `rows.chats` is true. Otherwise they are plain text: the answer and the
       end-of-sequence token after it are in the loss.
     - In a text all tokens are in the loss, and a long text is cut into pieces of `max_length` tokens.
+    - Each answer of a pair, and an answer with a label, is a prompt-completion row.
 
     Args:
         rows: the rows.
         tokenizer: a tokenizer of transformers.
         max_length: the limit in tokens. Longer rows lose their end, and rows that then have no token in the loss are
-            skipped; both are counted.
+            skipped, and so are pairs with such an answer; both are counted.
         vocabulary: how many tokens the model knows; None skips this check.
 
     Raises:
@@ -184,18 +220,24 @@ def tokenize(
             or has a token that the model does not know, or no row has a token in the loss.
     """
     name, encoder = rows.raw.name, Encoder(tokenizer, chats=rows.chats)
+    nothing: Mapping[str, Encoded] = {
+        prefix: ([], []) for prefix in ("", *([REJECTED] if rows.kind == "pairs" else []))
+    }
 
     def encode(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": [], "source": []}
+        columns: defaultdict[str, list[Any]] = defaultdict(list)
         for index in batch["index"]:
-            where, example = rows.raw.place(index), rows[index]
-            pieces = [([], [])] if example is None else encoder.encode(example, max_length, where)
-            for ids, labels in pieces:
-                if vocabulary is not None:
-                    check_tokens(ids, vocabulary, tokenizer, where)
-                columns["input_ids"].append(ids[:max_length])
-                columns["labels"].append(labels[:max_length])
-                columns["truncated"].append(len(ids) > max_length)
+            where, row = rows.raw.place(index), rows[index]
+            pieces = [nothing] if row is None else _encode(row, encoder, max_length, where)
+            for answers in pieces:
+                for prefix, (ids, labels) in answers.items():
+                    if vocabulary is not None:
+                        check_tokens(ids, vocabulary, tokenizer, where)
+                    columns[f"{prefix}input_ids"].append(ids[:max_length])
+                    columns[f"{prefix}labels"].append(labels[:max_length])
+                if rows.kind == "labels":
+                    columns[DESIRABLE].append(isinstance(row, Labelled) and row.desirable)
+                columns["truncated"].append(any(len(ids) > max_length for ids, _ in answers.values()))
                 columns["source"].append(index)
         return columns
 
@@ -221,12 +263,15 @@ def tokenize(
         raise UserError(f"{name}: no token of any row is in the loss{remedy}")
     if truncated or skipped:
         logger.warning(
-            "%s: of %d rows, max_length %d cut %d, and %d were skipped because they had no token in the loss",
+            "%s: of %d rows, max_length %d cut %d, and %d were skipped because %s",
             name,
             len(encoded),
             max_length,
             truncated,
             skipped,
+            "an answer had no token in the loss, or both were the same"
+            if rows.kind == "pairs"
+            else "they had no token in the loss",
         )
     return Tokens(
         rows=kept.remove_columns("source"),
@@ -237,6 +282,16 @@ def tokenize(
         templated="text" not in rows.form and encoder.chats,
         sources=kept["source"][:],
     )
+
+
+def _encode(row: _Row, encoder: Encoder, max_length: int, where: str) -> Iterator[Mapping[str, Encoded]]:
+    """Yield the pieces of a row, as `Encoder.encode` does: what an answer's columns begin with -> ids and labels."""
+    if isinstance(row, Pair):
+        answers = {"": row.chosen, REJECTED: row.rejected}
+        yield {prefix: next(encoder.encode(answer, max_length, where)) for prefix, answer in answers.items()}
+    else:
+        for encoded in encoder.encode(row.answer if isinstance(row, Labelled) else row, max_length, where):
+            yield {"": encoded}
 
 
 def check_tokens(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
@@ -253,4 +308,6 @@ def check_tokens(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTokenize
 
 
 def _has_loss(row: Row) -> bool:
-    return any(label != IGNORED for label in row["labels"][1:])  # the first token is never predicted
+    """Return whether every answer of a row has a token in the loss; its first token is never predicted."""
+    answers = (labels for name, labels in row.items() if name.endswith("labels"))
+    return all(any(label != IGNORED for label in labels[1:]) for labels in answers)

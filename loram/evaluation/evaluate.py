@@ -5,16 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
+from loram.base import processes
 from loram.base.paths import local
 from loram.compute.belonging import load_for
-from loram.compute.device import pick_device
-from loram.compute.likelihood import load_scored, loaded_loss, streamed_loss
+from loram.compute.device import join_processes
+from loram.compute.likelihood import SCORED, load_scored, loaded_losses, mean_loss, predicted, streamed_losses
 from loram.compute.loading import load_tokenizer
+from loram.data.batches import share
 from loram.data.spec import DataSpec, as_spec
 from loram.disk.opening import open_model
 from loram.evaluation.options import EvaluateOptions
+from loram.evaluation.preferences import Preferences
 
 
 class Report(BaseModel):
@@ -29,6 +33,8 @@ class Report(BaseModel):
             loss; see `loram.data.tokens.Tokens`.
         parameters: the number of parameters, including the adapter's; a tied weight counts once.
         model, adapter, dataset: the names of the model, the adapter and the data set.
+        preferences: of rows with a chosen and a rejected answer, which the model prefers; all of the above is then of
+            the chosen answers. None for other rows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +49,7 @@ class Report(BaseModel):
     model: str
     adapter: str | None
     dataset: str
+    preferences: Preferences | None = None
 
 
 def evaluate(
@@ -57,7 +64,9 @@ def evaluate(
 ) -> Report:
     """Compute the perplexity of a model on a data set.
 
-    If a row has a prompt, only its completion is scored. In plain text all tokens are scored.
+    If a row has a prompt, only its completion is scored. In plain text all tokens are scored. Of rows with a chosen and
+    a rejected answer, both are scored and compared. Several processes of a launcher share the rows, each with the model
+    in its own memory or streamed, and all get the report.
 
     Args:
         base: the hub id, folder or GGUF file of a full model, or a pruned or merged folder.
@@ -77,22 +86,33 @@ def evaluate(
     settings = EvaluateOptions.of(options, **fields)
     checkpoint, spec = open_model(base, chat_template=chat_template), as_spec(data)
     loaded_adapter = None if adapter is None else load_for(checkpoint, local(adapter))
-    compute_device = pick_device(device)
-    tokens = load_scored(spec, checkpoint, load_tokenizer(checkpoint), settings.max_samples, settings.max_length)
-    rows = tokens.rows
-    score = streamed_loss if settings.stream else loaded_loss
-    loss, count, parameters = score(checkpoint, loaded_adapter, compute_device, rows["input_ids"][:], rows["labels"][:])
+    compute_device = join_processes(device)
+    tokens = load_scored(
+        spec, checkpoint, load_tokenizer(checkpoint), settings.max_samples, settings.max_length, SCORED
+    )
+    ids, labels = tokens.sequences("input_ids"), tokens.sequences("labels")
+    score = streamed_losses if settings.stream else loaded_losses
+    own = share(ids)
+    part, parameters = score(
+        checkpoint, loaded_adapter, compute_device, [ids[row] for row in own], [labels[row] for row in own]
+    )
+    losses = torch.zeros(len(ids), dtype=torch.float64)
+    for rows, values in processes.gather((own, part)):
+        losses[rows] = values
+    count, (first, *others) = len(tokens.rows), losses.split(len(tokens.rows))
+    loss = mean_loss(first, labels[:count])
     if not math.isfinite(loss):
         raise FloatingPointError(f"{checkpoint.name}: the loss on {spec.path} is {loss}")
     return Report(
-        perplexity=math.exp(loss / count),
-        loss=loss / count,
-        tokens=count,
-        rows=len(rows),
+        perplexity=math.exp(loss),
+        loss=loss,
+        tokens=predicted(labels[:count]),
+        rows=count,
         rows_truncated=tokens.truncated,
         rows_skipped=tokens.skipped,
         parameters=parameters,
         model=checkpoint.name,
         adapter=None if adapter is None else str(adapter),
         dataset=spec.path,
+        preferences=Preferences.of(first, others[0]) if others else None,
     )

@@ -259,8 +259,18 @@ class _Settings(BaseModel):
 
     @property
     def rows(self) -> int:
-        """Return how many rows a micro-batch has."""
-        return int(self.per_device_train_batch_size)
+        """Return how many sequences of tokens a micro-batch has: one per row, or the two answers of each pair."""
+        return int(self.per_device_train_batch_size) * (2 if self.of_pairs else 1)
+
+    @property
+    def of_pairs(self) -> bool:
+        """Return whether rows are pairs of answers."""
+        return METHODS[self.method].learns == "pairs"
+
+    @property
+    def forward_passes(self) -> int:
+        """Return how many forward passes without gradients a micro-batch has beside the one with gradients."""
+        return METHODS[self.method].forward_passes
 
     @property
     def micro_batches(self) -> int:
@@ -309,7 +319,7 @@ class _Settings(BaseModel):
         parts = [
             f"{4 if self.quantised else 8 * self.compute_bytes}-bit weights",
             f"{self.method} of rank {self.rank} ({adapter_parameters:,} parameters in {self.lora_dtype})",
-            f"{self.rows} x {self.length} tokens",
+            f"{self.per_device_train_batch_size}{' pairs' if self.of_pairs else ''} x {self.length} tokens",
             str(self.optim),
         ]
         parts += ["streamed layer by layer"] if self.streamed else []
@@ -321,7 +331,7 @@ class _Settings(BaseModel):
     def advice(self) -> list[str]:
         """Flags of `loram estimate` with which training would take less memory."""
         flags = [] if self.quantised else ["--load-in-4bit"]
-        flags += ["--per-device-train-batch-size 1"] if self.rows > 1 else []
+        flags += ["--per-device-train-batch-size 1"] if self.per_device_train_batch_size > 1 else []
         flags += [] if self.checkpointed else ["--gradient-checkpointing"]
         return [*flags, "a smaller --max-length"]
 

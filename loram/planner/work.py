@@ -41,14 +41,16 @@ def arithmetic(full: Model, model: Model, settings: Settings) -> Arithmetic:
 def training_flops(model: Model, settings: Settings) -> int:
     """Return operations per token: 2 per weight forward, 2 backward, 2 if forward is done again, 2 if it trains.
 
-    The logits are always worked out again in the backward pass; a lookup in the embedding costs nothing.
+    The logits are always worked out again in the backward pass; a lookup in the embedding costs nothing. Forward passes
+    without gradients, of the reference of preference tuning, take 2 per weight of the model each.
     """
-    again = 2 if settings.checkpointed else 0
+    again, alone = 2 if settings.checkpointed else 0, 2 * settings.forward_passes
     layers, head = sum(layer.weights for layer in model.layers), model.vocabulary
     on_head = settings.rank * sum(_head(model)) if model.architecture.head in settings.targets else 0
     in_layers = sum(settings.rank * (rows + columns) for rows, columns in adapted(model, settings)) - on_head
     gradients = 2 * sum(trained(model, settings))
-    return (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients
+    with_gradients = (4 + again) * layers + 6 * head + (4 + again) * in_layers + 6 * on_head + gradients
+    return with_gradients + alone * (layers + head)
 
 
 def _measuring_flops(full: Model, model: Model, settings: Settings) -> int:

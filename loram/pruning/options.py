@@ -102,10 +102,16 @@ class PruneOptions(Options):
         common=True,
         planned=True,
     )
+    refit_dataset: DataSpec | None = option(
+        None,
+        "With refit: the data set that it reads beside the rows that are scored on (default: more rows of the "
+        "calibration data; in a recipe without these the training rows).",
+        common=True,
+    )
     refit_samples: PositiveInt = option(
         128,
-        "With refit: the number of rows of the calibration data that the refit reads, which should be many; scoring "
-        "reads the first of them.",
+        "With refit: the number of rows that it reads, which should be many. Of the calibration data, scoring reads "
+        "the first of them.",
     )
     bypass_rank: NonNegativeInt = option(
         0,
@@ -120,6 +126,15 @@ class PruneOptions(Options):
     def _pattern_as_text(cls, value: Any) -> Any:
         """4:8 without quotes is a number to YAML: 4 times 60 and 8."""
         return f"{value // 60}:{value % 60}" if type(value) is int else value
+
+    @property
+    def for_refit(self) -> "PruneOptions":
+        """The options whose calibration rows are those that the refit reads."""
+        data = self.calibration if self.refit_dataset is None else self.refit_dataset
+        count = self.refit_samples
+        if self.refit_dataset is None:  # it reads those that are scored on too
+            count = max(count, self.calibration_samples)
+        return self.model_copy(update={"calibration": data, "calibration_samples": count})
 
     @property
     def own_ratios(self) -> dict[str, float]:
@@ -163,8 +178,8 @@ class PruneOptions(Options):
 
         Raises:
             UserError: the pattern or criterion is not known, the criterion does not go with the pattern, the ratio is
-                missing or contradicts the pattern, layers are to be dropped with a sparse pattern, or biases are to be
-                compensated or linears fitted anew where nothing is removed.
+                missing or contradicts the pattern, layers are to be dropped with a sparse pattern, biases are to be
+                compensated or linears fitted anew where nothing is removed, or a text is for a refit and there is none.
         """
         sparse = n_of_m(self.pattern) is not None or self.pattern != STRUCTURED
         layers_alone = self.prunes and not self.narrows
@@ -208,6 +223,8 @@ class PruneOptions(Options):
             able = not (sparse or layers_alone or self.bias_compensation)
             filled["refit"] = able and (self.bypass_rank > 0 or CRITERIA[str(filled["criterion"])].reads in READS_TEXT)
         resolved = ResolvedPruneOptions.model_validate({**dict(self), **filled})
+        if self.refit_dataset is not None and not resolved.refit:
+            raise UserError("refit_dataset: is read by a refit, and there is none; add refit, or leave it out")
         resolved._refit_by_default = self.refit is None and not self.bypass_rank
         return resolved
 

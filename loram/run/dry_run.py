@@ -16,10 +16,10 @@ from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.base.errors import UserError
 from loram.base.size import show_size
 from loram.compute.device import compute_dtype, pick_device
-from loram.compute.likelihood import load_scored
+from loram.compute.likelihood import SCORED, load_scored, predicted
 from loram.compute.loading import empty_model, load_tokenizer, open_full
 from loram.data.batches import IGNORED
-from loram.data.spec import DataSpec
+from loram.data.spec import DataSpec, Kind
 from loram.data.tokens import Tokens, load_tokens
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
@@ -111,8 +111,9 @@ class DryRun(_Value):
         dataset: the counts of the training data; None if the recipe trains nothing.
         align: the counts of each data set for alignment.
         calibration: the counts of the calibration data; None if pruning reads no text.
+        refit: the counts of the data that a refit reads beside it; None if it reads no other.
         eval_dataset: the counts of each data set for evaluation.
-        examples: rows of the training data, or of the data for alignment; a long text is several.
+        examples: rows of the training data, or of the data for alignment; a long text is several, and so is a pair.
         example_rows: the number of each of these rows in its data set; the first is 1.
     """
 
@@ -125,6 +126,7 @@ class DryRun(_Value):
     dataset: DataCounts | None
     align: dict[str, DataCounts]
     calibration: DataCounts | None
+    refit: DataCounts | None
     eval_dataset: dict[str, DataCounts]
     examples: tuple[tuple[Span, ...], ...]
     example_rows: tuple[int, ...]
@@ -136,6 +138,8 @@ class DryRun(_Value):
             yield "training", self.dataset
         if self.calibration is not None:
             yield "calibration", self.calibration
+        if self.refit is not None:
+            yield "refit", self.refit
         yield from ((f"evaluation: {name}", counts) for name, counts in self.eval_dataset.items())
 
 
@@ -158,32 +162,34 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
     adapter, arguments = build_configs(training, device)
     plan = (
         PruningPlan.load(checkpoint.folder)
-        if recipe.prune is None
-        else blank_plan(checkpoint, _pruning(recipe.prune, checkpoint), seed=recipe.seed)
+        if recipe.pruning is None
+        else blank_plan(checkpoint, _pruning(recipe.pruning, checkpoint), seed=recipe.seed)
     )
     before, after = plan.parameters()
     tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate or EvaluateSection()
 
-    def tokens(spec: DataSpec, trainer: Mapping[str, Any]) -> Tokens:
-        return load_tokens(spec, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary)
+    def tokens(spec: DataSpec, trainer: Mapping[str, Any], kind: Kind = "text") -> Tokens:
+        return load_tokens(spec, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary, kinds=(kind,))
 
-    to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer)
+    learns = METHODS[training.method].learns
+    to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer, learns)
     to_align = {}
     if recipe.align is not None:
         aligning = resolve_trainer(recipe.align.trainer, recipe.seed)
         to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
         _check_alignment(recipe.align, aligning, list(to_align.values()), device)
     scored = {
-        name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length)
+        name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length, SCORED)
         for name, spec in recipe.held_out.items()
     }
     settings: Settings | UserError | None = None
     if to_train is not None:
         check_packed(to_train.rows, arguments)
-        longest = max(map(len, to_train.rows["input_ids"]))
+        longest = max(map(len, to_train.sequences("input_ids")))
         settings = _settings(training, adapter, arguments, device, longest)
     first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
     examples = [] if first is None else _pick_examples(first, show_row)
+    texts = dict(_pruning_texts(recipe.pruning, checkpoint, tokenizer))
     return DryRun(
         model=checkpoint.name,
         parameters=before,
@@ -196,10 +202,16 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
         },
         dataset=None if to_train is None else _count(to_train),
         align={name: _count(tokens) for name, tokens in to_align.items()},
-        calibration=_calibration(recipe.prune, checkpoint, tokenizer),
+        calibration=texts.get("calibration"),
+        refit=texts.get("refit"),
         eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
-        examples=tuple(tuple(_spans(first.rows[index], tokenizer)) for index in examples if first),
-        example_rows=tuple(first.sources[index] + 1 for index in examples if first),
+        examples=tuple(
+            tuple(_spans(first.rows[index], tokenizer, prefix))
+            for index in examples
+            if first
+            for prefix in first.answers
+        ),
+        example_rows=tuple(first.sources[index] + 1 for index in examples if first for _ in first.answers),
     )
 
 
@@ -262,13 +274,17 @@ def _pruning(section: PruneOptions, checkpoint: Checkpoint) -> ResolvedPruneOpti
     return section.resolved().for_model(checkpoint.geometry, checkpoint.architecture)
 
 
-def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
+def _pruning_texts(
+    section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any
+) -> Iterator[tuple[str, DataCounts]]:
+    """Yield the counts of the texts that pruning reads: the calibration data, and a refit's where they differ."""
     if section is None or not (settings := _pruning(section, checkpoint)).reads_text(checkpoint.architecture):
-        return None
-    if settings.refit:  # which reads more rows than scoring does
-        count = max(section.refit_samples, section.calibration_samples)
-        section = PruneOptions.of(section, calibration_samples=count)
-    return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)
+        return
+    texts = {"calibration": section}
+    if settings.refit:
+        texts |= {"calibration": section.for_refit} if section.refit_dataset is None else {"refit": section.for_refit}
+    for name, options in texts.items():
+        yield name, _count(load_calibration(checkpoint, tokenizer, options), all_in_loss=True)
 
 
 def _training(
@@ -347,24 +363,24 @@ def _settings(
 
 
 def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
-    lengths = [len(ids) for ids in tokens.rows["input_ids"]]
-    targets = tokens.rows["input_ids" if all_in_loss else "labels"]
+    inputs = tokens.sequences("input_ids")
     return DataCounts(
-        rows=len(lengths),
-        tokens=sum(lengths),
-        tokens_in_loss=sum(label != IGNORED for row in targets for label in row[1:]),  # no loss on the first token
+        rows=len(tokens.rows),
+        tokens=sum(map(len, inputs)),
+        tokens_in_loss=predicted(inputs if all_in_loss else tokens.sequences("labels")),
         rows_truncated=tokens.truncated,
         rows_skipped=tokens.skipped,
-        longest=max(lengths),
+        longest=max(map(len, inputs)),
         columns=dict(tokens.columns),
         unused=dict(tokens.unused),
         chat_template=tokens.templated,
     )
 
 
-def _spans(row: Mapping[str, Sequence[int]], tokenizer: Any) -> Iterator[Span]:
-    """Split a row's text into pieces, each of which is either in the loss or outside it."""
-    ids, inside = list(row["input_ids"]), [False, *(label != IGNORED for label in row["labels"][1:])]
+def _spans(row: Mapping[str, Sequence[int]], tokenizer: Any, prefix: str = "") -> Iterator[Span]:
+    """Split a row's text, or an answer's, into pieces, each of which is either in the loss or outside it."""
+    ids, labels = list(row[f"{prefix}input_ids"]), row[f"{prefix}labels"]
+    inside = [False, *(label != IGNORED for label in labels[1:])]
     start = 0
     for in_loss, run in itertools.groupby(inside):
         stop = start + len(list(run))

@@ -3,6 +3,7 @@
 from loram.alignment.options import resolve_trainer
 from loram.alignment.teacher import TeacherCache
 from loram.base.errors import UserError
+from loram.compute.likelihood import SCORED
 from loram.compute.loading import open_full
 from loram.data.tokens import check_rows
 from loram.disk.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from loram.run.record import Record, start_over
 from loram.run.report import RunReport
 from loram.run.rows import evaluations, parameters_of, row_of, trained_on
 from loram.run.stages import ADAPTING, EVERY, FULL_LORA, SHRINKING, Run, cost_of, final_of, rows_of
+from loram.training.methods.table import METHODS
 from loram.training.options import resolve
 
 
@@ -40,7 +42,11 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             "recover.correct: would take out what prune.refit makes up for; leave it out, or set refit: false"
         )
-    specs = [recipe.dataset, *recipe.held_out.values(), recipe.recover.dev_dataset]
+    if recipe.dataset is not None:
+        check_rows(recipe.dataset, (METHODS[recipe.train.method].learns,))
+    for held_out in recipe.held_out.values():
+        check_rows(held_out, SCORED)
+    specs = [recipe.recover.dev_dataset, *([] if recipe.polish is None else [recipe.polish.dataset])]
     if recipe.align is not None:
         resolve_trainer(recipe.align.trainer)
         specs += [*recipe.align.dataset, recipe.align.probe_dataset]

@@ -110,6 +110,16 @@ class Recipe(Options):
         return None if value is False else value
 
     @property
+    def pruning(self) -> PruneOptions | None:
+        """How to prune: where the recipe names no text for a refit, it reads the training rows, if they are texts."""
+        section, method = self.prune, METHODS.get(self.train.method)
+        if section is None or self.dataset is None or method is None or method.learns != "text":
+            return section
+        if section.calibration is not None or section.refit_dataset is not None or not section.resolved().refit:
+            return section
+        return section.model_copy(update={"refit_dataset": self.dataset})
+
+    @property
     def held_out(self) -> dict[str, DataSpec]:
         """The data sets that models are evaluated on, by name; none where the run evaluates nothing."""
         return {} if self.evaluate is None else self.eval_dataset
@@ -140,7 +150,13 @@ class Recipe(Options):
             raise ValueError("base_model_name_or_path: with `prune`, model_name_or_path is the full model; drop it")
         if self.polish is not None and (self.dataset is None or self.train.mask_update):
             raise ValueError("polish: needs a `dataset`, and an adapter that is recovered, so no mask_update")
-        if self.polish is not None and (row := METHODS.get(self.train.method)) and row.lora.get("use_dora"):
+        learns = row.learns if (row := METHODS.get(self.train.method)) is not None else "text"
+        if self.polish is not None and self.polish.dataset is None and learns != "text":
+            raise ValueError(
+                f"polish: learns from texts, and {self.train.method} from preferences; name texts in polish.dataset, "
+                "or set polish: null"
+            )
+        if self.polish is not None and row is not None and row.lora.get("use_dora"):
             raise ValueError("polish: trains plain LoRA further, and no DoRA adapter; set polish: null")
         if self.teach is not None and (self.align is None or not self.align.dataset or self.align.objective == "clm"):
             raise ValueError("teach: needs an `align` section with a dataset, and an objective that asks the teacher")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from loram.evaluation.preferences import Preferences
+
 REPORT_NAME = "report.json"
 NOT_EVALUATED = "Nothing is evaluated: the recipe has no eval_dataset, or evaluate is false."
 
@@ -55,6 +57,8 @@ class Row(BaseModel):
         trained_on: the counts of the training data's rows; None if nothing was trained.
         made: the cost of making the model from the row that it was made from; None for the base.
         evaluated: the cost of evaluating it; None in a recipe that evaluates nothing.
+        preferences: on each evaluation data set of chosen and rejected answers, which of them the model prefers; its
+            perplexity is that of the chosen ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +71,7 @@ class Row(BaseModel):
     trained_on: RowCounts | None
     made: Cost | None
     evaluated: Cost | None
+    preferences: dict[str, Preferences] = {}
 
 
 class Example(BaseModel):
@@ -167,7 +172,9 @@ def summary(report: RunReport) -> str:
     if not report.rows[-1].perplexity:
         return f"{NOT_EVALUATED} What was trained is in {report.recipe['output_dir']}/{final}."
     base, recovered = report.row("base").perplexity, report.row(final).perplexity
-    for name in base:
+    preferred = report.row(final).preferences
+    lines += [_preferences(name, final, report.row("base").preferences[name], preferred[name]) for name in preferred]
+    for name in (name for name in base if name not in preferred):
         change = 100 * (1 - recovered[name] / base[name])
         verb = "lowers" if change > 0 else "does not lower"
         line = (
@@ -183,3 +190,11 @@ def summary(report: RunReport) -> str:
         if counts.truncated or counts.skipped
     ]
     return "\n".join([*lines, *(["rows: " + "; ".join(lost)] if lost else [])])
+
+
+def _preferences(name: str, final: str, before: Preferences, after: Preferences) -> str:
+    return (
+        f"{name}: the full model finds the chosen answer likelier in {100 * before.accuracy:.0f}% of pairs, and with "
+        f"the {final} adapter in {100 * after.accuracy:.0f}%; the margin goes from {before.margin:.2f} to "
+        f"{after.margin:.2f} nats"
+    )

@@ -84,6 +84,7 @@ def row_of(
         },
         trained_on=trained_on,
         made=cost,
+        preferences={name: report.preferences for name, report in reports.items() if report.preferences is not None},
         evaluated=together([done.cost for done in evaluated.values()]),
     )
 

@@ -22,7 +22,7 @@ from loram.trainer.arguments import (
 )
 from loram.training.engine import STREAMED, check_engine
 from loram.training.experts import check_expert_targets, check_linear_targets, expert_targets
-from loram.training.methods.table import METHODS, check_method, method_of
+from loram.training.methods.table import METHODS, check_method, method_of, methods_with
 
 # Options that would be ignored in silence, since rows come to the trainer as token ids and labels.
 _OURS = {
@@ -62,7 +62,8 @@ class LoraFlags(Options):
     lora_alpha: int | float = option(16, "The update is scaled by alpha / r.", also="alpha", common=True, gt=0)
     lora_dropout: float = option(
         0.05,
-        "The dropout before lora_A (default: 0.05; with dora, lora-fa, target_parameters and engine streamed 0).",
+        "The dropout before lora_A (default: 0.05; with dora, lora-fa, dpo, orpo, kto, target_parameters and engine "
+        "streamed 0).",
         also="dropout",
         planned=True,
         ge=0,
@@ -207,7 +208,7 @@ else:  # with a section for each method that has options of its own
         __module__=__name__,
         __doc__=_TrainOptions.__doc__,
         **{
-            method.section: (method.options | None, option(None, f"The options of method {method.name}."))
+            method.section: (method.options | None, option(None, f"The options of {methods_with(method.section)}."))
             for method in METHODS.values()
             if method.section is not None
         },
@@ -280,7 +281,10 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         why = _ELSEWHERE.get(ours[0], "loram writes the output and prepares the rows itself")
         raise UserError(f"trainer: {ours[0]} cannot be set: {why}")
     if other := [key for key in _OTHER_LOSSES if trainer.get(key) not in (None, 0, "nll")]:
-        raise UserError(f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time")
+        raise UserError(
+            f"trainer: {other[0]} cannot be set: the loss is cross entropy, worked out a chunk at a time; methods dpo "
+            "and kto have preference.loss_type"
+        )
     from trl import SFTConfig
 
     check_trainer(trainer, SftFlags, SFTConfig)
@@ -306,8 +310,26 @@ def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> N
             )
 
 
+def why_not_sharded(options: TrainOptions) -> str | None:
+    """Return what keeps the weights of a training from being sharded over processes, if anything does."""
+    if not method_of(options.method).sharded:
+        names = ", ".join(row.name for row in METHODS.values() if row.sharded)
+        return f"does not go with method {options.method}; take one of {names}"
+    if options.load_in_4bit:
+        return "leaves weights in 4 bits whole in each process; drop load_in_4bit"
+    if options.engine == STREAMED:
+        return "shards a model in memory, and engine streamed has none there; drop one"
+    if options.anchor_steps:
+        return "shards the blocks that anchors are measured at; drop anchor_steps"
+    if options.mask_update:
+        return "shards the weights that a masked update reads; drop mask_update"
+    return None
+
+
 def why_not_anchored(options: TrainOptions) -> str | None:
     """Return what keeps a training of a pruned model from staying on the full model's course, if anything does."""
+    if method_of(options.method).learns != "text":
+        return f"measures gradients of the cross entropy, and method {options.method} has another loss; drop one"
     if not method_of(options.method).anchored:
         return f"measures with the adapter recovered, which method {options.method} cannot be meanwhile"
     if options.engine == STREAMED:

@@ -12,6 +12,7 @@ from loram.compute.belonging import load_for
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
 from loram.trainer.arguments import option_names
+from loram.training.methods.adapters import factors_of
 from loram.training.methods.table import METHODS
 from loram.training.options import TrainOptions
 
@@ -55,6 +56,5 @@ def options_of(start: Adapter, lora: Mapping[str, Any]) -> dict[str, Any]:
 def put_factors_(model: PeftModel, start: Adapter) -> None:
     """Give PEFT's adapter on a model the factors of one that exists."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(start.tensors[name.replace(".default.", ".")])
+        for name, factor in factors_of(model).items():
+            factor.copy_(start.tensors[name])

@@ -25,7 +25,7 @@ from loram.compute.streaming import Stream
 from loram.data.batches import IGNORED, make_batches
 from loram.disk.adapter import Adapter
 from loram.disk.checkpoint import Checkpoint
-from loram.training.methods.adapters import adapted_linears
+from loram.training.methods.adapters import factors_of
 from loram.training.trainer import AdapterTrainer
 
 Rows = tuple[list[list[int]], list[list[int]]]  # the token ids and the labels of each row
@@ -117,7 +117,7 @@ def stream_loss_(model: PeftModel, where: StreamedPass) -> None:
         if not len(input_ids):
             return CausalLMOutput(loss=torch.zeros((), device=input_ids.device, requires_grad=True).clone())
         rows = _rows(input_ids, labels, inputs.get("attention_mask"), inputs.get("position_ids"))
-        names, factors = zip(*_factors(model).items(), strict=True)
+        names, factors = zip(*factors_of(model).items(), strict=True)
         if torch.is_grad_enabled():
             total = summed_loss(where, rows, config, names, *factors)
         else:
@@ -155,15 +155,6 @@ def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return nn.functional.pad(values, (0, width - values.shape[1]), value=value)
 
     return {name: torch.cat([padded(batch[name], fill[name]) for batch in batches]) for name in fill}
-
-
-def _factors(model: PeftModel) -> dict[str, Tensor]:
-    """Return the adapter's factors by PEFT's names in files."""
-    return {
-        f"base_model.model.{path}.lora_{part}.weight": cast(Tensor, factors["default"].weight)
-        for path, layer in adapted_linears(model)
-        for part, factors in (("A", layer.lora_A), ("B", layer.lora_B))
-    }
 
 
 def _adapter(config: dict[str, Any], names: Sequence[str], factors: Sequence[Tensor]) -> Adapter:

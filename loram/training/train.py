@@ -15,10 +15,11 @@ from trl import SFTConfig
 
 from loram.base import processes
 from loram.base.errors import UserError
+from loram.base.options import Options
 from loram.base.paths import local
-from loram.compute.device import compute_dtype
+from loram.compute.device import compute_dtype, join_processes
 from loram.compute.loading import load_tokenizer, open_full
-from loram.compute.loss import Balance, use_chunked_loss_
+from loram.compute.loss import Balance, use_chunked_loss_, use_log_probs_
 from loram.compute.nf4_streamed import Nf4Checkpoint
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
@@ -35,17 +36,20 @@ from loram.model.plan import PruningPlan, find_plan
 from loram.trainer.adapted import plain_model
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
-from loram.trainer.frame import Job, join_processes, run_job
+from loram.trainer.frame import Job, run_job
 from loram.trainer.resume import first_start
+from loram.trainer.sharding import check_sharding, sharding
 from loram.training.adapt import trainable_model
 from loram.training.anchors import Course
+from loram.training.check import check_model
 from loram.training.configs import build_configs
 from loram.training.engine import STREAMED
-from loram.training.experts import taken_for_experts
 from loram.training.liger import use_liger_
 from loram.training.methods.method import Method
+from loram.training.methods.preference import Preference
 from loram.training.methods.table import METHODS
-from loram.training.options import TrainOptions, resolve
+from loram.training.options import TrainOptions, resolve, why_not_sharded
+from loram.training.preference import PreferenceTrainer
 from loram.training.rounds import anchored
 from loram.training.rows import arrange, check_packed, first_batches, rows_digest
 from loram.training.start import load_start, options_of
@@ -119,11 +123,11 @@ def train(
     options = resolve(chosen.model_copy(update={"trainer": trainer, "load_in_4bit": in_4bit}), checkpoint.architecture)
     if start is not None:
         options = options.model_copy(update={"lora": options_of(start, options.lora)})
-    _check_sparse(checkpoint, options)
-    _check_extracted(checkpoint, options)
+    check_model(checkpoint, options)
     if METHODS[options.method].weights and (unused := sorted(chosen.lora.keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", options.method, unused[0])
     on = join_processes(device)
+    _check_sharding(options, on)
     course = _course(checkpoint, options, base, on, scratch=out.parent) if options.anchor_steps else None
     keep = "save_strategy" in chosen.trainer
     job = _prepare(
@@ -141,29 +145,12 @@ def train(
     return run_job(job, out, fresh=fresh)
 
 
-def _check_sparse(checkpoint: Checkpoint, options: TrainOptions) -> None:
-    """Refuse options that only sparse models can have, and those that sparse models cannot have."""
-    if options.mask_update and not checkpoint.sparse:
-        raise UserError(f"mask_update: {checkpoint.name} is not sparse: it has no weight that the mask would remove")
-    if checkpoint.sparse and options.engine == STREAMED and options.load_in_4bit:
-        raise UserError(
-            f"load_in_4bit: {checkpoint.name} is sparse, and engine streamed has it in 16 bits; leave it out"
-        )
-    if checkpoint.sparse and METHODS[options.method].weights:
-        raise UserError(
-            f"method {options.method}: {checkpoint.name} is sparse, and only the weights that it has left could train; "
-            "take an adapter's method, or the full model"
-        )
-
-
-def _check_extracted(checkpoint: Checkpoint, options: TrainOptions) -> None:
-    """Refuse to train the weights of a pruned mixture of experts if the extracted adapter could not be loaded."""
-    row = checkpoint.architecture
-    if METHODS[options.method].weights and checkpoint.pruned and (taken := taken_for_experts(row.adapter_targets, row)):
-        raise UserError(
-            f"method {options.method}: what it changes in a pruned model becomes an adapter on all linears, and PEFT "
-            f"takes {taken!r} in {row.model_type} for experts; take an adapter's method, or the full model"
-        )
+def _check_sharding(options: TrainOptions, device: torch.device) -> None:
+    """Refuse sharding where it cannot take place, or what it does not go with."""
+    kind = sharding(options.trainer)
+    if kind is not None and (problem := why_not_sharded(options)):
+        raise UserError(f"{kind}: {problem}")
+    check_sharding(options.trainer, device)
 
 
 def _course(
@@ -214,7 +201,14 @@ def _prepare(
 ) -> "_TrainJob":
     """Read the rows and say what the training is made from."""
     plan, tokenizer = find_plan(checkpoint.folder), load_tokenizer(checkpoint)
-    tokens = load_tokens(spec, tokenizer, options.trainer["max_length"], vocabulary=checkpoint.vocabulary, now=started)
+    tokens = load_tokens(
+        spec,
+        tokenizer,
+        options.trainer["max_length"],
+        vocabulary=checkpoint.vocabulary,
+        now=started,
+        kinds=(METHODS[options.method].learns,),
+    )
     check_packed(tokens.rows, build_configs(options, device)[1])
     inputs = {"base": checkpoint.fingerprint}
     if plan is not None:
@@ -233,6 +227,7 @@ def _prepare(
             "rows_truncated": tokens.truncated,
             "rows_skipped": tokens.skipped,
             "processes": processes.count(),
+            **({"sharding": shards} if (shards := sharding(options.trainer)) else {}),
             **as_setting(checkpoint.chat_template),
         },
         names={
@@ -314,7 +309,7 @@ class _TrainJob(Job[Trained]):
             assert isinstance(model, PeftModel)
             stream_loss_(model, self._pass())
         else:
-            _use_kernels_(model, arguments, self._balance())
+            self._use_kernels_(model, arguments)
         trainer = fit_model_(
             self._trainer_class(),
             model,
@@ -327,6 +322,7 @@ class _TrainJob(Job[Trained]):
             lean=self.options.load_in_4bit or self.options.engine == STREAMED,
             callbacks=callbacks,
             processing_class=self.tokenizer,
+            **self._of_trainer(own),
         )
         folder = checkpoints.staging / "trained"
         trainer.save_model(str(folder))
@@ -344,6 +340,17 @@ class _TrainJob(Job[Trained]):
             return kept_in_ram(self.checkpoint, room)
         return Nf4Checkpoint(self.checkpoint, device=self.device, dtype=compute_dtype(self.device), budget=room)
 
+    def _use_kernels_(self, model: PreTrainedModel | PeftModel, arguments: SFTConfig) -> None:
+        """Put the loss into a model in memory, and Liger's kernels where the arguments ask for them."""
+        base = plain_model(model)
+        if self.method.learns == "text":
+            use_chunked_loss_(base, balance=self._balance())
+        else:
+            use_log_probs_(base)
+        if arguments.use_liger_kernel:
+            use_liger_(base, arguments.liger_kernel_config)
+            arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put its loss over ours
+
     def _balance(self) -> Balance | None:
         coefficient = self.options.trainer["router_aux_loss_coef"]
         geometry = (self.checkpoint if self.plan is None else self.plan).geometry
@@ -353,7 +360,15 @@ class _TrainJob(Job[Trained]):
     def _trainer_class(self) -> type[Trainer]:
         if self.options.engine == STREAMED:
             return StreamedTrainer
+        if isinstance(self.method, Preference):
+            return PreferenceTrainer
         return AdapterTrainer if self.course is None else anchored(AdapterTrainer, self.course)
+
+    def _of_trainer(self, own: Options | None) -> dict[str, Any]:
+        """Return what the Trainer of the method takes beyond transformers' own."""
+        if not isinstance(self.method, Preference):
+            return {}
+        return {"method": self.method, "preference": own, "start": self.start}
 
     def write(self, out: Path, outcome: Trained) -> Mapping[str, float]:
         """Write the model, or the adapter with the tokenizer beside it."""
@@ -378,12 +393,3 @@ class _TrainJob(Job[Trained]):
             datasets=[self.names["rows"]],
             wrapped=self.checkpoint.wrapper is not None,
         )
-
-
-def _use_kernels_(model: PreTrainedModel | PeftModel, arguments: SFTConfig, balance: Balance | None) -> None:
-    """Put our loss into a model, and Liger's kernels where the arguments ask for them."""
-    base = plain_model(model)
-    use_chunked_loss_(base, balance=balance)
-    if arguments.use_liger_kernel:
-        use_liger_(base, arguments.liger_kernel_config)
-        arguments.use_liger_kernel = False  # transformers knows no pruned models, and would put Liger's loss over ours

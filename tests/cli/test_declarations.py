@@ -156,7 +156,7 @@ def test_the_reference_page_is_up_to_date() -> None:
 ELSEWHERE = {
     "a word of plain English or of Python, or the name of a stage, library or method": (
         "prune teach align train recover polish evaluate compare correct lora trainer lisa calibration criterion "
-        "dataset device engine examples method packing pattern probe r ratio refit seed share stream teacher"
+        "dataset device engine examples method packing pattern preference probe r ratio refit seed share stream teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
         "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout lora_r max_length max_steps optim "

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import loram
 from loram import cli
 from loram.base.size import parse_size, show_size
-from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_
+from loram.compute.loss import chunked_cross_entropy, use_chunked_loss_, use_log_probs_
 from loram.compute.nf4 import load_4bit, nbytes
 from loram.disk.opening import open_model
 from loram.model.families import family_of
@@ -39,6 +39,7 @@ from loram.pruning.options import PruneOptions
 from loram.trainer.arguments import defaults_of
 from loram.training.configs import build_configs
 from loram.training.methods.lora_sp import LoraSpOptions
+from loram.training.methods.preference import Preference, PreferenceOptions
 from loram.training.methods.table import METHODS
 from loram.training.options import SftFlags, TrainOptions, lora_defaults, resolve
 
@@ -321,7 +322,8 @@ def test_the_loss_saves_what_it_reads_only() -> None:
 
 def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
     """Bytes of all tensors at the peak of a training's steps."""
-    use_chunked_loss_(model)
+    method = METHODS[settings.method]
+    (use_log_probs_ if isinstance(method, Preference) else use_chunked_loss_)(model)
     chosen = {"method": settings.method, "dropout": settings.lora_dropout}
     wrapped = adapted(model, settings.lora_r, settings.lora_target_modules, **chosen)
     if settings.gradient_checkpointing:
@@ -336,11 +338,31 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
     with live:
         for _ in range(steps):
             for _ in range(settings.gradient_accumulation_steps):
-                ids = torch.randint(0, SIZES["vocab_size"], (settings.per_device_train_batch_size, settings.max_length))
-                wrapped(input_ids=ids, labels=ids).loss.backward()
+                ids = torch.randint(0, SIZES["vocab_size"], (settings.rows, settings.max_length))
+                if isinstance(method, Preference):
+                    preference_loss(wrapped, method, ids).backward()  # type: ignore[no-untyped-call]
+                else:
+                    wrapped(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return live.peak
+
+
+def preference_loss(wrapped: Any, method: Preference, ids: Tensor) -> Tensor:
+    """The loss of pairs, or of labelled answers, without prompts."""
+
+    def policy(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        found: Tensor = wrapped(input_ids=ids, attention_mask=mask, labels=labels).log_probs
+        return found
+
+    def reference(*rows: Tensor) -> Tensor:
+        with torch.no_grad(), wrapped.disable_adapter():
+            return policy(*rows)
+
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    labels = {"desirable": torch.arange(len(ids)) % 2 == 0}
+    batch = {**rows, **{f"kl_{name}": tensor.flip(0) for name, tensor in rows.items()}, **labels}
+    return method.loss(batch, policy, reference, PreferenceOptions())[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
@@ -356,6 +378,10 @@ def live_peak(model: Any, settings: Settings, steps: int = 2) -> int:
         {"method": "lora-fa", "lora_r": 32},
         {"method": "lora-fa", "load_in_4bit": True},
         {"method": "lora-sp", "lora_r": 32},
+        {"method": "dpo"},
+        {"method": "dpo", "load_in_4bit": True, "gradient_checkpointing": True},
+        {"method": "orpo", "gradient_checkpointing": True},
+        {"method": "kto"},
     ],
     ids=str,
 )
@@ -477,6 +503,21 @@ def test_fewer_operations() -> None:
     assert with_again == 6 * weights + 8 * adapter + 6 * 8192
     assert without == 4 * weights + 6 * adapter + 6 * 8192
     assert loram.estimate(LLAMA_70B, ratio=0.85).arithmetic.times_fewer > 4
+
+
+def test_operations_of_the_reference() -> None:
+    """Forward passes without gradients, of the adapted model as of the reference; both answers of a pair are tokens."""
+    forward = 2 * sum(layer.weights for layer in Model.of(LLAMA_70B, "").layers) + 2 * 32000 * 8192
+    plain = loram.estimate(LLAMA_70B).arithmetic.flops_per_token
+    for method, passes in (("orpo", 0), ("dpo", 1), ("kto", 3)):
+        assert loram.estimate(LLAMA_70B, method=method).arithmetic.flops_per_token == plain + passes * forward
+
+
+def test_a_pair_is_two_rows_in_memory() -> None:
+    pairs = loram.estimate(LLAMA_70B, method="dpo", per_device_train_batch_size=2)
+    rows = loram.estimate(LLAMA_70B, lora_dropout=0.0, per_device_train_batch_size=4)
+    assert pairs.training == rows.training
+    assert "2 pairs x 512 tokens" in pairs.settings.describe(pairs.adapter_parameters)
 
 
 def test_operations_that_measure_the_full_model() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loram.base.errors import UserError
 from loram.base.options import Options
+from loram.data.spec import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,12 +31,15 @@ class Method:
         lora: the options of PEFT's LoraConfig that make the method; the user cannot set them to anything else.
         defaults: the options of LoraConfig that have another default than plain LoRA's.
         trainer: the options of the Trainer that have another default.
+        learns: what it learns from rows: how a text goes on, which of two answers is better, or whether one is good.
+        forward_passes: how many forward passes without gradients a step has beside the one with gradients.
         weights: whether the model's own weights train, and not an adapter. What that changes in a pruned model is
             extracted as an adapter; from a full model it makes a full model.
         anchored: whether the adapter can be recovered at any step, which anchors need.
         masked: whether `mask_update` works with it.
         experts: whether `target_parameters` works with it.
         streamed: whether the streamed engine can train by it.
+        sharded: whether it trains a model that FSDP has sharded over processes.
         continues: whether it can go on training an adapter that exists.
         in_float32: why what trains must be in float32; empty if it may also be in 16 bits.
         planned: whether the planner can estimate its memory.
@@ -49,11 +53,14 @@ class Method:
     lora: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    learns: Kind = "text"
+    forward_passes: int = 0
     weights: bool = False
     anchored: bool = True
     masked: bool = False
     experts: bool = False
     streamed: bool = False
+    sharded: bool = False
     continues: bool = False
     in_float32: str = ""
     planned: bool = False

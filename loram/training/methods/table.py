@@ -11,6 +11,7 @@ from loram.training.methods.lisa import LISA
 from loram.training.methods.lora_fa import LORA_FA
 from loram.training.methods.lora_sp import LORA_SP
 from loram.training.methods.method import Method
+from loram.training.methods.preference import DPO, KTO, ORPO
 
 if TYPE_CHECKING:
     from loram.training.options import TrainOptions
@@ -22,6 +23,7 @@ _ROWS = (
         masked=True,
         experts=True,
         streamed=True,
+        sharded=True,
         continues=True,
         planned=True,
     ),
@@ -32,6 +34,7 @@ _ROWS = (
         masked=True,
         experts=True,
         streamed=True,
+        sharded=True,
         planned=True,
     ),
     DORA,
@@ -39,6 +42,9 @@ _ROWS = (
     LORA_SP,
     LISA,
     FULL,
+    DPO,
+    ORPO,
+    KTO,
 )
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
 
@@ -52,6 +58,12 @@ def method_of(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"method {name!r} is not known; known are {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def methods_with(section: str | None) -> str:
+    """Return the names of the methods that share a section of options: `methods dpo, orpo and kto`."""
+    *names, last = [row.name for row in METHODS.values() if row.section == section]
+    return f"methods {', '.join(names)} and {last}" if names else f"method {last}"
 
 
 def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
@@ -87,9 +99,9 @@ def check_method(options: "TrainOptions", lora: Mapping[str, Any]) -> None:
 
 def _check_other(other: Method, options: "TrainOptions") -> None:
     """Refuse what belongs to a method that is not the one that trains."""
-    if other.section is not None and getattr(options, other.section) is not None:
+    if other.section not in (None, METHODS[options.method].section) and getattr(options, other.section) is not None:
         raise UserError(
-            f"{other.section}: these are options of method {other.name}, and the method is {options.method}"
+            f"{other.section}: these are options of {methods_with(other.section)}, and the method is {options.method}"
         )
     if other.adds_files:  # PEFT's switch alone would leave them out, and the adapter could not be recovered
         for key, value in other.lora.items():
