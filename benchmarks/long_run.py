@@ -20,6 +20,7 @@ by half. It prints a table and writes long_run.json beside itself.
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import statistics
@@ -46,8 +47,8 @@ def make_tiny(folder: Path, model: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         tie_word_embeddings=True,
@@ -66,7 +67,8 @@ def train(settings: dict[str, Any]) -> None:
 
     class Report(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            print(f"step {state.global_step} {rss()}", flush=True)
+            # not by `print`, since whatever libraries print while training goes to the log
+            os.write(1, f"step {state.global_step} {rss()}\n".encode())
 
     now = time.time
 
@@ -83,15 +85,12 @@ def train(settings: dict[str, Any]) -> None:
         )
 
 
-def steps_of(process: "subprocess.Popen[str]", log: list[str]) -> Iterator[tuple[int, int]]:
-    """Yield (step, resident bytes) as a training takes its steps; its other lines go to the log."""
+def steps_of(process: "subprocess.Popen[str]") -> Iterator[tuple[int, int]]:
+    """Yield (step, resident bytes) as a training takes its steps."""
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step "):
-            _, step, size = line.split()
-            yield int(step), int(size)
-        else:
-            log.append(line)
+        if (match := re.fullmatch(r"step (\d+) (\d+)\n", line)) is not None:
+            yield int(match[1]), int(match[2])
 
 
 def disturb(kind: str, pid: int) -> None:
@@ -115,14 +114,13 @@ def run(settings: dict[str, Any], disturbances: list[tuple[int, str]]) -> dict[i
     while not out.exists():
         at, kind = waiting.pop(0) if waiting else (None, "")
         command = [sys.executable, __file__, "--train", json.dumps({**settings, "shift": shift})]
-        log: list[str] = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for step, size in steps_of(process, log):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for step, size in steps_of(process):
                 sizes[step] = size
                 if step == at:
                     disturb(kind, process.pid)
         if process.returncode != CODES.get(kind, 0):
-            sys.exit(f"{kind or 'undisturbed'}: ended with {process.returncode}\n{''.join(log)}")
+            sys.exit(f"{kind or 'undisturbed'}: ended with {process.returncode}")
         checkpoints = list(out.parent.glob(f"{out.name}-checkpoints/checkpoint-*"))
         for checkpoint in checkpoints:
             verify(checkpoint)
@@ -208,7 +206,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=64)
-    parser.add_argument("--save-steps", type=int, default=20)
+    parser.add_argument("--save-steps", type=int, default=50)
     parser.add_argument("--logging-steps", type=int, default=10)
     parser.add_argument("--disturbances", type=int, default=12)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
