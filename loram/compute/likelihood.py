@@ -119,7 +119,7 @@ def model_losses(model: "PreTrainedModel", input_ids: Sequence[list[int]], label
 def _batch_losses(model: "PreTrainedModel", batch: Batch) -> Tensor:
     """Return the negative log-likelihoods of the batch's targets, in nats: (targets,) float32."""
     output = model(input_ids=batch.ids.to(model.device), attention_mask=batch.real.to(model.device), use_cache=False)
-    logits = output.logits[batch.wanted.to(model.device)].float()  # (targets, vocabulary)
+    logits: Tensor = output.logits[batch.wanted.to(model.device)].float()  # (targets, vocabulary)
     # On a CPU, torch's float32 log_softmax over a vocabulary has errors up to 1e-5, its logsumexp up to 1e-6.
     targets = logits.gather(1, batch.targets.to(model.device)[:, None])[:, 0]
     losses: Tensor = logits.logsumexp(1) - targets

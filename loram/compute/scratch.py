@@ -13,21 +13,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_LARGE = Path("/var/tmp")  # file-hierarchy(7): for larger and longer-lived files than /tmp
+
 
 class Scratch:
     """A memory budget that several lists of activations share, and the folder for the lists beyond it.
 
     Args:
         memory_bytes: how many bytes may be held in memory at a time.
-        folder: the folder for the files (default: the system's temporary folder).
+        folder: the folder for the files (default: `$TMPDIR`, or /var/tmp, which is on a disk where /tmp may be RAM).
     """
 
     def __init__(self, memory_bytes: int, folder: Path | None = None) -> None:
-        self.free_bytes, self.folder = memory_bytes, folder
+        self.free_bytes, self.folder = memory_bytes, folder or _on_disk()
 
     def room(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> "Activations":
         """Reserve room for one tensor of each shape."""
         return Activations(self, shapes, dtype)
+
+
+def _on_disk() -> Path | None:
+    """Return the system's folder for large temporary files; None where only `tempfile` knows one."""
+    wanted = "TMPDIR" not in os.environ and os.access(_LARGE, os.W_OK | os.X_OK)
+    return _LARGE if wanted else None
 
 
 class Activations:

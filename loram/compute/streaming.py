@@ -148,7 +148,7 @@ class Stream:
         dtype: the dtype that they compute in; float32 gives the gradients of the whole model.
         adapter: a LoRA adapter that fits the model; it is added layer by layer.
         hidden_bytes: how many bytes of hidden states are kept in memory; what goes beyond is in a scratch file.
-        scratch: the folder of the scratch file (default: the system's temporary folder).
+        scratch: the folder of the scratch file (default: see `Scratch`).
         model: the `model` of a stream of the same checkpoint that is over, which saves building it again.
     """
 

@@ -21,6 +21,7 @@ from loram.base.errors import UserError, first_problem
 from loram.base.paths import local
 from loram.base.progress import track
 from loram.disk.files import CHAT_TEMPLATE
+from loram.disk.hashes import file_sha256, take_remembered_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,8 @@ def _seal(folder: Path, *, kind: str, made_from: dict[str, str], settings: dict[
         if path.is_file():
             path.chmod(0o666 & ~_umask())  # safetensors writes files with mode 0600, whatever the umask
             if path != folder / CARD_NAME:
-                files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+                sha256 = take_remembered_sha256(path) or file_sha256(path)
+                files[str(path.relative_to(folder))] = FileEntry(size=path.stat().st_size, sha256=sha256)
             sync(path)
     manifest = Manifest(kind=kind, made_from=made_from, settings=settings, versions=library_versions(), files=files)
     path = folder / MANIFEST_NAME
@@ -208,12 +210,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

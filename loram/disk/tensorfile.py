@@ -4,6 +4,7 @@ Only the rows that are being worked on are in memory. The safetensors library ma
 writes only what is completely in memory; that is too much for a model that does not fit in memory.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
 from loram.disk.files import refuse_pointer
+from loram.disk.hashes import remember_sha256
 
 _MAX_HEADER, _MAX_NUMBER = 100_000_000, (1 << 63) - 1  # the safetensors library's own limits
 # In the order in which a file holds them, largest first: torch needs each tensor at a multiple of its element size.
@@ -181,6 +183,10 @@ class TensorFileWriter:
 
     Use it as a context manager; it checks at the end that every tensor was written.
 
+    The file is hashed on the way, so that its manifest needs no second reading. That goes as long as tensors come in
+    the order in which they lie in the file: by dtype, the widest first, and then as in `specs`. From the first one that
+    comes early on, the file is read again at the end.
+
     Args:
         path: the file to write; it must not exist.
         specs: name of every tensor -> its dtype and shape.
@@ -203,6 +209,7 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._offsets = {name: 8 + len(text) + offset for name, offset in self._offsets.items()}
+        self._sha256, self._hashed = hashlib.sha256(), 0  # of the first so many bytes
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._write(memoryview(len(text).to_bytes(8, "little") + text), 0)
 
@@ -217,6 +224,9 @@ class TensorFileWriter:
         self._write(_bytes(tensor.detach().cpu().contiguous()), self._offsets[name] + row * spec.row_bytes)
 
     def _write(self, view: memoryview, offset: int) -> None:
+        if offset == self._hashed:
+            self._sha256.update(view)
+            self._hashed += len(view)
         while view:
             count = os.pwrite(self._descriptor, view, offset)
             view, offset = view[count:], offset + count
@@ -228,6 +238,14 @@ class TensorFileWriter:
         os.close(self._descriptor)
         if exception is None:
             assert not any(self._missing.values()), (self.path, self._missing)
+            self._hash_the_rest()
+            remember_sha256(self.path, self._sha256.hexdigest())
+
+    def _hash_the_rest(self) -> None:
+        if self._hashed < self.path.stat().st_size:
+            with self.path.open("rb") as file:
+                file.seek(self._hashed)
+                hashlib.file_digest(file, lambda: self._sha256)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -59,10 +59,11 @@ def droppable_layers(
     return layers
 
 
-def kept_units(space: Space, units: int, ratio: float, least: int = 1) -> int:
+def kept_units(space: Space, units: int, ratio: float, least: int = 1, multiple: int = 1) -> int:
     """Return how many of `units` stay at a pruning ratio. Channels are rounded down; groups and experts are rounded up.
 
-    Channels of experts are rounded down to a multiple of 8.
+    Channels of experts are rounded down to a multiple of 8. Then channels, also those of experts, are rounded up to a
+    multiple of `multiple`, as far as there are so many.
 
     These counts reproduce LoRAM's parameter tables (arXiv 2502.13533). The ratio counts as the decimal that was
     written: 10 groups at 0.7 keep 3, where binary floating point would say ceil(3.0000000000000004) = 4.
@@ -74,6 +75,8 @@ def kept_units(space: Space, units: int, ratio: float, least: int = 1) -> int:
         raise UserError(f"ratio {ratio}: must lie between 0 and 1, both excluded; 0.5 removes half")
     exact = units * (1 - Fraction(str(ratio))) / space.multiple
     kept = space.multiple * (math.ceil(exact) if space.rounding == "up" else math.floor(exact))
+    if space.rounding == "down" and kept:
+        kept = min(units, -(-kept // multiple) * multiple)
     if kept < 1:
         raise UserError(f"ratio {ratio} leaves none of {units} {space.name}; choose a smaller one")
     if kept < least:
@@ -83,13 +86,16 @@ def kept_units(space: Space, units: int, ratio: float, least: int = 1) -> int:
     return kept
 
 
-def kept_by_space(geometry: Geometry, spaces: Iterable[Space], ratios: Mapping[str, float]) -> dict[str, int]:
+def kept_by_space(
+    geometry: Geometry, spaces: Iterable[Space], ratios: Mapping[str, float], multiple: int = 1
+) -> dict[str, int]:
     """Return how many units of each space a narrowed layer keeps.
 
     Args:
         geometry: the full model's sizes.
         spaces: the spaces of the layer, each after the one that it is within.
         ratios: space name -> the share of its units that goes; a space that is not named keeps all of them.
+        multiple: numbers of channels are rounded up to a multiple of this.
 
     Raises:
         UserError: as `kept_units`.
@@ -99,6 +105,6 @@ def kept_by_space(geometry: Geometry, spaces: Iterable[Space], ratios: Mapping[s
         count = geometry.per_unit(space)
         if space.name in ratios:
             least = 1 if space.least is None else int(getattr(geometry, space.least))
-            count = kept_units(space, count, ratios[space.name], least)
+            count = kept_units(space, count, ratios[space.name], least, multiple)
         kept[space.name] = count * (1 if space.within is None else kept[space.within.name])
     return kept

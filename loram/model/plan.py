@@ -68,6 +68,7 @@ class PruningPlan(BaseModel):
         dropped: the layers that are gone, sorted. The others keep their numbers. The first layer is never among them,
             since transformers asks its key-value cache how long the text is.
         criterion, ratio, seed, keep_first, keep_last: how the plan was chosen.
+        round_to: what the numbers of channels that stay were rounded up to a multiple of.
         ratios: space name -> the ratio of its own, where it has one; `ratio` is None where each pruned space has one,
             and where nothing but whole layers is pruned.
         pattern: `structured`, or the pattern of sparse layers: `unstructured`, or n:m, which keeps n of m weights.
@@ -90,6 +91,7 @@ class PruningPlan(BaseModel):
     criterion: str
     ratio: float | None = Field(gt=0, lt=1)
     ratios: dict[str, float] = Field(default_factory=dict, exclude_if=lambda value: not value)
+    round_to: int = Field(default=1, ge=1, exclude_if=lambda value: value == 1)
     bias_compensation: bool = False
     refit: bool = Field(default=False, exclude_if=lambda value: not value)
     bypass_rank: int = Field(default=0, ge=0, exclude_if=lambda value: not value)

@@ -98,6 +98,8 @@ def recipe_lines(estimate: Estimate, written: Collection[str], *, refit: bool = 
     else:
         ratios = {} if estimate.ratio is None else {"ratio": estimate.ratio}
         ratios |= {f"{name}_ratio": ratio for name, ratio in estimate.ratios.items()}
+        if estimate.round_to > 1:
+            ratios["round_to"] = estimate.round_to
         layers = {"keep_first": estimate.keep_first, "keep_last": estimate.keep_last}
         fitted = {"refit": "true", "bypass_rank": estimate.bypass_rank} if refit else {}
         lines = ["prune:", *(f"  {name}: {value}" for name, value in {**ratios, **layers, **fitted}.items())]

@@ -10,7 +10,6 @@ from typing import Any
 from loram.base.paths import local
 from loram.disk.files import read_json
 from loram.model.architecture import Architecture
-from loram.model.counts import kept_by_space
 from loram.model.families import architecture_of
 from loram.model.geometry import Geometry, Units
 from loram.model.packing import packing_of
@@ -78,7 +77,7 @@ class Model:
             return replace(full, sparse=kept, narrowed=narrowed)
         ratios, spaces = options.ratios(architecture), {n: geometry.layer(architecture, n).spaces for n in narrowed}
         units = {
-            layer: kept_by_space(geometry.at(layer), own, ratios)
+            layer: options.kept(geometry, architecture, layer)
             for layer, own in spaces.items()
             if any(space.name in ratios for space in own)
         }

@@ -41,6 +41,7 @@ class Estimate(BaseModel):
         wrapper: the wrapped model's own model_type; None for an ordinary model.
         ratio, pattern: how the model is pruned; the ratio is None where no layer is narrowed or sparse by it.
         ratios: space -> the ratio of its own, where it has one.
+        round_to: what the numbers of channels that stay are rounded up to a multiple of.
         parameters, pruned_parameters: exact counts, embeddings and norms included; `parameter_reduction` is their
             ratio.
         active_parameters, pruned_active_parameters: how many of these a token meets, which are all but those of experts
@@ -70,6 +71,7 @@ class Estimate(BaseModel):
     wrapper: str | None
     ratio: float | None
     ratios: dict[str, float]
+    round_to: int
     pattern: str
     keep_first: int
     keep_last: int
@@ -135,6 +137,7 @@ def estimate_with(config: Mapping[str, Any], where: str, settings: Settings, opt
         wrapper=None if wrapper is None else wrapper.model_type,
         ratio=pruning.ratio if options.prunes else None,
         ratios=pruning.own_ratios if options.prunes else {},
+        round_to=pruning.round_to,
         pattern=pruning.pattern,
         keep_first=pruning.keep_first,
         keep_last=pruning.keep_last,

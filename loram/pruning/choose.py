@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from loram.disk.artifacts import library_versions
-from loram.model.counts import kept_by_space
 from loram.model.families import ARCHITECTURES
 from loram.model.geometry import Geometry
 from loram.model.plan import BaseReference, PruningPlan
@@ -37,11 +36,12 @@ def choose(
     """
     row = ARCHITECTURES[model_type]
     ratios = options.ratios(row)
-    layers = {
-        layer: kept
-        for layer, scores_by_space in sorted(scores.items())
-        if (kept := _kept(scores_by_space, geometry.layer(row, layer).spaces, geometry.at(layer), ratios))
-    }
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}
+    for layer, scores_by_space in sorted(scores.items()):
+        spaces = [space for space in geometry.layer(row, layer).spaces if space.name in ratios]
+        counts = options.kept(geometry, row, layer)
+        if kept := _kept(scores_by_space, spaces, geometry.at(layer), counts):
+            layers[layer] = kept
     return PruningPlan(
         model_type=model_type,
         base=base,
@@ -61,17 +61,14 @@ def recorded(options: ResolvedPruneOptions) -> dict[str, Any]:
 
 
 def _kept(
-    scores: Mapping[str, Tensor], spaces: Iterable[Space], geometry: Geometry, ratios: Mapping[str, float]
+    scores: Mapping[str, Tensor], spaces: Iterable[Space], geometry: Geometry, counts: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the units that a layer keeps of each space that is pruned.
+    """Return the units that a layer keeps of each space that is pruned, as many as `counts` says.
 
     Units within another space are compared within each unit of that: an expert keeps its own best channels.
     """
-    spaces = list(spaces)
-    counts, kept = kept_by_space(geometry, spaces, ratios), dict[str, tuple[int, ...]]()
+    kept: dict[str, tuple[int, ...]] = {}
     for space in spaces:
-        if space.name not in ratios:
-            continue
         if (outer := space.within) is None:
             kept[space.name] = _best(scores[space.name], counts[space.name])
             continue

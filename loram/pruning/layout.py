@@ -1,6 +1,6 @@
 """What a pruned folder will hold: as many units or weights as the options keep, and the tensors that follow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -95,6 +95,23 @@ def pruned_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, T
         ]
         specs |= {name: TensorSpec(dtype=dtypes[0], shape=shape) for name, shape in plan.bypass_shapes(layer).items()}
     return specs, {}
+
+
+def in_order(specs: Mapping[str, TensorSpec], layers: Sequence[int], plan: PruningPlan) -> dict[str, TensorSpec]:
+    """Return the tensors of a folder in the order in which they are written, so that files are hashed on the way.
+
+    Args:
+        specs: the tensors by name.
+        layers: the layers that are written one after the other; all other tensors follow.
+        plan: a plan of the model.
+    """
+    places = {layer: place for place, layer in enumerate(layers)}
+
+    def place_of(name: str) -> int:
+        layer, _ = plan.architecture.split(name) or (None, name)
+        return len(places) if layer is None else places.get(layer, len(places))
+
+    return {name: specs[name] for name in sorted(specs, key=place_of)}  # names of one place keep their order
 
 
 def _sparse_specs(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

@@ -54,6 +54,11 @@ class PruneOptions(Options):
     channels_ratio: float | None = _own_ratio("MLP channels")
     experts_ratio: float | None = _own_ratio("experts")
     expert_channels_ratio: float | None = _own_ratio("the channels of each expert", default="0")
+    round_to: PositiveInt = option(
+        1,
+        "Round the number of MLP channels that stay up to a multiple of this; 64 suits the matrix products of GPUs.",
+        planned=True,
+    )
     experts_criterion: str | None = option(
         None,
         f"What decides which experts stay: {', '.join(EXPERT_CRITERIA)} (default: {next(iter(EXPERT_CRITERIA))}; with "
@@ -97,10 +102,16 @@ class PruneOptions(Options):
         common=True,
         planned=True,
     )
+    refit_dataset: DataSpec | None = option(
+        None,
+        "With refit: the data set that it reads beside the rows that are scored on (default: more rows of the "
+        "calibration data; in a recipe without these the training rows).",
+        common=True,
+    )
     refit_samples: PositiveInt = option(
         128,
-        "With refit: the number of rows of the calibration data that the refit reads, which should be many; scoring "
-        "reads the first of them.",
+        "With refit: the number of rows that it reads, which should be many. Of the calibration data, scoring reads "
+        "the first of them.",
     )
     bypass_rank: NonNegativeInt = option(
         0,
@@ -115,6 +126,15 @@ class PruneOptions(Options):
     def _pattern_as_text(cls, value: Any) -> Any:
         """4:8 without quotes is a number to YAML: 4 times 60 and 8."""
         return f"{value // 60}:{value % 60}" if type(value) is int else value
+
+    @property
+    def for_refit(self) -> "PruneOptions":
+        """The options whose calibration rows are those that the refit reads."""
+        data = self.calibration if self.refit_dataset is None else self.refit_dataset
+        count = self.refit_samples
+        if self.refit_dataset is None:  # it reads those that are scored on too
+            count = max(count, self.calibration_samples)
+        return self.model_copy(update={"calibration": data, "calibration_samples": count})
 
     @property
     def own_ratios(self) -> dict[str, float]:
@@ -158,8 +178,8 @@ class PruneOptions(Options):
 
         Raises:
             UserError: the pattern or criterion is not known, the criterion does not go with the pattern, the ratio is
-                missing or contradicts the pattern, layers are to be dropped with a sparse pattern, or biases are to be
-                compensated or linears fitted anew where nothing is removed.
+                missing or contradicts the pattern, layers are to be dropped with a sparse pattern, biases are to be
+                compensated or linears fitted anew where nothing is removed, or a text is for a refit and there is none.
         """
         sparse = n_of_m(self.pattern) is not None or self.pattern != STRUCTURED
         layers_alone = self.prunes and not self.narrows
@@ -188,6 +208,8 @@ class PruneOptions(Options):
             )
         if layers_alone and self.bias_compensation:
             raise UserError("bias_compensation: is for narrowed layers; add a ratio, or leave it out")
+        if self.round_to > 1 and (sparse or layers_alone):
+            raise UserError("round_to: is for numbers of channels, and none are removed; leave it out")
         self._check_refit(sparse=sparse, layers_alone=layers_alone)
         filled = {
             "ratio": ratio,
@@ -201,6 +223,8 @@ class PruneOptions(Options):
             able = not (sparse or layers_alone or self.bias_compensation)
             filled["refit"] = able and (self.bypass_rank > 0 or CRITERIA[str(filled["criterion"])].reads in READS_TEXT)
         resolved = ResolvedPruneOptions.model_validate({**dict(self), **filled})
+        if self.refit_dataset is not None and not resolved.refit:
+            raise UserError("refit_dataset: is read by a refit, and there is none; add refit, or leave it out")
         resolved._refit_by_default = self.refit is None and not self.bypass_rank
         return resolved
 
@@ -250,6 +274,15 @@ class ResolvedPruneOptions(PruneOptions):
             UserError: no layer would be left to prune.
         """
         return prunable_layers(geometry, self.keep_first, self.keep_last)
+
+    def kept(self, geometry: Geometry, architecture: Architecture, layer: int) -> dict[str, int]:
+        """Return how many units of each space a narrowed layer keeps, by the space's name.
+
+        Raises:
+            UserError: a ratio leaves too few.
+        """
+        spaces = geometry.layer(architecture, layer).spaces
+        return kept_by_space(geometry.at(layer), spaces, self.ratios(architecture), self.round_to)
 
     def droppable(self, geometry: Geometry, architecture: Architecture, config: Mapping[str, Any]) -> list[int]:
         """Return the layers among which `drop_layers` are dropped; arguments as for `check_fits`.
@@ -324,8 +357,7 @@ class ResolvedPruneOptions(PruneOptions):
         self.droppable(geometry, architecture, config)
         if not self.sparse:
             for layer in self.layers(geometry):
-                spaces = geometry.layer(architecture, layer).spaces
-                kept_by_space(geometry.at(layer), spaces, self.ratios(architecture))
+                self.kept(geometry, architecture, layer)
             self._check_groups_of_experts(architecture, config)
             self._check_anything_refitted(geometry, architecture)
             if self.scored(architecture)[1].channels and CRITERIA[self.criterion].reads == "inputs":
@@ -353,11 +385,7 @@ class ResolvedPruneOptions(PruneOptions):
         """Return the same options, without a refit where no linear of a model loses inputs."""
         if not self.refit:
             return self
-        ratios = self.ratios(architecture)
-        kept = {
-            layer: kept_by_space(geometry.at(layer), geometry.layer(architecture, layer).spaces, ratios)
-            for layer in self.layers(geometry)
-        }
+        kept = {layer: self.kept(geometry, architecture, layer) for layer in self.layers(geometry)}
         short = any(geometry.linears_short_of_inputs(architecture, layer, units) for layer, units in kept.items())
         return self.model_copy(update={"refit": short})
 

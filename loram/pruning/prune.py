@@ -6,7 +6,7 @@ This file removes whole units; `sparse.py` removes single weights.
 import dataclasses
 import functools
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from loram.pruning.check import check_prunable
 from loram.pruning.choose import choose
 from loram.pruning.criteria import CRITERIA
 from loram.pruning.depth import Influence, random_layers
-from loram.pruning.layout import base_of, blank_plan, pruned_specs, write_pruned_card
+from loram.pruning.layout import base_of, blank_plan, in_order, pruned_specs, write_pruned_card
 from loram.pruning.options import PruneOptions, ResolvedPruneOptions
 from loram.pruning.refit import Refitter
-from loram.pruning.score import ScoredLayer, calibration_stream, score_layers
+from loram.pruning.score import ScoredLayer, Scoring, calibration_stream, score_layers
 from loram.pruning.sparse import prune_sparse
 
 BUILTIN_CALIBRATION = Path(__file__).parent / "calibration.jsonl"
@@ -132,7 +132,8 @@ def _prune_structured(
             dropped=dropped,
         )
         # Which units stay is open, but how many is not, so the files can be laid out before any unit's score is known.
-        specs, _ = pruned_specs(checkpoint, blank_plan(checkpoint, settings, dropped=dropped))
+        blank = blank_plan(checkpoint, settings, dropped=dropped)
+        specs = in_order(pruned_specs(checkpoint, blank)[0], scored.order, blank)
         scores: dict[int, Mapping[str, Tensor]] = {}
         wrapper, shown = checkpoint.wrapper if settings.keep_towers else None, checkpoint
         outside = {name: name if wrapper is None else wrapper.outside(name) for name in specs}
@@ -150,7 +151,7 @@ def _prune_structured(
                 own = {**layer.scores.get(settings.criterion, {}), **layer.expert_scores}
                 layer_scores = {layer.index: own} if layer.index in layers else {}
                 scores.update(layer_scores)
-                for name, tensor in _narrowed(layer, decide(layer_scores), refitter):
+                for name, tensor in _narrowed(layer, decide(layer_scores), refitter, specs):
                     writer.write(outside[name], tensor.to(specs[name].dtype))
                     del left[outside[name]]
             for name, (source, stored) in track(list(left.items()), "Other weights"):
@@ -177,7 +178,7 @@ def _drop_and_score(
     seed: int,
     device: torch.device,
     scratch: Path,
-) -> tuple[tuple[int, ...], Iterator[ScoredLayer]]:
+) -> tuple[tuple[int, ...], Scoring]:
     """Decide which layers are dropped, and begin to score the units of the others.
 
     The influence of layers is known after a forward pass. That is a pass of its own, unless the criterion makes one
@@ -215,8 +216,10 @@ def _drop_and_score(
     return dropped, begin([layer for layer in layers if settings.narrows and layer not in dropped])
 
 
-def _narrowed(layer: ScoredLayer, plan: PruningPlan, refitter: Refitter) -> Iterator[tuple[str, Tensor]]:
-    """Yield a layer's tensors as the pruned model has them."""
+def _narrowed(
+    layer: ScoredLayer, plan: PruningPlan, refitter: Refitter, names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a layer's tensors as the pruned model has them, in the order in which they stand among `names`."""
     biases = {}
     for path, linear in plan.compensated(layer.index):
         weight = layer.tensors[f"{path}.weight"]
@@ -226,10 +229,12 @@ def _narrowed(layer: ScoredLayer, plan: PruningPlan, refitter: Refitter) -> Iter
         removed[kept.to(removed.device)] = 0  # inputs that are still there need no making up for
         biases[f"{path}.bias"] = weight @ removed + layer.tensors.get(f"{path}.bias", 0)
     fitted = dict(refitter.tensors(layer.index, layer.tensors, layer.products, plan))
-    for name, tensor in {**layer.tensors, **biases}.items():
-        if name not in fitted:
-            yield name, narrow(name, tensor, plan)
-    yield from fitted.items()
+    whole = {**layer.tensors, **biases}
+    for name in names:
+        if name in fitted:
+            yield name, fitted[name]
+        elif name in whole:
+            yield name, narrow(name, whole[name], plan)
 
 
 def load_calibration(checkpoint: Checkpoint, tokenizer: Any, options: PruneOptions) -> Tokens:
@@ -258,8 +263,7 @@ def further_text(
         options: how to prune.
         samples: the token ids that are scored on.
     """
-    count = max(options.refit_samples, options.calibration_samples)
-    rows = _ids(load_calibration(checkpoint, tokenizer, PruneOptions.of(options, calibration_samples=count)))
+    rows = _ids(load_calibration(checkpoint, tokenizer, options.for_refit))
     left = Counter(map(tuple, rows)) - Counter(map(tuple, samples))
     return [list(ids) for ids in left.elements()]
 

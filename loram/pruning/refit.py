@@ -29,6 +29,7 @@ DAMPING = 0.1  # where there are none
 HELD_OUT = 4  # every fourth row is held out, and fewer of them where that is more than HELD_TOKENS
 _SAMPLED_OUTPUTS = 128  # about so many outputs decide
 _LEAST_RIDGE = 1e-30  # so that a block which reads nothing but zeros keeps its weights
+_STRIPES = 8  # a symmetric product is made in so many stripes of rows, each up to the diagonal: 0.56 of the arithmetic
 
 
 class Products:
@@ -73,9 +74,18 @@ class Products:
         self.held.clear()
 
     def _sum_up_(self, h: Tensor, x: Tensor) -> None:
-        self.inputs.addmm_(h.T, h)
+        _add_square_(self.inputs, h)
         self.across.addmm_(x.T, h)
-        self.block.addmm_(x.T, x)
+        _add_square_(self.block, x)
+
+
+def _add_square_(total: Tensor, values: Tensor) -> None:
+    """Add vᵀv to a symmetric sum. Stripes of it are computed up to the diagonal, and mirrored."""
+    step = max(1, -(-len(total) // _STRIPES))
+    for start in range(0, len(total), step):
+        stop = start + step
+        total[start:stop, :stop].addmm_(values[:, start:stop].T, values[:, :stop])
+        total[:start, start:stop] = total[start:stop, :start].T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +127,16 @@ def refit(products: Products, weight: Tensor, kept: Tensor, rank: int) -> Refit:
 
 
 def _best_damping(products: Products, weight: Tensor, kept: Tensor) -> tuple[float, tuple[float, float]]:
-    """Return the damping that does best on the held-out tokens, and `Refit.errors`, both by a sample of the outputs."""
+    """Return the damping that does best on the held-out tokens, and `Refit.errors`, both by a sample of the outputs.
+
+    What is tried is compared in float32, as the tokens are.
+    """
     sample = weight[:: max(1, len(weight) // _SAMPLED_OUTPUTS)]
-    h = torch.cat([h for h, _ in products.held]).double()
-    wanted, read = h @ sample.T, h[:, kept]
+    h = torch.cat([h for h, _ in products.held])
+    wanted, read = h @ sample.to(h).T, h[:, kept]
 
     def missing(fitted: Tensor) -> float:
-        return float((wanted - read @ fitted.T).square().sum() / wanted.square().sum())
+        return float((wanted - read @ fitted.to(h).T).square().sum() / wanted.square().sum())
 
     tried = {
         damping: missing(fitted)
@@ -136,7 +149,8 @@ def _best_damping(products: Products, weight: Tensor, kept: Tensor) -> tuple[flo
 def solve(inputs: Tensor, weight: Tensor, kept: Tensor, *dampings: float) -> Iterator[Tensor]:
     """Yield the W' that minimises |h Wᵀ - h_K W'ᵀ|² + λ |W' - W_K|², (hidden, kept features) float64, for each damping.
 
-    Its normal equations are W' (G_KK + λ I) = W G_:K + λ W_K, where G is hᵀh.
+    Its normal equations are W' (G_KK + λ I) = W G_:K + λ W_K, where G is hᵀh. With the columns R that are removed, they
+    say (W' - W_K) (G_KK + λ I) = W_R G_RK, which is less to compute.
 
     Args:
         inputs: G, (features, features).
@@ -144,11 +158,12 @@ def solve(inputs: Tensor, weight: Tensor, kept: Tensor, *dampings: float) -> Ite
         kept: the columns K that stay.
         dampings: λ as a share of the mean of the diagonal of G_KK.
     """
-    columns = inputs[:, kept].double()  # (features, kept)
-    gram, right, old = columns[kept], columns.T @ weight.T, weight[:, kept].T
+    stays = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+    stays[kept] = True
+    columns = inputs[:, kept]  # (features, kept)
+    gram, right = columns[stays].double(), columns[~stays].double().T @ weight[:, ~stays].T
     for damping in dampings:
-        lower, ridge = _cholesky(gram, damping)
-        yield torch.cholesky_solve(right + ridge * old, lower).T
+        yield weight[:, kept] + torch.cholesky_solve(right, _cholesky(gram, damping)).T
 
 
 def rest_products(across: Tensor, weight: Tensor, kept: Tensor, fitted: Tensor) -> Tensor:
@@ -159,8 +174,8 @@ def rest_products(across: Tensor, weight: Tensor, kept: Tensor, fitted: Tensor) 
         weight, kept: as for `solve`.
         fitted: W'.
     """
-    across = across.double()
-    return across @ weight.T - across[:, kept] @ fitted.T
+    missing = weight.index_add(1, kept, fitted, alpha=-1)  # h times its transpose is R
+    return across.double() @ missing.T
 
 
 def reduced_rank(block: Tensor, rest: Tensor, rank: int, damping: float) -> tuple[Tensor, Tensor]:
@@ -175,7 +190,7 @@ def reduced_rank(block: Tensor, rest: Tensor, rank: int, damping: float) -> tupl
         rank: the rank.
         damping: λ as a share of the mean of the diagonal of xᵀx.
     """
-    lower, _ = _cholesky(block.double(), damping)
+    lower = _cholesky(block.double(), damping)
     half = torch.linalg.solve_triangular(lower, rest, upper=False)
     values, vectors = torch.linalg.eigh(half.T @ half)  # squared singular values, upwards
     outputs = vectors[:, -rank:].flip(1)  # (hidden, rank)
@@ -185,11 +200,12 @@ def reduced_rank(block: Tensor, rest: Tensor, rank: int, damping: float) -> tupl
     return (inputs / safe).T.contiguous(), outputs * scale
 
 
-def _cholesky(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return the lower Cholesky factor of a matrix with a ridge on its diagonal, and the ridge; it is never quite 0."""
-    ridge = (damping * gram.diagonal().mean()).clamp(min=_LEAST_RIDGE)
-    lower: Tensor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    return lower, ridge
+def _cholesky(gram: Tensor, damping: float) -> Tensor:
+    """Return the lower Cholesky factor of a matrix with a ridge on its diagonal, which is never quite 0."""
+    ridged = gram.clone()
+    ridged.diagonal().add_((damping * gram.diagonal().mean()).clamp(min=_LEAST_RIDGE))
+    lower: Tensor = torch.linalg.cholesky(ridged)
+    return lower
 
 
 def held_every(batches: Sequence[Batch]) -> int:

@@ -46,6 +46,22 @@ class ScoredLayer:
     products: dict[str, Products]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """Layers that are scored while one iterates.
+
+    Args:
+        order: the indices of the layers that come, in their order.
+        layers: these layers; it can be gone through once.
+    """
+
+    order: Sequence[int]
+    layers: Iterator[ScoredLayer]
+
+    def __iter__(self) -> Iterator[ScoredLayer]:
+        return self.layers
+
+
 def score_layers(
     checkpoint: Checkpoint,
     criteria: Sequence[str],
@@ -60,7 +76,7 @@ def score_layers(
     device: torch.device | None = None,
     scratch: Path | None = None,
     observe_layer: LayerObserver | None = None,
-) -> Iterator[ScoredLayer]:
+) -> Scoring:
     """Score decoder layers one after the other, with one calibration pass for all criteria.
 
     The model is never in memory as a whole. Under grouped-query attention a unit is a key-value head with its query
@@ -92,7 +108,7 @@ def score_layers(
     reads = {CRITERIA[criterion].reads for criterion in criteria} | ({"inputs"} if gather_inputs else set())
     reads |= rules.reads
     if refit is None and not reads & READS_TEXT:
-        return _from_weights(checkpoint, layers, tally)
+        return Scoring(order=layers, layers=_from_weights(checkpoint, layers, tally))
     stream = calibration_stream(checkpoint, calibration, beside=refit_text, device=device, scratch=scratch)
     gather = None
     if refit is not None:
@@ -105,11 +121,13 @@ def score_layers(
         observe_layer=observe_layer,
         gather=None if "gradient" in reads else gather,
     )
+    order = range(checkpoint.geometry.num_hidden_layers)
     if "gradient" in reads:
+        order = range(len(order) - 1, min(layers) - 1, -1)
         deque(passing, maxlen=0)
         wanted: Of = "weights and experts" if "gradient" in rules.reads else "weights"
         passing = stream.backward(min(layers), tally.on_gradient, of=wanted, gather=gather)
-    return (tally.finished(resident.index, resident.tensors) for resident in passing)
+    return Scoring(order=order, layers=(tally.finished(resident.index, resident.tensors) for resident in passing))
 
 
 def _from_weights(checkpoint: Checkpoint, layers: Sequence[int], tally: "_Tally") -> Iterator[ScoredLayer]:

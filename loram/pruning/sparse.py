@@ -14,8 +14,9 @@ from loram.base.progress import track
 from loram.compute.loading import config_of, write_config
 from loram.compute.streaming import ResidentLayer, Stream, prefetched
 from loram.data.batches import make_batches
-from loram.disk.artifacts import file_sha256, publish
+from loram.disk.artifacts import publish
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.hashes import file_sha256
 from loram.disk.tensorfile import TensorFileWriter
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import Architecture

@@ -111,6 +111,7 @@ class DryRun(_Value):
         dataset: the counts of the training data; None if the recipe trains nothing.
         align: the counts of each data set for alignment.
         calibration: the counts of the calibration data; None if pruning reads no text.
+        refit: the counts of the data that a refit reads beside it; None if it reads no other.
         eval_dataset: the counts of each data set for evaluation.
         examples: rows of the training data, or of the data for alignment; a long text is several, and so is a pair.
         example_rows: the number of each of these rows in its data set; the first is 1.
@@ -125,6 +126,7 @@ class DryRun(_Value):
     dataset: DataCounts | None
     align: dict[str, DataCounts]
     calibration: DataCounts | None
+    refit: DataCounts | None
     eval_dataset: dict[str, DataCounts]
     examples: tuple[tuple[Span, ...], ...]
     example_rows: tuple[int, ...]
@@ -136,6 +138,8 @@ class DryRun(_Value):
             yield "training", self.dataset
         if self.calibration is not None:
             yield "calibration", self.calibration
+        if self.refit is not None:
+            yield "refit", self.refit
         yield from ((f"evaluation: {name}", counts) for name, counts in self.eval_dataset.items())
 
 
@@ -158,8 +162,8 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
     adapter, arguments = build_configs(training, device)
     plan = (
         PruningPlan.load(checkpoint.folder)
-        if recipe.prune is None
-        else blank_plan(checkpoint, _pruning(recipe.prune, checkpoint), seed=recipe.seed)
+        if recipe.pruning is None
+        else blank_plan(checkpoint, _pruning(recipe.pruning, checkpoint), seed=recipe.seed)
     )
     before, after = plan.parameters()
     tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate or EvaluateSection()
@@ -185,6 +189,7 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
         settings = _settings(training, adapter, arguments, device, longest)
     first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
     examples = [] if first is None else _pick_examples(first, show_row)
+    texts = dict(_pruning_texts(recipe.pruning, checkpoint, tokenizer))
     return DryRun(
         model=checkpoint.name,
         parameters=before,
@@ -197,7 +202,8 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
         },
         dataset=None if to_train is None else _count(to_train),
         align={name: _count(tokens) for name, tokens in to_align.items()},
-        calibration=_calibration(recipe.prune, checkpoint, tokenizer),
+        calibration=texts.get("calibration"),
+        refit=texts.get("refit"),
         eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
         examples=tuple(
             tuple(_spans(first.rows[index], tokenizer, prefix))
@@ -268,13 +274,17 @@ def _pruning(section: PruneOptions, checkpoint: Checkpoint) -> ResolvedPruneOpti
     return section.resolved().for_model(checkpoint.geometry, checkpoint.architecture)
 
 
-def _calibration(section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any) -> DataCounts | None:
+def _pruning_texts(
+    section: PruneOptions | None, checkpoint: Checkpoint, tokenizer: Any
+) -> Iterator[tuple[str, DataCounts]]:
+    """Yield the counts of the texts that pruning reads: the calibration data, and a refit's where they differ."""
     if section is None or not (settings := _pruning(section, checkpoint)).reads_text(checkpoint.architecture):
-        return None
-    if settings.refit:  # which reads more rows than scoring does
-        count = max(section.refit_samples, section.calibration_samples)
-        section = PruneOptions.of(section, calibration_samples=count)
-    return _count(load_calibration(checkpoint, tokenizer, section), all_in_loss=True)
+        return
+    texts = {"calibration": section}
+    if settings.refit:
+        texts |= {"calibration": section.for_refit} if section.refit_dataset is None else {"refit": section.for_refit}
+    for name, options in texts.items():
+        yield name, _count(load_calibration(checkpoint, tokenizer, options), all_in_loss=True)
 
 
 def _training(

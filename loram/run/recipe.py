@@ -13,7 +13,8 @@ from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
 from loram.base.paths import LocalPath, Named, local
 from loram.data.spec import DataSpec
-from loram.disk.artifacts import digest, file_sha256
+from loram.disk.artifacts import digest
+from loram.disk.hashes import file_sha256
 from loram.evaluation.options import EvaluateOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import RecoverOptions
@@ -107,6 +108,16 @@ class Recipe(Options):
     @classmethod
     def _left_out(cls, value: Any) -> Any:
         return None if value is False else value
+
+    @property
+    def pruning(self) -> PruneOptions | None:
+        """How to prune: where the recipe names no text for a refit, it reads the training rows, if they are texts."""
+        section, method = self.prune, METHODS.get(self.train.method)
+        if section is None or self.dataset is None or method is None or method.learns != "text":
+            return section
+        if section.calibration is not None or section.refit_dataset is not None or not section.resolved().refit:
+            return section
+        return section.model_copy(update={"refit_dataset": self.dataset})
 
     @property
     def held_out(self) -> dict[str, DataSpec]:

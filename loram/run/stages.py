@@ -149,10 +149,11 @@ def _bound(action: Callable[[Run, int, Path], object], run: Run, number: int, ou
 
 
 def _pruning(run: Run, number: int = 0) -> dict[str, Any]:
-    section = run.recipe.prune
+    section = run.recipe.pruning
     assert section is not None
     options = section.resolved().model_dump(mode="json")
-    return {**run.common, **options, "calibration": described(section.calibration)}
+    texts = {"calibration": described(section.calibration), "refit_dataset": described(section.refit_dataset)}
+    return {**run.common, **options, **texts}
 
 
 def _teaching(run: Run, number: int) -> dict[str, Any]:
@@ -222,7 +223,7 @@ PRUNED: Stage = Stage(
     folder="pruned",
     count=lambda recipe: int(recipe.prune is not None),
     settings=_pruning,
-    action=lambda run, number, out: prune(run.recipe.model_name_or_path, out, options=run.recipe.prune, **run.where),
+    action=lambda run, number, out: prune(run.recipe.model_name_or_path, out, options=run.recipe.pruning, **run.where),
     row=lambda run: "pruned",
     evaluated=lambda run: (run.pruned, None),
 )

@@ -44,7 +44,7 @@ class Course:
             steps: an adapter changes most in its first steps, so measurements are out of date sooner.
         gradients: measure the differences of the gradients too, which takes a backward pass over the full model.
         device, dtype: where, and in which dtype, the full model's layers compute.
-        scratch: the folder for measurements beyond 256 MB (default: the system's temporary folder).
+        scratch: the folder for measurements beyond 256 MB (default: see `Scratch`).
     """
 
     base: Checkpoint

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loram.compute import scratch
 from loram.compute.scratch import Activations, Scratch
 
 SHAPES = [(2, 3, 5), (1, 7, 5), (0, 5), (1030, 5), ()]  # the last three have no element, several pages and one number
@@ -125,3 +126,15 @@ def test_closing_frees_the_file(tmp_path: Path) -> None:
     assert maps() == 1
     room.close()
     assert maps() == 0
+
+
+def test_files_go_where_a_disk_is_unless_the_user_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(scratch, "_LARGE", tmp_path)
+    assert Scratch(0).folder == tmp_path
+    assert Scratch(0, tmp_path / "beside").folder == tmp_path / "beside"
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    assert Scratch(0).folder is None
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setattr(scratch, "_LARGE", tmp_path / "missing")
+    assert Scratch(0).folder is None

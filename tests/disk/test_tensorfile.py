@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loram.base.errors import UserError
+from loram.disk.hashes import take_remembered_sha256
 from loram.disk.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 from loram.disk.writer import ShardedWriter
 
@@ -76,6 +78,35 @@ def test_the_file_is_the_same_whatever_the_order(path: Path, tmp_path: Path) -> 
             for name in names:
                 writer.write(name, tensors[name])
     assert path.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("order", ["as in the file", "from the third on", "from the last", "by rows"])
+def test_a_file_is_hashed_on_the_way_as_far_as_tensors_come_in_order(
+    order: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, read, digest = {name: torch.randn(4, 5) for name in "abcd"}, [], hashlib.file_digest
+
+    def noted(file: Any, algorithm: Any) -> Any:
+        read.append(os.fstat(file.fileno()).st_size - file.tell())
+        return digest(file, algorithm)
+
+    names = {"from the third on": "abdc", "from the last": "dcba"}.get(order, "abcd")
+    with TensorFileWriter(path, specs_of(tensors)) as writer:
+        monkeypatch.setattr(hashlib, "file_digest", noted)
+        for name in names:
+            for row in range(4) if order == "by rows" else (0,):
+                writer.write(name, tensors[name][row : row + 1] if order == "by rows" else tensors[name], row)
+    assert sum(read) == {"from the third on": 80, "from the last": 240}.get(order, 0)
+    assert take_remembered_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert take_remembered_sha256(path) is None
+
+
+def test_a_file_that_was_changed_is_hashed_again(path: Path) -> None:
+    tensor = torch.ones(2)
+    with TensorFileWriter(path, specs_of({"a": tensor})) as writer:
+        writer.write("a", tensor)
+    path.write_bytes(path.read_bytes() + b" ")
+    assert take_remembered_sha256(path) is None
 
 
 def test_rows_may_come_one_by_one_from_last_to_first(path: Path) -> None:

@@ -28,6 +28,20 @@ def test_exact_counts(space: object, units: int, ratio: float, kept: int) -> Non
     assert kept_units(space, units, ratio) == kept
 
 
+@pytest.mark.parametrize(
+    ("units", "ratio", "multiple", "kept"),
+    [
+        (28672, 0.85, 64, 4352),  # 4300 without
+        (1536, 0.5, 64, 768),
+        (100, 0.6, 64, 64),
+        (100, 0.1, 64, 100),  # there are no 128
+    ],
+)
+def test_channels_are_rounded_up_to_a_multiple(units: int, ratio: float, multiple: int, kept: int) -> None:
+    assert kept_units(CHANNELS, units, ratio, multiple=multiple) == kept
+    assert kept_units(KV_GROUPS, units, ratio, multiple=multiple) == kept_units(KV_GROUPS, units, ratio)
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.0, 1.1, float("nan"), float("inf")])
 def test_ratios_out_of_range(ratio: float) -> None:
     with pytest.raises(UserError, match="between 0 and 1"):

@@ -1,5 +1,6 @@
 """The prune stage: how often the base is read, what is written, and biases that make up for what is gone."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,9 @@ import loram
 from loram.compute.loading import load_tokenizer
 from loram.data.spec import DataSpec
 from loram.data.tokens import load_rows, tokenize
+from loram.disk import artifacts
 from loram.disk.checkpoint import Checkpoint
+from loram.planner.fit import recipe_lines
 from loram.pruning.criteria import CRITERIA
 
 MIDDLE = {"keep_first": 2, "keep_last": 1}  # layers 2 and 3 of 5
@@ -93,6 +96,36 @@ def test_every_byte_is_read_once_and_twice_for_gradients(
     assert tied == (family == "llama")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "magnitude"},
+        {"criterion": "taylor", "bypass_rank": 2},
+        {"criterion": "flap", "bias_compensation": True},
+        {"criterion": "flap", "drop_layers": 1},
+    ],
+    ids=str,
+)
+def test_the_output_is_not_read_for_its_checksums(
+    options: dict[str, Any], tiny_models: dict[str, Path], rows_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    read, digest = [], hashlib.file_digest
+
+    def noted(file: Any, algorithm: Any) -> Any:
+        read.append(Path(file.name).name)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", noted)
+    chosen = {"ratio": 0.5, "calibration": rows_file, "calibration_samples": 2, **MIDDLE, **options}
+    loram.prune(tiny_models["mistral"], tmp_path / "out", shard_bytes=20_000, **chosen)
+    shards = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(shards) > 3
+    assert "config.json" in read
+    assert not shards & {*read}
+    artifacts.verify(tmp_path / "out")  # every byte, against what was hashed on the way
+    assert shards <= {*read}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("criterion", ["taylor", "flap", "random"])
 def test_what_is_kept_is_written_bit_for_bit(
@@ -117,6 +150,25 @@ def test_what_is_kept_is_written_bit_for_bit(
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert all(torch.equal(found[name], loram.narrow(name, full[name], plan)) for name in full)
     assert sorted(plan.layers) == [2, 3]
+
+
+def test_channels_are_rounded_to_what_suits_a_gpu(tiny_llama: Path, tmp_path: Path) -> None:
+    """The plan, the folder and the planner have the same numbers; without the option they are the paper's."""
+    options = {"ratio": 0.5, **MIDDLE}
+    plain = loram.prune(tiny_llama, tmp_path / "plain", criterion="magnitude", **options)
+    plan = loram.prune(tiny_llama, tmp_path / "out", criterion="magnitude", round_to=8, **options)
+    channels, before = (len(each.layers[2]["channels"]) for each in (plan, plain))
+    assert before % 8
+    assert channels == -(-before // 8) * 8
+    assert plan.layers[2]["kv_groups"] == plain.layers[2]["kv_groups"]
+    assert loram.PruningPlan.load(tmp_path / "out").round_to == 8
+    assert "round_to" not in (tmp_path / "plain" / "loram_plan.json").read_text()
+    small = loram.load_pruned(tmp_path / "out")
+    estimate = loram.estimate(tiny_llama, round_to=8, **options)
+    assert estimate.pruned_parameters == sum(parameter.numel() for parameter in small.parameters())
+    assert "  round_to: 8\n" in recipe_lines(estimate, ())
+    with pytest.raises(loram.UserError, match="round_to: is for numbers of channels"):
+        loram.prune(tiny_llama, tmp_path / "sparse", pattern="4:8", round_to=8)
 
 
 def compensated(base: Path, out: Path, rows: Path, criterion: str = "flap", **options: Any) -> Any:

@@ -4,6 +4,7 @@ import dataclasses
 import filecmp
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,7 @@ def test_what_cannot_be_refitted_is_refused(tiny_models: dict[str, Path], tmp_pa
         "refit: is for narrowed layers": {"refit": True, "ratio": None, "drop_layers": 1},
         "give one of the two": {"refit": True, "bias_compensation": True},
         "add refit": {"refit": False, "bypass_rank": 2},
+        "refit_dataset: is read by a refit, and there is none": {"refit_dataset": "rows.jsonl", "refit": False},
         "bypass_rank: is for structured pruning": {"bypass_rank": 2, "pattern": "4:8", "ratio": None},
         "bypass_rank 33: is above the hidden size, 32": {"refit": True, "bypass_rank": 33},
     }
@@ -406,6 +408,21 @@ def test_what_cannot_be_refitted_is_refused(tiny_models: dict[str, Path], tmp_pa
 )
 def test_a_refit_is_the_default_where_the_criterion_reads_text(options: dict[str, Any], refit: bool) -> None:
     assert PruneOptions.of(**{"ratio": 0.5, **options}).resolved().refit is refit
+
+
+def test_a_data_set_of_its_own_is_read_beside_the_scored_rows(
+    tiny_llama: Path, rows_file: Path, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is as if its rows stood behind the scored ones in one file."""
+    lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    own, further = jsonl(*lines[:4]), jsonl(*lines[4:], name="further.jsonl")
+    two = {"calibration": own, "refit_dataset": further, "calibration_samples": 4, "refit_samples": len(lines) - 4}
+    refitted(tiny_llama, tmp_path / "two", rows_file, **two)
+    refitted(tiny_llama, tmp_path / "one", rows_file, calibration_samples=4)
+    refitted(tiny_llama, tmp_path / "own", rows_file, calibration=own, calibration_samples=4)
+    one, both, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "own"))
+    assert all(torch.equal(one[name], both[name]) for name in one)
+    assert not all(torch.equal(one[name], alone[name]) for name in one)
 
 
 def test_by_default_nothing_is_refitted_where_experts_alone_go(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -138,7 +138,28 @@ def test_it_reads_no_weight_and_leaves_nothing(tiny_llama: Path, rows_file: Path
         counts = dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", prune={**taylor, "refit": refit}))
         assert counts.calibration is not None
         assert counts.calibration.rows == rows
+        assert counts.refit is None
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("change", [{"calibration": "rows"}, {"refit": False}, {"criterion": "magnitude"}, {}], ids=str)
+def test_a_refit_reads_the_training_rows_where_no_text_is_named(
+    change: dict[str, Any], tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    named = {**change, "calibration": str(rows_file)} if "calibration" in change else change
+    prune = {"ratio": 0.5, "criterion": "taylor", "keep_first": 1, "keep_last": 1, **named}
+    chosen = recipe(tiny_llama, rows_file, tmp_path / "out", prune=prune)
+    counts = dry_run(chosen)
+    assert (counts.refit is None) == bool(change)
+    if counts.refit is not None and counts.calibration is not None:
+        assert (counts.refit.rows, counts.calibration.rows) == (20, 10)  # of ours, and built-in passages
+        assert "refit" in shown(counts)
+    own = recipe(tiny_llama, rows_file, tmp_path / "out", prune={**prune, "refit_dataset": "other.jsonl"})
+    if named.get("refit") is not False and prune["criterion"] != "magnitude":
+        assert own.pruning is not None
+        assert own.pruning.refit_dataset is not None
+        assert own.pruning.refit_dataset.path.endswith("other.jsonl")
 
 
 def test_the_loss_mask_is_visible_without_colour(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(
 
 
 FULL_DISK = """
-import json, pathlib, resource, sys
+import json, os, pathlib, resource, sys, time
 import loram
 from loram.disk import artifacts
 from loram.trainer import checkpoints
@@ -103,19 +103,34 @@ from loram import cli
 from transformers import TrainerCallback
 
 model, rows, root = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
-adopt = checkpoints.Checkpoints.adopt
+adopt, (_, most) = checkpoints.Checkpoints.adopt, resource.getrlimit(resource.RLIMIT_FSIZE)
 def then_the_disk_is_full(self, step):
     adopt(self, step)
     if step == 2:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
+def train(out):
+    trainer = ["--trainer", "save_steps=1", "--trainer", "logging_steps=1"]
+    return cli._main(["train", model, str(root / out), "--dataset", rows, "--max-steps", "4", *trainer])
 checkpoints.Checkpoints.adopt = then_the_disk_is_full
-command = ["train", model, str(root / "out"), "--dataset", rows, "--max-steps", "4", "--trainer", "save_steps=1"]
-code = cli._main(command)
+code = train("out")
 for path in root.glob("out-checkpoints/checkpoint-*"):
     artifacts.verify(path)
 left = sorted(str(path.relative_to(root)) for path in [*root.glob("*"), *root.glob("out-checkpoints/*")])
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+checkpoints.Checkpoints.adopt, now = adopt, time.time
+year = 365 * 24 * 3600
+time.time = lambda: now() - year  # the clock was put back, and what is older looks newer
+for step in (1, 2):
+    os.utime(root / f"out-checkpoints/checkpoint-{step}", (now() - step * year, now() - step * year))
+codes = [code, train("out"), train("undisturbed")]
+same = contents(root / "out") == contents(root / "undisturbed")
+steps = [json.loads(line).get("step") for line in (root / "out" / "training_log.jsonl").read_text().splitlines()]
 print()
-print(json.dumps({"code": code, "left": left}))
+print(json.dumps({"codes": codes, "left": left, "same": same, "steps": steps}))
 """
 
 
@@ -123,6 +138,9 @@ print(json.dumps({"code": code, "left": left}))
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(
     pruned_models: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
+    """With room again, and another clock, the same command ends with an undisturbed training's bytes and log."""
     found = run_script(FULL_DISK, pruned_models["mistral"], rows_file, tmp_path)
-    assert found["code"] == 1
+    assert found["codes"] == [1, 0, 0]
     assert found["left"] == ["out-checkpoints", "out-checkpoints/checkpoint-1", "out-checkpoints/checkpoint-2"]
+    assert found["same"]
+    assert [step for step in found["steps"] if step] == [1, 2, 3, 4]
