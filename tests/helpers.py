@@ -1,6 +1,9 @@
 """Helpers for the tests of several rooms: they count live tensors, compare folders and stop trainings."""
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,21 @@ class Live(TorchDispatchMode):  # type: ignore[misc]
         self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result
+
+
+def launch(script: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes that torchrun starts."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launcher, str(script), *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},  # the machine's host name may not resolve
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended
 
 
 class Stopped(BaseException):

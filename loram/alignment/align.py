@@ -21,6 +21,7 @@ from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.alignment.probe import Probe
 from loram.base import processes
 from loram.base.errors import UserError
+from loram.compute.device import join_processes
 from loram.compute.loading import load_model
 from loram.disk.adapter import Adapter
 from loram.disk.artifacts import check_output
@@ -33,8 +34,9 @@ from loram.trainer.adapted import add_adapter, frozen_model
 from loram.trainer.arguments import check_batches, duration
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
-from loram.trainer.frame import Job, Outcome, join_processes, run_job
+from loram.trainer.frame import Job, Outcome, run_job
 from loram.trainer.resume import first_start
+from loram.trainer.sharding import sharding
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ def align(
     spec = AlignOptions.of(options, **fields)
     out = check_output(out, pruned)
     on = join_processes(device)
+    if kind := sharding(spec.trainer):
+        raise UserError(f"{kind}: align trains whole models, one in each process; leave it out")
     arguments = resolve_trainer(spec.trainer, seed, adapter=spec.lora_r is not None)
     started = first_start(out, fresh=fresh)
     inputs = open_inputs(open_model(pruned, chat_template=chat_template), spec, arguments, base, on, now=started)

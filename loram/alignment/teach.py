@@ -1,10 +1,12 @@
 """The teach stage: stream a text through the full model once, and cache its predictions for alignment."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ import torch
 
 from loram.alignment.options import TeachOptions
 from loram.alignment.teacher import INFO_NAME, TeacherInfo, part_name, write_part
+from loram.base import processes
 from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
-from loram.compute.device import compute_dtype, pick_device
+from loram.compute.device import compute_dtype, join_processes
+from loram.compute.head import TopK
 from loram.compute.loading import load_tokenizer
 from loram.compute.streaming import Stream
-from loram.data.batches import make_batches
+from loram.data.batches import Batch, make_batches, share
 from loram.data.spec import DataSpec, as_spec
 from loram.data.tokens import load_tokens
 from loram.disk.artifacts import check_output, difference, digest, lock, publish, sync
@@ -49,7 +53,8 @@ def teach(
     For each position whose next token is in the loss, the cache has the `top_k` likeliest next tokens, their
     log-probabilities, and the log of the remaining probability. The model is streamed from disk, one decoder layer at a
     time, once for each part of about `part_tokens` tokens. Finished parts are kept in the folder `OUT-parts`, so that
-    the same call continues after an interruption.
+    the same call continues after an interruption. Several processes of a launcher share the rows of each part: each of
+    them reads the layers, and the first one writes.
 
     Args:
         model: the hub id, folder or GGUF file of the full model.
@@ -71,9 +76,9 @@ def teach(
     """
     spec, settings = as_spec(data), TeachOptions.of(options, **fields)
     out = check_output(out, model)
-    checkpoint, compute_device = open_model(model, chat_template=chat_template), pick_device(device)
+    checkpoint, compute_device = open_model(model, chat_template=chat_template), join_processes(device)
     work = out.with_name(f"{out.name}-parts")
-    started = datetime.now() if fresh else _first_start(work)
+    started = processes.broadcast(lambda: datetime.now() if fresh else _first_start(work))
     tokens = load_tokens(
         spec, load_tokenizer(checkpoint), settings.max_length, vocabulary=checkpoint.vocabulary, now=started
     )
@@ -82,31 +87,33 @@ def teach(
     if not 0 < settings.top_k <= vocab_size:
         raise UserError(f"top_k {settings.top_k}: must lie between 1 and the vocabulary's {vocab_size} tokens")
     parts = _parts(input_ids, settings.part_tokens)
+    fingerprint = processes.broadcast(lambda: checkpoint.fingerprint)
     info = TeacherInfo(
-        base=BaseReference(name=checkpoint.name, fingerprint=checkpoint.fingerprint),
+        base=BaseReference(name=checkpoint.name, fingerprint=fingerprint),
         rows_digest=digest([input_ids, labels]),
         top_k=settings.top_k,
         vocab_size=vocab_size,
         part_rows=tuple(map(len, parts)),
     )
     dtype = compute_dtype(compute_device)
+    request = {**info.model_dump(mode="json"), "dtype": str(dtype), STARTED: started.isoformat()}
+    with _kept_parts(work, out) if processes.first() else contextlib.nullcontext():
+        for number in processes.broadcast(lambda: _begin(work, request, spec.path, len(parts), fresh=fresh)):
+            rows = parts[number]
+            logger.info("part %d of %d: %d rows", number + 1, len(parts), len(rows))
+            part = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
+            _teach_part(work / part_name(number), checkpoint, *part, info=info, device=compute_device)
+        _publish(work, out, info, {"data": spec.model_dump(mode="json"), **as_setting(checkpoint.chat_template)})
+    return out
+
+
+@contextlib.contextmanager
+def _kept_parts(work: Path, out: Path) -> Iterator[None]:
+    """Make the folder of finished parts, keep other processes out of it, and remove it when it is of no more use."""
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
         try:
-            if fresh:
-                for path in work.iterdir():
-                    path.unlink()
-            request = {**info.model_dump(mode="json"), "dtype": str(dtype), STARTED: started.isoformat()}
-            _check_request(work, request, spec.path)
-            for number, rows in enumerate(parts):
-                path = work / part_name(number)
-                if path.exists():
-                    logger.info("part %d of %d: finished before", number + 1, len(parts))
-                    continue
-                logger.info("part %d of %d: %d rows", number + 1, len(parts), len(rows))
-                part = input_ids[rows.start : rows.stop], labels[rows.start : rows.stop]
-                _teach_part(path, checkpoint, *part, info=info, device=compute_device)
-            _publish(work, out, info, {"data": spec.model_dump(mode="json"), **as_setting(checkpoint.chat_template)})
+            yield
         except (KeyboardInterrupt, SystemExit) as stop:
             if (work / part_name(0)).exists():
                 stop.add_note("the same command continues after the finished parts")
@@ -114,7 +121,22 @@ def teach(
         finally:
             if out.exists() or not (work / part_name(0)).exists():  # there is nothing to continue from
                 shutil.rmtree(work)
-    return out
+
+
+def _begin(work: Path, request: Mapping[str, Any], rows: str, parts: int, *, fresh: bool) -> list[int]:
+    """Return which parts are still to be made; `fresh` deletes those that are there.
+
+    Raises:
+        UserError: those that are there were made for another request.
+    """
+    if fresh:
+        for path in work.iterdir():
+            path.unlink()
+    _check_request(work, request, rows)
+    left = [number for number in range(parts) if not (work / part_name(number)).exists()]
+    for number in sorted(set(range(parts)).difference(left)):
+        logger.info("part %d of %d: finished before", number + 1, parts)
+    return left
 
 
 def _teach_part(
@@ -127,15 +149,19 @@ def _teach_part(
     device: torch.device,
 ) -> None:
     """Stream some rows through the model and write the predictions to a file that appears whole or not at all."""
-    batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS)
-    stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), scratch=path.parent)
-    for _ in stream.forward():
-        pass
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    write_part(partial, input_ids, labels, batches, stream.top_k(info.top_k), info.vocab_size)
-    sync(partial)
-    partial.rename(path)
+    batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS, rows=share(input_ids))
+    own: list[tuple[Batch, TopK]] = []
+    if batches:
+        stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), scratch=path.parent)
+        deque(stream.forward(), maxlen=0)
+        own = list(zip(batches, stream.top_k(info.top_k), strict=True))
+    predictions = [pair for pairs in processes.send_to_first(own) for pair in pairs]
+    if processes.first():
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        write_part(partial, input_ids, labels, predictions, info.vocab_size)
+        sync(partial)
+        partial.rename(path)
 
 
 def _parts(input_ids: Sequence[list[int]], part_tokens: int) -> list[range]:
@@ -180,6 +206,8 @@ def _first_start(work: Path) -> datetime:
 def _publish(work: Path, out: Path, info: TeacherInfo, settings: Mapping[str, Any]) -> None:
     made_from, settings = {"base": info.base.fingerprint, "rows": info.rows_digest}, {**settings, "top_k": info.top_k}
     with publish(out, kind="teacher", made_from=made_from, settings=settings) as staging:
+        if not processes.first():
+            return
         for number in range(len(info.part_rows)):
             source, target = work / part_name(number), staging / part_name(number)
             try:

@@ -130,8 +130,7 @@ def write_part(
     path: Path,
     input_ids: Sequence[list[int]],
     labels: Sequence[list[int]],
-    batches: Sequence[Batch],
-    predictions: Sequence[TopK],
+    predictions: Sequence[tuple[Batch, TopK]],
     vocab_size: int,
 ) -> None:
     """Write a part of a teacher cache.
@@ -139,12 +138,11 @@ def write_part(
     Args:
         path: the file to write.
         input_ids, labels: the rows of the part.
-        batches: the batches that the rows were put into.
-        predictions: the teacher's predictions for each batch.
+        predictions: the batches that the rows were put into, each with what the teacher predicts there.
         vocab_size: how many tokens the model knows.
     """
     by_row: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # row -> its ids, log_probs, log_rest
-    for batch, top in zip(batches, predictions, strict=True):
+    for batch, top in predictions:
         counts = batch.wanted.sum(1).tolist()
         pieces = (part.split(counts) for part in (top.ids, top.log_probs, top.log_rest))
         by_row.update(zip(batch.rows, zip(*pieces, strict=True), strict=True))

@@ -1,14 +1,22 @@
-"""Several processes that train one model together, as `accelerate launch` and `torchrun` start them.
+"""Several processes that do one work together, as `accelerate launch` and `torchrun` start them.
 
 All processes read the same inputs and take the same steps, each on its own rows. Only the first one writes files and
 prints messages. This module imports nothing heavy at the top.
 """
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
+
+# How long a process waits for the others. The first one writes, refits and computes checksums meanwhile, and the
+# launcher ends all processes when one has failed.
+_PATIENCE = timedelta(hours=3)
 
 
 def count() -> int:
@@ -31,7 +39,24 @@ def join(*, cpu: bool) -> None:
     if count() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=cpu)
+        PartialState(cpu=cpu, timeout=_PATIENCE)
+
+
+def share(items: Sequence[T], after: int = 0) -> Sequence[T]:
+    """Return the items that this process takes: every n-th of them in n processes.
+
+    Args:
+        items: what is dealt out, in the same order in every process.
+        after: how many other items were dealt out before.
+    """
+    return items[(number() - after) % count() :: count()]
+
+
+def merge(own: Sequence[T]) -> list[T]:
+    """Return what all processes made of their shares, in the order of what was dealt out; the inverse of `share`."""
+    shares = gather(own)
+    merged: list[T] = [shares[place % count()][place // count()] for place in range(sum(map(len, shares)))]
+    return merged
 
 
 def wait() -> None:
@@ -63,6 +88,26 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * count()  # Any: torch replaces each None by an object of type T
     all_gather_object(values, value)
     return values
+
+
+def send_to_first(value: T) -> list[T]:
+    """Return the values of all processes in the first one, in the order of their numbers, and nothing in the others."""
+    if count() == 1:
+        return [value]
+    from torch.distributed import gather_object
+
+    values: list[Any] | None = [None] * count() if first() else None  # Any: as in `gather`
+    gather_object(value, values)
+    return values or []
+
+
+def sum_(tensor: "Tensor") -> "Tensor":
+    """Add to a tensor those of the other processes, in place, and return it; it is on the device that computes."""
+    if count() > 1:
+        from torch.distributed import all_reduce
+
+        all_reduce(tensor)
+    return tensor
 
 
 def leave() -> None:

@@ -93,7 +93,7 @@ def _check_processes(arguments: list[str]) -> None:
     """
     name = _subcommand(arguments)
     if processes.count() > 1 and name in COMMANDS and not COMMANDS[name].together:
-        shared = " and ".join(name for name, command in COMMANDS.items() if command.together)
+        shared = ", ".join(name for name, command in COMMANDS.items() if command.together)
         raise UserError(f"{name}: works in one process; `accelerate launch` and `torchrun` are for {shared}")
 
 

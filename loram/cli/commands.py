@@ -106,6 +106,12 @@ def _stage(options: type[Options]) -> tuple[Flag, ...]:
     return tuple(flags_of(options, "Further options"))
 
 
+def _say(result: str) -> None:
+    """Print the result of a stage that several processes may share; only the first one does."""
+    if processes.first():
+        typer.echo(result)
+
+
 def prune(model: str, out: Path, **options: Any) -> None:
     """Remove units, layers or weights of MODEL: a smaller model.
 
@@ -115,7 +121,7 @@ def prune(model: str, out: Path, **options: Any) -> None:
     from loram.pruning.prune import prune as stage
 
     full, pruned = stage(model, out, **options).parameters()
-    typer.echo(f"{out}: {full:,} -> {pruned:,} parameters ({full / pruned:.2f}x fewer)")
+    _say(f"{out}: {full:,} -> {pruned:,} parameters ({full / pruned:.2f}x fewer)")
 
 
 def align(pruned: str, out: Path, **options: Any) -> None:
@@ -126,8 +132,7 @@ def align(pruned: str, out: Path, **options: Any) -> None:
     from loram.alignment.align import align as stage
 
     stage(pruned, out, **options)
-    if processes.first():
-        typer.echo(f"{out}: aligned model written")
+    _say(f"{out}: aligned model written")
 
 
 def teach(model: str, out: Path, **options: Any) -> None:
@@ -138,7 +143,7 @@ def teach(model: str, out: Path, **options: Any) -> None:
     from loram.alignment.teach import teach as stage
 
     stage(model, out, **options)
-    typer.echo(f"{out}: teacher cache written")
+    _say(f"{out}: teacher cache written")
 
 
 def train(model: str, out: Path, **options: Any) -> None:
@@ -149,8 +154,7 @@ def train(model: str, out: Path, **options: Any) -> None:
     from loram.training.train import train as stage
 
     stage(model, out, **options)
-    if processes.first():
-        typer.echo(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
+    _say(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
 
 
 def recover(adapter: Path, out: Path, **options: Any) -> None:
@@ -172,8 +176,7 @@ def polish(model: str, adapter: Path, out: Path, **options: Any) -> None:
     from loram.training.polish import polish as stage
 
     stage(model, adapter, out, **options)
-    if processes.first():
-        typer.echo(f"{out}: polished adapter written")
+    _say(f"{out}: polished adapter written")
 
 
 def run(
@@ -317,7 +320,9 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
         arguments=(Argument(name="model", type=str, help="A config.json, a model folder or a hub id."),),
         flags=(*_stage(PlannerOptions), *flags_of(_Memory, RUN), *JSON),
     ),
-    "prune": Command(call=prune, arguments=(MODEL, OUT), flags=(*_stage(PruneOptions), *TEMPLATE, *SEED, *DEVICE)),
+    "prune": Command(
+        call=prune, arguments=(MODEL, OUT), flags=(*_stage(PruneOptions), *TEMPLATE, *SEED, *DEVICE), together=True
+    ),
     "align": Command(
         call=align,
         arguments=(Argument(name="pruned", type=str, help="A pruned folder."), OUT),
@@ -358,6 +363,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
             *DEVICE,
             *JSON,
         ),
+        together=True,
     ),
     "generate": Command(
         call=generate, arguments=(MODEL,), flags=(*PROMPTS, *flags_of(_Adapter, RUN), *TEMPLATE, *SEED, *DEVICE)
@@ -380,7 +386,10 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
         flags=(*flags_of(Push, RUN), *JSON),
     ),
     "teach": Command(
-        call=teach, arguments=(MODEL, OUT), flags=(*DATA, *_stage(TeachOptions), *TEMPLATE, *DEVICE, *FRESH)
+        call=teach,
+        arguments=(MODEL, OUT),
+        flags=(*DATA, *_stage(TeachOptions), *TEMPLATE, *DEVICE, *FRESH),
+        together=True,
     ),
     "convert": Command(call=convert, arguments=(Argument(name="gguf", type=Path, help="A .gguf file."), OUT)),
     "verify": Command(

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from loram.base import processes
 from loram.base.errors import UserError
 from loram.cli.console import console
 from loram.cli.flags import Flag, flags_of
@@ -55,7 +56,7 @@ def evaluate(
 
         report = measure(model, data=data, **of_perplexity, **where)
         parts |= report.model_dump(mode="json")
-        if not json:
+        if not json and processes.first():
             typer.echo(
                 f"perplexity {report.perplexity:.4f} (loss {report.loss:.4f} nats) over {report.tokens:,} tokens "
                 f"of {report.rows:,} rows"
@@ -70,7 +71,7 @@ def evaluate(
 
         results = evaluate_tasks(model, **harness, **where)
         parts |= results.model_dump(mode="json")
-        if not json:
+        if not json and processes.first():
             console().print(table(results))
-    if json:
+    if json and processes.first():
         typer.echo(json_text.dumps(parts))

@@ -23,7 +23,7 @@ _MEMINFO = Path("/proc/meminfo")
 def pick_device(device: str | None = None) -> torch.device:
     """Choose the device to compute on: the named one, else the first GPU, else the CPU.
 
-    If several processes train together, each one gets a GPU of its own.
+    Where there are several processes, each one gets a GPU of its own.
 
     Raises:
         UserError: the named device cannot be used, or is one GPU for several processes.
@@ -41,6 +41,17 @@ def pick_device(device: str | None = None) -> torch.device:
         raise UserError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if chosen.type == "cpu":
         torch.set_flush_denormal(True)
+    return chosen
+
+
+def join_processes(device: str | None) -> torch.device:
+    """Pick the device, and meet the other processes where several work together.
+
+    Raises:
+        UserError: the device cannot be used.
+    """
+    chosen = pick_device(device)
+    processes.join(cpu=chosen.type == "cpu")
     return chosen
 
 

@@ -134,12 +134,15 @@ def streamed_losses(
     labels: Sequence[list[int]],
 ) -> tuple[Tensor, int]:
     """Score rows like `loaded_losses`, but with only one decoder layer in memory at a time."""
+    added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
+    parameters = checkpoint.parameters + added
     batches = make_batches(input_ids, labels, max_tokens=BATCH_TOKENS)
+    if not batches:  # one of several processes may have none
+        return torch.zeros(0, dtype=torch.float64), parameters
     stream = Stream(checkpoint, batches, device=device, dtype=compute_dtype(device), adapter=adapter)
     for _ in stream.forward():
         pass
-    added = 0 if adapter is None else sum(tensor.numel() for tensor in adapter.tensors.values())
-    return _by_row(batches, (-log_probs for log_probs in stream.log_probs())), checkpoint.parameters + added
+    return _by_row(batches, (-log_probs for log_probs in stream.log_probs())), parameters
 
 
 def _by_row(batches: Sequence[Batch], losses: Iterable[Tensor]) -> Tensor:

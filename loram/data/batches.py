@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from loram.base import processes
+
 IGNORED = -100  # the label of a token that is not in the loss
 
 
@@ -33,8 +35,24 @@ class Batch:
         return len(self.targets) > 0
 
 
+def share(input_ids: Sequence[list[int]], after: int = 0) -> Sequence[int]:
+    """Return the indices of the rows that this process takes, where several share them: all of them in one process.
+
+    They are dealt out by their lengths, so that every process has about as many tokens.
+
+    Args:
+        input_ids: the token ids of each row.
+        after: how many other rows were dealt out before.
+    """
+    return processes.share(_by_length(range(len(input_ids)), input_ids), after)
+
+
 def make_batches(
-    input_ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None, *, max_tokens: int
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]] | None = None,
+    *,
+    max_tokens: int,
+    rows: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Sort rows by length and group them into batches of at most `max_tokens` tokens, padding included.
 
@@ -43,8 +61,11 @@ def make_batches(
         labels: one label per token id, `IGNORED` where the token is not in the loss; None puts all tokens in the loss.
             The first token of a row is never predicted, whatever its label.
         max_tokens: the size limit of a batch; a row that is longer becomes a batch of its own.
+        rows: the indices of the rows to take; None takes all.
     """
-    return [_pad(rows, input_ids, labels or input_ids) for rows in _groups(input_ids, max_tokens)]
+    taken = range(len(input_ids)) if rows is None else rows
+    groups = _groups(_by_length(taken, input_ids), input_ids, max_tokens)
+    return [_pad(group, input_ids, labels or input_ids) for group in groups]
 
 
 def at_the_ends(batch: Batch) -> Batch:
@@ -54,9 +75,13 @@ def at_the_ends(batch: Batch) -> Batch:
     return replace(batch, wanted=wanted, targets=torch.zeros(len(batch.rows), dtype=torch.int64))
 
 
-def _groups(input_ids: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
+def _by_length(rows: Sequence[int], input_ids: Sequence[list[int]]) -> list[int]:
+    return sorted(rows, key=lambda row: len(input_ids[row]))
+
+
+def _groups(rows: Sequence[int], input_ids: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
     group: list[int] = []
-    for row in sorted(range(len(input_ids)), key=lambda row: len(input_ids[row])):
+    for row in rows:
         if group and len(input_ids[row]) * (len(group) + 1) > max_tokens:
             yield group
             group = []

@@ -120,8 +120,8 @@ def publish(
     folder gets a manifest, its files are synced to the disk, and it is renamed to `out`. When the block raises any
     exception, Ctrl-C included, the folder is removed, and `out` never exists.
 
-    If several processes train together, the first one makes the folder. The others only get its path, and they leave
-    the block when `out` is in place.
+    Where several processes work together, the first one makes the folder. The others get its path when it is there, may
+    have files without a name in it, and leave the block when `out` is in place.
 
     Raises:
         UserError: `out` exists already, or another process is writing it.
@@ -129,6 +129,7 @@ def publish(
     out = local(out)
     staging = out.parent / f".{out.name}.partial"
     if not processes.first():
+        processes.wait()
         yield staging
         processes.wait()
         return
@@ -137,6 +138,7 @@ def publish(
     with lock(out):
         shutil.rmtree(staging, ignore_errors=True)  # from a killed process: the lock says that nobody writes it
         staging.mkdir()
+        processes.wait()
         try:
             yield staging
             put_in_place(staging, out, kind=kind, made_from=made_from, settings=settings or {})

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.paths import local
 from loram.disk.artifacts import check_output, find_manifest, publish
@@ -22,11 +23,17 @@ def cache_folder() -> Path:
 
 
 def cached_conversion(path: Path) -> Path:
-    """Return the folder a GGUF file was converted into, in loram's cache."""
+    """Return the folder a GGUF file was converted into, in loram's cache.
+
+    Raises:
+        UserError: it is not there yet, and several processes would convert it at the same time.
+    """
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / f"{path.stem}-{key}"
     if not folder.exists() or find_manifest(folder) is None:
+        if processes.count() > 1:
+            raise UserError(f"{path}: convert it first, in one process: loram convert {path} FOLDER")
         convert_gguf(path, folder)
     return folder
 

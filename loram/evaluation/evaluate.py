@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
+from loram.base import processes
 from loram.base.paths import local
 from loram.compute.belonging import load_for
-from loram.compute.device import pick_device
+from loram.compute.device import join_processes
 from loram.compute.likelihood import SCORED, load_scored, loaded_losses, mean_loss, predicted, streamed_losses
 from loram.compute.loading import load_tokenizer
+from loram.data.batches import share
 from loram.data.spec import DataSpec, as_spec
 from loram.disk.opening import open_model
 from loram.evaluation.options import EvaluateOptions
@@ -62,7 +65,8 @@ def evaluate(
     """Compute the perplexity of a model on a data set.
 
     If a row has a prompt, only its completion is scored. In plain text all tokens are scored. Of rows with a chosen and
-    a rejected answer, both are scored and compared.
+    a rejected answer, both are scored and compared. Several processes of a launcher share the rows, each with the model
+    in its own memory or streamed, and all get the report.
 
     Args:
         base: the hub id, folder or GGUF file of a full model, or a pruned or merged folder.
@@ -82,13 +86,19 @@ def evaluate(
     settings = EvaluateOptions.of(options, **fields)
     checkpoint, spec = open_model(base, chat_template=chat_template), as_spec(data)
     loaded_adapter = None if adapter is None else load_for(checkpoint, local(adapter))
-    compute_device = pick_device(device)
+    compute_device = join_processes(device)
     tokens = load_scored(
         spec, checkpoint, load_tokenizer(checkpoint), settings.max_samples, settings.max_length, SCORED
     )
     ids, labels = tokens.sequences("input_ids"), tokens.sequences("labels")
     score = streamed_losses if settings.stream else loaded_losses
-    losses, parameters = score(checkpoint, loaded_adapter, compute_device, ids, labels)
+    own = share(ids)
+    part, parameters = score(
+        checkpoint, loaded_adapter, compute_device, [ids[row] for row in own], [labels[row] for row in own]
+    )
+    losses = torch.zeros(len(ids), dtype=torch.float64)
+    for rows, values in processes.gather((own, part)):
+        losses[rows] = values
     count, (first, *others) = len(tokens.rows), losses.split(len(tokens.rows))
     loss = mean_loss(first, labels[:count])
     if not math.isfinite(loss):

@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from loram.base import processes
 from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError, in_one_line
 from loram.compute.device import compute_dtype
@@ -120,10 +121,30 @@ def run_tasks(model: HFLM, tasks: TaskDict, options: TaskOptions) -> dict[str, A
 def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
     """Return a model in memory as lm-evaluation-harness sees it."""
     with _quiet_harness():
-        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        return SharedModel(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
 
-class StreamedModel(HFLM):  # type: ignore[misc]  # lm_eval is an extra
+class SharedModel(HFLM):  # type: ignore[misc]  # lm_eval is an extra
+    """A model as lm-evaluation-harness sees it: several processes share its requests, and all get the answers."""
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        """Score texts that stand after others."""
+        return self._shared(super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        """Score whole texts."""
+        return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        """Write texts."""
+        return self._shared(super().generate_until, requests, disable_tqdm)
+
+    def _shared(self, answer: Callable[..., list[Any]], requests: list[Any], quiet: bool) -> list[Any]:
+        own = processes.share(requests)
+        return processes.merge(answer(own, disable_tqdm=quiet or not processes.first()) if own else [])
+
+
+class StreamedModel(SharedModel):
     """A model on disk as lm-evaluation-harness sees it: requests go through it one decoder layer at a time.
 
     Texts become tokens as in a model in memory. Only texts that are given can be scored.

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from loram.base.errors import UserError
 from loram.base.paths import local
 from loram.compute.belonging import load_for
-from loram.compute.device import compute_dtype, fits, pick_device
+from loram.compute.device import compute_dtype, fits, join_processes
 from loram.compute.loading import load_tokenizer
 from loram.compute.resident import load_adapted
 from loram.disk.opening import open_model
@@ -69,6 +69,7 @@ def evaluate_tasks(
 
     A model that fits into the memory that is free is loaded. Otherwise, or with `stream=True`, it is read from disk one
     decoder layer at a time, and only tasks that score texts can be run: multiple choice, likelihood and perplexity.
+    Several processes of a launcher share the requests of the tasks, and all get the report.
 
     Args:
         base, adapter, device, chat_template: as for `loram.evaluate`.
@@ -91,7 +92,7 @@ def evaluate_tasks(
         ) from error
     checkpoint = open_model(base, chat_template=chat_template)
     loaded_adapter = None if adapter is None else load_for(checkpoint, local(adapter))
-    compute_device, tokenizer = pick_device(device), load_tokenizer(checkpoint)
+    compute_device, tokenizer = join_processes(device), load_tokenizer(checkpoint)
     if settings.apply_chat_template and tokenizer.chat_template is None:
         raise UserError(
             f"{checkpoint.name}: apply_chat_template needs a chat template, and its tokenizer has none; name one with "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from loram.base import processes
 from loram.base.errors import UserError
 
 
@@ -33,8 +34,13 @@ class Influence:
         self._tokens[layer] = len(change) + self._tokens.get(layer, 0)
 
     def scores(self) -> dict[int, float]:
-        """Return the influence of each layer that was observed: 0 where its output is its input, 2 at most."""
-        return {layer: float(total) / self._tokens[layer] for layer, total in self._sums.items()}
+        """Return the influence of each layer that was observed: 0 where its output is its input, 2 at most.
+
+        Where several processes share the text, all of them have to call this.
+        """
+        sums = {layer: float(total) for layer, total in self._sums.items()}
+        shares = processes.gather((sums, self._tokens))
+        return {layer: sum(s[layer] for s, _ in shares) / sum(n[layer] for _, n in shares) for layer in sums}
 
     def least(self, layers: Sequence[int], count: int) -> tuple[int, ...]:
         """Return the `count` layers with the least influence among some, sorted; of equal ones the later layers.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loram.base import processes
+
 
 class InputStatistics:
     """Statistics of a linear's inputs over the calibration text, gathered one micro-batch at a time.
@@ -40,6 +42,16 @@ class InputStatistics:
         # norms of the heads of every token, 0 where padded: (rows, width, features / self.width)
         heads = inputs.unflatten(-1, (-1, self.width)).norm(dim=-1) * real[..., None]
         self._norms += ((heads.sum(1) / real.sum(1, keepdim=True)) ** 2).sum(0).double()
+
+    def join_(self) -> None:
+        """Take in what the other processes have gathered, where several share the text."""
+        if processes.count() == 1:
+            return
+        count, mean = self.count, self.mean
+        self.count = sum(processes.gather(count))
+        self.mean = processes.sum_(mean * (count / self.count))
+        self._squares = processes.sum_(self._squares + count * (mean - self.mean) ** 2)
+        self._norms = processes.sum_(self._norms)
 
     @property
     def variance(self) -> Tensor:
@@ -77,6 +89,11 @@ class Hessian:
         x = inputs[real].float()  # (tokens, features)
         self.total.addmm_(x.T, x)
         self.count += len(x)
+
+    def join_(self) -> None:
+        """Take in what the other processes have gathered, where several share the text."""
+        self.count = sum(processes.gather(self.count))
+        processes.sum_(self.total)
 
 
 Inputs = Hessian | InputStatistics

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loram.base import processes
 from loram.base.errors import UserError
 from loram.disk.checkpoint import Checkpoint
 from loram.model.architecture import Architecture
@@ -45,6 +46,11 @@ class ExpertStatistics:
             norms = torch.linalg.vector_norm(output.double(), dim=-1) * weight.double()
             self.outputs.index_add_(0, expert, norms)
             self.tokens.index_add_(0, expert, torch.ones_like(norms))
+
+    def join_(self) -> None:
+        """Take in what the other processes have gathered, where several share the text."""
+        processes.sum_(self.tokens)
+        processes.sum_(self.outputs)
 
     @property
     def mean_output(self) -> Tensor:
@@ -126,7 +132,9 @@ class ExpertTally:
             return torch.stack(scores).sum(0)
         assert row.experts is not None
         if (by_outputs := EXPERT_CRITERIA[rule].by_outputs) is not None:
-            return by_outputs(self._outputs.pop(layer))
+            statistics = self._outputs.pop(layer)
+            statistics.join_()
+            return by_outputs(statistics)
         norms: Tensor = torch.linalg.vector_norm(tensors[row.experts.router].double(), dim=1)
         return norms
 

@@ -6,16 +6,17 @@ This file removes whole units; `sparse.py` removes single weights.
 import dataclasses
 import functools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loram.base import processes
 from loram.base.constants import SHARD_BYTES
 from loram.base.progress import track
-from loram.compute.device import pick_device
+from loram.compute.device import join_processes
 from loram.compute.loading import config_of, load_tokenizer, tower_names, write_config, write_wrapped_config
 from loram.data.spec import as_spec
 from loram.data.tokens import Tokens, load_tokens
@@ -60,6 +61,8 @@ def prune(
     scored. The base is read once, and twice where the criterion needs gradients or layers are dropped by their
     influence (but for some rows of the embedding and the norm before lm_head).
 
+    Several processes of a launcher share the calibration text: each of them reads the layers, and the first one writes.
+
     Args:
         base: hub id, folder or GGUF file of the full model.
         out: the pruned folder to make: an ordinary Hugging Face folder with `loram_plan.json`.
@@ -81,6 +84,7 @@ def prune(
     checkpoint = open_model(base, chat_template=chat_template)
     check_prunable(checkpoint, settings)
     settings = settings.for_model(checkpoint.geometry, checkpoint.architecture)
+    on = join_processes(device)
 
     samples: list[list[int]] = []
     further: list[list[int]] = []
@@ -90,18 +94,9 @@ def prune(
         if settings.refit:
             further = further_text(checkpoint, tokenizer, settings, samples)
     if settings.sparse:
-        return prune_sparse(
-            checkpoint, out, settings, samples=samples, seed=seed, device=pick_device(device), shard_bytes=shard_bytes
-        )
+        return prune_sparse(checkpoint, out, settings, samples=samples, seed=seed, device=on, shard_bytes=shard_bytes)
     return _prune_structured(
-        checkpoint,
-        out,
-        settings,
-        samples=samples,
-        further=further,
-        seed=seed,
-        device=pick_device(device),
-        shard_bytes=shard_bytes,
+        checkpoint, out, settings, samples=samples, further=further, seed=seed, device=on, shard_bytes=shard_bytes
     )
 
 
@@ -117,55 +112,83 @@ def _prune_structured(
     shard_bytes: int,
 ) -> PruningPlan:
     """Score units, and write what stays of a layer while it is in memory; arguments as for `prune`, already checked."""
-    layers, made_from = settings.layers(checkpoint.geometry), {"base": checkpoint.fingerprint}
+    made_from = {"base": processes.broadcast(lambda: checkpoint.fingerprint)}
     with publish(out, kind="pruned", made_from=made_from) as staging:
         dropped, scored = _drop_and_score(
             checkpoint, settings, samples=samples, further=further, seed=seed, device=device, scratch=staging
         )
-        decide = functools.partial(
-            choose,
-            geometry=checkpoint.geometry,
-            model_type=checkpoint.architecture.model_type,
-            base=base_of(checkpoint, checkpoint.fingerprint),
-            options=settings,
-            seed=seed,
-            dropped=dropped,
-        )
-        # Which units stay is open, but how many is not, so the files can be laid out before any unit's score is known.
-        blank = blank_plan(checkpoint, settings, dropped=dropped)
-        specs = in_order(pruned_specs(checkpoint, blank)[0], scored.order, blank)
-        scores: dict[int, Mapping[str, Tensor]] = {}
-        wrapper, shown = checkpoint.wrapper if settings.keep_towers else None, checkpoint
-        outside = {name: name if wrapper is None else wrapper.outside(name) for name in specs}
-        left = {outside[name]: (checkpoint, name) for name in specs}  # what is copied, and from where
-        written = {outside[name]: spec for name, spec in specs.items()}
-        if wrapper is not None:
-            shown, towers = checkpoint.whole, tower_names(checkpoint)
-            left |= {name: (shown, stored) for name, stored in towers.items()}
-            written |= {name: shown.spec(stored) for name, stored in towers.items()}
-        refitter = Refitter()
-        with ShardedWriter(staging, written, shard_bytes) as writer:
-            for layer in scored:
-                if layer.index in dropped:
-                    continue
-                own = {**layer.scores.get(settings.criterion, {}), **layer.expert_scores}
-                layer_scores = {layer.index: own} if layer.index in layers else {}
-                scores.update(layer_scores)
-                for name, tensor in _narrowed(layer, decide(layer_scores), refitter, specs):
-                    writer.write(outside[name], tensor.to(specs[name].dtype))
-                    del left[outside[name]]
-            for name, (source, stored) in track(list(left.items()), "Other weights"):
-                writer.copy(name, source, stored)
-        refitter.report()
-        plan = decide(scores)
-        made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        shown.copy_side_files(staging)
-        if wrapper is None:
-            write_config(config_of(checkpoint), plan, staging)
+        if processes.first():
+            decide = functools.partial(
+                choose,
+                geometry=checkpoint.geometry,
+                model_type=checkpoint.architecture.model_type,
+                base=base_of(checkpoint, made_from["base"]),
+                options=settings,
+                seed=seed,
+                dropped=dropped,
+            )
+            plan = _write(checkpoint, staging, settings, scored, decide, dropped=dropped, shard_bytes=shard_bytes)
+            made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
         else:
-            write_wrapped_config(checkpoint, plan, staging)
-        plan.save(staging)
-        write_pruned_card(checkpoint, plan, staging, wrapped=wrapper is not None)
+            deque(scored, maxlen=0)
+    return PruningPlan.load(out)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: ResolvedPruneOptions,
+    scored: Scoring,
+    decide: Callable[[Mapping[int, Mapping[str, Tensor]]], PruningPlan],
+    *,
+    dropped: Sequence[int],
+    shard_bytes: int,
+) -> PruningPlan:
+    """Write what stays of the layers as they come, and everything else.
+
+    Args:
+        checkpoint: the full model.
+        out: the folder to write into.
+        settings: how to prune.
+        scored: the layers with their scores.
+        decide: makes a plan of the scores of some layers.
+        dropped: the layers that are dropped.
+        shard_bytes: the size of the files.
+    """
+    # Which units stay is open, but how many is not, so the files can be laid out before any unit's score is known.
+    blank = blank_plan(checkpoint, settings, dropped=dropped)
+    specs = in_order(pruned_specs(checkpoint, blank)[0], scored.order, blank)
+    layers, scores = settings.layers(checkpoint.geometry), dict[int, Mapping[str, Tensor]]()
+    wrapper, shown = checkpoint.wrapper if settings.keep_towers else None, checkpoint
+    outside = {name: name if wrapper is None else wrapper.outside(name) for name in specs}
+    left = {outside[name]: (checkpoint, name) for name in specs}  # what is copied, and from where
+    written = {outside[name]: spec for name, spec in specs.items()}
+    if wrapper is not None:
+        shown, towers = checkpoint.whole, tower_names(checkpoint)
+        left |= {name: (shown, stored) for name, stored in towers.items()}
+        written |= {name: shown.spec(stored) for name, stored in towers.items()}
+    refitter = Refitter()
+    with ShardedWriter(out, written, shard_bytes) as writer:
+        for layer in scored:
+            if layer.index in dropped:
+                continue
+            own = {**layer.scores.get(settings.criterion, {}), **layer.expert_scores}
+            layer_scores = {layer.index: own} if layer.index in layers else {}
+            scores.update(layer_scores)
+            for name, tensor in _narrowed(layer, decide(layer_scores), refitter, specs):
+                writer.write(outside[name], tensor.to(specs[name].dtype))
+                del left[outside[name]]
+        for name, (source, stored) in track(list(left.items()), "Other weights"):
+            writer.copy(name, source, stored)
+    refitter.report()
+    plan = decide(scores)
+    shown.copy_side_files(out)
+    if wrapper is None:
+        write_config(config_of(checkpoint), plan, out)
+    else:
+        write_wrapped_config(checkpoint, plan, out)
+    plan.save(out)
+    write_pruned_card(checkpoint, plan, out, wrapped=wrapper is not None)
     return plan
 
 

@@ -16,6 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from loram.base import processes
 from loram.base.constants import HELD_TOKENS
 from loram.data.batches import Batch
 from loram.model.architecture import Architecture
@@ -59,13 +60,23 @@ class Products:
             x: (rows, width, hidden); (rows, width, 0) where there will be no bypass.
             real: (rows, width) bool, False where padded.
         """
-        rows = torch.arange(self._rows, self._rows + len(real), device=real.device)
+        own = torch.arange(self._rows, self._rows + len(real), device=real.device)
+        rows = processes.number() + processes.count() * own  # their places in the whole text
         held = rows % self._every == self._every - 1 if self._every else torch.zeros_like(rows, dtype=torch.bool)
         self._rows += len(real)
         fitted, kept_back = real & ~held[:, None], real & held[:, None]
         self._sum_up_(h[fitted], x[fitted])
         if kept_back.any():
             self.held.append((h[kept_back], x[kept_back]))
+
+    def join_(self) -> None:
+        """Take in what the other processes have gathered; held-out rows come to the first process, which refits."""
+        for total in (self.inputs, self.across, self.block):
+            processes.sum_(total)
+        if processes.count() > 1:
+            place = self.inputs.device
+            held = processes.send_to_first([(h.cpu(), x.cpu()) for h, x in self.held])
+            self.held = [(h.to(place), x.to(place)) for pairs in held for h, x in pairs]
 
     def add_held_(self) -> None:
         """Add the held-out rows to the sums, when they have decided."""
@@ -209,8 +220,13 @@ def _cholesky(gram: Tensor, damping: float) -> Tensor:
 
 
 def held_every(batches: Sequence[Batch]) -> int:
-    """Return which rows of a calibration text are held out: one of so many; 0 where there are too few."""
-    rows, tokens = sum(len(batch.rows) for batch in batches), sum(int(batch.real.sum()) for batch in batches)
+    """Return which rows of a calibration text are held out: one of so many; 0 where there are too few.
+
+    Args:
+        batches: the text, or the share of this process, where all of them call this.
+    """
+    own = sum(len(batch.rows) for batch in batches), sum(int(batch.real.sum()) for batch in batches)
+    rows, tokens = map(sum, zip(*processes.gather(own), strict=True))
     every = max(HELD_OUT, -(-tokens // HELD_TOKENS))
     return every if rows >= every else 0
 
@@ -221,7 +237,7 @@ class Gatherer:
     Args:
         architecture: the family's row.
         plan: a plan that narrows the layers as the final one will; which units it keeps makes no difference.
-        batches: the text.
+        batches: the text, or the share of this process.
     """
 
     def __init__(self, architecture: Architecture, plan: PruningPlan, batches: Sequence[Batch]) -> None:
@@ -250,7 +266,10 @@ class Gatherer:
     def taken(self, layer: int) -> dict[str, Products]:
         """Return what was gathered of a layer, by the names of weights, and forget it."""
         prefix = f"{self._architecture.layer_path(layer)}."
-        return {name: self._products.pop(name) for name in list(self._products) if name.startswith(prefix)}
+        taken = {name: self._products.pop(name) for name in list(self._products) if name.startswith(prefix)}
+        for products in taken.values():
+            products.join_()
+        return taken
 
     def _name(self, layer: int, linear: Linear) -> str:
         return f"{self._architecture.layer_path(layer)}.{linear.path}.weight"

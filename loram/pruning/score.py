@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loram.base import processes
 from loram.base.constants import BATCH_TOKENS
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.streaming import LayerObserver, Of, ResidentLayer, Stream, prefetched
-from loram.data.batches import IGNORED, make_batches
+from loram.data.batches import IGNORED, make_batches, share
 from loram.disk.checkpoint import Checkpoint
 from loram.model.plan import PruningPlan
 from loram.model.segments import Linear, Segment, Space
@@ -84,6 +85,9 @@ def score_layers(
     which they are read; those that had to be read but are not to be scored come too. With gradients, the forward pass
     is over when this returns.
 
+    Several processes share the text, and each of them reads the layers. All get the same scores; but layers that are
+    scored by their weights alone come in the first process only.
+
     Args:
         checkpoint: the full model.
         criteria: keys of `CRITERIA`.
@@ -126,12 +130,15 @@ def score_layers(
         order = range(len(order) - 1, min(layers) - 1, -1)
         deque(passing, maxlen=0)
         wanted: Of = "weights and experts" if "gradient" in rules.reads else "weights"
+        tally.share = stream.predicted / sum(processes.gather(stream.predicted))
         passing = stream.backward(min(layers), tally.on_gradient, of=wanted, gather=gather)
     return Scoring(order=order, layers=(tally.finished(resident.index, resident.tensors) for resident in passing))
 
 
 def _from_weights(checkpoint: Checkpoint, layers: Sequence[int], tally: "_Tally") -> Iterator[ScoredLayer]:
-    """Score layers by their weights alone."""
+    """Score layers by their weights alone, which the first process does alone."""
+    if not processes.first():
+        return
     loads = prefetched(layers, checkpoint.layer_tensors)
     for layer in track(list(layers), "Layers"):
         tensors = next(loads)
@@ -149,20 +156,23 @@ def calibration_stream(
 ) -> Stream:
     """Return the stream of a model on calibration text, in float32; arguments as for `score_layers`.
 
-    Text that is `beside` it passes too, and has no token in the loss.
+    Text that is `beside` it passes too, and has no token in the loss. Several processes share both.
 
     Raises:
-        UserError: there is no text of at least two tokens.
+        UserError: there is no text of at least two tokens, or not for every process.
     """
     if not any(len(sample) > 1 for sample in calibration):
         raise UserError("calibration: no text of at least two tokens to compute importance from")
-    further = make_batches(beside, [[IGNORED] * len(row) for row in beside], max_tokens=BATCH_TOKENS)
+    nowhere = [[IGNORED] * len(row) for row in beside]
+    further = make_batches(beside, nowhere, max_tokens=BATCH_TOKENS, rows=share(beside))
+    scored = make_batches(calibration, max_tokens=BATCH_TOKENS, rows=share(calibration, after=len(beside)))
+    if not all(processes.gather(any(batch.counts for batch in scored))):
+        raise UserError(
+            f"calibration: {len(calibration)} rows do not give each of {processes.count()} processes a text of at "
+            "least two tokens; take more rows, or fewer processes"
+        )
     return Stream(
-        checkpoint,
-        [*further, *make_batches(calibration, max_tokens=BATCH_TOKENS)],
-        device=device or torch.device("cpu"),
-        dtype=torch.float32,
-        scratch=scratch,
+        checkpoint, [*further, *scored], device=device or torch.device("cpu"), dtype=torch.float32, scratch=scratch
     )
 
 
@@ -190,6 +200,7 @@ class _Tally:
         self.layers, self.seed = frozenset(layers), seed
         self.inputs: dict[str, InputStatistics] = {}
         self.gatherer: Gatherer | None = None
+        self.share = 1.0  # of the tokens in the loss, those of this process
         self.sums: dict[tuple[str, int, str], Tensor] = {}  # (criterion, layer, space)
 
     def observe(self, name: str, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
@@ -204,7 +215,9 @@ class _Tally:
         self.inputs[name].add_(inputs, real)
 
     def on_gradient(self, name: str, weight: Tensor, gradient: Tensor) -> None:
-        """Take in a weight's gradient."""
+        """Take in a weight's gradient; that of the mean loss over all processes is the weighted sum of theirs."""
+        if processes.count() > 1:
+            processes.sum_(gradient.mul_(self.share))
         layer, rest = self._split(name)
         tensors = {part.name: part for part in self.rows_by_layer[layer].expert_tensors}
         if rest in tensors:
@@ -216,6 +229,9 @@ class _Tally:
         """Return a layer whose evidence is complete."""
         if layer not in self.layers:
             return ScoredLayer(index=layer, scores={}, expert_scores={}, tensors=tensors, inputs={}, products={})
+        inputs = {name: self.inputs[name] for name in tensors if name in self.inputs}
+        for statistics in inputs.values():
+            statistics.join_()
         for linear in self.rows_by_layer[layer].linears:
             name = f"{self.architecture.layer_path(layer)}.{linear.path}.weight"
             self._add(name, tensors[name], None)
@@ -230,7 +246,8 @@ class _Tally:
             }
             for criterion, rule in self.rows.items()
         }
-        inputs = {name: self.inputs.pop(name) for name in tensors if name in self.inputs}
+        for name in inputs:
+            del self.inputs[name]
         expert_scores = self.experts.scores(layer, own)
         return ScoredLayer(
             index=layer,

@@ -1,19 +1,19 @@
 """Sparse pruning: zero single weights, one decoder layer in memory at a time, and write only those that stay."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loram.base.constants import BATCH_TOKENS
+from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.progress import track
 from loram.compute.loading import config_of, write_config
-from loram.compute.streaming import ResidentLayer, Stream, prefetched
-from loram.data.batches import make_batches
+from loram.compute.streaming import ResidentLayer, prefetched
 from loram.disk.artifacts import publish
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.hashes import file_sha256
@@ -27,6 +27,7 @@ from loram.pruning.criteria import SPARSE
 from loram.pruning.evidence import Hessian, Inputs, InputStatistics
 from loram.pruning.layout import blank_plan, mask_of, pruned_specs, write_pruned_card
 from loram.pruning.options import ResolvedPruneOptions
+from loram.pruning.score import calibration_stream
 from loram.pruning.sparsify import sparsify
 
 
@@ -58,32 +59,43 @@ def prune_sparse(
     The masks are a file of their own, which the index of the weights names: it is part of the model, and it can also
     travel without the weights, beside an adapter.
     """
-    blank = blank_plan(checkpoint, settings, seed=seed, fingerprint=checkpoint.fingerprint)
-    specs, masks = pruned_specs(checkpoint, blank)
-    made_from = {"base": checkpoint.fingerprint}
+    fingerprint = processes.broadcast(lambda: checkpoint.fingerprint)
+    made_from = {"base": fingerprint}
     with publish(out, kind="pruned", made_from=made_from) as staging:
-        with (
-            ShardedWriter(staging, specs, shard_bytes, beside=dict.fromkeys(masks, MASKS_NAME)) as writer,
-            TensorFileWriter(staging / MASKS_NAME, masks) as mask_writer,
-        ):
-            left = dict.fromkeys(specs)
-            for layer in sparse_layers(
-                checkpoint, settings, samples=samples, seed=seed, device=device, scratch=staging
-            ):
-                for name, tensor in layer.tensors.items():
-                    if (kept := layer.kept.get(name)) is not None:
-                        mask_writer.write(mask_of(name), pack(kept))
-                        tensor = tensor[kept]
-                    writer.write(name, tensor.to(specs[name].dtype))
-                    del left[name]
-            for name in track(list(left), "Other weights"):
-                writer.copy(name, checkpoint)
-        plan = blank.model_copy(update={"masks": file_sha256(staging / MASKS_NAME)})
-        made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
-        checkpoint.copy_side_files(staging)
-        write_config(config_of(checkpoint), plan, staging)
-        plan.save(staging)
-        write_pruned_card(checkpoint, plan, staging)
+        layers = sparse_layers(checkpoint, settings, samples=samples, seed=seed, device=device, scratch=staging)
+        if processes.first():
+            blank = blank_plan(checkpoint, settings, seed=seed, fingerprint=fingerprint)
+            plan = _write(checkpoint, staging, blank, layers, shard_bytes)
+            made_from["plan"] = plan.fingerprint  # `publish` reads this at the end
+        else:
+            deque(layers, maxlen=0)
+    return PruningPlan.load(out)
+
+
+def _write(
+    checkpoint: Checkpoint, out: Path, blank: PruningPlan, layers: Iterable[SparseLayer], shard_bytes: int
+) -> PruningPlan:
+    """Write the layers as they come, and everything else; return the plan, which knows the masks now."""
+    specs, masks = pruned_specs(checkpoint, blank)
+    with (
+        ShardedWriter(out, specs, shard_bytes, beside=dict.fromkeys(masks, MASKS_NAME)) as writer,
+        TensorFileWriter(out / MASKS_NAME, masks) as mask_writer,
+    ):
+        left = dict.fromkeys(specs)
+        for layer in layers:
+            for name, tensor in layer.tensors.items():
+                if (kept := layer.kept.get(name)) is not None:
+                    mask_writer.write(mask_of(name), pack(kept))
+                    tensor = tensor[kept]
+                writer.write(name, tensor.to(specs[name].dtype))
+                del left[name]
+        for name in track(list(left), "Other weights"):
+            writer.copy(name, checkpoint)
+    plan = blank.model_copy(update={"masks": file_sha256(out / MASKS_NAME)})
+    checkpoint.copy_side_files(out)
+    write_config(config_of(checkpoint), plan, out)
+    plan.save(out)
+    write_pruned_card(checkpoint, plan, out)
     return plan
 
 
@@ -99,13 +111,16 @@ def sparse_layers(
     """Prune the linears of decoder layers one layer after the other, bottom up; the base is read once.
 
     With a criterion that reads inputs, a layer sees what comes out of the pruned layers below it (rounded to the file's
-    dtype), as in the reference code of SparseGPT and Wanda.
+    dtype), as in the reference code of SparseGPT and Wanda. Several processes share the text, and each prunes for
+    itself; what reads no text is left to the first one.
 
     Raises:
         UserError: there is no text, or what comes out is not finite.
     """
     job = _Job(checkpoint, settings, seed)
     if SPARSE[settings.criterion].reads == "nothing":
+        if not processes.first():
+            return
         loads = prefetched(job.layers, checkpoint.layer_tensors)
         with contextlib.closing(loads):
             for index in track(list(job.layers), "Layers"):
@@ -114,11 +129,7 @@ def sparse_layers(
                 yield SparseLayer(tensors=layer.tensors, kept=job.kept)
                 layer.tensors.clear()
         return
-    if not any(len(sample) > 1 for sample in samples):
-        raise UserError("calibration: no text of at least two tokens to compute importance from")
-    batches = make_batches(samples, max_tokens=BATCH_TOKENS)
-    place = device or torch.device("cpu")
-    stream = Stream(checkpoint, batches, device=place, dtype=torch.float32, scratch=scratch)
+    stream = calibration_stream(checkpoint, samples, device=device, scratch=scratch)
     with contextlib.closing(stream.forward(job.observe, edit=job.edit)) as layers:
         for layer in layers:
             yield SparseLayer(tensors=layer.tensors, kept=job.kept)
@@ -156,6 +167,8 @@ class _Job:
     def edit(self, layer: ResidentLayer) -> None:
         """Prune a layer's weights in place."""
         self.kept = {}
+        for inputs in self.inputs.values():
+            inputs.join_()
         linears = [linear for linear in self.checkpoint.rows_by_layer[layer.index].linears if linear.has_units]
         for number, linear in enumerate(linears) if layer.index in self.layers else ():
             name = f"{self.architecture.layer_path(layer.index)}.{linear.path}.weight"

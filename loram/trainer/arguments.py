@@ -22,7 +22,7 @@ TRAINER_NAMES = (
 _NO_ROWS = "no rows are evaluated while a model trains; evaluate the result with `loram eval`, or in a recipe"
 _NO_UPLOAD = "a finished folder is uploaded as a whole: loram push OUT REPO"
 _CHECKPOINTS = "loram writes, checks and resumes checkpoints itself"
-_PROCESSES = "several GPUs train by `accelerate launch`, each with the whole model"
+_PROCESSES = "several GPUs train by `accelerate launch`"
 # What cannot work in any training here, or does nothing, unless it is off; and what to do.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -44,7 +44,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
             _NO_UPLOAD,
         ),
         **dict.fromkeys(("resume_from_checkpoint", "save_only_model", "save_on_each_node"), _CHECKPOINTS),
-        **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"), _PROCESSES),
+        **dict.fromkeys(("deepspeed", "parallelism_config", "local_rank"), _PROCESSES),
     }
 )
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from loram.base import processes
-from loram.compute.device import pick_device
 from loram.disk.artifacts import publish
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.resume import STARTED, checkpoints_of, events_of
@@ -80,17 +79,6 @@ class Job(ABC, Generic[Result]):
         Returns:
             Figures that are known only now, for the manifest and the last line of the log; often none.
         """
-
-
-def join_processes(device: str | None) -> torch.device:
-    """Pick the device, and meet the other processes where several train together.
-
-    Raises:
-        UserError: the device cannot be used.
-    """
-    chosen = pick_device(device)
-    processes.join(cpu=chosen.type == "cpu")
-    return chosen
 
 
 def run_job(job: Job[Result], out: Path, *, fresh: bool) -> Path:

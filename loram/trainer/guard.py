@@ -17,6 +17,7 @@ from loram.base import processes
 from loram.base.progress import without_library_bars
 from loram.base.stopping import Stop, stop_by
 from loram.trainer.checkpoints import Checkpoints
+from loram.trainer.sharding import check_sharded, own_shard, sharding, trained_state, whole
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 Trained = Callable[[], Mapping[str, nn.Parameter]]
@@ -37,8 +38,15 @@ class _Guard(TrainerCallback):
         self.saved_at = time.monotonic()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **rest: Any,
     ) -> None:
+        assert model is not None
+        check_sharded(model, sharding(vars(args)))
         state.compute_steps(args, state.max_steps)  # a checkpoint has the save_steps and logging_steps of its time
         self.saved_at = time.monotonic()
 
@@ -87,6 +95,16 @@ class _GuardedTrainer(Trainer):
             if not self.args.fp16:
                 _check_finite(gradients, "gradient", step)
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a sharded model whole, whatever the form of its checkpoints; the first process writes."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        assert self.model is not None
+        state = trained_state(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
     @functools.cached_property
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -157,7 +175,7 @@ def check_gradients(trained: Mapping[str, torch.Tensor], step: int) -> dict[str,
             f"step {step}: {_plain_name(missing[0])} should train but got no gradient{others}: the loss does not "
             "depend on it, or something on the way from the loss has no backward pass"
         )
-    if step == 1 and gradients and not any(gradient.any() for gradient in gradients.values()):
+    if step == 1 and gradients and not any(whole(gradient.any()) for gradient in gradients.values()):
         raise MissingGradientError(
             "step 1: the gradient of every parameter is zero, so nothing would train; look at the options that scale "
             "the adapter, and at the rows"
@@ -170,15 +188,15 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], what: str, step: int) -> 
 
     Only the norm of all tensors together is computed, which waits for the device once, unless it is not finite.
     """
-    if tensors and not nn.utils.get_total_norm(list(tensors.values())).isfinite():
-        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if tensors and not whole(nn.utils.get_total_norm(list(tensors.values()))).isfinite():
+        bad = [name for name, tensor in tensors.items() if not whole(tensor.isfinite().all())]
         where = f"of {_plain_name(bad[0])} is not finite" if bad else "norm overflows"
         raise FloatingPointError(f"step {step}: the {what} {where}; {_ADVICE}")
 
 
 def _find_culprit(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+        if parameter.is_floating_point() and not own_shard(parameter).isfinite().all():
             return f"{_plain_name(name)} has values that are not finite"
     return f"all weights are finite; {_ADVICE}"
 

@@ -310,6 +310,22 @@ def _check_together(trainer: Mapping[str, Any], architecture: Architecture) -> N
             )
 
 
+def why_not_sharded(options: TrainOptions) -> str | None:
+    """Return what keeps the weights of a training from being sharded over processes, if anything does."""
+    if not method_of(options.method).sharded:
+        names = ", ".join(row.name for row in METHODS.values() if row.sharded)
+        return f"does not go with method {options.method}; take one of {names}"
+    if options.load_in_4bit:
+        return "leaves weights in 4 bits whole in each process; drop load_in_4bit"
+    if options.engine == STREAMED:
+        return "shards a model in memory, and engine streamed has none there; drop one"
+    if options.anchor_steps:
+        return "shards the blocks that anchors are measured at; drop anchor_steps"
+    if options.mask_update:
+        return "shards the weights that a masked update reads; drop mask_update"
+    return None
+
+
 def why_not_anchored(options: TrainOptions) -> str | None:
     """Return what keeps a training of a pruned model from staying on the full model's course, if anything does."""
     if method_of(options.method).learns != "text":

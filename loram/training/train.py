@@ -17,7 +17,7 @@ from loram.base import processes
 from loram.base.errors import UserError
 from loram.base.options import Options
 from loram.base.paths import local
-from loram.compute.device import compute_dtype
+from loram.compute.device import compute_dtype, join_processes
 from loram.compute.loading import load_tokenizer, open_full
 from loram.compute.loss import Balance, use_chunked_loss_, use_log_probs_
 from loram.compute.nf4_streamed import Nf4Checkpoint
@@ -36,8 +36,9 @@ from loram.model.plan import PruningPlan, find_plan
 from loram.trainer.adapted import plain_model
 from loram.trainer.checkpoints import Checkpoints
 from loram.trainer.fit import fit_model_, is_over, losses, read_state
-from loram.trainer.frame import Job, join_processes, run_job
+from loram.trainer.frame import Job, run_job
 from loram.trainer.resume import first_start
+from loram.trainer.sharding import check_sharding, sharding
 from loram.training.adapt import trainable_model
 from loram.training.anchors import Course
 from loram.training.check import check_model
@@ -47,7 +48,7 @@ from loram.training.liger import use_liger_
 from loram.training.methods.method import Method
 from loram.training.methods.preference import Preference
 from loram.training.methods.table import METHODS
-from loram.training.options import TrainOptions, resolve
+from loram.training.options import TrainOptions, resolve, why_not_sharded
 from loram.training.preference import PreferenceTrainer
 from loram.training.rounds import anchored
 from loram.training.rows import arrange, check_packed, first_batches, rows_digest
@@ -126,6 +127,7 @@ def train(
     if METHODS[options.method].weights and (unused := sorted(chosen.lora.keys() - {"r"})):
         logger.warning("method %s has no use for lora.%s: it trains the weights themselves", options.method, unused[0])
     on = join_processes(device)
+    _check_sharding(options, on)
     course = _course(checkpoint, options, base, on, scratch=out.parent) if options.anchor_steps else None
     keep = "save_strategy" in chosen.trainer
     job = _prepare(
@@ -141,6 +143,14 @@ def train(
         started=first_start(out, fresh=fresh),
     )
     return run_job(job, out, fresh=fresh)
+
+
+def _check_sharding(options: TrainOptions, device: torch.device) -> None:
+    """Refuse sharding where it cannot take place, or what it does not go with."""
+    kind = sharding(options.trainer)
+    if kind is not None and (problem := why_not_sharded(options)):
+        raise UserError(f"{kind}: {problem}")
+    check_sharding(options.trainer, device)
 
 
 def _course(
@@ -217,6 +227,7 @@ def _prepare(
             "rows_truncated": tokens.truncated,
             "rows_skipped": tokens.skipped,
             "processes": processes.count(),
+            **({"sharding": shards} if (shards := sharding(options.trainer)) else {}),
             **as_setting(checkpoint.chat_template),
         },
         names={

@@ -1,21 +1,22 @@
 """Two processes, started by torchrun or accelerate, do the same as one process with batches of twice the size."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import launch
 from together import Stop, work
 
 import loram
 from loram.base.errors import UserError
 from loram.cli import _main as command
+from loram.compute.device import pick_device
 from loram.disk.adapter import Adapter
 from loram.disk.artifacts import MANIFEST_NAME
 from loram.disk.checkpoint import Checkpoint
+from loram.disk.opening import open_model
 
 Made = tuple[Path, Path, subprocess.CompletedProcess[str]]
 FOLDERS = ["plain", "anchored", "streamed", "resumed", "aligned", "commanded"]
@@ -26,16 +27,7 @@ def made(pruned_models: dict[str, Path], rows_file: Path, tmp_path_factory: pyte
     """Return (the folder that two processes made, the folder of one process, how the two processes ended)."""
     out = tmp_path_factory.mktemp("processes")
     arguments = [str(pruned_models["llama"]), str(rows_file)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("together.py")), *arguments, str(out / "two")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},  # the machine's host name may not resolve
-    )
-    assert ended.returncode == 0, ended.stderr
+    ended = launch(Path(__file__).with_name("together.py"), *arguments, out / "two")
     work(*map(Path, arguments), out / "one")
     return out / "two", out / "one", ended
 
@@ -81,8 +73,19 @@ def test_other_stages_refuse_to_be_run_by_several(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert command(["prune", "model", str(tmp_path / "out")]) == 2
-    assert "in process 1 of 2: prune: works in one process" in capsys.readouterr().err
+    assert command(["recover", "adapter", str(tmp_path / "out")]) == 2
+    assert "in process 1 of 2: recover: works in one process" in capsys.readouterr().err
+
+
+def test_several_processes_refuse_one_gpu_and_a_file_to_convert(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="each of several processes takes a GPU of its own"):
+        pick_device("cuda:1")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="convert it first, in one process: loram convert"):
+        open_model(tmp_path / "model.gguf")
 
 
 def test_lisa_refuses_several(

@@ -44,6 +44,7 @@ DORA = Dora(
     lora={"use_dora": True},
     defaults={"lora_dropout": 0.0},  # with dropout, PEFT computes the base's output a second time
     anchored=False,
+    sharded=True,
     in_float32="DoRA's magnitudes need float32",
     adds_files=True,
 )

@@ -17,6 +17,7 @@ class Full(Method):
 
     weights: bool = True
     anchored: bool = False
+    sharded: bool = True
     in_float32: str = "the weights themselves train, in float32"
     defaults: Mapping[str, Any] = field(default_factory=lambda: {"r": 64})
     trainer: Mapping[str, Any] = field(default_factory=lambda: {"learning_rate": 2e-5})

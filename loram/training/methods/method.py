@@ -39,6 +39,7 @@ class Method:
         masked: whether `mask_update` works with it.
         experts: whether `target_parameters` works with it.
         streamed: whether the streamed engine can train by it.
+        sharded: whether it trains a model that FSDP has sharded over processes.
         continues: whether it can go on training an adapter that exists.
         in_float32: why what trains must be in float32; empty if it may also be in 16 bits.
         planned: whether the planner can estimate its memory.
@@ -59,6 +60,7 @@ class Method:
     masked: bool = False
     experts: bool = False
     streamed: bool = False
+    sharded: bool = False
     continues: bool = False
     in_float32: str = ""
     planned: bool = False
