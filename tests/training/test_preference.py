@@ -270,7 +270,7 @@ def test_an_evaluation_says_which_answers_a_model_prefers(
     turned = loram.evaluate(folder, data={"path": str(data), "columns": {"chosen": "rejected", "rejected": "chosen"}})
     assert turned.preferences is not None
     assert turned.preferences.accuracy == pytest.approx(1 - found.preferences.accuracy)
-    assert cli.main(["eval", str(folder), "--dataset", str(data)]) == 0
+    assert cli._main(["eval", str(folder), "--dataset", str(data)]) == 0
     assert (
         f"{100 * found.preferences.accuracy:.1f}% of pairs, by {found.preferences.margin:.2f} nats"
         in capfd.readouterr().out
