@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none may wait for it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only gets in the way
+os.environ.setdefault("LORAM_CACHE", tempfile.mkdtemp(prefix="loram-tests-"))  # what users keep is none of ours
 
 import pytest
 import torch

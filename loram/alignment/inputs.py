@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loram.alignment.mixture import Rows, cached_rows, draw, read_rows
+from loram.alignment.mixture import Rows, cached_rows, places, read_rows
 from loram.alignment.options import AlignOptions
 from loram.alignment.probe import hold_out, split
 from loram.alignment.sample import sample_rows
@@ -155,7 +155,7 @@ def _sampled(
     def sample() -> list[dict[str, list[int]]]:
         return sample_rows(load_on(full, device), tokenizer, count, trainer["max_length"], seed)
 
-    return Rows([processes.broadcast(sample)], draw([count], [None], seed))
+    return Rows([processes.broadcast(sample)], places([range(count)]))
 
 
 def _fingerprint(folder: Path) -> str:

@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from loram.alignment.teacher import TeacherCache, TeacherRow
 from loram.base.errors import UserError
 from loram.data.batches import IGNORED
+from loram.data.mixture import draw, load_mixture
 from loram.data.spec import CacheSpec, WeightedSpec
-from loram.data.tokens import load_tokens
 from loram.model.plan import BaseReference
 
 if TYPE_CHECKING:
@@ -30,40 +30,6 @@ class Source(Protocol):
     def __getitem__(self, row: int, /) -> SourceRow: ...
 
 
-def draw(lengths: Sequence[int], weights: Sequence[float | None], seed: int) -> list[tuple[int, int]]:
-    """Choose the rows of a mixture.
-
-    Without weights, the mixture has all rows of all sources. With weights, each source gives its share of the rows,
-    drawn without repetition, and the mixture is as large as possible: one source gives all its rows.
-
-    Example: lengths (10, 90) and weights (0.5, 0.5) choose all rows of the first source and 10 of the second.
-
-    Args:
-        lengths: how many rows each source has.
-        weights: the weight of each source, or None for all of them.
-        seed: the seed of the draw.
-
-    Returns:
-        (index of the source, index of the row in it) of each row, in the order of the sources.
-
-    Raises:
-        UserError: some sources have a weight and some have none.
-    """
-    shares = [weight for weight in weights if weight is not None]
-    if not shares:
-        return [(source, row) for source, length in enumerate(lengths) for row in range(length)]
-    if len(shares) < len(weights):
-        raise UserError("weights: give every data set a weight (FILE=0.7), or none of them")
-    size = min(length / share for length, share in zip(lengths, shares, strict=True))
-    generator = torch.Generator().manual_seed(seed)
-    places = []
-    for source, (length, share) in enumerate(zip(lengths, shares, strict=True)):
-        count = min(length, max(1, round(size * share)))
-        rows = torch.randperm(length, generator=generator)[:count]
-        places += [(source, row) for row in sorted(rows.tolist())]
-    return places
-
-
 def read_rows(
     specs: Sequence[WeightedSpec],
     tokenizer: "PreTrainedTokenizerBase",
@@ -77,15 +43,20 @@ def read_rows(
 
     Args:
         specs: the data sets, with their weights.
-        tokenizer, max_length, vocabulary: as in `loram.data.tokens.load_tokens`.
+        tokenizer, max_length, vocabulary: as in `loram.data.mixture.load_mixture`.
         seed: the seed of the draw.
         now: the time for chat templates that write one.
 
     Raises:
-        UserError: as in `loram.data.tokens.load_tokens` and `draw`.
+        UserError: as in `loram.data.mixture.load_mixture`.
     """
-    sources = [load_tokens(spec, tokenizer, max_length, vocabulary=vocabulary, now=now).rows for spec in specs]
-    return Rows(sources, draw([len(rows) for rows in sources], [spec.weight for spec in specs], seed))
+    mixture = load_mixture(specs, tokenizer, max_length, vocabulary=vocabulary, seed=seed, now=now)
+    return Rows([tokens.rows for tokens in mixture.sources], places(mixture.shares))
+
+
+def places(shares: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Return (index of the source, index of the row in it) of each row of a mixture, in the order of the sources."""
+    return [(source, row) for source, rows in enumerate(shares) for row in rows]
 
 
 def cached_rows(specs: Sequence[CacheSpec], base: BaseReference, seed: int) -> "Rows":
@@ -108,7 +79,8 @@ def cached_rows(specs: Sequence[CacheSpec], base: BaseReference, seed: int) -> "
                 f"(fingerprint {teacher.fingerprint[:12]} instead of {base.fingerprint[:12]}); "
                 "run `loram teach` on that one"
             )
-    return Rows(caches, draw([len(cache) for cache in caches], [spec.weight for spec in specs], seed))
+    shares = draw([len(cache) for cache in caches], [spec.weight for spec in specs], seed)
+    return Rows(caches, places(shares))
 
 
 class Rows(torch.utils.data.Dataset[Item]):
@@ -116,7 +88,7 @@ class Rows(torch.utils.data.Dataset[Item]):
 
     Args:
         sources: the sources of the rows.
-        places: (index of the source, index of the row in it) of each row, as `draw` returns them.
+        places: (index of the source, index of the row in it) of each row, as `places` returns them.
     """
 
     def __init__(self, sources: Sequence[Source], places: Sequence[tuple[int, int]]) -> None:

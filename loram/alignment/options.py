@@ -7,7 +7,7 @@ from pydantic import AliasChoices, PositiveInt, field_validator, model_validator
 
 from loram.base.errors import UserError
 from loram.base.options import Options, option, passed_on
-from loram.data.spec import CacheSpec, WeightedSpec
+from loram.data.spec import CacheSpec, WeightedSpec, several, why_not_weighted
 from loram.trainer.arguments import (
     TRAINER_NAMES,
     TrainerFlags,
@@ -88,7 +88,7 @@ class AlignOptions(Options):
     @field_validator("dataset", "teacher", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        return value if isinstance(value, list | tuple) else [] if value is None else [value]
+        return several(value)
 
     @model_validator(mode="after")
     def _go_together(self) -> "AlignOptions":
@@ -108,9 +108,8 @@ class AlignOptions(Options):
         if self.lora_r is not None and self.train_embeddings:
             raise ValueError("train_embeddings: a LoRA trains linears only; drop it, or lora_r")
         for name in ("dataset", "teacher"):
-            weights = [one.weight for one in getattr(self, name)]
-            if None in weights and any(weights):
-                raise ValueError(f"{name}: give every one a weight, or none")
+            if problem := why_not_weighted(getattr(self, name)):
+                raise ValueError(f"{name}: {problem}")
         return self
 
     @property

@@ -3,6 +3,7 @@
 `~` is the home folder, and a relative path begins in the working directory, in recipes too.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,11 @@ def local(path: str | Path) -> Path:
     except RuntimeError as error:
         raise UserError(f"{path}: there is no home folder of that name; write the path in full") from error
     return absolute.resolve() if ".." in absolute.parts else absolute
+
+
+def cache_folder() -> Path:
+    """Return the folder where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
+    return local(os.environ.get("LORAM_CACHE") or "~/.cache/loram")
 
 
 def named(name: str | Path) -> str:

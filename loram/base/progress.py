@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -27,19 +27,27 @@ _COLUMNS = (
 )
 
 
-def track(items: Sequence[T], description: str) -> Iterator[T]:
-    """Iterate with a progress bar. If stderr is not a terminal, print a line every 30 seconds at most instead."""
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar. If stderr is not a terminal, print a line every 30 seconds at most instead.
+
+    Args:
+        items: what to iterate over.
+        description: what the bar is called.
+        total: how many items there are, where they have no length.
+    """
+    total = len(items) if isinstance(items, Sized) else total
+    assert total is not None
     if console.is_terminal:
         # else what is printed meanwhile would go to the terminal, too, where standard output is a file
         redirect = sys.stdout.isatty()
         with Progress(*_COLUMNS, console=console, transient=True, redirect_stdout=redirect) as progress:
-            yield from progress.track(items, description=description)
+            yield from progress.track(items, total=total, description=description)
         return
     started = shown = time.monotonic()
     for done, item in enumerate(items):
         if (now := time.monotonic()) - shown > 30:
-            left = (now - started) / done * (len(items) - done)
-            console.print(f"{description}: {done} of {len(items)}, about {left:.0f} s left", highlight=False)
+            left = (now - started) / done * (total - done)
+            console.print(f"{description}: {done} of {total}, about {left:.0f} s left", highlight=False)
             shown = now
         yield item
 

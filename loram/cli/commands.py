@@ -1,7 +1,7 @@
 """The commands: what each takes, which function it calls (imported when it is called), and what it prints."""
 
 import json as json_text
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from loram.base.options import Options, option
 from loram.cli.console import console as _console
 from loram.cli.evaluating import FLAGS as EVALUATION
 from loram.cli.evaluating import evaluate
-from loram.cli.flags import RUN, Flag, flags_of
+from loram.cli.flags import RUN, Flag, each_of, flags_of, of_several
 from loram.cli.generation import CHAT, PROMPTS, chat, generate
 from loram.cli.sharing import Push, Report, push, report
 from loram.cli.start import Init, init
@@ -94,6 +94,7 @@ OUT = Argument(name="out", type=Path, help="The folder to make.")
 ADAPTER = Argument(name="adapter", type=Path, help="The folder of a recovered adapter.")
 OVERRIDES = Argument(name="overrides", type=list[str], help="Values that replace those of the recipe: key.sub=value.")
 DATA = (*flags_of(DataSpec, "Data set", under=("data",)),)
+MIXED = (*of_several(flags_of(DataSpec, "Data sets", under=("data",))),)
 BASE = (*flags_of(Recipe, RUN, only=("base_model_name_or_path",)),)
 SEED, DEVICE, TEMPLATE = (
     tuple(flags_of(Recipe, RUN, only=(name,))) for name in ("seed", "device", "chat_template_path")
@@ -146,14 +147,14 @@ def teach(model: str, out: Path, **options: Any) -> None:
     _say(f"{out}: teacher cache written")
 
 
-def train(model: str, out: Path, **options: Any) -> None:
+def train(model: str, out: Path, *, data: Mapping[str, Any], **options: Any) -> None:
     """Train an adapter, or weights themselves, on MODEL.
 
     MODEL is a pruned folder or a full model. The methods lisa and full train the weights themselves.
     """
     from loram.training.train import train as stage
 
-    stage(model, out, **options)
+    stage(model, out, data=each_of(data), **options)
     _say(f"{out}: {'adapter' if (out / 'adapter_config.json').exists() else 'model'} written")
 
 
@@ -168,14 +169,14 @@ def recover(adapter: Path, out: Path, **options: Any) -> None:
     typer.echo(f"{out}: recovered adapter written")
 
 
-def polish(model: str, adapter: Path, out: Path, **options: Any) -> None:
+def polish(model: str, adapter: Path, out: Path, *, data: Mapping[str, Any], **options: Any) -> None:
     """Train a recovered adapter a few more steps on the full model.
 
     MODEL is read from disk layer by layer.
     """
     from loram.training.polish import polish as stage
 
-    stage(model, adapter, out, **options)
+    stage(model, adapter, out, data=each_of(data), **options)
     _say(f"{out}: polished adapter written")
 
 
@@ -207,7 +208,7 @@ def run(
     from loram.generation.table import side_by_side
     from loram.run.page import PAGE_NAME
     from loram.run.pipeline import run as pipeline
-    from loram.run.report import REPORT_NAME, summary, table
+    from loram.run.report import REPORT_NAME, summary, table, task_table
 
     report = pipeline(loaded, fresh=fresh)
     if json:
@@ -215,6 +216,8 @@ def run(
         return
     console = _console()
     console.print(table(report))
+    if loaded.tasks is not None:
+        console.print(task_table(report))
     console.print(summary(report), highlight=False)
     for example in report.examples:
         title = f"\n{example.dataset}: {example.prompt}\nexpected: {example.expected}"
@@ -332,7 +335,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
     "train": Command(
         call=train,
         arguments=(MODEL, OUT),
-        flags=(*DATA, *_stage(TrainOptions), *STARTED, *BASE, *TEMPLATE, *SEED, *DEVICE, *FRESH),
+        flags=(*MIXED, *_stage(TrainOptions), *STARTED, *BASE, *TEMPLATE, *SEED, *DEVICE, *FRESH),
         together=True,
     ),
     "recover": Command(
@@ -350,7 +353,7 @@ COMMANDS: dict[str, Command] = {  # in the order of a run
     "polish": Command(
         call=polish,
         arguments=(MODEL, ADAPTER, OUT),
-        flags=(*DATA, *_stage(PolishOptions), *TEMPLATE, *SEED, *DEVICE, *FRESH),
+        flags=(*MIXED, *_stage(PolishOptions), *TEMPLATE, *SEED, *DEVICE, *FRESH),
         together=True,
     ),
     "eval": Command(

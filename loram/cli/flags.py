@@ -126,6 +126,27 @@ def _flag(name: str, field: FieldInfo, group: str, under: tuple[str, ...]) -> Fl
     return single
 
 
+def of_several(flags: Iterable[Flag]) -> Iterator[Flag]:
+    """Yield the flags of a data set where several may be named, each with an optional weight: `--dataset a=0.7`."""
+    for flag in flags:
+        if flag.place[-1] != "path":
+            yield flag
+            continue
+        more = "Repeatable, each with its share of the rows, if you like: FILE=0.7; the other options are for all."
+        yield replace(
+            flag,
+            type=list[str],
+            metavar="<path>",
+            help=f"{flag.help} {more}",
+            read=lambda items: [_weighted(item) for item in items],
+        )
+
+
+def each_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the data sets that the flags of `of_several` name, each with the options that are for all."""
+    return [{**data, **one} for one in data["path"]]
+
+
 def _pairs(items: list[str], flag: str) -> dict[str, Any]:
     """`name=value` of a repeatable flag; values are YAML, as in a recipe."""
     return dict(parse_pair(item, flag) for item in items)

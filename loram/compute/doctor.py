@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import constants
 from pydantic import BaseModel, ConfigDict
 
+from loram.base.paths import cache_folder
 from loram.compute.device import compute_dtype, free_memory
 from loram.disk.artifacts import library_versions
-from loram.disk.gguf import cache_folder
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Optional package -> what it is for.

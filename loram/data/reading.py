@@ -1,17 +1,17 @@
 """Data files and hub data sets -> raw rows, exactly as they were written, with the place of each row."""
 
-import contextlib
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from loram.base.errors import UserError
 from loram.base.paths import local
@@ -20,49 +20,69 @@ from loram.data.messages import without_nulls
 from loram.data.spec import DataSpec
 
 Row = dict[str, Any]  # Any: the values are JSON
+PlacedRow = tuple[str, Row]  # (the place of the row, for messages; the row)
 NumberedRows = Iterator[tuple[int, Row]]  # (number of the line that the row begins on, or of the row; the row)
 
-_SLOW_ROWS = 5_000
 _LONGEST_FIELD = 2**31 - 1  # characters; by default Python's csv refuses fields above 128 KiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Raw:
-    """Raw rows.
+    """Raw rows, which stay where they are: each time that somebody goes through them, they are read anew.
 
     Args:
         name: the name of the data set.
-        rows: the rows; a `Dataset` where they stay on disk.
-        places: where each row stands, such as `rows.jsonl:7`; None where rows have numbers only.
+        source: the text files that the rows are read from, or a data set of `datasets`.
+        limit: how many rows to read at most.
     """
 
     name: str
-    rows: Sequence[Row] | Dataset
-    places: Sequence[str] | None = None
+    source: Sequence[Path] | Dataset | IterableDataset
+    limit: int | None = None
 
-    def row(self, index: int) -> Row:
-        """Return a row, without the nulls that a table has where a row's object lacks a key."""
-        row: Row = self.rows[index]
-        return {name: without_nulls(row[name]) for name in row} if isinstance(self.rows, Dataset) else row
+    def __iter__(self) -> Iterator[PlacedRow]:
+        """Yield each row after its place, such as `rows.jsonl:7` or `rows.parquet: row 7`."""
+        if isinstance(self.source, Dataset | IterableDataset):
+            return islice(self._numbered(self.source), self.limit)
+        return islice(_read_text_files(self.source), self.limit)
 
-    def place(self, index: int) -> str:
-        """Return where a row stands, for messages: `rows.jsonl:7` or `rows.parquet: row 7`."""
-        return f"{self.name}: row {index + 1}" if self.places is None else self.places[index]
+    def __len__(self) -> int:
+        return self._counts[0]
 
     def columns(self) -> dict[str, int]:
         """Return each column and the number of rows that have a value in it."""
-        if isinstance(self.rows, Dataset):
-            table = self.rows.data
-            return {name: len(table) - table.column(name).null_count for name in self.rows.column_names}
-        counts: dict[str, int] = {}
-        for row in self.rows:
+        return self._counts[1]
+
+    @property
+    def files(self) -> Sequence[Path] | None:
+        """The files whose bytes the rows come from; None where there are none on this machine."""
+        if isinstance(self.source, IterableDataset):
+            return None
+        if isinstance(self.source, Dataset):
+            return [Path(file["filename"]) for file in self.source.cache_files] or None
+        return self.source
+
+    def _numbered(self, rows: Dataset | IterableDataset) -> Iterator[PlacedRow]:
+        """Yield the rows without the nulls that a table has where a row's object lacks a key."""
+        for number, row in enumerate(rows, 1):
+            yield f"{self.name}: row {number}", {name: without_nulls(row[name]) for name in row}
+
+    @cached_property
+    def _counts(self) -> tuple[int, dict[str, int]]:
+        """The number of rows, and of those with a value in each column."""
+        if isinstance(self.source, Dataset):
+            rows = self.source if self.limit is None else self.source.select(range(min(self.limit, len(self.source))))
+            return len(rows), {name: len(rows) - rows.data.column(name).null_count for name in rows.column_names}
+        total, counts = 0, dict[str, int]()
+        for _, row in self:
+            total += 1
             for name, value in row.items():
                 counts[name] = counts.get(name, 0) + (value not in (None, ""))
-        return counts
+        return total, counts
 
 
 def read_raw(spec: DataSpec) -> Raw:
-    """Read the raw rows of a data set.
+    """Read the raw rows of a data set, once through to the end.
 
     Text formats are read by Python's own parsers, because `datasets` would turn some text into dates and numbers.
 
@@ -70,47 +90,37 @@ def read_raw(spec: DataSpec) -> Raw:
         UserError: the data set does not exist, is empty, or a part of it cannot be read; the message names file and
             line.
     """
-    files = find_files(spec)
-    raw = Raw(name=spec.path, rows=_limit(_read_hub(spec), spec)) if files is None else _read_files(files, spec)
-    if not len(raw.rows):
+    raw = open_raw(spec)
+    if not len(raw):
         raise UserError(f"{spec.path}: the data set is empty")
     return raw
 
 
-@contextlib.contextmanager
-def bars_if_slow(rows: int) -> Iterator[None]:
-    """Show the progress bars of `datasets` only if the rows are many enough to take a while."""
-    if rows > _SLOW_ROWS or not datasets.is_progress_bar_enabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
+def open_raw(spec: DataSpec) -> Raw:
+    """Find the raw rows of a data set. Those of text files, and those that are streamed, are not looked at yet.
+
+    Raises:
+        UserError: the data set does not exist, or cannot be opened.
+    """
+    files = find_files(spec)
+    source = _open_hub(spec) if files is None else _open_files(files, spec)
+    return Raw(name=spec.path, source=source, limit=spec.max_samples)
 
 
-def _limit(rows: Dataset, spec: DataSpec) -> Dataset:
-    return rows if spec.max_samples is None else rows.select(range(min(spec.max_samples, len(rows))))
-
-
-def _read_files(files: list[Path], spec: DataSpec) -> Raw:
+def _open_files(files: Sequence[Path], spec: DataSpec) -> Sequence[Path] | Dataset | IterableDataset:
     path = local(spec.path)
     if spec.config is not None:
         raise UserError(f"{path}: config {spec.config!r} is for hub data sets, but this is a file; leave it out")
     if is_saved(path):
-        return Raw(name=spec.path, rows=_limit(_read_saved(path, spec), spec))
+        return _open_saved(path, spec)
     if spec.split is not None and not path.is_dir():
         raise UserError(f"{path}: split {spec.split!r} is for hub data sets and folders; leave it out")
     if (kind := kind_of(files[0])) not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of data file; the known kinds are {', '.join(SUFFIXES)}")
-    if kind == ".parquet":
-        return Raw(name=spec.path, rows=_limit(_read_parquet(files, spec), spec))
-    numbered = list(islice(_read_text_files(files), spec.max_samples))
-    return Raw(name=spec.path, rows=[row for _, row in numbered], places=[place for place, _ in numbered])
+    return _open_parquet(files, spec) if kind == ".parquet" else files
 
 
-def _read_text_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
+def _read_text_files(files: Sequence[Path]) -> Iterator[PlacedRow]:
     """Yield the place of each row, and the row."""
     for path in files:
         try:
@@ -125,20 +135,20 @@ def _read_text_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
             raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
-def _read_parquet(files: list[Path], spec: DataSpec) -> Dataset:
+def _open_parquet(files: Sequence[Path], spec: DataSpec) -> Dataset | IterableDataset:
     try:
         full = [str(path) for path in files if path.stat().st_size and pq.read_metadata(path).num_rows]
         if not full:
             raise UserError(f"{spec.path}: the data set is empty")
-        return datasets.load_dataset("parquet", data_files=full, split="train")
+        return datasets.load_dataset("parquet", data_files=full, split="train", streaming=spec.streaming)
     except UserError:
         raise
     except Exception as error:  # datasets wraps whatever its readers raise
         raise UserError(f"{spec.path}: cannot be read as parquet: {_reason(error.__cause__ or error)}") from error
 
 
-def _read_saved(path: Path, spec: DataSpec) -> Dataset:
-    """Read a folder that `save_to_disk` made."""
+def _open_saved(path: Path, spec: DataSpec) -> Dataset:
+    """Open a folder that `save_to_disk` made."""
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # as above
@@ -152,9 +162,9 @@ def _read_saved(path: Path, spec: DataSpec) -> Dataset:
     return data[split]
 
 
-def _read_hub(spec: DataSpec) -> Dataset:
+def _open_hub(spec: DataSpec) -> Dataset | IterableDataset:
     try:
-        return datasets.load_dataset(spec.path, spec.config, split=spec.split or "train")
+        return datasets.load_dataset(spec.path, spec.config, split=spec.split or "train", streaming=spec.streaming)
     except Exception as error:  # the hub, the network and the builders raise exceptions of many types
         raise UserError(
             f"{spec.path}: no such file, and the hub has no such data set or did not send it: {_reason(error)}"

@@ -1,8 +1,9 @@
 """How recipes and the command line name a data set. Nothing is read here."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
@@ -16,6 +17,11 @@ Column = Literal[
 
 # What is learnt from rows: how a text goes on, which of two answers is better, or whether an answer is good.
 Kind = Literal["text", "pairs", "labels"]
+
+BUFFER_ROWS = 10_000
+
+
+T = TypeVar("T")
 
 
 class _ByPath(BaseModel):
@@ -64,6 +70,21 @@ class DataSpec(_ByPath):
         "Rows are cut to this many tokens, if this data set needs another limit than the stage's.",
         flag="",
     )
+    streaming: bool = option(
+        False,
+        "Read the rows while the training goes on, and never all of them; then the steps are limited by max_steps.",
+        exclude_if=operator.not_,  # as above
+    )
+    buffer_size: PositiveInt = option(
+        BUFFER_ROWS,
+        "With streaming: each row is drawn from this many that are read ahead; 1 keeps the order of the rows.",
+        flag="",
+        exclude_if=lambda size: size == BUFFER_ROWS,
+    )
+
+    def reading(self) -> dict[str, Any]:
+        """Return what decides which rows are read, and what becomes of them, as JSON values."""
+        return self.model_dump(mode="json", include={"columns", "apply_chat_template", "max_samples"})
 
 
 class WeightedSpec(DataSpec):
@@ -93,7 +114,46 @@ class CacheSpec(_ByPath):
     )
 
 
-def as_spec(data: DataSpec | str | Path | Mapping[str, Any]) -> DataSpec:
+Dataset = DataSpec | str | Path | Mapping[str, Any]  # how Python names one data set
+Datasets = Dataset | Sequence[Dataset]  # and how one or several
+
+
+def several(value: Any) -> Any:
+    """Return data sets as a list, where one stands alone or none is given; for validators."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def one_or_all(values: Sequence[T]) -> T | list[T]:
+    """Return what is known of several data sets as settings have it: a list, or of a single one that alone."""
+    return values[0] if len(values) == 1 else list(values)
+
+
+def as_specs(data: Datasets) -> tuple[WeightedSpec, ...]:
+    """Turn the name of a data set, a mapping with the fields of `WeightedSpec`, or several of them, into specs.
+
+    Raises:
+        UserError: there is none, a mapping has an unknown key or a bad value, or some have a weight and some have none.
+    """
+    try:
+        specs = tuple(
+            WeightedSpec.model_validate(dict(one) if isinstance(one, Mapping) else one) for one in several(data)
+        )
+    except ValidationError as error:
+        raise UserError(f"data: {first_problem(error)}") from error
+    if not specs:
+        raise UserError("data: name at least one data set")
+    if problem := why_not_weighted(specs):
+        raise UserError(f"data: {problem}")
+    return specs
+
+
+def why_not_weighted(specs: Sequence[WeightedSpec | CacheSpec]) -> str | None:
+    """Return why some data sets or caches make no mixture, if they make none."""
+    weights = [spec.weight for spec in specs]
+    return "give every one a weight, or none" if None in weights and any(weights) else None
+
+
+def as_spec(data: Dataset) -> DataSpec:
     """Turn the name of a data set, or a mapping with the fields of `DataSpec`, into a spec; specs pass unchanged.
 
     Raises:

@@ -1,23 +1,23 @@
 """Rows of a data set -> token ids, with the loss mask in `labels`. Every stage reads its text through this module."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from datasets import Dataset
 
 from loram.base.errors import UserError
+from loram.base.progress import track
 from loram.data.batches import IGNORED
+from loram.data.cache import Stored, contents_of, find, key_of, store, write_rows
 from loram.data.clock import clock_at
 from loram.data.encode import Encoded, Encoder
 from loram.data.forms import Example, normalise, pick_form
 from loram.data.preferences import Labelled, Pair, read_labelled, read_pair
-from loram.data.reading import Raw, Row, bars_if_slow, read_raw
+from loram.data.reading import Raw, Row, open_raw, read_raw
 from loram.data.spec import DataSpec, Kind
 
 if TYPE_CHECKING:
@@ -27,7 +27,16 @@ logger = logging.getLogger(__name__)
 
 REJECTED = "rejected_"  # what the columns of the answer that is not preferred begin with
 DESIRABLE = "desirable"  # the column of a label
+_ANSWER = ("input_ids", "labels")
+_COLUMNS: Mapping[Kind, Sequence[str]] = {
+    "text": _ANSWER,
+    "pairs": (*_ANSWER, *(f"{REJECTED}{name}" for name in _ANSWER)),
+    "labels": (*_ANSWER, DESIRABLE),
+}
 _Row = Example | Pair | Labelled
+PlacedRow = tuple[str, _Row | None]  # (the place of a row, for messages; the row, or None if it is empty)
+
+_SLOW_ROWS = 5_000  # from here on tokenising takes long enough for a progress bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,49 +54,45 @@ class Rows:
     chats: bool = True
 
     def __len__(self) -> int:
-        return len(self.raw.rows)
+        return len(self.raw)
 
     @property
     def kind(self) -> Kind:
         """Return what is learnt from the rows."""
         return "pairs" if "chosen" in self.form else "labels" if "label" in self.form else "text"
 
-    def __iter__(self) -> Iterator[_Row | None]:
-        return (self[index] for index in range(len(self)))
+    @property
+    def columns(self) -> Sequence[str]:
+        """Return the columns that the rows have as tokens."""
+        return _COLUMNS[self.kind]
 
-    def __getitem__(self, index: int) -> _Row | None:
-        """Return a row, or None if it is empty.
+    def __iter__(self) -> Iterator[_Row | None]:
+        return (row for _, row in self.placed())
+
+    def placed(self) -> Iterator[PlacedRow]:
+        """Yield each row after its place; None for an empty one.
 
         Raises:
-            UserError: the row cannot be used; names file and line.
+            UserError: a row cannot be used; names file and line.
         """
-        if index >= len(self):
-            raise IndexError(index)
-        row, where = self.raw.row(index), self.raw.place(index)
-        self._check_prompt(row, where)
-        if self.kind == "text":
-            return normalise(row, self.form, where)
-        return (read_pair if self.kind == "pairs" else read_labelled)(row, self.form, where)
+        read = {"text": normalise, "pairs": read_pair, "labels": read_labelled}[self.kind]
+        first = None  # what the first prompt is: those of all rows have to be chats, or all plain text
+        for where, row in self.raw:
+            kind = self._kind_of(row)
+            first = first or kind
+            if kind not in (None, first):
+                raise UserError(f"{where}: the prompt is {kind}, but before it is {first}; use one kind")
+            yield where, read(row, self.form, where)
 
-    @cached_property
+    @property
     def unused(self) -> dict[str, int]:
         """The columns that are not used, each with the number of rows that have a value in it."""
         used = set(self.form.values())
         return {name: count for name, count in self.raw.columns().items() if name not in used and count}
 
-    @cached_property
-    def _prompts(self) -> str | None:
-        """What the first prompt is."""
-        return next((kind for row in self.raw.rows if (kind := self._kind_of(row))), None)
-
     def _kind_of(self, row: Row) -> str | None:
-        prompt = row.get(self.form["prompt"])
+        prompt = row.get(self.form["prompt"]) if "prompt" in self.form else None
         return None if prompt is None else "text" if isinstance(prompt, str) else "messages"
-
-    def _check_prompt(self, row: Row, where: str) -> None:
-        """Check that the prompts of all rows are chats, or that all are plain text."""
-        if "prompt" in self.form and (kind := self._kind_of(row)) not in (None, self._prompts):
-            raise UserError(f"{where}: the prompt is {kind}, but before it is {self._prompts}; use one kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +137,19 @@ def load_rows(spec: DataSpec, kinds: Sequence[Kind] = ("text",)) -> Rows:
         kinds: what may be learnt from the rows.
 
     Raises:
-        UserError: the data set does not exist, is empty, cannot be read, or has an unknown form or one of another kind.
+        UserError: the data set does not exist, is empty, cannot be read, or has an unknown form or one of another kind;
+            or it is streamed, and nothing limits the number of its rows.
     """
+    if spec.streaming and spec.max_samples is None:
+        raise UserError(
+            f"{spec.path}: streaming: only training goes through rows without an end; here limit them by max_samples"
+        )
     raw = read_raw(spec)
     form = pick_form(spec, list(raw.columns()), kinds)
-    if "completion" in form and "label" not in form and isinstance(raw.row(0).get("label"), bool):
+    place, first = next(iter(raw))
+    if "completion" in form and "label" not in form and isinstance(first.get("label"), bool):
         raise UserError(
-            f"{raw.place(0)}: has a label, true or false, so some completions are not to be learnt; only method kto "
+            f"{place}: has a label, true or false, so some completions are not to be learnt; only method kto "
             "reads labels: take it, or leave the column out"
         )
     return Rows(raw=raw, form=form, chats=spec.apply_chat_template)
@@ -163,7 +174,7 @@ def load_tokens(
     now: datetime | None = None,
     kinds: Sequence[Kind] = ("text",),
 ) -> Tokens:
-    """Read and tokenise a data set.
+    """Read and tokenise a data set, or take its tokens from the cache; large ones are mapped from there into memory.
 
     Args:
         spec: the data set; if it has a `max_length` of its own, that one counts.
@@ -177,8 +188,23 @@ def load_tokens(
         UserError: as in `load_rows` and `tokenize`, or the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer, vocabulary)
-    with clock_at(now or datetime.now()):
-        return tokenize(load_rows(spec, kinds), tokenizer, spec.max_length or max_length, vocabulary=vocabulary)
+    now, length, raw = now or datetime.now(), spec.max_length or max_length, open_raw(spec)
+    contents = None if raw.files is None else contents_of(raw.files)
+
+    def write(path: Path | None) -> Stored:
+        rows = load_rows(spec, kinds)
+        stored = _write(rows, Pieces(tokenizer, length, vocabulary, chats=rows.chats), path)
+        if raw.files is not None and contents_of(raw.files) != contents:
+            raise UserError(f"{spec.path}: it changed while it was read; start again")
+        return stored
+
+    with clock_at(now) as written:
+        if contents is None:
+            stored = write(None)
+        else:
+            key = key_of(spec, contents, tokenizer, length, vocabulary, kinds)
+            stored = find(key, now) or store(spec.path, key, write, written)
+    return _tokens(stored, spec.path, length)
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> None:
@@ -219,79 +245,105 @@ def tokenize(
         UserError: a row cannot be used, needs a chat template or an end-of-sequence token and the tokenizer has none,
             or has a token that the model does not know, or no row has a token in the loss.
     """
-    name, encoder = rows.raw.name, Encoder(tokenizer, chats=rows.chats)
-    nothing: Mapping[str, Encoded] = {
-        prefix: ([], []) for prefix in ("", *([REJECTED] if rows.kind == "pairs" else []))
-    }
+    return _tokens(_write(rows, Pieces(tokenizer, max_length, vocabulary, chats=rows.chats)), rows.raw.name, max_length)
 
-    def encode(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        columns: defaultdict[str, list[Any]] = defaultdict(list)
-        for index in batch["index"]:
-            where, row = rows.raw.place(index), rows[index]
-            pieces = [nothing] if row is None else _encode(row, encoder, max_length, where)
-            for answers in pieces:
-                for prefix, (ids, labels) in answers.items():
-                    if vocabulary is not None:
-                        check_tokens(ids, vocabulary, tokenizer, where)
-                    columns[f"{prefix}input_ids"].append(ids[:max_length])
-                    columns[f"{prefix}labels"].append(labels[:max_length])
-                if rows.kind == "labels":
-                    columns[DESIRABLE].append(isinstance(row, Labelled) and row.desirable)
-                columns["truncated"].append(any(len(ids) > max_length for ids, _ in answers.values()))
-                columns["source"].append(index)
-        return columns
 
-    with bars_if_slow(len(rows)):
-        encoded = Dataset.from_dict({"index": range(len(rows))}).map(
-            encode,
-            batched=True,
-            remove_columns=["index"],
-            desc="Tokenizing",
-            new_fingerprint=uuid4().hex,  # otherwise `datasets` hashes all rows for a cache that is not used
-        )
-        kept = encoded.remove_columns("truncated").filter(
-            _has_loss, desc="Dropping rows without loss", load_from_cache_file=False
-        )
-    if unused := {**rows.unused, **encoder.unused}:
-        logger.info("%s: not used: %s", name, ", ".join(f"{key} ({count} rows)" for key, count in unused.items()))
-    truncated = sum(encoded["truncated"])
-    skipped = len(encoded) - len(kept)
-    if not len(kept):
+class Pieces:
+    """Examples -> token ids and labels, cut to a length, and what became of them.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        max_length, vocabulary: as for `tokenize`.
+        chats: as for `Encoder`.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", max_length: int, vocabulary: int | None, *, chats: bool
+    ) -> None:
+        self.encoder = Encoder(tokenizer, chats=chats)
+        self.max_length, self.vocabulary = max_length, vocabulary
+        self.truncated = self.skipped = 0
+
+    def of(self, row: _Row | None, where: str) -> Iterator[dict[str, Any]]:
+        """Yield the pieces of a row, by columns, each of whose answers has a token in the loss.
+
+        Raises:
+            UserError: as in `tokenize`.
+        """
+        for answers in [{"": ([], [])}] if row is None else self._encode(row, where):
+            columns: dict[str, Any] = {}
+            for prefix, (ids, labels) in answers.items():
+                if self.vocabulary is not None:
+                    check_tokens(ids, self.vocabulary, self.encoder.tokenizer, where)
+                columns[f"{prefix}input_ids"] = ids[: self.max_length]
+                columns[f"{prefix}labels"] = labels[: self.max_length]
+            self.truncated += any(len(ids) > self.max_length for ids, _ in answers.values())
+            if all(_has_loss(columns[f"{prefix}labels"]) for prefix in answers):
+                yield {**columns, DESIRABLE: row.desirable} if isinstance(row, Labelled) else columns
+            else:
+                self.skipped += 1
+
+    def _encode(self, row: _Row, where: str) -> Iterator[Mapping[str, Encoded]]:
+        """Yield the pieces of a row, as `Encoder.encode` does: what an answer's columns begin with -> its tokens."""
+        if isinstance(row, Pair):
+            answers = {"": row.chosen, REJECTED: row.rejected}
+            yield {
+                prefix: next(self.encoder.encode(answer, self.max_length, where)) for prefix, answer in answers.items()
+            }
+        else:
+            answer = row.answer if isinstance(row, Labelled) else row
+            yield from ({"": encoded} for encoded in self.encoder.encode(answer, self.max_length, where))
+
+
+def _has_loss(labels: Sequence[int]) -> bool:
+    return any(label != IGNORED for label in labels[1:])  # the first token is never predicted
+
+
+def _write(rows: Rows, pieces: Pieces, path: Path | None = None) -> Stored:
+    """Tokenise rows, a row at a time, into a file or into memory.
+
+    Raises:
+        UserError: as in `tokenize`.
+    """
+    placed = rows.placed() if len(rows) <= _SLOW_ROWS else track(rows.placed(), "Tokenizing", len(rows))
+    every = ({**piece, "source": index} for index, (where, row) in enumerate(placed) for piece in pieces.of(row, where))
+    written = write_rows(every, (*rows.columns, "source"), path)
+    if not len(written):
         remedy = (
-            f" within max_length {max_length}; make it longer" if truncated else ": they are empty, or nobody answers"
+            f" within max_length {pieces.max_length}; make it longer"
+            if pieces.truncated
+            else ": they are empty, or nobody answers"
         )
-        raise UserError(f"{name}: no token of any row is in the loss{remedy}")
-    if truncated or skipped:
+        raise UserError(f"{rows.raw.name}: no token of any row is in the loss{remedy}")
+    facts = {
+        "truncated": pieces.truncated,
+        "skipped": pieces.skipped,
+        "columns": dict(rows.form),
+        "unused": {**rows.unused, **pieces.encoder.unused},
+        "templated": "text" not in rows.form and pieces.encoder.chats,
+    }
+    return Stored(rows=written, facts=facts)
+
+
+def _tokens(stored: Stored, name: str, max_length: int) -> Tokens:
+    """Return tokens as everybody reads them, and say what was not used, cut or skipped."""
+    tokens = Tokens(rows=stored.rows.remove_columns("source"), sources=stored.rows["source"], **stored.facts)
+    if tokens.unused:
+        named = ", ".join(f"{key} ({count} rows)" for key, count in tokens.unused.items())
+        logger.info("%s: not used: %s", name, named)
+    if tokens.truncated or tokens.skipped:
         logger.warning(
             "%s: of %d rows, max_length %d cut %d, and %d were skipped because %s",
             name,
-            len(encoded),
+            len(tokens.rows) + tokens.skipped,
             max_length,
-            truncated,
-            skipped,
+            tokens.truncated,
+            tokens.skipped,
             "an answer had no token in the loss, or both were the same"
-            if rows.kind == "pairs"
+            if len(tokens.answers) > 1
             else "they had no token in the loss",
         )
-    return Tokens(
-        rows=kept.remove_columns("source"),
-        truncated=truncated,
-        skipped=skipped,
-        columns=rows.form,
-        unused=unused,
-        templated="text" not in rows.form and encoder.chats,
-        sources=kept["source"][:],
-    )
-
-
-def _encode(row: _Row, encoder: Encoder, max_length: int, where: str) -> Iterator[Mapping[str, Encoded]]:
-    """Yield the pieces of a row, as `Encoder.encode` does: what an answer's columns begin with -> ids and labels."""
-    if isinstance(row, Pair):
-        answers = {"": row.chosen, REJECTED: row.rejected}
-        yield {prefix: next(encoder.encode(answer, max_length, where)) for prefix, answer in answers.items()}
-    else:
-        for encoded in encoder.encode(row.answer if isinstance(row, Labelled) else row, max_length, where):
-            yield {"": encoded}
+    return tokens
 
 
 def check_tokens(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
@@ -305,9 +357,3 @@ def check_tokens(ids: list[int], vocabulary: int, tokenizer: "PreTrainedTokenize
             f"{where}: the tokenizer gives token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the model's "
             f"embedding has only {vocabulary:,} rows: it does not fit the model; use the tokenizer that came with it"
         )
-
-
-def _has_loss(row: Row) -> bool:
-    """Return whether every answer of a row has a token in the loss; its first token is never predicted."""
-    answers = (labels for name, labels in row.items() if name.endswith("labels"))
-    return all(any(label != IGNORED for label in labels[1:]) for labels in answers)

@@ -1,7 +1,6 @@
 """GGUF files as ordinary model folders: a file is converted once, and then read like any other model."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -9,17 +8,12 @@ from torch import nn
 
 from loram.base import processes
 from loram.base.errors import UserError
-from loram.base.paths import local
+from loram.base.paths import cache_folder, local
 from loram.disk.artifacts import check_output, find_manifest, publish
 from loram.disk.files import read_json, refuse_pointer, write_json
 from loram.disk.tensorfile import TensorSpec
 from loram.disk.writer import ShardedWriter
 from loram.model.modeling_loram import older_rope_keys
-
-
-def cache_folder() -> Path:
-    """Return the folder where loram keeps what it can make again: `LORAM_CACHE`, by default ~/.cache/loram."""
-    return local(os.environ.get("LORAM_CACHE") or "~/.cache/loram")
 
 
 def cached_conversion(path: Path) -> Path:

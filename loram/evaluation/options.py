@@ -63,7 +63,8 @@ class TaskOptions(_Streamable):
 
     @model_validator(mode="after")
     def _of_tasks(self) -> Self:
-        others = self.model_fields_set & (TaskOptions.model_fields.keys() - EvaluateOptions.model_fields.keys())
-        if not self.tasks and (unused := sorted(others - {"tasks"})):
+        others = TaskOptions.model_fields.keys() - EvaluateOptions.model_fields.keys() - {"tasks"}
+        unused = [name for name in sorted(others) if getattr(self, name) != TaskOptions.model_fields[name].default]
+        if not self.tasks and unused:
             raise ValueError(f"{unused[0]} is an option of tasks, and no task is named; name some with `tasks`")
         return self

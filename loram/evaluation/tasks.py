@@ -1,10 +1,11 @@
 """Run tasks of lm-evaluation-harness on a model, with or without an adapter."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from loram.base.errors import UserError
@@ -13,10 +14,12 @@ from loram.compute.belonging import load_for
 from loram.compute.device import compute_dtype, fits, join_processes
 from loram.compute.loading import load_tokenizer
 from loram.compute.resident import load_adapted
+from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.evaluation.options import TaskOptions
 
 if TYPE_CHECKING:
+    from lm_eval.tasks.manager import TaskDict
     from rich.table import Table
 
 
@@ -35,6 +38,14 @@ class TaskResult(BaseModel):
     examples: int
     num_fewshot: int | None
     metrics: dict[str, float | None]
+
+    def labelled(self) -> Iterator[tuple[str, float | None, float | None]]:
+        """Yield (the name of a metric for people, its value, its standard error, None where it has none)."""
+        for key, value in self.metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not metric.endswith("_stderr"):
+                label = metric if filtered == "none" else f"{metric} ({filtered})"
+                yield label, value, self.metrics.get(f"{metric}_stderr,{filtered}")
 
 
 class TaskReport(BaseModel):
@@ -82,33 +93,12 @@ def evaluate_tasks(
     Example: `evaluate_tasks("pruned", adapter="adapter", tasks=["arc_easy"], limit=100).tasks["arc_easy"].metrics`.
     """
     settings = TaskOptions.of(options, **fields)
-    if not settings.tasks:
-        raise UserError("eval: name at least one task")
-    try:
-        from loram.evaluation import harness
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"eval: tasks need lm-evaluation-harness, and {error.name} is not installed: pip install 'loram[tasks]'"
-        ) from error
-    checkpoint = open_model(base, chat_template=chat_template)
+    checkpoint, compute_device = open_model(base, chat_template=chat_template), join_processes(device)
     loaded_adapter = None if adapter is None else load_for(checkpoint, local(adapter))
-    compute_device, tokenizer = join_processes(device), load_tokenizer(checkpoint)
-    if settings.apply_chat_template and tokenizer.chat_template is None:
-        raise UserError(
-            f"{checkpoint.name}: apply_chat_template needs a chat template, and its tokenizer has none; name one with "
-            "--chat-template"
-        )
-    weights = checkpoint.parameters * compute_dtype(compute_device).itemsize
-    streamed = settings.stream or not (checkpoint.quantized or fits(weights, compute_device))
-    tasks = harness.load_tasks(settings.tasks)
-    for task in tasks["tasks"].values():
-        if streamed and task.OUTPUT_TYPE == "generate_until":
-            raise UserError(harness.refusal(task.task_name))
-        if getattr(task, "UNSAFE_CODE", False) and not settings.confirm_run_unsafe_code:
-            raise UserError(
-                f"{task.task_name}: runs the code that the model writes; allow it with --confirm-run-unsafe-code, on a "
-                "machine where nothing can go wrong"
-            )
+    tasks, streamed = open_tasks(checkpoint, settings, compute_device)
+    tokenizer = load_tokenizer(checkpoint)
+    from loram.evaluation import harness  # which is there, since the tasks are open
+
     if streamed:
         added = 0 if loaded_adapter is None else sum(tensor.numel() for tensor in loaded_adapter.tensors.values())
         parameters = checkpoint.parameters + added
@@ -124,6 +114,47 @@ def evaluate_tasks(
         model=checkpoint.name,
         adapter=None if adapter is None else str(adapter),
     )
+
+
+def open_tasks(checkpoint: Checkpoint, settings: TaskOptions, device: torch.device) -> "tuple[TaskDict, bool]":
+    """Read tasks with their data, and check that a model can run them.
+
+    Args:
+        checkpoint: the model.
+        settings: which tasks to run, and how.
+        device: where the model computes.
+
+    Returns:
+        (the tasks as lm-evaluation-harness has them; whether the model is read from disk layer by layer).
+
+    Raises:
+        UserError: as in `evaluate_tasks`.
+    """
+    if not settings.tasks:
+        raise UserError("eval: name at least one task")
+    try:
+        from loram.evaluation import harness
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"eval: tasks need lm-evaluation-harness, and {error.name} is not installed: pip install 'loram[tasks]'"
+        ) from error
+    if settings.apply_chat_template and load_tokenizer(checkpoint).chat_template is None:
+        raise UserError(
+            f"{checkpoint.name}: apply_chat_template needs a chat template, and its tokenizer has none; name one with "
+            "--chat-template"
+        )
+    weights = checkpoint.parameters * compute_dtype(device).itemsize
+    streamed = settings.stream or not (checkpoint.quantized or fits(weights, device))
+    tasks = harness.load_tasks(settings.tasks)
+    for task in tasks["tasks"].values():
+        if streamed and task.OUTPUT_TYPE == "generate_until":
+            raise UserError(harness.refusal(task.task_name))
+        if getattr(task, "UNSAFE_CODE", False) and not settings.confirm_run_unsafe_code:
+            raise UserError(
+                f"{task.task_name}: runs the code that the model writes; allow it with --confirm-run-unsafe-code, on a "
+                "machine where nothing can go wrong"
+            )
+    return tasks, streamed
 
 
 def _result(name: str, results: Mapping[str, Any]) -> TaskResult:
@@ -147,17 +178,13 @@ def table(report: TaskReport) -> "Table":
     result.add_column("± standard error", justify="right")
     for name, task in report.tasks.items():
         shots = "" if task.num_fewshot is None else str(task.num_fewshot)
-        for key, value in task.metrics.items():
-            metric, _, filtered = key.partition(",")
-            if metric.endswith("_stderr"):
-                continue
-            label = metric if filtered == "none" else f"{metric} ({filtered})"
-            error = task.metrics.get(f"{metric}_stderr,{filtered}")
+        for label, value, error in task.labelled():
             result.add_row(
-                name, f"{task.examples:,}", shots, label, _shown(value), "" if error is None else _shown(error)
+                name, f"{task.examples:,}", shots, label, shown(value), "" if error is None else shown(error)
             )
     return result
 
 
-def _shown(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """Return a metric for people."""
     return "not finite" if value is None else f"{value:.4f}"

@@ -82,7 +82,7 @@ def read_prompts(spec: DataSpec) -> list[Prompt]:
     if {*_ASKING} & {*columns, *spec.columns}:
         form = pick_form(spec, [*columns, *(name for name in _ANSWERING if name not in columns)])
         if "text" not in form:
-            return [_read(raw.row(index), form, raw.place(index)) for index in range(len(raw.rows))]
+            return [_read(row, form, place) for place, row in raw]
     raise UserError(
         f"{spec.path}: no column messages, prompt, question or instruction; there are {', '.join(columns)}; name the "
         "one to use, as in prompt=COLUMN"
@@ -91,8 +91,8 @@ def read_prompts(spec: DataSpec) -> list[Prompt]:
 
 def _lines(raw: Raw) -> Iterator[tuple[str, str]]:
     """Yield the place and the text of each line of .txt files that is not blank."""
-    for index, row in enumerate(raw.rows):
-        path = raw.place(index).rpartition(":")[0]
+    for place, row in raw:
+        path = place.rpartition(":")[0]
         for number, line in enumerate(row["text"].split("\n"), 1):
             if line.strip():
                 yield f"{path}:{number}", line

@@ -72,11 +72,15 @@ def compare(recipe: Recipe) -> list[Measured]:
     variants = {name: variant_of(recipe, name) for name in recipe.compare}
     if not variants:
         raise UserError("compare: missing; name the variants, each with what it changes in `prune` and `train`")
-    if recipe.dataset is None or recipe.prune is None:
+    if not recipe.dataset or recipe.prune is None:
         raise UserError("compare: needs `dataset` and `prune`, to train on the full and on the pruned model")
     if not recipe.held_out:
         raise UserError(
             "compare: needs `eval_dataset`, and no `evaluate: false`: variants are compared on held-out rows"
+        )
+    if recipe.tasks is not None:
+        raise UserError(
+            "compare: puts perplexities side by side; leave evaluate.tasks out, or run each recipe by itself"
         )
     check(recipe)
     for name, variant in variants.items():

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loram.alignment.arguments import build_arguments
 from loram.alignment.inputs import divide
-from loram.alignment.mixture import Rows, draw
+from loram.alignment.mixture import Rows, places
 from loram.alignment.options import AlignOptions, resolve_trainer
 from loram.base.errors import UserError
 from loram.base.size import show_size
@@ -19,8 +19,10 @@ from loram.compute.device import compute_dtype, pick_device
 from loram.compute.likelihood import SCORED, load_scored, predicted
 from loram.compute.loading import empty_model, load_tokenizer, open_full
 from loram.data.batches import IGNORED
-from loram.data.spec import DataSpec, Kind
-from loram.data.tokens import Tokens, load_tokens
+from loram.data.mixture import Mixture, load_mixture
+from loram.data.spec import Kind, WeightedSpec
+from loram.data.stream import first_rows
+from loram.data.tokens import Tokens
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
 from loram.model.plan import PruningPlan
@@ -78,6 +80,7 @@ class DataCounts(_Value):
         columns: what loram calls each column that is used -> its name in the data.
         unused: each column that is not used -> the number of rows that have a value there.
         chat_template: whether the rows go through the tokenizer's chat template.
+        streamed: whether the rows are streamed; then these are the counts of the first rows.
     """
 
     rows: int
@@ -89,6 +92,7 @@ class DataCounts(_Value):
     columns: dict[str, str]
     unused: dict[str, int]
     chat_template: bool
+    streamed: bool = False
 
 
 class Span(_Value):
@@ -108,11 +112,12 @@ class DryRun(_Value):
         device: the device that training would use.
         dtype: the dtype that training would compute in.
         training: the training per model: "pruned", and also "full" if the recipe compares with LoRA on the full model.
-        dataset: the counts of the training data; None if the recipe trains nothing.
+        dataset: the counts of each data set for training; empty if the recipe trains nothing.
         align: the counts of each data set for alignment.
         calibration: the counts of the calibration data; None if pruning reads no text.
         refit: the counts of the data that a refit reads beside it; None if it reads no other.
         eval_dataset: the counts of each data set for evaluation.
+        tasks: the names of the tasks that are run.
         examples: rows of the training data, or of the data for alignment; a long text is several, and so is a pair.
         example_rows: the number of each of these rows in its data set; the first is 1.
     """
@@ -123,19 +128,20 @@ class DryRun(_Value):
     device: str
     dtype: str
     training: dict[str, Training]
-    dataset: DataCounts | None
+    dataset: dict[str, DataCounts]
     align: dict[str, DataCounts]
     calibration: DataCounts | None
     refit: DataCounts | None
     eval_dataset: dict[str, DataCounts]
+    tasks: tuple[str, ...]
     examples: tuple[tuple[Span, ...], ...]
     example_rows: tuple[int, ...]
 
     def data_sets(self) -> Iterator[tuple[str, DataCounts]]:
         """Yield the counts of each data set with a label for people."""
         yield from ((f"alignment: {name}", counts) for name, counts in self.align.items())
-        if self.dataset is not None:
-            yield "training", self.dataset
+        for name, counts in self.dataset.items():
+            yield "training" if len(self.dataset) == 1 else f"training: {name}", counts
         if self.calibration is not None:
             yield "calibration", self.calibration
         if self.refit is not None:
@@ -168,26 +174,34 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
     before, after = plan.parameters()
     tokenizer, options = load_tokenizer(checkpoint), recipe.evaluate or EvaluateSection()
 
-    def tokens(spec: DataSpec, trainer: Mapping[str, Any], kind: Kind = "text") -> Tokens:
-        return load_tokens(spec, tokenizer, trainer["max_length"], vocabulary=checkpoint.vocabulary, kinds=(kind,))
+    def mixture(specs: Sequence[WeightedSpec], trainer: Mapping[str, Any], kind: Kind = "text") -> Mixture | None:
+        if not specs:
+            return None
+        known: dict[str, Any] = {"vocabulary": checkpoint.vocabulary, "seed": recipe.seed, "kinds": (kind,)}
+        return load_mixture([first_rows(spec) for spec in specs], tokenizer, trainer["max_length"], **known)
 
-    learns = METHODS[training.method].learns
-    to_train = None if recipe.dataset is None else tokens(recipe.dataset, training.trainer, learns)
-    to_align = {}
+    to_train = mixture(recipe.dataset, training.trainer, METHODS[training.method].learns)
+    to_align = None
     if recipe.align is not None:
         aligning = resolve_trainer(recipe.align.trainer, recipe.seed)
-        to_align = {spec.path: tokens(spec, aligning) for spec in recipe.align.dataset}
-        _check_alignment(recipe.align, aligning, list(to_align.values()), device)
+        to_align = mixture(recipe.align.dataset, aligning)
+        _check_alignment(recipe.align, aligning, to_align, device)
     scored = {
         name: load_scored(spec, checkpoint, tokenizer, options.max_samples, options.max_length, SCORED)
         for name, spec in recipe.held_out.items()
     }
     settings: Settings | UserError | None = None
     if to_train is not None:
-        check_packed(to_train.rows, arguments)
-        longest = max(map(len, to_train.sequences("input_ids")))
+        streamed = recipe.dataset[0].streaming
+        if not streamed:
+            check_packed(to_train.rows, arguments)
+        longest = (
+            arguments.max_length
+            if streamed
+            else max(len(ids) for tokens in to_train.sources for ids in tokens.sequences("input_ids"))
+        )
         settings = _settings(training, adapter, arguments, device, longest)
-    first = next((data for data in (to_train, *to_align.values()) if data is not None), None)
+    first = next((data.sources[0] for data in (to_train, to_align) if data is not None), None)
     examples = [] if first is None else _pick_examples(first, show_row)
     texts = dict(_pruning_texts(recipe.pruning, checkpoint, tokenizer))
     return DryRun(
@@ -200,11 +214,12 @@ def dry_run(recipe: Recipe, *, show_row: int | None = None) -> DryRun:
             name: _training(model, sizes, full, adapter, training, settings)
             for name, model, sizes, full in _trained(recipe, checkpoint, plan, dtype)
         },
-        dataset=None if to_train is None else _count(to_train),
-        align={name: _count(tokens) for name, tokens in to_align.items()},
+        dataset=_counts(recipe.dataset, to_train),
+        align={} if recipe.align is None else _counts(recipe.align.dataset, to_align),
         calibration=texts.get("calibration"),
         refit=texts.get("refit"),
         eval_dataset={name: _count(tokens) for name, tokens in scored.items()},
+        tasks=() if recipe.tasks is None else tuple(recipe.tasks.tasks or ()),
         examples=tuple(
             tuple(_spans(first.rows[index], tokenizer, prefix))
             for index in examples
@@ -226,15 +241,14 @@ def _pick_examples(tokens: Tokens, show_row: int | None) -> list[int]:
 
 
 def _check_alignment(
-    section: AlignOptions, trainer: Mapping[str, Any], tokens: Sequence[Tokens], device: torch.device
+    section: AlignOptions, trainer: Mapping[str, Any], data: Mixture | None, device: torch.device
 ) -> None:
     """Refuse options that cannot work, and rows that are too few for an alignment and its probe."""
     arguments = build_arguments(trainer, device, Path("unused"))
-    if not tokens:
+    if data is None:
         return  # it aligns on a teacher's folders, or on text that the full model is still to write
-    weights, seed = [spec.weight for spec in section.dataset], trainer["seed"]
-    rows = Rows([part.rows for part in tokens], draw([len(part.rows) for part in tokens], weights, seed))
-    check_batches(len(divide(rows, section, seed)[0]), arguments)
+    rows = Rows([tokens.rows for tokens in data.sources], places(data.shares))
+    check_batches(len(divide(rows, section, trainer["seed"])[0]), arguments)
 
 
 def _trained(
@@ -245,7 +259,7 @@ def _trained(
     Each item holds the model's name, transformers' model without weights, the planner's sizes of it, and the sizes of
     the full model if its gradients may serve as anchors.
     """
-    if recipe.dataset is None:
+    if not recipe.dataset:
         return
     sizes = Model(
         architecture=plan.architecture,
@@ -362,7 +376,12 @@ def _settings(
         return error
 
 
-def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
+def _counts(specs: Sequence[WeightedSpec], data: Mixture | None) -> dict[str, DataCounts]:
+    sources = [] if data is None else data.sources
+    return {spec.path: _count(tokens, streamed=spec.streaming) for spec, tokens in zip(specs, sources, strict=False)}
+
+
+def _count(tokens: Tokens, *, all_in_loss: bool = False, streamed: bool = False) -> DataCounts:
     inputs = tokens.sequences("input_ids")
     return DataCounts(
         rows=len(tokens.rows),
@@ -374,6 +393,7 @@ def _count(tokens: Tokens, *, all_in_loss: bool = False) -> DataCounts:
         columns=dict(tokens.columns),
         unused=dict(tokens.unused),
         chat_template=tokens.templated,
+        streamed=streamed,
     )
 
 

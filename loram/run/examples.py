@@ -32,10 +32,9 @@ def held_out_rows(spec: DataSpec, count: int) -> list[HeldOut]:
     Raises:
         UserError: there is no such row, such as in plain text.
     """
-    rows = load_rows(spec)
     answered = (
-        HeldOut(prompt=prompt_of(chat, rows.raw.place(index)), expected=str(chat.messages[-1]["content"]))
-        for index, chat in enumerate(rows)
+        HeldOut(prompt=prompt_of(chat, where), expected=str(chat.messages[-1]["content"]))
+        for where, chat in load_rows(spec).placed()
         if isinstance(chat, Chat) and len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"
     )
     if not (first := list(islice(answered, count))):

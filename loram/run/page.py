@@ -12,7 +12,7 @@ from loram.disk.artifacts import replace_text
 from loram.disk.card import shown, steps_of
 from loram.run.figures import curves, kept
 from loram.run.overview import columns, overview
-from loram.run.report import summary
+from loram.run.report import summary, task_lines
 from loram.run.results import RunResults, pruning_of
 
 PAGE_NAME = "report.html"
@@ -52,6 +52,7 @@ def _shown(one: RunResults) -> dict[str, Any]:
         "summary": summary(report).splitlines(),
         "pruning": pruning_of(one.plan),
         "method": one.recipe("train.method") if report.final else None,
+        "tasks": task_lines(report),
         "datasets": list(report.rows[0].perplexity) if report.rows else [],
         "base": base,
         "steps": [re.sub(r"\*\*|`", "", step) for step in steps_of(one.folder / _last_folder(one))],

@@ -3,11 +3,15 @@
 from loram.alignment.options import resolve_trainer
 from loram.alignment.teacher import TeacherCache
 from loram.base.errors import UserError
+from loram.compute.device import pick_device
 from loram.compute.likelihood import SCORED
 from loram.compute.loading import open_full
+from loram.data.spec import DataSpec
+from loram.data.stream import check_streams, first_rows
 from loram.data.tokens import check_rows
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.opening import open_model
+from loram.evaluation.tasks import open_tasks
 from loram.model.families import architecture_of
 from loram.pruning.check import check_prunable
 from loram.pruning.options import PruneOptions
@@ -16,7 +20,7 @@ from loram.run.examples import examples_of, held_out_rows
 from loram.run.recipe import Recipe
 from loram.run.record import Record, start_over
 from loram.run.report import RunReport
-from loram.run.rows import evaluations, parameters_of, row_of, trained_on
+from loram.run.rows import evaluations, parameters_of, row_of, tasks_of, trained_on
 from loram.run.stages import ADAPTING, EVERY, FULL_LORA, SHRINKING, Run, cost_of, final_of, rows_of
 from loram.training.methods.table import METHODS
 from loram.training.options import resolve
@@ -42,11 +46,15 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             "recover.correct: would take out what prune.refit makes up for; leave it out, or set refit: false"
         )
-    if recipe.dataset is not None:
-        check_rows(recipe.dataset, (METHODS[recipe.train.method].learns,))
+    check_streams(recipe.dataset, recipe.train.trainer)
+    for rows in recipe.dataset:
+        check_rows(first_rows(rows), (METHODS[recipe.train.method].learns,))
     for held_out in recipe.held_out.values():
         check_rows(held_out, SCORED)
-    specs = [recipe.recover.dev_dataset, *([] if recipe.polish is None else [recipe.polish.dataset])]
+    specs: list[DataSpec | None] = [recipe.recover.dev_dataset]
+    if recipe.polish is not None:
+        check_streams(recipe.polish.dataset, dict(recipe.polish))
+        specs += [first_rows(spec) for spec in recipe.polish.dataset]
     if recipe.align is not None:
         resolve_trainer(recipe.align.trainer)
         specs += [*recipe.align.dataset, recipe.align.probe_dataset]
@@ -58,6 +66,8 @@ def check(recipe: Recipe) -> None:
     for spec in specs:
         if spec is not None:
             check_rows(spec)
+    if recipe.tasks is not None:
+        open_tasks(checkpoint, recipe.tasks, pick_device(recipe.device))
     for spec in recipe.held_out.values() if recipe.examples else ():
         held_out_rows(spec, recipe.examples)
 
@@ -91,16 +101,19 @@ def run(recipe: Recipe, *, fresh: bool = False) -> RunReport:
     job.perform(*SHRINKING, *ADAPTING, FULL_LORA)
     stages, parameters = rows_of(job), job.plan.parameters()[0]
     rows = []
-    if recipe.held_out:
+    if recipe.held_out or recipe.tasks is not None:
         open_full(job.plan, job.base)  # from here on the full model is needed
-        rows.append(row_of("base", parameters, None, evaluations(job, "base", (job.base, None)), None))
+        base = (job.base, None)
+        rows.append(row_of("base", parameters, None, evaluations(job, "base", base), None, tasks_of(job, "base", base)))
     else:
         stages = {name: stage for name, stage in stages.items() if stage.folder in job.done}
     for name, stage in stages.items():
         counts = trained_on(job.folder(stage.folder)) if stage.trains else None
         model = stage.evaluated(job)
-        rows.append(row_of(name, parameters_of(job, model), cost_of(job, stage), evaluations(job, name, model), counts))
-    final = None if recipe.dataset is None else final_of(recipe)
+        tasks = tasks_of(job, name, model) if stage.on_full or not recipe.dataset else None
+        parameters, evaluated = parameters_of(job, model), evaluations(job, name, model)
+        rows.append(row_of(name, parameters, cost_of(job, stage), evaluated, counts, tasks))
+    final = final_of(recipe) if recipe.dataset else None
     examples = examples_of(job, final) if final is not None and recipe.examples else ()
     report = job.record.finish(rows, None if final is None else final.row(job), examples)
     folders = {name: job.folder(stage.folder) for name, stage in stages.items() if stage.folder in job.done}

@@ -12,10 +12,10 @@ from loram.base.errors import UserError
 from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
 from loram.base.paths import LocalPath, Named, local
-from loram.data.spec import DataSpec
+from loram.data.spec import DataSpec, WeightedSpec, several, why_not_weighted
 from loram.disk.artifacts import digest
 from loram.disk.hashes import file_sha256
-from loram.evaluation.options import EvaluateOptions
+from loram.evaluation.options import EvaluateOptions, TaskOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import RecoverOptions
 from loram.training.methods.table import METHODS
@@ -25,14 +25,16 @@ from loram.training.options import PolishOptions, TrainOptions
 class PolishSection(PolishOptions):
     """Options of `loram.polish`, by default on the training data, at the learning rate of training."""
 
-    dataset: DataSpec | None = option(None, "The rows to polish on (default: the training data).")
+    dataset: tuple[WeightedSpec, ...] = option((), "The rows to polish on (default: the training data).")
     learning_rate: PositiveFloat | None = option(  # type: ignore[assignment]
         None, "The learning rate of the first step (default: that of training)."
     )
 
+    _several = field_validator("dataset", mode="before")(several)
 
-class EvaluateSection(EvaluateOptions):
-    """Options of `loram.evaluate`, and what else is evaluated."""
+
+class EvaluateSection(EvaluateOptions, TaskOptions):
+    """Options of `loram.evaluate` and of `loram.evaluate_tasks`, and what else is evaluated."""
 
     full_lora: bool = option(False, "Also train LoRA on the full model, to compare with.")
     examples: NonNegativeInt = option(
@@ -73,9 +75,9 @@ class Recipe(Options):
     output_dir: LocalPath = option(
         ..., "The folder for the report and one folder per stage.", flag="OUT", also="output"
     )
-    dataset: DataSpec | None = option(
-        None,
-        "The training rows: a file, a hub name, or a mapping.",
+    dataset: tuple[WeightedSpec, ...] = option(
+        (),
+        "The training rows: a file, a hub name or a mapping, or a list of these, each with an optional weight.",
         also="datasets dataset_name train_dataset train_file data_path",
     )
     eval_dataset: dict[str, DataSpec] = option(
@@ -97,6 +99,8 @@ class Recipe(Options):
     )
     compare: dict[str, Variant] = option({}, "What `loram compare` puts side by side, by name.")
 
+    _several = field_validator("dataset", mode="before")(several)
+
     @field_validator("eval_dataset", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
@@ -113,16 +117,23 @@ class Recipe(Options):
     def pruning(self) -> PruneOptions | None:
         """How to prune: where the recipe names no text for a refit, it reads the training rows, if they are texts."""
         section, method = self.prune, METHODS.get(self.train.method)
-        if section is None or self.dataset is None or method is None or method.learns != "text":
+        if section is None or not self.dataset or method is None or method.learns != "text":
             return section
         if section.calibration is not None or section.refit_dataset is not None or not section.resolved().refit:
             return section
-        return section.model_copy(update={"refit_dataset": self.dataset})
+        return section.model_copy(update={"refit_dataset": self.dataset[0].unweighted()})
 
     @property
     def held_out(self) -> dict[str, DataSpec]:
         """The data sets that models are evaluated on, by name; none where the run evaluates nothing."""
         return {} if self.evaluate is None else self.eval_dataset
+
+    @property
+    def tasks(self) -> TaskOptions | None:
+        """The tasks of lm-evaluation-harness that models are evaluated on; None where there are none."""
+        if self.evaluate is None or not self.evaluate.tasks:
+            return None
+        return TaskOptions.of(**{name: getattr(self.evaluate, name) for name in TaskOptions.model_fields})
 
     @property
     def examples(self) -> int:
@@ -136,22 +147,25 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
-        if self.dataset is None and ("train" in self.model_fields_set or self.compares):
+        if problem := why_not_weighted(self.dataset):
+            raise ValueError(f"dataset: {problem}")
+        if not self.dataset and ("train" in self.model_fields_set or self.compares):
             raise ValueError("dataset: missing, and training needs rows; a recipe that trains nothing has no `train`")
-        if self.dataset is not None and not self.eval_dataset and self.evaluate not in (None, EvaluateSection()):
-            raise ValueError("evaluate: needs an `eval_dataset`; without held-out rows, leave the section out")
-        if self.dataset is None and self.examples:
+        chosen = self.evaluate not in (None, EvaluateSection())
+        if self.dataset and not self.eval_dataset and chosen and (self.tasks is None or self.examples):
+            raise ValueError("evaluate: needs an `eval_dataset`; without held-out rows, only `tasks` can be run")
+        if not self.dataset and self.examples:
             raise ValueError(
                 "evaluate.examples: shows what a training changes, and there is no `dataset`; leave it out"
             )
-        if self.dataset is None and self.prune is None and self.align is None:
+        if not self.dataset and self.prune is None and self.align is None:
             raise ValueError("prune, align, dataset: at least one is needed, else there is nothing to do")
         if self.prune is not None and self.base_model_name_or_path is not None:
             raise ValueError("base_model_name_or_path: with `prune`, model_name_or_path is the full model; drop it")
-        if self.polish is not None and (self.dataset is None or self.train.mask_update):
+        if self.polish is not None and (not self.dataset or self.train.mask_update):
             raise ValueError("polish: needs a `dataset`, and an adapter that is recovered, so no mask_update")
         learns = row.learns if (row := METHODS.get(self.train.method)) is not None else "text"
-        if self.polish is not None and self.polish.dataset is None and learns != "text":
+        if self.polish is not None and not self.polish.dataset and learns != "text":
             raise ValueError(
                 f"polish: learns from texts, and {self.train.method} from preferences; name texts in polish.dataset, "
                 "or set polish: null"

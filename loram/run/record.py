@@ -14,6 +14,7 @@ from loram.base.errors import UserError, first_problem
 from loram.compute.device import peak_rss, reset_peak_rss
 from loram.disk.artifacts import difference, find_manifest, library_versions, replace_text
 from loram.evaluation.evaluate import Report
+from loram.evaluation.tasks import TaskReport
 from loram.run.page import PAGE_NAME, write_page
 from loram.run.recipe import Recipe
 from loram.run.report import REPORT_NAME, Cost, Example, Row, RunReport, kept_gain
@@ -22,7 +23,7 @@ from loram.trainer.resume import HARMLESS
 
 logger = logging.getLogger(__name__)
 
-Outcome = Report | tuple[Example, ...] | None
+Outcome = Report | TaskReport | tuple[Example, ...] | None
 
 STATE_NAME = "stages.json"
 
@@ -34,6 +35,7 @@ class Done(BaseModel):
         settings: all that decided its outcome.
         cost: what it took; None where the process was stopped before it was written down.
         report: the result of an evaluation; None for other stages.
+        tasks: the results of tasks; None for other stages.
         examples: the answers to held-out rows; None for other stages.
     """
 
@@ -42,7 +44,13 @@ class Done(BaseModel):
     settings: dict[str, Any]
     cost: Cost | None
     report: Report | None = None
+    tasks: TaskReport | None = None
     examples: tuple[Example, ...] | None = None
+
+    @property
+    def has_outcome(self) -> bool:
+        """Return whether it has a result other than a folder."""
+        return any(outcome is not None for outcome in (self.report, self.tasks, self.examples))
 
 
 class _State(BaseModel):
@@ -86,7 +94,7 @@ class Record:
         wanted: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
         done, folder = self.state.stages.get(name), self.out / name
         whole = folder.exists() and find_manifest(folder, edits=False) is not None
-        kept = done is not None and (whole or done.report is not None or done.examples is not None)
+        kept = done is not None and (whole or done.has_outcome)
         before = done.settings if kept and done is not None else self.state.begun.get(name)
         if before is not None and (changed := difference(before, wanted, ignored=_ignored(before))):
             raise UserError(
@@ -114,8 +122,11 @@ class Record:
             raise
         cost = Cost(seconds=time.monotonic() - started, peak_rss=peak_rss())
         logger.info("%s: %.1f s, peak RSS %.2f GB", name, cost.seconds, cost.peak_rss / 1e9)
-        report, examples = (outcome, None) if isinstance(outcome, Report) else (None, outcome)
-        return self._record(name, Done(settings=wanted, cost=cost, report=report, examples=examples))
+        report = outcome if isinstance(outcome, Report) else None
+        tasks = outcome if isinstance(outcome, TaskReport) else None
+        examples = outcome if isinstance(outcome, tuple) else None
+        done = Done(settings=wanted, cost=cost, report=report, tasks=tasks, examples=examples)
+        return self._record(name, done)
 
     def _record(self, name: str, done: Done) -> Done:
         self.state.stages[name] = done

@@ -7,9 +7,10 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from loram.evaluation.preferences import Preferences
+from loram.evaluation.tasks import TaskResult, shown
 
 REPORT_NAME = "report.json"
-NOT_EVALUATED = "Nothing is evaluated: the recipe has no eval_dataset, or evaluate is false."
+NOT_EVALUATED = "Nothing is evaluated: the recipe has neither eval_dataset nor evaluate.tasks, or evaluate is false."
 
 
 class Cost(BaseModel):
@@ -55,6 +56,7 @@ class Row(BaseModel):
         tokens: the number of tokens that each perplexity is the mean of.
         evaluated_on: the counts of each evaluation data set's rows.
         trained_on: the counts of the training data's rows; None if nothing was trained.
+        tasks: the results of tasks by their names; empty where the model was not asked any.
         made: the cost of making the model from the row that it was made from; None for the base.
         evaluated: the cost of evaluating it; None in a recipe that evaluates nothing.
         preferences: on each evaluation data set of chosen and rejected answers, which of them the model prefers; its
@@ -69,6 +71,7 @@ class Row(BaseModel):
     tokens: dict[str, int]
     evaluated_on: dict[str, RowCounts]
     trained_on: RowCounts | None
+    tasks: dict[str, TaskResult] = {}
     made: Cost | None
     evaluated: Cost | None
     preferences: dict[str, Preferences] = {}
@@ -140,6 +143,29 @@ def kept_gain(rows: Mapping[str, Row], final: str | None) -> dict[str, float] | 
     }
 
 
+def task_lines(report: RunReport) -> tuple[list[str], list[list[str]]]:
+    """Return the results of tasks as (headings, lines): one line per metric, and a column per model."""
+    asked = [row for row in report.rows if row.tasks]
+    lines = []
+    for name, task in asked[0].tasks.items() if asked else ():
+        for number, (label, _, _) in enumerate(task.labelled()):
+            cells = [list(row.tasks[name].labelled())[number][1:] for row in asked]
+            texts = [shown(value) + ("" if error is None else f" ± {shown(error)}") for value, error in cells]
+            lines.append([name, label, *texts])
+    return ["task", "metric", *(row.name for row in asked)], lines
+
+
+def task_table(report: RunReport) -> Table:
+    """Return the results of tasks as a table for a terminal, with standard errors."""
+    headings, lines = task_lines(report)
+    result = Table()
+    for number, heading in enumerate(headings):
+        result.add_column(heading, justify="left" if number < 2 else "right")
+    for line in lines:
+        result.add_row(*line)
+    return result
+
+
 def table(report: RunReport) -> Table:
     """Return the rows as a table; the costs are in seconds and GB (10^9 bytes)."""
     datasets = list(report.rows[0].perplexity)
@@ -169,7 +195,7 @@ def summary(report: RunReport) -> str:
     if (final := report.final) is None:
         small = next(row.name for row in reversed(report.rows) if row.name in ("aligned", "pruned"))
         return f"Nothing was trained: the recipe has no dataset. Train on {report.recipe['output_dir']}/{small}."
-    if not report.rows[-1].perplexity:
+    if not (report.rows[-1].perplexity or report.rows[-1].tasks):
         return f"{NOT_EVALUATED} What was trained is in {report.recipe['output_dir']}/{final}."
     base, recovered = report.row("base").perplexity, report.row(final).perplexity
     preferred = report.row(final).preferences

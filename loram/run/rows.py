@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from loram.disk.adapter import WEIGHTS_NAME
 from loram.disk.artifacts import find_manifest
+from loram.disk.hashes import file_sha256
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.disk.tensorfile import TensorFile
 from loram.evaluation.evaluate import evaluate
-from loram.evaluation.options import EvaluateOptions
+from loram.evaluation.options import EvaluateOptions, is_file_of_a_task
+from loram.evaluation.tasks import evaluate_tasks
 from loram.run.record import Done
 from loram.run.report import Cost, Row, RowCounts, together
 from loram.run.stages import Evaluated, Run, described, fingerprint
@@ -53,6 +56,25 @@ def _evaluation(run: Run, name: str, dataset: str, model: str | Path, adapter: P
     )
 
 
+def tasks_of(run: Run, name: str, evaluated: Evaluated) -> Done | None:
+    """Return the results of the recipe's tasks on a model, with or without an adapter; None if it has no tasks."""
+    options, (model, adapter) = run.recipe.tasks, evaluated
+    if options is None:
+        return None
+    opened = open_model(model, chat_template=run.recipe.chat_template_path)
+    files = {task: file_sha256(Path(task)) for task in options.tasks or () if is_file_of_a_task(task)}
+    settings = {
+        **as_setting(opened.chat_template),
+        **options.model_dump(exclude={"stream", "batch_size"}),  # which change nothing
+        "descriptions": files,
+        "model": opened.fingerprint,
+        "adapter": None if adapter is None else fingerprint(adapter),
+    }
+    where = {"device": run.recipe.device, "chat_template": run.chat_template}
+    action = partial(evaluate_tasks, model, adapter=adapter, options=options, **where)
+    return run.record.stage(f"run tasks on {name}", settings, action)
+
+
 def parameters_of(run: Run, evaluated: Evaluated) -> int:
     """Return how many parameters a model has with its adapter, by the plan and the adapter's file alone."""
     (full, pruned), (model, adapter) = run.plan.parameters(), evaluated
@@ -61,7 +83,12 @@ def parameters_of(run: Run, evaluated: Evaluated) -> int:
 
 
 def row_of(
-    name: str, parameters: int, cost: Cost | None, evaluated: Mapping[str, Done], trained_on: RowCounts | None
+    name: str,
+    parameters: int,
+    cost: Cost | None,
+    evaluated: Mapping[str, Done],
+    trained_on: RowCounts | None,
+    tasks: Done | None = None,
 ) -> Row:
     """Return one row of the report.
 
@@ -71,6 +98,7 @@ def row_of(
         cost: what making it took.
         evaluated: the evaluations by data set.
         trained_on: what became of the training rows, where something was trained.
+        tasks: the results of tasks.
     """
     reports = {dataset: done.report for dataset, done in evaluated.items() if done.report is not None}
     return Row(
@@ -83,15 +111,18 @@ def row_of(
             for dataset, report in reports.items()
         },
         trained_on=trained_on,
+        tasks={} if tasks is None or tasks.tasks is None else tasks.tasks.tasks,
         made=cost,
         preferences={name: report.preferences for name, report in reports.items() if report.preferences is not None},
-        evaluated=together([done.cost for done in evaluated.values()]),
+        evaluated=together([done.cost for done in (*evaluated.values(), *([] if tasks is None else [tasks]))]),
     )
 
 
-def trained_on(folder: Path) -> RowCounts:
-    """Return what became of the rows that an adapter or a model was trained on."""
+def trained_on(folder: Path) -> RowCounts | None:
+    """Return what became of the rows that an adapter or a model was trained on; None where they were streamed."""
     manifest = find_manifest(folder)
     assert manifest is not None, folder
     settings = manifest.settings
+    if settings["rows"] is None:
+        return None
     return RowCounts(used=settings["rows"], truncated=settings["rows_truncated"], skipped=settings["rows_skipped"])

@@ -34,7 +34,9 @@ def _parts(result: DryRun) -> Iterator[Table | Text]:
     yield _data_table(result)
     for name, counts in result.data_sets():
         yield _columns(name, counts)
-    if not result.eval_dataset:
+    if result.tasks:
+        yield Text(f"Tasks of lm-evaluation-harness that are run: {', '.join(result.tasks)}")
+    elif not result.eval_dataset:
         yield Text(NOT_EVALUATED)
     if result.examples:
         yield Text("\nTraining data as the model sees it; what it learns to write stands between ⟦ and ⟧:")
@@ -68,7 +70,8 @@ def _columns(name: str, counts: DataCounts) -> Text:
     used = ", ".join(ours if ours == theirs else f"{theirs} as {ours}" for ours, theirs in counts.columns.items())
     how = "through the chat template" if counts.chat_template else "as plain text"
     unused = ", ".join(f"{column} ({rows:,} rows)" for column, rows in counts.unused.items())
-    return Text(f"{name}: {used}, written {how}" + (f"; not used: {unused}" if unused else ""))
+    first = "; streamed, so only the first rows are counted" if counts.streamed else ""
+    return Text(f"{name}: {used}, written {how}" + (f"; not used: {unused}" if unused else "") + first)
 
 
 def _example(number: int, spans: tuple[Span, ...]) -> Text:

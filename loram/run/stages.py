@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from loram.alignment.align import align
 from loram.alignment.options import AlignOptions, TeachOptions, resolve_trainer
 from loram.alignment.teach import teach
-from loram.data.spec import DataSpec
+from loram.data.spec import DataSpec, WeightedSpec, one_or_all
 from loram.disk.artifacts import edited_template, find_manifest
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
@@ -80,10 +80,10 @@ class Run:
         return self.recipe.base_model_name_or_path or self.plan.base.name
 
     @property
-    def dataset(self) -> DataSpec:
-        """The training rows of a recipe that trains."""
-        assert self.recipe.dataset is not None
-        return self.recipe.dataset
+    def polished_on(self) -> Sequence[WeightedSpec]:
+        """The data sets that a recipe polishes on."""
+        section = self.recipe.polish
+        return self.recipe.dataset if section is None else section.dataset or self.recipe.dataset
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -126,6 +126,7 @@ class Stage:
         row: the row of the report; empty where it has none.
         evaluated: the model and adapter that the row evaluates.
         trains: whether training rows are counted in its manifest.
+        on_full: whether the row is about the full model; recipes that train run their tasks on these rows alone.
     """
 
     folder: str
@@ -135,6 +136,7 @@ class Stage:
     row: Callable[[Run], str] = lambda run: ""
     evaluated: Callable[[Run], Evaluated] = lambda run: (run.base, None)
     trains: bool = False
+    on_full: bool = False
 
     def folders(self, recipe: Recipe) -> list[str]:
         """Return the names of the folders that a recipe has of this stage."""
@@ -181,7 +183,7 @@ def _of_small(run: Run, *, aligned: bool = True) -> dict[str, Any]:
 
 
 def _training(run: Run, number: int = 0) -> dict[str, Any]:
-    return {**run.common, **run.recipe.train.model_dump(), "dataset": described(run.dataset)}
+    return {**run.common, **run.recipe.train.model_dump(), "dataset": all_described(run.recipe.dataset)}
 
 
 def _recovering(run: Run, number: int) -> dict[str, Any]:
@@ -191,15 +193,13 @@ def _recovering(run: Run, number: int) -> dict[str, Any]:
 
 
 def _polishing(run: Run, number: int) -> dict[str, Any]:
-    section = run.recipe.polish
-    assert section is not None
-    dataset = described(section.dataset or run.dataset)
+    dataset = all_described(run.polished_on)
     adapter = fingerprint(run.folder(RECOVERED.folder))
     return {**run.common, **_polish_options(run.recipe), "dataset": dataset, "adapter": adapter}
 
 
 def _tuning(run: Run, number: int) -> dict[str, Any]:
-    return {**run.common, **run.recipe.train.model_dump(), "dataset": described(run.dataset)}
+    return {**run.common, **run.recipe.train.model_dump(), "dataset": all_described(run.recipe.dataset)}
 
 
 def _align(run: Run, number: int, out: Path) -> None:
@@ -211,12 +211,11 @@ def _align(run: Run, number: int, out: Path) -> None:
 def _polish(run: Run, number: int, out: Path) -> None:
     section, adapter = run.recipe.polish, run.folder(RECOVERED.folder)
     assert section is not None
-    data = section.dataset or run.dataset
-    polish(run.base, adapter, out, data=data, **_polish_options(run.recipe), **run.where)
+    polish(run.base, adapter, out, data=run.polished_on, **_polish_options(run.recipe), **run.where)
 
 
 def _train(run: Run, model: str | Path, out: Path, options: TrainOptions, **changed: Any) -> None:
-    train(model, out, data=run.dataset, options=options, callbacks=run.callbacks, **run.where, **changed)
+    train(model, out, data=run.recipe.dataset, options=options, callbacks=run.callbacks, **run.where, **changed)
 
 
 PRUNED: Stage = Stage(
@@ -250,7 +249,7 @@ ALIGNED: Stage = Stage(
 )
 ADAPTER: Stage = Stage(
     folder="adapter",
-    count=lambda recipe: int(recipe.dataset is not None),
+    count=lambda recipe: int(bool(recipe.dataset)),
     settings=lambda run, number: {**_training(run), **_of_small(run)},
     action=lambda run, number, out: _train(run, run.small[1], out, run.recipe.train, base=run.base),
     row=lambda run: f"{run.small[0]} + adapter",
@@ -259,7 +258,7 @@ ADAPTER: Stage = Stage(
 )
 RECOVERED: Stage = Stage(
     folder="recovered",
-    count=lambda recipe: int(recipe.dataset is not None and not recipe.train.mask_update),
+    count=lambda recipe: int(bool(recipe.dataset) and not recipe.train.mask_update),
     settings=_recovering,
     action=lambda run, number, out: recover(
         run.folder(ADAPTER.folder),
@@ -272,14 +271,16 @@ RECOVERED: Stage = Stage(
     ),
     row=lambda run: "recovered",
     evaluated=lambda run: (run.base, run.folder(RECOVERED.folder)),
+    on_full=True,
 )
 MERGED: Stage = Stage(  # a masked update cannot be recovered, only merged
     folder="merged",
-    count=lambda recipe: int(recipe.dataset is not None and recipe.train.mask_update),
+    count=lambda recipe: int(bool(recipe.dataset) and recipe.train.mask_update),
     settings=_recovering,
     action=lambda run, number, out: merge(run.base, run.folder(ADAPTER.folder), out),
     row=lambda run: "merged",
     evaluated=lambda run: (run.folder(MERGED.folder), None),
+    on_full=True,
 )
 POLISHED: Stage = Stage(
     folder="polished",
@@ -288,6 +289,7 @@ POLISHED: Stage = Stage(
     action=_polish,
     row=lambda run: "polished",
     evaluated=lambda run: (run.base, run.folder(POLISHED.folder)),
+    on_full=True,
 )
 FULL_LORA: Stage = Stage(
     folder="full_lora",
@@ -297,6 +299,7 @@ FULL_LORA: Stage = Stage(
     row=lambda run: "full LoRA",
     evaluated=lambda run: _on_full(run, FULL_LORA),
     trains=True,
+    on_full=True,
 )
 TUNED: Stage = Stage(  # a variant of a comparison that trains on the full model
     folder="tuned",
@@ -331,6 +334,11 @@ def cost_of(run: Run, stage: Stage) -> Cost | None:
 def described(spec: DataSpec | None) -> dict[str, Any] | None:
     """Return a data set as settings have it: what it is called, and the digest of its content, which counts."""
     return None if spec is None else {**spec.model_dump(mode="json"), "content": file_digest(spec)}
+
+
+def all_described(specs: Sequence[WeightedSpec]) -> Any:
+    """Return the data sets of a training as settings have them."""
+    return one_or_all([described(spec) for spec in specs])
 
 
 def fingerprint(folder: Path) -> str:

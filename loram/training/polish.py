@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loram.data.spec import DataSpec
+from loram.data.spec import Datasets
 from loram.training.engine import STREAMED
 from loram.training.options import PolishOptions, StreamOptions, TrainOptions
 from loram.training.train import train
@@ -21,7 +21,7 @@ def polish(
     adapter: str | Path,
     out: str | Path,
     *,
-    data: DataSpec | str | Path | Mapping[str, Any],
+    data: Datasets,
     options: PolishOptions | None = None,
     seed: int = 42,
     device: str | None = None,
@@ -38,7 +38,7 @@ def polish(
         base: the hub id, folder or GGUF file of the full model.
         adapter: the recovered adapter, or any LoRA adapter of `base`.
         out: the adapter folder to make; its tensors have the same shapes and dtypes.
-        data: the training rows (see `loram.data.tokens`).
+        data: the training rows, as for `train`.
         options: how to polish; single options may be given by name instead: `max_steps=4`.
         seed, device, fresh, chat_template: as for `train`.
         fields: single options by name, over `options`; see `PolishOptions`.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl import SFTConfig
@@ -21,8 +21,8 @@ from loram.compute.device import compute_dtype, join_processes
 from loram.compute.loading import load_tokenizer, open_full
 from loram.compute.loss import Balance, use_chunked_loss_, use_log_probs_
 from loram.compute.nf4_streamed import Nf4Checkpoint
-from loram.data.spec import DataSpec, as_spec
-from loram.data.tokens import load_tokens
+from loram.data.spec import Datasets, WeightedSpec, as_specs, one_or_all
+from loram.data.stream import check_streams
 from loram.disk.adapter import Adapter
 from loram.disk.artifacts import check_output, find_manifest
 from loram.disk.card import Making, write_card
@@ -51,7 +51,7 @@ from loram.training.methods.table import METHODS
 from loram.training.options import TrainOptions, resolve, why_not_sharded
 from loram.training.preference import PreferenceTrainer
 from loram.training.rounds import anchored
-from loram.training.rows import arrange, check_packed, first_batches, rows_digest
+from loram.training.rows import arrange, check_packed, first_batches, read_rows
 from loram.training.start import load_start, options_of
 from loram.training.streamed import StreamedPass, StreamedTrainer, stream_loss_
 from loram.training.trainer import AdapterTrainer
@@ -67,7 +67,7 @@ def train(
     model: str | Path,
     out: str | Path,
     *,
-    data: DataSpec | str | Path | Mapping[str, Any],
+    data: Datasets,
     options: TrainOptions | None = None,
     adapter: str | Path | None = None,
     base: str | Path | None = None,
@@ -91,7 +91,7 @@ def train(
         model: a pruned folder, or the hub id, folder or GGUF file of a full model.
         out: the adapter folder to make, with PEFT's files, the tokenizer with its chat template, and the plan if the
             model is pruned. With `lisa` or `full` on a full model it is an ordinary model folder.
-        data: the training rows (see `loram.data.tokens`).
+        data: the training rows (see `loram.data.tokens`); several data sets are mixed by their weights.
         options: how to train; single options may be given by name instead: `method="dora", lora={"r": 16}`. Methods
             that train the weights use only r of `lora`, the rank of the extracted adapter, and warn about any other.
         adapter: an adapter folder that fits `model`, to go on with; its rank, targets and scaling stay as they are.
@@ -114,11 +114,13 @@ def train(
     """
     source = None if adapter is None else local(adapter)
     out = check_output(out, model, *([] if source is None else [source]))
-    checkpoint, spec = open_model(model, chat_template=chat_template), as_spec(data)
+    checkpoint, specs = open_model(model, chat_template=chat_template), as_specs(data)
     chosen = TrainOptions.of(options, **fields)
     start = None if source is None else load_start(checkpoint, source, chosen)
-    length = {"max_length": spec.max_length} if spec.max_length else {}
+    lengths = [spec.max_length for spec in specs if spec.max_length]
+    length = {"max_length": max(lengths)} if len(lengths) == len(specs) else {}
     trainer = {"seed": seed, **chosen.trainer, **length}
+    check_streams(specs, trainer)
     in_4bit = chosen.load_in_4bit or checkpoint.quantized
     options = resolve(chosen.model_copy(update={"trainer": trainer, "load_in_4bit": in_4bit}), checkpoint.architecture)
     if start is not None:
@@ -132,7 +134,7 @@ def train(
     keep = "save_strategy" in chosen.trainer
     job = _prepare(
         checkpoint,
-        spec,
+        specs,
         options,
         on,
         start=start,
@@ -188,7 +190,7 @@ def _course(
 
 def _prepare(
     checkpoint: Checkpoint,
-    spec: DataSpec,
+    specs: Sequence[WeightedSpec],
     options: TrainOptions,
     device: torch.device,
     *,
@@ -201,15 +203,10 @@ def _prepare(
 ) -> "_TrainJob":
     """Read the rows and say what the training is made from."""
     plan, tokenizer = find_plan(checkpoint.folder), load_tokenizer(checkpoint)
-    tokens = load_tokens(
-        spec,
-        tokenizer,
-        options.trainer["max_length"],
-        vocabulary=checkpoint.vocabulary,
-        now=started,
-        kinds=(METHODS[options.method].learns,),
-    )
-    check_packed(tokens.rows, build_configs(options, device)[1])
+    length, learns = options.trainer["max_length"], METHODS[options.method].learns
+    known: dict[str, Any] = {"vocabulary": checkpoint.vocabulary, "seed": options.trainer["seed"], "now": started}
+    data = read_rows(specs, tokenizer, length, kind=learns, **known)
+    check_packed(data.rows, build_configs(options, device)[1])
     inputs = {"base": checkpoint.fingerprint}
     if plan is not None:
         inputs = {"base": plan.base.fingerprint, "plan": plan.fingerprint, "pruned": checkpoint.fingerprint}
@@ -219,19 +216,17 @@ def _prepare(
         inputs = {**({} if before is None else before.made_from), **inputs, "adapter": start.fingerprint}
     return _TrainJob(
         kind=kind if before is None else before.kind,
-        made_from={**inputs, "rows": rows_digest(tokens.rows)},
+        made_from={**inputs, "rows": data.digest},
         settings={
             **options.model_dump(),
-            "data": spec.model_dump(mode="json"),
-            "rows": len(tokens.rows),
-            "rows_truncated": tokens.truncated,
-            "rows_skipped": tokens.skipped,
+            "data": one_or_all([spec.model_dump(mode="json") for spec in specs]),
+            **data.counts,
             "processes": processes.count(),
             **({"sharding": shards} if (shards := sharding(options.trainer)) else {}),
             **as_setting(checkpoint.chat_template),
         },
         names={
-            "rows": spec.path,
+            "rows": ", ".join(spec.path for spec in specs),
             "base": checkpoint.name,
             "pruned": checkpoint.name,
             "adapter": "" if start is None else str(start.folder),
@@ -243,7 +238,8 @@ def _prepare(
         checkpoint=checkpoint,
         plan=plan,
         options=options,
-        rows=tokens.rows,
+        rows=data.rows,
+        datasets=tuple(spec.path for spec in specs),
         tokenizer=tokenizer,
         start=start,
         course=course,
@@ -261,6 +257,7 @@ class _TrainJob(Job[Trained]):
         plan: the plan of the pruned model; None for a full one.
         options: the options, with every default filled in.
         rows: the tokenised rows.
+        datasets: the names of the data sets that they come from.
         tokenizer: the model's tokenizer.
         start: the adapter to go on with; None for a new one.
         course: the full model's course, for anchors.
@@ -273,7 +270,8 @@ class _TrainJob(Job[Trained]):
     checkpoint: Checkpoint
     plan: PruningPlan | None
     options: TrainOptions
-    rows: Dataset
+    rows: Dataset | IterableDataset
+    datasets: Sequence[str]
     tokenizer: PreTrainedTokenizerBase
     start: Adapter | None
     course: Course | None
@@ -294,7 +292,7 @@ class _TrainJob(Job[Trained]):
                 return over
         adapter, arguments = build_configs(self.options, self.device, checkpoints.staging)
         set_seed(arguments.seed)
-        rows, collator = arrange(self.rows, arguments, self.tokenizer, self.checkpoint.vocabulary)
+        rows, collator = arrange(self.rows, arguments, self.tokenizer, self.checkpoint.vocabulary, self.method.learns)
 
         def batches() -> Sequence[Mapping[str, torch.Tensor]]:
             return first_batches(rows, collator, arguments.per_device_train_batch_size, _EVA_BATCHES)
@@ -390,6 +388,6 @@ class _TrainJob(Job[Trained]):
             step=training_step(self.settings, further=self.start is not None, anchored=self.options.anchor_steps or 0),
             model=self.checkpoint.name,
             parents=[*before, self.checkpoint.folder],
-            datasets=[self.names["rows"]],
+            datasets=self.datasets,
             wrapped=self.checkpoint.wrapper is not None,
         )

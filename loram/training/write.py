@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loram.data.spec import several
 from loram.disk.adapter import Adapter, save_adapter
 from loram.disk.card import shown
 from loram.disk.checkpoint import Checkpoint
@@ -85,13 +86,14 @@ def training_step(settings: Mapping[str, Any], *, further: bool, anchored: int) 
         further: whether an adapter was there before.
         anchored: the number of steps from one anchor to the next; 0 for a training without.
     """
-    lora, data, rows = settings["lora"], settings["data"], settings["rows"]
+    lora, rows = settings["lora"], "streamed" if settings["rows"] is None else f"{settings['rows']:,}"
+    datasets = ", ".join(f"`{shown(data['path'])}`" for data in several(settings["data"]))
     targets = lora.get("target_modules") or ()
     on = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     adapter = "" if METHODS[settings["method"]].weights else f" (rank {lora['r']}, alpha {lora['lora_alpha']}, on {on})"
     parts = [
-        f"**Trained{' further' if further else ''}** by the method {settings['method']}{adapter} on {rows:,} rows of "
-        f"`{shown(data['path'])}`: {duration(settings['trainer'])}",
+        f"**Trained{' further' if further else ''}** by the method {settings['method']}{adapter} on {rows} rows of "
+        f"{datasets}: {duration(settings['trainer'])}",
         *(["the weights of the model in 4 bits"] if settings["load_in_4bit"] else []),
         *([f"anchored every {anchored} steps"] if anchored else []),
     ]

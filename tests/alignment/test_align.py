@@ -20,7 +20,7 @@ from loram import cli
 from loram.alignment import judge
 from loram.alignment.align import align
 from loram.alignment.distill import AlignTrainer, divergence, top_k_divergence
-from loram.alignment.mixture import Rows, collate, draw, to_tensors
+from loram.alignment.mixture import Rows, collate, places, to_tensors
 from loram.alignment.probe import Probe, ProbeLosses
 from loram.alignment.teacher import TeacherCache
 from loram.compute.logits import LogitRule
@@ -270,15 +270,6 @@ def test_clm_and_sampled_text(pruned_models: dict[str, Path], rows_file: Path, t
 # Rows
 
 
-def test_shares_of_a_mixture() -> None:
-    assert draw([2, 1], [None, None], 0) == [(0, 0), (0, 1), (1, 0)]
-    places = draw([10, 90], [0.5, 0.5], 0)
-    assert [sum(source == s for source, _ in places) for s in (0, 1)] == [10, 10]
-    assert len({*places}) == 20
-    assert places == draw([10, 90], [0.5, 0.5], 0) != draw([10, 90], [0.5, 0.5], 1)
-    assert [sum(s == n for s, _ in draw([30, 30, 5], [2, 1, 0.1], 3)) for n in (0, 1, 2)] == [30, 15, 2]
-
-
 def test_several_data_sets_and_caches_with_weights(
     tiny_llama: Path, pruned_models: dict[str, Path], rows_file: Path, jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -383,7 +374,7 @@ def test_a_probe_is_train_recover_evaluate(
     from loram.model.plan import PruningPlan
 
     tokens = [{"input_ids": list(range(3, 20)), "labels": list(range(3, 20))}] * 8
-    rows = Rows([tokens], draw([8], [None], 0))
+    rows = Rows([tokens], places([range(8)]))
     probe = Probe(
         Checkpoint(tiny_llama),
         PruningPlan.load(pruned_models["llama"]),

@@ -12,10 +12,9 @@ from peft import AutoPeftModelForCausalLM
 
 import loram
 from loram.base.errors import UserError
-from loram.base.paths import is_hub_id, local, named
+from loram.base.paths import cache_folder, is_hub_id, local, named
 from loram.cli import _main as cli
 from loram.disk.artifacts import verify
-from loram.disk.gguf import cache_folder
 from loram.disk.opening import open_model
 from loram.model.plan import PruningPlan
 from loram.run.pipeline import run

@@ -156,11 +156,13 @@ def test_the_reference_page_is_up_to_date() -> None:
 ELSEWHERE = {
     "a word of plain English or of Python, or the name of a stage, library or method": (
         "prune teach align train recover polish evaluate compare correct lora trainer lisa calibration criterion "
-        "dataset device engine examples method packing pattern preference probe r ratio refit seed share stream teacher"
+        "dataset device engine examples limit method packing pattern preference probe r ratio refit seed share stream "
+        "tasks teacher"
     ),
     "an option of transformers, PEFT, TRL or bitsandbytes, under its name in each stage that uses them": (
-        "activation_offloading learning_rate load_in_4bit lora_alpha lora_dropout lora_r max_length max_steps optim "
-        "output_dir per_device_train_batch_size save_strategy save_total_limit target_modules target_parameters top_k"
+        "activation_offloading apply_chat_template batch_size learning_rate load_in_4bit lora_alpha lora_dropout "
+        "lora_r max_length max_steps optim output_dir per_device_train_batch_size save_strategy save_total_limit "
+        "target_modules target_parameters top_k"
     ),
     "two or more stages have an option of this name": "max_samples",
     "`trainer/resume.py` lists it among what may change before a training goes on": "probe_dataset",

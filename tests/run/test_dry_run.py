@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import loram
 from loram import cli
+from loram.data import stream
+from loram.data.spec import as_specs
 from loram.disk.tensorfile import TensorFile
 from loram.planner.memory import TrainingMemory
 from loram.run.dry_run import DataCounts, DryRun, dry_run
@@ -92,8 +94,8 @@ def test_it_counts_what_the_stages_make(
 
 
 def counts_of(found: DryRun) -> DataCounts:
-    assert found.dataset is not None
-    return found.dataset
+    [counts] = found.dataset.values()
+    return counts
 
 
 def test_memory_follows_the_recipe(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -189,11 +191,29 @@ def test_any_row_is_shown_with_the_columns_that_are_used(
     assert "--- row 3" in text
     assert "training: ask as question, answer, written through the chat template; not used: id (1 rows)" in text
     assert "evaluation: task: text, written as plain text" in text
-    assert found.dataset is not None
-    assert (found.dataset.rows, found.dataset.rows_skipped) == (2, 1)
+    assert (counts_of(found).rows, counts_of(found).rows_skipped) == (2, 1)
     for row in (2, 4):
         with pytest.raises(loram.UserError, match=f"row {row} is not used"):
             dry_run(values, show_row=row)
+
+
+def test_data_sets_are_counted_one_by_one_and_streams_by_their_first_rows(
+    tiny_llama: Path, rows_file: Path, jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "FIRST_ROWS", 7)
+    other = jsonl(*({"text": f"number {n}"} for n in range(9)))
+    data = [{"path": str(rows_file), "weight": 1}, {"path": str(other), "weight": 3}]
+    values = recipe(tiny_llama, rows_file, tmp_path / "out", dataset=data)
+    found = dry_run(values)
+    assert [counts.rows for counts in found.dataset.values()] == [20, 9]
+    assert f"training: {rows_file}" in "".join(name for name, _ in found.data_sets())
+    streamed = dry_run(values.model_copy(update={"dataset": as_specs([{**one, "streaming": True} for one in data])}))
+    assert [(counts.rows, counts.streamed) for counts in streamed.dataset.values()] == [(7, True)] * 2
+    assert "streamed, so only the first rows are counted" in shown(streamed)
+    memory = [each.training["pruned"].memory for each in (found, streamed)]
+    assert all(memory)
+    assert memory[0] != memory[1]  # how long the longest row of a stream is, nobody knows
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_text_begins_with_a_token_that_is_not_predicted(
@@ -204,7 +224,7 @@ def test_a_text_begins_with_a_token_that_is_not_predicted(
     first, rest = found.examples[0]
     assert (first.in_loss, rest.in_loss) == (False, True)
     assert first.text + rest.text == "one plus two<|im_end|>"
-    assert found.dataset.tokens_in_loss == found.dataset.tokens - 1
+    assert counts_of(found).tokens_in_loss == counts_of(found).tokens - 1
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -259,13 +279,13 @@ def test_parts_of_a_run(tiny_llama: Path, pruned_models: dict[str, Path], rows_f
     align = {"dataset": [str(rows_file)], "trainer": {"max_length": 25}}
     found = dry_run(recipe(tiny_llama, rows_file, tmp_path / "out", align=align))
     counts = found.align[str(rows_file)]
-    assert found.dataset is not None
+    assert found.dataset.keys() == {str(rows_file)}
     assert (counts.longest, counts.rows_truncated) == (25, 20)
     assert f"alignment: {rows_file.name}" in shown(found).replace(str(rows_file.parent) + "/", "")
     values = {"output_dir": tmp_path / "out", "prune": {"ratio": 0.5, "criterion": "magnitude", "keep_first": 1}}
     publisher = Recipe.model_validate({**values, "model_name_or_path": str(tiny_llama), "align": {}})
     found = dry_run(publisher)
-    assert (found.training, found.dataset, found.examples) == ({}, None, ())
+    assert (found.training, found.dataset, found.examples) == ({}, {}, ())
     assert "Nothing was written" in shown(found)
     small = pruned_models["llama"]
     rows = {"dataset": str(rows_file), "eval_dataset": str(rows_file)}

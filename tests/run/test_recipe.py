@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Any:
 def test_a_good_recipe_and_its_defaults(recipe: Any) -> None:
     loaded = recipe()
     assert loaded.train.trainer == {"learning_rate": 0.001, "max_steps": 50}  # 1e-3 is a number, as in YAML 1.2
-    assert loaded.dataset == DataSpec(path="train.jsonl")
+    assert loaded.dataset == (WeightedSpec(path="train.jsonl"),)
     assert loaded.eval_dataset == {"eval": DataSpec(path="test.jsonl")}
     pruning = loaded.prune.resolved()
     assert (loaded.seed, pruning.criterion, pruning.keep_first, pruning.keep_last) == (42, "taylor", 4, 2)
@@ -59,8 +59,10 @@ def test_a_dora_adapter_is_not_polished(recipe: Any) -> None:
 def test_parts_of_a_run(recipe: Any) -> None:
     publisher = "model_name_or_path: m\noutput_dir: o\nprune: {ratio: 0.5}\nalign: {dataset: a.jsonl}\nteach: {}\n"
     found = recipe(publisher)
-    assert (found.dataset, found.eval_dataset, found.teach.top_k) == (None, {}, 64)
+    assert (found.dataset, found.eval_dataset, found.teach.top_k) == ((), {}, 64)
     assert found.align.dataset == (WeightedSpec(path="a.jsonl"),)
+    several = recipe(publisher, "dataset=[{path: a.csv, weight: 2}, {path: b.txt, weight: 1}]")
+    assert [spec.weight for spec in several.dataset] == [2, 1]
     mixed = recipe(publisher, "align.dataset=[{path: a.csv, weight: 0.7}, {path: b.txt, weight: 0.3}]")
     assert [spec.weight for spec in mixed.align.dataset] == [0.7, 0.3]
     user = recipe("model_name_or_path: p\nbase_model_name_or_path: m\noutput_dir: o\ndataset: a\neval_dataset: b\n")
@@ -70,7 +72,7 @@ def test_parts_of_a_run(recipe: Any) -> None:
 @pytest.mark.parametrize("name", ["publisher", "user"])
 def test_the_recipes_of_two_machines_are_good(name: str) -> None:
     loaded = load_recipe(Path(__file__).parents[2] / "loram" / "recipes" / f"{name}.yaml")
-    assert (loaded.prune is None, loaded.align is None, loaded.dataset is None) == (
+    assert (loaded.prune is None, loaded.align is None, not loaded.dataset) == (
         (name == "user",) * 2 + (name != "user",)
     )
 
@@ -82,6 +84,7 @@ def test_the_recipes_of_two_machines_are_good(name: str) -> None:
         ("align.objective=kl", r"align\.objective: Input should be 'distill'"),
         ("align.dataset={path: a, wight: 1}", r"align\.dataset\.0\.wight: unknown key; did you mean weight"),
         ("align.dataset=[{path: a, weight: 1}, b]", "dataset: give every one a weight, or none"),
+        ("dataset=[{path: a, weight: 1}, b]", "dataset: give every one a weight, or none"),
         ("align.lr=1", r"align\.lr: unknown key; here it is called align\.trainer\.learning_rate"),
         ("align.teacher=x", "the rows come from the teacher's folder; drop one"),
         ("teach.top_k=0", r"teach\.top_k: "),
@@ -136,7 +139,7 @@ def test_eval_dataset_forms(recipe: Any) -> None:
         ("prune.ratio=-0.5", r"prune\.ratio: Input should be greater than 0"),
         ("evaluate.max_length=0", r"evaluate\.max_length: "),
         ("output_dir=", "output_dir: "),
-        ("dataset=[a, b]", "dataset: "),
+        ("dataset=[a, 3]", r"dataset\.1: "),
         ("dataset.max_samples=3", "dataset is not a section"),
         ("novalue", "should be key=value"),
         ("seed=[", "not valid YAML"),
@@ -200,8 +203,11 @@ def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
         ("prune.sparsity=0.5", "prune.sparsity: unknown key; here it is called ratio"),
         ("ratio=0.5", "ratio: unknown key; here it is called prune.ratio"),
         ("evaluate.cutoff_len=64", "evaluate.cutoff_len: unknown key; here it is called max_length"),
-        ("dataset={path: a, max_seq_length: 64}", "dataset.max_seq_length: unknown key; here it is called max_length"),
-        ("dataset={path: a, data_path: b}", "dataset.data_path: unknown key; did you mean path?"),
+        (
+            "dataset={path: a, max_seq_length: 64}",
+            "dataset.0.max_seq_length: unknown key; here it is called max_length",
+        ),
+        ("dataset={path: a, data_path: b}", "dataset.0.data_path: unknown key; did you mean path?"),
     ],
 )
 def test_names_of_other_tools_are_answered_with_ours(override: str, message: str, recipe: Any) -> None:
