@@ -237,7 +237,7 @@ def test_an_adapter_of_a_4_bit_model_goes_with_its_original(
     assert loram.evaluate(wide, adapter=adapter, data=rows_file).loss == pytest.approx(
         loram.evaluate(tmp_path / "merged", data=rows_file).loss, rel=1e-5
     )
-    with pytest.raises(loram.UserError, match=r"quantised .*merge into its original"):
+    with pytest.raises(loram.UserError, match=r"quantised .*take its original"):
         loram.merge(on_4bit / "nf4", adapter, tmp_path / "out")
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import make_model, random_adapter
-from safetensors.torch import load_file, save_file
 
 import loram
 from loram.compute.belonging import load_for
 from loram.disk.checkpoint import Checkpoint
 from loram.disk.gguf import convert_gguf
+from loram.disk.tensorfile import TensorFile, TensorFileWriter
 from loram.disk.writer import ShardedWriter
 
 LAYERS = {"keep_first": 2, "keep_last": 1}  # layers 2 and 3 of 5 are pruned
@@ -36,10 +36,15 @@ def run(tiny_llama: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def shifted(folder: Path) -> Path:
-    """Change every row of a weight of a model, as further training would."""
-    weights = load_file(folder / "model.safetensors")
+    """Change every row of a weight of a model, as further training would; the file keeps its size."""
+    path = folder / "model.safetensors"
+    file = TensorFile(path)
+    weights = {name: file.read(name) for name in file.specs}
     weights["model.layers.2.mlp.up_proj.weight"] += 1e-3
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    path.unlink()
+    with TensorFileWriter(path, file.specs) as writer:
+        for name, weight in weights.items():
+            writer.write(name, weight)
     return folder
 
 

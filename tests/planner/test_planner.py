@@ -656,7 +656,7 @@ def test_sizes() -> None:
         ({"ram_budget": "1GB"}, "ram_budget is for what is streamed"),
         ({"ram_budget": "many"}, "a number with a unit"),
         ({"method": "lora-f"}, "known are lora, rslora"),
-        ({"method": "lisa"}, "'lisa' cannot be estimated; that of lora, rslora, lora-fa, lora-sp can"),
+        ({"method": "lisa"}, "'lisa' cannot be estimated; that of lora, rslora, lora-fa, lora-sp, dpo, orpo, kto can"),
         ({"method": "lora-sp", "lora_r": 5}, "the nearest is 0.6"),
         ({"lora_sp_share": 0.5}, "an option of method lora-sp, and the method is lora"),
         ({"lora_dropout": 1.0}, "lora_dropout"),

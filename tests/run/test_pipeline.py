@@ -48,7 +48,7 @@ def test_one_folder_a_stage_and_a_report(done: Path, tiny_llama: Path) -> None:
     full, pruned = PruningPlan.load(done / "pruned").parameters()
     assert (rows["base"]["parameters"], rows["pruned"]["parameters"]) == (full, pruned)
     assert rows["recovered"]["parameters"] == rows["full LoRA"]["parameters"] > full
-    found = loram.evaluate(tiny_llama, adapter=done / "recovered", data=report["recipe"]["dataset"]["path"])
+    found = loram.evaluate(tiny_llama, adapter=done / "recovered", data=report["recipe"]["dataset"][0]["path"])
     assert rows["recovered"]["perplexity"]["task"] == found.perplexity
 
 
