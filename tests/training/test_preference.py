@@ -330,8 +330,8 @@ def test_a_recipe_is_checked_and_shown_with_both_answers(
         "train": {"method": "dpo", "preference": {"loss_type": "ipo"}},
     }
     shown = dry_run(Recipe.model_validate(recipe))
-    assert shown.dataset is not None
-    assert shown.dataset.rows == len(PAIRS)
+    (counts,) = shown.dataset.values()
+    assert counts.rows == len(PAIRS)
     assert shown.training["pruned"].memory is not None
     assert ["".join(span.text for span in example if span.in_loss) for example in shown.examples][:2] == [
         f"{PAIRS[0]['chosen']}<|im_end|>\n", "I do not know.<|im_end|>\n"
