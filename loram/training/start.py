@@ -32,7 +32,7 @@ def load_start(checkpoint: Checkpoint, folder: Path, options: TrainOptions) -> A
         UserError: it does not fit the model, is no plain LoRA adapter on linears, or an option contradicts it.
     """
     if not METHODS[options.method].continues:
-        names = " and ".join(row.name for row in METHODS.values() if row.continues)
+        names = ", ".join(row.name for row in METHODS.values() if row.continues)
         raise UserError(f"adapter: methods {names} go on with an adapter, and the method is {options.method}")
     if given := sorted(options.lora.keys() - set(_OWN)):
         raise UserError(f"lora: {given[0]} is that of the adapter {folder}; leave it out")

@@ -159,7 +159,7 @@ def test_what_fits_into_ram_is_read_once(
         ({"ram_budget": "much"}, "ram_budget 'much': should be a number with a unit"),
         ({"engine": "disk"}, "known are resident, streamed"),
         ({"adapter": "ADAPTER", "lora": {"r": 4}}, "r is that of the adapter"),
-        ({"adapter": "ADAPTER", "method": "rslora"}, "methods lora and lora-fa go on with an adapter"),
+        ({"adapter": "ADAPTER", "method": "rslora"}, "methods lora, lora-fa, dpo, orpo, kto go on with an adapter"),
     ],
 )
 def test_what_it_cannot_train_is_refused_with_the_remedy(

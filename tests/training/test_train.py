@@ -147,7 +147,14 @@ def test_options_reach_peft_and_trl(pruned_models: dict[str, Path], rows_file: P
         ({"trainer": {"eval_strategy": "steps"}}, "eval_strategy cannot be set: no rows are evaluated"),
         ({"trainer": {"save_strategy": "best"}}, "save_strategy cannot be best"),
         ({"trainer": {"push_to_hub": True}}, "push_to_hub cannot be set: .* loram push OUT REPO"),
-        ({"trainer": {"deepspeed": {}, "fsdp": "full_shard"}}, "fsdp cannot be set: .*accelerate launch"),
+        (
+            {"trainer": {"deepspeed": {"zero_optimization": {"stage": 3}}}},
+            "deepspeed cannot be set: .*accelerate launch",
+        ),
+        (
+            {"trainer": {"fsdp": "full_shard"}},
+            "FSDP: shards the model over several processes, and this is the only one",
+        ),
         ({"trainer": {"learning_rate": -1}}, "learning_rate: Input should be greater than 0"),
         ({"trainer": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size: "),
         ({"trainer": {"weight_decay": -0.1}}, "weight_decay is -0.1"),
