@@ -113,6 +113,7 @@ class PruneOptions(Options):
         "With refit: the number of rows that it reads, which should be many. Of the calibration data, scoring reads "
         "the first of them.",
     )
+    refit_length: PositiveInt = option(256, "Rows of refit_dataset are cut to this many tokens.")
     bypass_rank: NonNegativeInt = option(
         0,
         "With refit: the rank of a linear bypass beside attention and MLP of narrowed layers, which is fitted to what "
@@ -130,11 +131,10 @@ class PruneOptions(Options):
     @property
     def for_refit(self) -> "PruneOptions":
         """The options whose calibration rows are those that the refit reads."""
-        data = self.calibration if self.refit_dataset is None else self.refit_dataset
-        count = self.refit_samples
         if self.refit_dataset is None:  # it reads those that are scored on too
-            count = max(count, self.calibration_samples)
-        return self.model_copy(update={"calibration": data, "calibration_samples": count})
+            return self.model_copy(update={"calibration_samples": max(self.refit_samples, self.calibration_samples)})
+        own = {"calibration": self.refit_dataset, "calibration_length": self.refit_length}
+        return self.model_copy(update={**own, "calibration_samples": self.refit_samples})
 
     @property
     def own_ratios(self) -> dict[str, float]:

@@ -417,7 +417,7 @@ def test_a_data_set_of_its_own_is_read_beside_the_scored_rows(
     lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
     own, further = jsonl(*lines[:4]), jsonl(*lines[4:], name="further.jsonl")
     two = {"calibration": own, "refit_dataset": further, "calibration_samples": 4, "refit_samples": len(lines) - 4}
-    refitted(tiny_llama, tmp_path / "two", rows_file, **two)
+    refitted(tiny_llama, tmp_path / "two", rows_file, refit_length=128, **two)
     refitted(tiny_llama, tmp_path / "one", rows_file, calibration_samples=4)
     refitted(tiny_llama, tmp_path / "own", rows_file, calibration=own, calibration_samples=4)
     one, both, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "own"))
