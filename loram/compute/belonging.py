@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from loram.base.errors import UserError
+from loram.base.hashes import file_sha256
 from loram.compute.original import check_original, open_4bit
 from loram.disk.adapter import WEIGHTS_NAME, Adapter
 from loram.disk.artifacts import find_manifest
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.hashes import file_sha256
 from loram.disk.renamed import in_text
 from loram.disk.tensorfile import TensorFile
 from loram.model.plan import MASKS_NAME, find_plan

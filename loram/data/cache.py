@@ -24,6 +24,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from loram.base.errors import UserError
+from loram.base.hashes import file_sha256_once
 from loram.base.paths import cache_folder
 from loram.data.files import kind_of
 from loram.data.spec import DataSpec
@@ -105,19 +106,7 @@ def key_of(
 
 def contents_of(files: Sequence[Path]) -> list[str]:
     """Return what is in the files of a data set: for each its kind, which says how it is read, and its SHA-256."""
-    return [f"{kind_of(path)} {content_of(path)}" for path in files]
-
-
-def content_of(path: Path) -> str:
-    """Return the SHA-256 of a file; a process computes it once for as long as the file does not change."""
-    stat = path.stat()
-    return _sha256_once(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@functools.cache
-def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return [f"{kind_of(path)} {file_sha256_once(path)}" for path in files]
 
 
 @functools.cache
@@ -139,7 +128,7 @@ def find(key: str, now: datetime) -> Stored | None:
             entry = json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))
             if any(now.strftime(format) != text for format, text in entry["written"].items()):
                 continue
-            if content_of(folder / ROWS_NAME) != entry["sha256"]:
+            if file_sha256_once(folder / ROWS_NAME) != entry["sha256"]:
                 raise ValueError("its bytes are not those that were written")
             logger.info("%s: the tokens are read from the cache, %s", entry["name"], folder)
             return Stored(rows=Dataset.from_file(str(folder / ROWS_NAME)), facts=entry["facts"])
@@ -175,7 +164,7 @@ def store(name: str, key: str, write: Callable[[Path | None], Stored], written: 
             stored = write(path)
             if path.stat().st_size < SMALLEST:
                 return Stored(rows=Dataset.from_file(str(path), in_memory=True), facts=stored.facts)
-            entry = {"name": name, "written": written, "sha256": content_of(path), "facts": stored.facts}
+            entry = {"name": name, "written": written, "sha256": file_sha256_once(path), "facts": stored.facts}
             path.with_name(FACTS_NAME).write_text(json.dumps(entry), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{root}: tokens cannot be written: {error.strerror or error}; {_ELSEWHERE}") from error

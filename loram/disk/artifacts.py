@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram.base import processes
 from loram.base.errors import UserError, first_problem
+from loram.base.hashes import file_sha256, file_sha256_once, take_remembered_sha256
 from loram.base.paths import local
 from loram.base.progress import track
 from loram.disk.files import CHAT_TEMPLATE
-from loram.disk.hashes import file_sha256, take_remembered_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -231,12 +231,6 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-@functools.cache
-def _sha256_once(path: Path, size: int, changed_ns: int, inode: int) -> str:
-    """Return a file's SHA-256; a process computes it once for as long as the file does not change."""
-    return file_sha256(path)
-
-
 def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES, edits: bool = True) -> Manifest | None:
     """Read a folder's manifest and check the files against it; return None if the folder has no manifest.
 
@@ -270,8 +264,7 @@ def find_manifest(folder: Path, *, hashed_bytes: int | None = HASHED_BYTES, edit
         if (hashed_bytes is None or entry.size <= hashed_bytes) and not (edits and name in EDITABLE)
     ]
     for name in track(checked, "Verifying"):
-        status = (folder / name).stat()
-        actual = _sha256_once(folder / name, status.st_size, status.st_mtime_ns, status.st_ino)
+        actual = file_sha256_once(folder / name)
         if actual != manifest.files[name].sha256:
             raise UserError(
                 f"{folder / name}: not the content that the manifest says was written (SHA-256 {actual[:12]} instead "

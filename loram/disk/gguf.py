@@ -8,6 +8,7 @@ from torch import nn
 
 from loram.base import processes
 from loram.base.errors import UserError
+from loram.base.hashes import file_sha256
 from loram.base.paths import cache_folder, local
 from loram.disk.artifacts import check_output, find_manifest, publish
 from loram.disk.files import read_json, refuse_pointer, write_json
@@ -45,7 +46,7 @@ def convert_gguf(path: str | Path, out: str | Path) -> Path:
     path, out = local(path), check_output(out)
     check_gguf(path)
     folder, name = str(path.parent), path.name
-    with publish(out, kind="base", made_from={"gguf": _file_fingerprint(path)}) as staging:
+    with publish(out, kind="base", made_from={"gguf": file_sha256(path)}) as staging:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
@@ -89,8 +90,3 @@ def _let_transformers_4_read_(folder: Path) -> None:
     tokenizer = read_json(folder / "tokenizer_config.json")
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         write_json(folder / "tokenizer_config.json", tokenizer | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _file_fingerprint(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from loram.base.constants import BLOCK_BYTES
 from loram.base.errors import UserError
+from loram.base.hashes import remember_sha256
 from loram.disk.files import refuse_pointer
-from loram.disk.hashes import remember_sha256
 
 _MAX_HEADER, _MAX_NUMBER = 100_000_000, (1 << 63) - 1  # the safetensors library's own limits
 # In the order in which a file holds them, largest first: torch needs each tensor at a multiple of its element size.

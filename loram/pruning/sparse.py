@@ -11,12 +11,12 @@ from torch import Tensor
 
 from loram.base import processes
 from loram.base.errors import UserError
+from loram.base.hashes import file_sha256
 from loram.base.progress import track
 from loram.compute.loading import config_of, write_config
 from loram.compute.streaming import ResidentLayer, prefetched
 from loram.disk.artifacts import publish
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.hashes import file_sha256
 from loram.disk.tensorfile import TensorFileWriter
 from loram.disk.writer import ShardedWriter
 from loram.model.architecture import Architecture

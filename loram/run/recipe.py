@@ -9,12 +9,12 @@ from pydantic import NonNegativeInt, PositiveFloat, ValidationError, field_valid
 
 from loram.alignment.options import AlignOptions, TeachOptions
 from loram.base.errors import UserError
+from loram.base.hashes import file_sha256
 from loram.base.names import in_recipe
 from loram.base.options import Options, canonical, first_problem_of, option, section_at, suggestion
 from loram.base.paths import LocalPath, Named, local
 from loram.data.spec import DataSpec, WeightedSpec, several, why_not_weighted
 from loram.disk.artifacts import digest
-from loram.disk.hashes import file_sha256
 from loram.evaluation.options import EvaluateOptions, TaskOptions
 from loram.pruning.options import PruneOptions
 from loram.recovery.options import RecoverOptions

@@ -56,7 +56,7 @@ class Row(BaseModel):
         tokens: the number of tokens that each perplexity is the mean of.
         evaluated_on: the counts of each evaluation data set's rows.
         trained_on: the counts of the training data's rows; None if nothing was trained.
-        tasks: the results of tasks by their names; empty where the model was not asked any.
+        tasks: the results of tasks by their names; empty where the model was given none.
         made: the cost of making the model from the row that it was made from; None for the base.
         evaluated: the cost of evaluating it; None in a recipe that evaluates nothing.
         preferences: on each evaluation data set of chosen and rejected answers, which of them the model prefers; its
@@ -145,14 +145,14 @@ def kept_gain(rows: Mapping[str, Row], final: str | None) -> dict[str, float] | 
 
 def task_lines(report: RunReport) -> tuple[list[str], list[list[str]]]:
     """Return the results of tasks as (headings, lines): one line per metric, and a column per model."""
-    asked = [row for row in report.rows if row.tasks]
+    answering = [row for row in report.rows if row.tasks]
     lines = []
-    for name, task in asked[0].tasks.items() if asked else ():
+    for name, task in answering[0].tasks.items() if answering else ():
         for number, (label, _, _) in enumerate(task.labelled()):
-            cells = [list(row.tasks[name].labelled())[number][1:] for row in asked]
+            cells = [list(row.tasks[name].labelled())[number][1:] for row in answering]
             texts = [shown(value) + ("" if error is None else f" ± {shown(error)}") for value, error in cells]
             lines.append([name, label, *texts])
-    return ["task", "metric", *(row.name for row in asked)], lines
+    return ["task", "metric", *(row.name for row in answering)], lines
 
 
 def task_table(report: RunReport) -> Table:

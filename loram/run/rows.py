@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from loram.base.hashes import file_sha256
 from loram.disk.adapter import WEIGHTS_NAME
 from loram.disk.artifacts import find_manifest
-from loram.disk.hashes import file_sha256
 from loram.disk.opening import open_model
 from loram.disk.template import as_setting
 from loram.disk.tensorfile import TensorFile

@@ -39,34 +39,34 @@ def texts(row: dict[str, list[int]], tokenizer: Any, prefix: str = "") -> tuple[
 )
 def test_every_form_of_a_pair_gives_the_same_tokens(row: dict[str, Any], jsonl: Write, tokenizer: Any) -> None:
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"} if "good" in row else {}
-    found = tokens(jsonl(row), tokenizer, columns=columns).rows[0]
-    whole, loss = texts(found, tokenizer)
+    encoded = tokens(jsonl(row), tokenizer, columns=columns).rows[0]
+    whole, loss = texts(encoded, tokenizer)
     assert ASK["content"] in whole
     assert loss == "1 plus 2 is 3.<|im_end|>\n"
-    whole, loss = texts(found, tokenizer, "rejected_")
+    whole, loss = texts(encoded, tokenizer, "rejected_")
     assert ASK["content"] in whole
     assert loss == "I do not know.<|im_end|>\n"
 
 
 def test_a_text_that_begins_with_its_prompt_stays_as_it_is_written(jsonl: Write, tokenizer: Any) -> None:
     row = {"chosen": "Human: 1 plus 2? AI: It is 3.", "rejected": "Human: 1 plus 2? AI: It may be 4."}
-    found = tokens(jsonl(row), tokenizer).rows[0]
-    assert texts(found, tokenizer) == ("Human: 1 plus 2? AI: It is 3.<|im_end|>", " is 3.<|im_end|>")
-    assert texts(found, tokenizer, "rejected_")[1] == " may be 4.<|im_end|>"
+    encoded = tokens(jsonl(row), tokenizer).rows[0]
+    assert texts(encoded, tokenizer) == ("Human: 1 plus 2? AI: It is 3.<|im_end|>", " is 3.<|im_end|>")
+    assert texts(encoded, tokenizer, "rejected_")[1] == " may be 4.<|im_end|>"
 
 
 @pytest.mark.parametrize("label", [True, 1, "True"])
 def test_an_answer_with_a_label(label: Any, jsonl: Write, tokenizer: Any) -> None:
     row = {"prompt": [ASK], "completion": [GOOD], "label": label}
-    found = tokens(jsonl(row, {**row, "label": False}), tokenizer, "labels").rows
-    assert found["desirable"][:] == [True, False]
-    assert texts(found[0], tokenizer)[1].startswith("1 plus 2 is 3.")
+    encoded = tokens(jsonl(row, {**row, "label": False}), tokenizer, "labels").rows
+    assert encoded["desirable"][:] == [True, False]
+    assert texts(encoded[0], tokenizer)[1].startswith("1 plus 2 is 3.")
 
 
 def test_a_pair_without_a_preference_is_skipped(jsonl: Write, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     row = {"prompt": "1 plus 2?", "chosen": "3", "rejected": "4"}
-    found = tokens(jsonl(row, {**row, "rejected": "3"}, {**row, "chosen": None}, row), tokenizer)
-    assert (len(found.rows), found.skipped, list(found.sources)) == (2, 2, [0, 3])
+    encoded = tokens(jsonl(row, {**row, "rejected": "3"}, {**row, "chosen": None}, row), tokenizer)
+    assert (len(encoded.rows), encoded.skipped, list(encoded.sources)) == (2, 2, [0, 3])
     assert "2 were skipped because an answer had no token in the loss, or both were the same" in caplog.text
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loram.base.errors import UserError
-from loram.disk.hashes import take_remembered_sha256
+from loram.base.hashes import take_remembered_sha256
 from loram.disk.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 from loram.disk.writer import ShardedWriter
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import loram
+from loram.base.hashes import file_sha256
 from loram.disk.checkpoint import Checkpoint
-from loram.disk.hashes import file_sha256
 from loram.model.dense import LLAMA
 from loram.model.modeling_loram import SparseLinear, dense, pack, unpack
 from loram.model.plan import MASKS_NAME

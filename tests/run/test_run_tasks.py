@@ -54,14 +54,14 @@ def recipe(model: Path, rows: Path, out: Path, task: Path, **changes: Any) -> Re
 
 
 def test_a_run_ends_with_tasks_on_the_full_model(tiny_llama: Path, rows_file: Path, task: Path, tmp_path: Path) -> None:
-    asked = recipe(tiny_llama, rows_file, tmp_path / "out", task)
-    planned = dry_run(asked)
+    planned_run = recipe(tiny_llama, rows_file, tmp_path / "out", task)
+    planned = dry_run(planned_run)
     with (console := Console(width=300)).capture() as capture:
         show(planned, console)
     assert f"Tasks of lm-evaluation-harness that are run: {task}" in capture.get()
     assert "Nothing is evaluated" not in capture.get()
     assert not (tmp_path / "out").exists()
-    report = run(asked)
+    report = run(planned_run)
     assert [(row.name, bool(row.tasks)) for row in report.rows] == [
         ("base", True),
         ("pruned", False),
@@ -82,10 +82,10 @@ def test_a_run_ends_with_tasks_on_the_full_model(tiny_llama: Path, rows_file: Pa
     assert "<h3>Tasks</h3>" in page
     assert f"<td>{line[3]}</td>" in page
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"][0]["tasks"]["sums"]["examples"] == 3
-    assert run(Recipe.model_validate(json.loads(asked.model_dump_json()))) == report  # nothing is done again
+    assert run(Recipe.model_validate(json.loads(planned_run.model_dump_json()))) == report  # nothing is done again
     task.write_text(task.read_text().replace("{{question}}", "{{question}} yes"))
     with pytest.raises(loram.UserError, match=r"run tasks on base was made with other settings \(descriptions"):
-        run(asked)
+        run(planned_run)
 
 
 def test_tasks_and_perplexity_stand_side_by_side(tiny_llama: Path, rows_file: Path, task: Path, tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_what_cannot_be_run_is_refused_before_work(
         monkeypatch.setitem(sys.modules, "lm_eval.defaults", None)
         message = r"pip install 'loram\[tasks\]'"
     path = tmp_path / "none.yaml" if name == "unknown" else task
-    asked = recipe(tiny_llama, rows_file, tmp_path / "out", path)
+    planned_run = recipe(tiny_llama, rows_file, tmp_path / "out", path)
     for begin in (dry_run, run):
         with pytest.raises(loram.UserError, match=message):
-            begin(asked)  # type: ignore[operator]
+            begin(planned_run)  # type: ignore[operator]
     assert not (tmp_path / "out").exists()
 
 

@@ -77,8 +77,8 @@ def compare(
     use_log_probs_(model.get_base_model())
 
     def policy(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).log_probs
-        return found
+        measured: Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).log_probs
+        return measured
 
     def reference(*rows: Tensor) -> Tensor:
         with torch.no_grad(), model.disable_adapter():
@@ -88,11 +88,11 @@ def compare(
     assert isinstance(row, Preference)
     loss, figures = row.loss(batch, policy, reference, PreferenceOptions(**options))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
-    found = gradients(model, loss)
-    assert found.keys() == reference_gradients.keys()
-    for name, gradient in found.items():
+    measured = gradients(model, loss)
+    assert measured.keys() == reference_gradients.keys()
+    for name, gradient in measured.items():
         assert relative(gradient, reference_gradients[name]) < 1e-4, name
-    assert max(gradient.abs().max() for gradient in found.values()) > 0
+    assert max(gradient.abs().max() for gradient in measured.values()) > 0
     for name, figure in figures.items():
         assert figure.item() == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
     return logged
@@ -252,27 +252,27 @@ def test_an_evaluation_says_which_answers_a_model_prefers(
 ) -> None:
     """Against the log-probabilities of both answers as transformers gives them; streamed it is the same."""
     folder, data = tiny_models["qwen3"], jsonl(*PAIRS)
-    found = loram.evaluate(folder, data=data)
+    measured = loram.evaluate(folder, data=data)
     chosen = loram.evaluate(folder, data=jsonl(*(as_text(row, "chosen") for row in PAIRS), name="chosen.jsonl"))
     rejected = [
         loram.evaluate(folder, data=jsonl(as_text(row, "rejected"), name=f"{number}.jsonl"))
         for number, row in enumerate(PAIRS)
     ]
     sums = sum(report.loss * report.tokens for report in rejected)
-    assert found.loss == pytest.approx(chosen.loss, rel=1e-6)
-    assert found.tokens == chosen.tokens
-    assert found.preferences is not None
+    assert measured.loss == pytest.approx(chosen.loss, rel=1e-6)
+    assert measured.tokens == chosen.tokens
+    assert measured.preferences is not None
     assert chosen.preferences is None
-    assert found.preferences.margin == pytest.approx((sums - chosen.loss * chosen.tokens) / len(PAIRS), rel=1e-5)
+    assert measured.preferences.margin == pytest.approx((sums - chosen.loss * chosen.tokens) / len(PAIRS), rel=1e-5)
     streamed = loram.evaluate(folder, data=data, stream=True).preferences
     assert streamed is not None
-    assert streamed.model_dump() == pytest.approx(found.preferences.model_dump(), rel=1e-5)
+    assert streamed.model_dump() == pytest.approx(measured.preferences.model_dump(), rel=1e-5)
     turned = loram.evaluate(folder, data={"path": str(data), "columns": {"chosen": "rejected", "rejected": "chosen"}})
     assert turned.preferences is not None
-    assert turned.preferences.accuracy == pytest.approx(1 - found.preferences.accuracy)
+    assert turned.preferences.accuracy == pytest.approx(1 - measured.preferences.accuracy)
     assert cli._main(["eval", str(folder), "--dataset", str(data)]) == 0
     assert (
-        f"{100 * found.preferences.accuracy:.1f}% of pairs, by {found.preferences.margin:.2f} nats"
+        f"{100 * measured.preferences.accuracy:.1f}% of pairs, by {measured.preferences.margin:.2f} nats"
         in capfd.readouterr().out
     )
 

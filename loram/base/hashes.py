@@ -1,5 +1,6 @@
 """The SHA-256 of files, which need not be read again where this process hashed them while it wrote them."""
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -11,6 +12,16 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, which is read for it."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_sha256_once(path: Path) -> str:
+    """Return the SHA-256 of a file; a process reads it once for as long as the file does not change."""
+    return _sha256_in_state(path, _state(path))
+
+
+@functools.cache
+def _sha256_in_state(path: Path, state: tuple[int, ...]) -> str:
+    return file_sha256(path)
 
 
 def remember_sha256(path: Path, sha256: str) -> None:
